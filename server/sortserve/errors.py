@@ -1,0 +1,141 @@
+"""Every error a user can meet, in one tree.
+
+    SortserveError
+    ├── InvalidRequestError        400  a field has a value that is not allowed
+    ├── AuthenticationError        401  no key, or a wrong one
+    ├── NotFoundError              404  unknown model or route
+    ├── PayloadTooLargeError       413  the body is over the limit
+    ├── OverloadedError            429  the queue is over a limit; come back later
+    │   └── BudgetUnattainableError     no allowed exit fits the budget now
+    ├── EngineError                500  our fault
+    ├── UnavailableError           503  loading or draining
+    ├── CheckpointError            (CLI, exit code 2) a checkpoint cannot be served
+    └── ConfigError                (CLI, exit code 2) a flag, variable or file is wrong
+
+A message says what was given, what is allowed and what to do. ``param`` is the dotted path of the
+field the user typed, as in the OpenAI error body.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+__all__ = [
+    "AuthenticationError",
+    "BudgetUnattainableError",
+    "CheckpointError",
+    "ConfigError",
+    "EngineError",
+    "InvalidRequestError",
+    "NotFoundError",
+    "OverloadedError",
+    "PayloadTooLargeError",
+    "SortserveError",
+    "UnavailableError",
+]
+
+
+class SortserveError(Exception):
+    """Base of all errors meant for a user. ``status`` is the HTTP status it is answered with."""
+
+    status: ClassVar[int] = 500
+    error_type: ClassVar[str] = "internal_error"
+    default_code: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code if code is not None else self.default_code
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        """The OpenAI error body: ``{"error": {"message", "type", "param", "code"}}``."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.error_type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+class InvalidRequestError(SortserveError, ValueError):
+    """A field is missing, unknown, or has a value that is not allowed."""
+
+    status = 400
+    error_type = "invalid_request_error"
+
+
+class AuthenticationError(SortserveError):
+    """The API key is missing or wrong."""
+
+    status = 401
+    error_type = "authentication_error"
+    default_code = "invalid_api_key"
+
+
+class NotFoundError(SortserveError):
+    """The model or the route does not exist."""
+
+    status = 404
+    error_type = "not_found_error"
+    default_code = "not_found"
+
+
+class PayloadTooLargeError(SortserveError):
+    """The request body is over ``--max-body-size``."""
+
+    status = 413
+    error_type = "invalid_request_error"
+    default_code = "payload_too_large"
+
+
+class OverloadedError(SortserveError):
+    """The server is over a limit; ``retry_after_s`` says when to come back."""
+
+    status = 429
+    error_type = "overloaded_error"
+    default_code = "queue_full"
+
+
+class BudgetUnattainableError(OverloadedError):
+    """No allowed exit fits the budget now, and the client asked to be told so."""
+
+    default_code = "budget_unattainable"
+
+
+class EngineError(SortserveError):
+    """The engine failed; the request is lost through no fault of the client."""
+
+    status = 500
+    error_type = "internal_error"
+    default_code = "engine_error"
+
+
+class UnavailableError(SortserveError):
+    """The server is loading or draining."""
+
+    status = 503
+    error_type = "unavailable_error"
+    default_code = "not_ready"
+
+
+class CheckpointError(SortserveError, ValueError):
+    """The checkpoint cannot be served; the command line ends with exit code 2."""
+
+    error_type = "checkpoint_error"
+
+
+class ConfigError(SortserveError, ValueError):
+    """A flag, an environment variable or a key of the config file is wrong; exit code 2."""
+
+    error_type = "config_error"

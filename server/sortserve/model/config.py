@@ -1,0 +1,58 @@
+"""The architecture of a decoder, family quirks resolved (no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+__all__ = ["FAMILIES", "ExitModuleKind", "ModelConfig"]
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+class ExitModuleKind(StrEnum):
+    """What stands between the trunk and the shared head at an exit (design 3)."""
+
+    NONE = "none"
+    """The shared final norm: published SoFT."""
+    NORM = "norm"
+    """An own RMSNorm."""
+    AFFINE = "affine"
+    """``x + W x``, then an own RMSNorm; W is [hidden, hidden]."""
+    MLP = "mlp"
+    """``x + down(silu(gate(n(x))) * up(n(x)))`` with its own input norm n, then an own RMSNorm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes and switches of one decoder of a supported family."""
+
+    family: str
+    """One of FAMILIES."""
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """Qwen3: RMSNorm over head_dim of each query and key head, before RoPE."""
+    sliding_window: int | None = None
+    """If set, the served context is capped to it: below it, sliding and full attention agree."""
+
+    @property
+    def q_size(self) -> int:
+        """Width of all query heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key (or value) heads."""
+        return self.num_kv_heads * self.head_dim

@@ -1,0 +1,82 @@
+"""A decoder's weights as plain tensors, fused as the decoder wants them.
+
+Shape legend: L layers, D hidden, V vocabulary, N query heads, K key/value heads, H head_dim,
+F intermediate. A linear weight is [out, in], as in ``torch.nn.Linear``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sortserve.model.config import ExitModuleKind
+
+__all__ = ["ExitModuleWeights", "LayerWeights", "ModelWeights"]
+
+
+@dataclass(kw_only=True)
+class LayerWeights:
+    """One decoder layer."""
+
+    input_norm: Tensor
+    """[D]"""
+    qkv: Tensor
+    """[(N + 2K) * H, D]: query heads, then key heads, then value heads."""
+    qkv_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    """[H] (Qwen3)."""
+    k_norm: Tensor | None = None
+    o: Tensor
+    """[D, N * H]"""
+    o_bias: Tensor | None = None
+    post_attention_norm: Tensor
+    """[D]"""
+    gate_up: Tensor
+    """[2F, D]: gate, then up."""
+    gate_up_bias: Tensor | None = None
+    down: Tensor
+    """[D, F]"""
+    down_bias: Tensor | None = None
+
+
+@dataclass(kw_only=True)
+class ExitModuleWeights:
+    """What one exit has of its own (design 3); only the tensors of its kind are set."""
+
+    kind: ExitModuleKind
+    norm: Tensor | None = None
+    """[D], the exit's own final norm (norm, affine, mlp)."""
+    affine: Tensor | None = None
+    """[D, D] (affine): the residual map."""
+    mlp_norm: Tensor | None = None
+    """[D] (mlp): the norm before the gated MLP."""
+    gate_up: Tensor | None = None
+    """[2F, D] (mlp)."""
+    down: Tensor | None = None
+    """[D, F] (mlp)."""
+
+
+@dataclass(kw_only=True)
+class ModelWeights:
+    """The whole decoder, on one device in one dtype (``inv_freq`` stays fp32)."""
+
+    embed: Tensor
+    """[V, D]"""
+    layers: list[LayerWeights]
+    final_norm: Tensor
+    """[D]"""
+    lm_head: Tensor
+    """[V, D]; the very same tensor object as ``embed`` where the head is tied."""
+    inv_freq: Tensor
+    """[H / 2] fp32, RoPE scaling applied."""
+    rope_attention_scaling: float = 1.0
+    """Factor on cos and sin (yarn)."""
+    exit_modules: dict[int, ExitModuleWeights] = field(default_factory=dict)
+    """By exit layer; an exit that is missing here has kind none."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.embed.dtype

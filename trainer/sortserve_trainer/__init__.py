@@ -1,0 +1,1 @@
+"""Sorted Fine-Tuning: the trainer of sorted checkpoints (not written yet)."""
