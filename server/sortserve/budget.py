@@ -71,13 +71,12 @@ class ExitTable:
         if budget.exit_layer is not None:
             self._require_exit(budget.exit_layer, "budget.exit_layer")
             return (budget.exit_layer,)
-        if budget.min_exit_layer is not None:
-            if budget.min_exit_layer > self.full:
-                raise InvalidRequestError(
-                    f"budget.min_exit_layer={budget.min_exit_layer} is deeper than the model: "
-                    f"the exits are {list(self.layers)}.",
-                    param="budget.min_exit_layer",
-                )
+        if budget.min_exit_layer is not None and budget.min_exit_layer > self.full:
+            raise InvalidRequestError(
+                f"budget.min_exit_layer={budget.min_exit_layer} is deeper than the model: "
+                f"the exits are {list(self.layers)}.",
+                param="budget.min_exit_layer",
+            )
         candidates = [
             info
             for info in self.exits
@@ -163,13 +162,13 @@ class Budget:
                         "cannot be given with it. Drop one of the two.",
                         param=f"budget.{name}",
                     )
-        if self.ttft_ms is not None and self.latency_ms is not None:
-            if self.ttft_ms > self.latency_ms:
-                raise InvalidRequestError(
-                    f"budget.ttft_ms={self.ttft_ms} is above budget.latency_ms={self.latency_ms}: "
-                    "the first token cannot be due after the whole answer.",
-                    param="budget.ttft_ms",
-                )
+        ttft, latency = self.ttft_ms, self.latency_ms
+        if ttft is not None and latency is not None and ttft > latency:
+            raise InvalidRequestError(
+                f"budget.ttft_ms={ttft} is above budget.latency_ms={latency}: "
+                "the first token cannot be due after the whole answer.",
+                param="budget.ttft_ms",
+            )
 
     def _check_number(self, name: str, *, high: float, allowed: str) -> None:
         value = getattr(self, name)
