@@ -46,6 +46,8 @@ class StepPlan:
     rows: tuple[RowPlan, ...]
     depth_cap: int
     """No row is deeper; rows of deeper exits sit this step out."""
+    first_scheduled: tuple[str, ...] = ()
+    """Requests that no step has worked on before."""
 
     @property
     def num_tokens(self) -> int:

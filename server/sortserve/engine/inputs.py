@@ -1,0 +1,60 @@
+"""Plan to tensors, and nothing else. Shape legend in ``sortserve.model.batch``."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+
+from sortserve.model.batch import Batch
+from sortserve.scheduling.plan import StepPlan
+
+__all__ = ["build_batch"]
+
+
+def build_batch(
+    plan: StepPlan, *, block_size: int, num_slabs: int, device: torch.device | str = "cpu"
+) -> Batch:
+    """The batch of a plan.
+
+    Args:
+        plan: rows, deepest first.
+        block_size: tokens of a page.
+        num_slabs: slabs of the full model.
+        device: where the tensors go.
+    """
+    rows = plan.rows
+    assert all(a.exit_layer >= b.exit_layer for a, b in itertools.pairwise(rows))
+    lengths = np.array([row.num_tokens for row in rows], dtype=np.int64)
+    starts = np.array([row.start for row in rows], dtype=np.int64)
+    query_starts = np.concatenate([[0], np.cumsum(lengths)])
+    row_T = np.repeat(np.arange(len(rows)), lengths)
+    positions_T = np.arange(query_starts[-1]) - query_starts[row_T] + starts[row_T]
+    token_ids_T = np.concatenate([np.asarray(row.token_ids, dtype=np.int64) for row in rows])
+
+    context_lens = starts + lengths
+    num_blocks = -(-context_lens // block_size)
+    tables_SRB = np.full((num_slabs, len(rows), int(num_blocks.max())), -1, dtype=np.int32)
+    for r, row in enumerate(rows):
+        table = row.block_table_SB[:, : num_blocks[r]]
+        tables_SRB[: table.shape[0], r, : table.shape[1]] = table
+
+    pages_ST = tables_SRB[:, row_T, positions_T // block_size].astype(np.int64)
+    slots_ST = np.where(pages_ST >= 0, pages_ST * block_size + positions_T % block_size, -1)
+
+    def to_device(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    return Batch(
+        token_ids_T=to_device(token_ids_T),
+        positions_T=to_device(positions_T),
+        query_starts=tuple(query_starts.tolist()),
+        context_lens=tuple(context_lens.tolist()),
+        exit_layers=tuple(row.exit_layer for row in rows),
+        samples=tuple(row.sampling is not None for row in rows),
+        query_starts_R1=to_device(query_starts.astype(np.int32)),
+        context_lens_R=to_device(context_lens.astype(np.int32)),
+        block_tables_SRB=to_device(tables_SRB),
+        slots_ST=to_device(slots_ST),
+    )

@@ -1,0 +1,104 @@
+"""Caps on what may wait: counted before tokenisation, so that a burst is refused while cheap."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+from sortserve.errors import OverloadedError
+
+__all__ = ["QueueLimits", "Reservation"]
+
+
+class Reservation:
+    """A place in the queue. Given back once, by whoever comes first: ``release`` is idempotent."""
+
+    def __init__(self, limits: QueueLimits, num_requests: int, num_tokens: int) -> None:
+        self._limits = limits
+        self._num_requests = num_requests
+        self._num_tokens = num_tokens
+
+    def take_one(self, num_tokens: int) -> Reservation:
+        """Move one request, with its true number of tokens now, to a reservation of its own."""
+        share = self._num_tokens // max(1, self._num_requests)
+        self._limits._move(requests=0, tokens=num_tokens - share)
+        self._num_requests -= 1
+        self._num_tokens -= share
+        assert self._num_requests >= 0
+        return Reservation(self._limits, 1, num_tokens)
+
+    def release(self) -> None:
+        """Give the place back."""
+        requests, self._num_requests = self._num_requests, 0
+        tokens, self._num_tokens = self._num_tokens, 0
+        self._limits._move(requests=-requests, tokens=-tokens)
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class QueueLimits:
+    """Owns the counts of requests and prompt tokens that wait; any thread may ask.
+
+    A preempted request has left the queue once and does not count again.
+    """
+
+    def __init__(self, *, max_requests: int, max_tokens: int) -> None:
+        self._max_requests = max_requests
+        self._max_tokens = max_tokens
+        self._num_requests = 0
+        self._num_tokens = 0
+        self._lock = threading.Lock()
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that hold a place."""
+        return self._num_requests
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt tokens (estimated until they are counted) of those requests."""
+        return self._num_tokens
+
+    def reserve(
+        self, num_requests: int, num_tokens: int, *, retry_after_s: Callable[[], float]
+    ) -> Reservation:
+        """Take places for some requests.
+
+        An empty queue takes any one request, however long its prompt.
+
+        Raises:
+            OverloadedError: a cap would be passed; 429 with Retry-After.
+        """
+        with self._lock:
+            requests = self._num_requests + num_requests
+            tokens = self._num_tokens + num_tokens
+            full = requests > self._max_requests
+            if full or (tokens > self._max_tokens and self._num_requests > 0):
+                what, have, cap = (
+                    ("requests", requests, self._max_requests)
+                    if full
+                    else ("prompt tokens", tokens, self._max_tokens)
+                )
+                raise OverloadedError(
+                    f"The queue is full: with this request {have} {what} would wait, "
+                    f"{cap} may. Come back later.",
+                    retry_after_s=retry_after_s(),
+                )
+            self._num_requests, self._num_tokens = requests, tokens
+        return Reservation(self, num_requests, num_tokens)
+
+    def _move(self, *, requests: int, tokens: int) -> None:
+        with self._lock:
+            self._num_requests += requests
+            self._num_tokens += tokens
+            assert self._num_requests >= 0

@@ -1,0 +1,42 @@
+"""The runner executes plans: it owns the weights and the KV, and knows nothing of queues."""
+
+from __future__ import annotations
+
+import torch
+
+from sortserve.engine.inputs import build_batch
+from sortserve.engine.sampler import Sampler
+from sortserve.model.decoder import Decoder
+from sortserve.sampling_params import SampledToken
+from sortserve.scheduling.plan import StepPlan
+
+__all__ = ["ModelRunner"]
+
+
+class ModelRunner:
+    """Plan in, sampled tokens out."""
+
+    def __init__(
+        self, decoder: Decoder, *, num_pages: int, block_size: int, sampler: Sampler | None = None
+    ) -> None:
+        self.num_pages = num_pages
+        self.block_size = block_size
+        self.slab_size = decoder.slab_size
+        self._decoder = decoder
+        self._sampler = sampler or Sampler()
+        self._kv_cache = decoder.allocate_kv_cache(num_pages, block_size)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> list[SampledToken]:
+        """Run the plan's rows; one token for each row that samples, in the plan's order."""
+        batch = build_batch(
+            plan,
+            block_size=self.block_size,
+            num_slabs=self._decoder.num_slabs,
+            device=self._decoder.device,
+        )
+        h_RD = self._decoder.forward(batch, self._kv_cache)
+        sampling = [row.sampling for row in plan.rows if row.sampling is not None]
+        if not sampling:
+            return []
+        return self._sampler.sample(self._decoder.logits(h_RD), sampling)

@@ -1,0 +1,79 @@
+"""What one step was, for the cost model and the metrics (no torch)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from sortserve.outputs import StepRecord
+from sortserve.scheduling.cost_model import RowShape, StepShape
+from sortserve.scheduling.plan import StepPlan
+from sortserve.sequence import Sequence
+
+__all__ = ["step_record", "step_shape"]
+
+
+def step_shape(plan: StepPlan) -> StepShape:
+    """A plan reduced to what its time depends on."""
+    return StepShape.of(
+        RowShape(row.exit_layer, row.num_tokens, row.context_len, row.sampling is not None)
+        for row in plan.rows
+    )
+
+
+def step_record(
+    plan: StepPlan,
+    sequences: Mapping[str, Sequence],
+    *,
+    full_depth: int,
+    previous_token_s: Mapping[str, float | None],
+    started_s: float,
+    now: float,
+    predicted_s: float | None,
+    num_preemptions: int,
+    exit_changes: tuple[tuple[int, int, str], ...],
+) -> StepRecord:
+    """The record of an executed plan.
+
+    Args:
+        plan: what ran.
+        sequences: its sequences, after the tokens were handed out.
+        full_depth: layers of the full model.
+        previous_token_s: when each sequence's token before this step's came; None: this is its
+            first.
+        started_s: when the step began.
+        now: when it ended.
+        predicted_s: what the cost model had said.
+        num_preemptions: sequences preempted to make room for it.
+        exit_changes: (from, to, reason) since the last step.
+    """
+    ttfts, itls = [], []
+    for row in plan.rows:
+        if row.sampling is None:
+            continue
+        before = previous_token_s[row.request_id]
+        if before is None:
+            arrival = sequences[row.request_id].request.arrival_s
+            ttfts.append((row.exit_layer, now - arrival))
+        else:
+            itls.append((row.exit_layer, now - before))
+    first = [sequences[request_id] for request_id in plan.first_scheduled]
+    num_decode = sum(row.num_tokens == 1 for row in plan.rows)
+    return StepRecord(
+        duration_s=now - started_s,
+        predicted_s=predicted_s,
+        depth_cap=plan.depth_cap,
+        num_prefill_tokens=plan.num_tokens - num_decode,
+        num_decode_tokens=num_decode,
+        rows_by_exit=Counter(row.exit_layer for row in plan.rows),
+        tokens_by_exit=Counter(row.exit_layer for row in plan.rows if row.sampling is not None),
+        layers_run=sum(row.exit_layer * row.num_tokens for row in plan.rows),
+        layers_full=full_depth * plan.num_tokens,
+        ttfts=tuple(ttfts),
+        itls=tuple(itls),
+        num_preemptions=num_preemptions,
+        num_prompt_tokens=sum(s.num_prompt_tokens for s in first),
+        prefix_cache_queries=sum(s.num_prompt_tokens for s in first),
+        prefix_cache_hits=sum(s.num_cached_tokens for s in first),
+        exit_changes=exit_changes,
+    )

@@ -1,0 +1,332 @@
+"""The engine on a thread of its own, and its front for the event loop.
+
+The event loop never waits for the engine and the engine never waits for a client: requests and
+aborts go in through a queue, a step's outputs come out through one ``call_soon_threadsafe`` per
+event loop, and each stream buffers only its own tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from sortserve.budget import ExitTable
+from sortserve.engine.engine import Engine
+from sortserve.engine.queue_limits import QueueLimits, Reservation
+from sortserve.errors import BudgetUnattainableError, EngineError, UnavailableError
+from sortserve.outputs import EngineStats, Estimate, GenerationRequest, RequestOutput
+from sortserve.scheduling.admission import ExitChoice, choose_exit
+from sortserve.scheduling.cost_model import Load
+
+__all__ = ["EngineWorker", "RequestStream"]
+
+logger = logging.getLogger(__name__)
+
+State = Literal["loading", "ready", "draining", "failed", "stopped"]
+IDLE_POLL_S = 0.5
+
+
+class RequestStream:
+    """The outputs of one request, as an async iterator; only its own event loop touches it."""
+
+    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
+        self.request_id = request_id
+        self.loop = asyncio.get_running_loop()
+        self._abort = abort
+        self._outputs: deque[RequestOutput] = deque()
+        self._arrived = asyncio.Event()
+        self._finished = False
+
+    def deliver(self, output: RequestOutput) -> None:
+        """Add an output (on the event loop)."""
+        self._outputs.append(output)
+        self._arrived.set()
+
+    def abort(self) -> None:
+        """End the request now; any thread, any number of times, also after it is over."""
+        if not self._finished:
+            self._abort(self.request_id)
+
+    def take_ready(self) -> list[RequestOutput]:
+        """The outputs that are here already, without waiting; raises as iterating does."""
+        ready = []
+        while self._outputs:
+            ready.append(self._pop())
+        return ready
+
+    def _pop(self) -> RequestOutput:
+        output = self._outputs.popleft()
+        if output.finish_reason is not None or output.error is not None:
+            self._finished = True
+        if output.error is not None:
+            raise output.error
+        return output
+
+    async def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        """Outputs until the last; raises the error the engine ended the request with."""
+        while not self._finished:
+            while not self._outputs:
+                self._arrived.clear()
+                await self._arrived.wait()
+            yield self._pop()
+
+
+@dataclass(frozen=True)
+class _Submission:
+    request: GenerationRequest
+    choice: ExitChoice
+    stream: RequestStream
+    reservation: Reservation
+
+
+@dataclass(frozen=True)
+class _Abort:
+    request_id: str
+
+
+class EngineWorker:
+    """Runs an engine on its own thread. All public methods are for the event loop's thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_num_queued_reqs: int = 512,
+        max_num_queued_tokens: int = 200_000,
+    ) -> None:
+        self._engine = engine
+        self.clock = engine.clock
+        self.exits: ExitTable = engine.exits
+        self.max_model_len = engine.config.max_model_len
+        self._limits = QueueLimits(
+            max_requests=max_num_queued_reqs, max_tokens=max_num_queued_tokens
+        )
+        self._state: State = "loading"
+        self._inbox: queue.SimpleQueue[_Submission | _Abort | None] = queue.SimpleQueue()
+        self._stats = engine.stats()
+        # Prompt tokens that have entered and left the inbox: each is written by one thread.
+        self._submitted_tokens = 0
+        self._taken_tokens = 0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._stop = False
+        # Engine thread only:
+        self._streams: dict[str, RequestStream] = {}
+        self._reservations: dict[str, Reservation] = {}
+
+    # ---- life ----
+
+    @property
+    def state(self) -> State:
+        """loading, ready, draining, failed or stopped."""
+        return self._state
+
+    @property
+    def is_accepting(self) -> bool:
+        """Whether new requests are taken."""
+        return self._state == "ready"
+
+    def start(self) -> None:
+        """Start the thread; the worker is ready."""
+        self._state = "ready"
+        self._thread.start()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take no new work, let live requests finish, abort the rest; True if none was aborted."""
+        if self._state == "ready":
+            self._state = "draining"
+        deadline = self.clock() + timeout_s
+        while not self._is_idle() and self.clock() < deadline:
+            await asyncio.sleep(0.02)
+        clean = self._is_idle()
+        await asyncio.to_thread(self.stop)
+        return clean
+
+    def stop(self) -> None:
+        """Abort what lives (each gets its last output), end the thread. Idempotent."""
+        if self._state != "failed":
+            self._state = "draining"
+        self._stop = True
+        self._inbox.put(None)
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
+        if self._state != "failed":
+            self._state = "stopped"
+
+    def _is_idle(self) -> bool:
+        stats = self._stats
+        return self._inbox.empty() and stats.num_running + stats.num_waiting == 0
+
+    # ---- requests ----
+
+    def reserve(self, num_requests: int, num_tokens: int) -> Reservation:
+        """Take places in the queue, before tokenisation.
+
+        Raises:
+            OverloadedError: the queue is full; 429 with Retry-After.
+            UnavailableError: loading, draining or failed; 503.
+        """
+        self._require_accepting()
+        try:
+            return self._limits.reserve(num_requests, num_tokens, retry_after_s=self._drain_s)
+        except Exception:
+            self._rejected("queue_full")
+            raise
+
+    def submit(
+        self, request: GenerationRequest, reservation: Reservation | None = None
+    ) -> RequestStream:
+        """Validate, choose the exit, queue; nothing runs yet. Needs a running event loop.
+
+        Args:
+            request: what to generate; its id must not be live.
+            reservation: places taken by ``reserve``, of which this request takes one.
+
+        Raises:
+            InvalidRequestError: it can never be served; ``param`` names the field.
+            BudgetUnattainableError: no exit fits and the budget says reject.
+            UnavailableError: loading, draining or failed.
+        """
+        self._require_accepting()
+        allowed = self._engine.validate(request)
+        num_prompt = len(request.prompt_token_ids)
+
+        def predict(exit_layer: int) -> Estimate | None:
+            return self.estimate(exit_layer, num_prompt, request.sampling.max_tokens)
+
+        try:
+            choice = choose_exit(request.budget, allowed, predict)
+        except BudgetUnattainableError:
+            self._rejected("budget_unattainable", request)
+            raise
+        if reservation is None:
+            reservation = self.reserve(1, num_prompt)
+        place = reservation.take_one(num_prompt)
+        stream = RequestStream(request.request_id, self._request_abort)
+        self._submitted_tokens += num_prompt
+        self._inbox.put(_Submission(request, choice, stream, place))
+        return stream
+
+    def estimate(self, exit_layer: int, num_prompt_tokens: int, max_tokens: int) -> Estimate | None:
+        """Predicted times of a newcomer at an exit now; None before calibration."""
+        model = self._engine.cost_model
+        if model is None:
+            return None
+        stats = self._stats
+        load = Load(
+            running_by_exit=stats.running_by_exit,
+            mean_context=stats.mean_context,
+            num_waiting_tokens=(
+                stats.num_pending_tokens + self._submitted_tokens - self._taken_tokens
+            ),
+        )
+        return model.estimate(
+            exit_layer, num_prompt_tokens=num_prompt_tokens, max_tokens=max_tokens, load=load
+        )
+
+    def stats(self) -> EngineStats:
+        """The engine's state after its last step."""
+        return self._stats
+
+    def _require_accepting(self) -> None:
+        if self._state != "ready":
+            raise UnavailableError(
+                f"The server is {self._state} and takes no new requests.",
+                code=self._state,
+                retry_after_s=5.0,
+            )
+
+    def _rejected(self, reason: str, request: GenerationRequest | None = None) -> None:
+        observer = self._engine.observer
+        if observer is not None:
+            observer.on_rejected(reason, request.budget if request else None)
+
+    def _drain_s(self) -> float:
+        """Predicted seconds until the queue has moved on; at least one."""
+        model = self._engine.cost_model
+        if model is None:
+            return 1.0
+        return max(1.0, model.prefill_s(self.exits.full, self._stats.num_pending_tokens))
+
+    def _request_abort(self, request_id: str) -> None:
+        self._inbox.put(_Abort(request_id))
+
+    # ---- the engine's thread ----
+
+    def _run(self) -> None:
+        try:
+            while not self._stop:
+                self._drain_inbox(wait=not self._engine.has_work)
+                if self._engine.has_work:
+                    self._publish(self._engine.step())
+                self._stats = self._engine.stats()
+        except Exception:
+            logger.exception("the engine stopped on an error of its own")
+            self._state = "failed"
+            self._fail_all()
+        else:
+            self._drain_inbox(wait=False)
+            aborted = [self._engine.abort(request_id) for request_id in list(self._streams)]
+            self._publish([output for output in aborted if output is not None])
+            self._stats = self._engine.stats()
+
+    def _fail_all(self) -> None:
+        """Answer every live and every queued request with the engine's failure."""
+        error = EngineError("The engine has failed; the server must be restarted.")
+        while not self._inbox.empty():
+            message = self._inbox.get_nowait()
+            if isinstance(message, _Submission):
+                self._register(message)
+        for request_id in list(self._streams):
+            self._publish([RequestOutput(request_id=request_id, error=error)])
+
+    def _register(self, submission: _Submission) -> None:
+        request = submission.request
+        self._streams[request.request_id] = submission.stream
+        self._reservations[request.request_id] = submission.reservation
+        self._taken_tokens += len(request.prompt_token_ids)
+
+    def _drain_inbox(self, *, wait: bool) -> None:
+        while True:
+            try:
+                message = self._inbox.get(timeout=IDLE_POLL_S) if wait else self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            wait = False
+            if isinstance(message, _Submission):
+                assert message.request.request_id not in self._streams, "request ids are unique"
+                self._register(message)
+                self._engine.add_request(message.request, message.choice)
+            elif isinstance(message, _Abort):
+                output = self._engine.abort(message.request_id)
+                if output is not None:
+                    self._publish([output])
+
+    def _publish(self, outputs: list[RequestOutput]) -> None:
+        """Hand outputs to their streams, with one wake-up per event loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, RequestOutput]]] = {}
+        for output in outputs:
+            stream = self._streams[output.request_id]
+            by_loop.setdefault(stream.loop, []).append((stream, output))
+            ended = output.finish_reason is not None or output.error is not None
+            if ended:
+                del self._streams[output.request_id]
+            if ended or output.tokens:
+                reservation = self._reservations.pop(output.request_id, None)
+                if reservation is not None:
+                    reservation.release()
+        for loop, batch in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, batch)
+            except RuntimeError:  # the loop is closed: nobody is left to read
+                logger.debug("dropped %d outputs of a closed event loop", len(batch))
+
+
+def _deliver(batch: list[tuple[RequestStream, RequestOutput]]) -> None:
+    for stream, output in batch:
+        stream.deliver(output)

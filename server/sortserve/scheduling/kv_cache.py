@@ -1,0 +1,195 @@
+"""The pages of every live sequence: grow, publish, share, go shallower, free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sortserve.scheduling.block_pool import BlockPool
+from sortserve.scheduling.prefix_cache import PrefixCache, block_digest, root_digest
+from sortserve.sequence import Sequence
+
+__all__ = ["KVCacheManager"]
+
+
+class _PageTable:
+    """One sequence's pages [slab, block], and the digests of its published blocks."""
+
+    def __init__(self, num_slabs: int, root: bytes) -> None:
+        self.num_slabs = num_slabs
+        self.num_blocks = 0
+        self.digests: list[bytes] = []
+        self.root = root
+        self._pages = np.full((num_slabs, 8), -1, dtype=np.int32)
+
+    @property
+    def view(self) -> NDArray[np.int32]:
+        return self._pages[: self.num_slabs, : self.num_blocks]
+
+    def append_block(self, pages: list[int]) -> None:
+        if self.num_blocks == self._pages.shape[1]:
+            self._pages = np.pad(
+                self._pages, ((0, 0), (0, self.num_blocks)), constant_values=-1
+            ).astype(np.int32, copy=False)
+        self._pages[: self.num_slabs, self.num_blocks] = pages
+        self.num_blocks += 1
+
+    def pages_deepest_first(self, from_slab: int = 0) -> Iterator[int]:
+        """Last block first, deepest slab first: the order in which pages should be evicted."""
+        for block in range(self.num_blocks - 1, -1, -1):
+            for slab in range(self.num_slabs - 1, from_slab - 1, -1):
+                yield int(self._pages[slab, block])
+
+
+class KVCacheManager:
+    """Owns the pool, the prefix cache and every page table.
+
+    A sequence at exit E holds E / slab_size pages for each block of ``block_size`` tokens, so cache
+    memory is exactly proportional to depth.
+    """
+
+    def __init__(
+        self, *, num_pages: int, block_size: int, slab_size: int, enable_prefix_caching: bool = True
+    ) -> None:
+        self.block_size = block_size
+        self.slab_size = slab_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.prefix_cache = PrefixCache()
+        self.pool = BlockPool(num_pages, on_evict=self.prefix_cache.forget)
+        self._tables: dict[str, _PageTable] = {}
+
+    def num_pages_needed(self, num_tokens: int, exit_layer: int) -> int:
+        """Pages for so many tokens at an exit."""
+        return -(-num_tokens // self.block_size) * (exit_layer // self.slab_size)
+
+    def block_table(self, sequence: Sequence) -> NDArray[np.int32]:
+        """Page ids [slab, block] of a sequence, a view."""
+        return self._tables[sequence.request_id].view
+
+    # ---- a sequence arrives ----
+
+    def match_prefix(self, sequence: Sequence) -> list[bytes]:
+        """Digests of the leading blocks that are held at least as deep as the sequence needs.
+
+        The last known token is never taken from the cache: it must run to give logits.
+        """
+        if not self.enable_prefix_caching:
+            return []
+        num_slabs = sequence.exit_layer // self.slab_size
+        digests: list[bytes] = []
+        digest = root_digest(sequence.request.cache_salt)
+        for block in range((sequence.num_tokens - 1) // self.block_size):
+            start = block * self.block_size
+            digest = block_digest(digest, sequence.tokens(start, start + self.block_size))
+            if len(self.prefix_cache.pages(digest)) < num_slabs:
+                break
+            digests.append(digest)
+        return digests
+
+    def can_admit(self, sequence: Sequence, *, num_spare_pages: int) -> bool:
+        """Whether all known tokens fit now and ``num_spare_pages`` remain free."""
+        num_slabs = sequence.exit_layer // self.slab_size
+        matched = self.match_prefix(sequence)
+        num_free = self.pool.num_free - sum(
+            self.pool.num_references(page) == 0
+            for digest in matched
+            for page in self.prefix_cache.pages(digest)[:num_slabs]
+        )
+        needed = self.num_pages_needed(sequence.num_tokens, sequence.exit_layer)
+        return needed - len(matched) * num_slabs + num_spare_pages <= num_free
+
+    def admit(self, sequence: Sequence) -> int:
+        """Give a sequence the pages of all its known tokens; returns how many need no compute."""
+        num_slabs = sequence.exit_layer // self.slab_size
+        table = _PageTable(num_slabs, root_digest(sequence.request.cache_salt))
+        for digest in self.match_prefix(sequence):
+            pages = list(self.prefix_cache.pages(digest)[:num_slabs])
+            for page in pages:
+                self.pool.acquire(page)
+            table.append_block(pages)
+            table.digests.append(digest)
+        assert sequence.request_id not in self._tables
+        self._tables[sequence.request_id] = table
+        num_cached_tokens = table.num_blocks * self.block_size
+        self.grow(sequence, sequence.num_tokens)
+        return num_cached_tokens
+
+    # ---- a sequence lives ----
+
+    def num_pages_to_grow(self, sequence: Sequence, num_tokens: int) -> int:
+        """Further pages a sequence needs to hold ``num_tokens``."""
+        table = self._tables[sequence.request_id]
+        num_blocks = -(-num_tokens // self.block_size)
+        return max(0, num_blocks - table.num_blocks) * table.num_slabs
+
+    def grow(self, sequence: Sequence, num_tokens: int) -> None:
+        """Take the pages to hold ``num_tokens``; the caller has checked that they are free."""
+        table = self._tables[sequence.request_id]
+        while table.num_blocks * self.block_size < num_tokens:
+            table.append_block(self.pool.allocate(table.num_slabs))
+
+    def publish(self, sequence: Sequence) -> None:
+        """Make the full blocks that have been computed known to the prefix cache.
+
+        Where the cache already holds a block (two requests computed it side by side), the sequence
+        moves over to the cached pages: one copy, and whoever holds a block's deep pages also holds
+        its shallow ones, which keeps the eviction order closed downwards.
+        """
+        if not self.enable_prefix_caching:
+            return
+        table = self._tables[sequence.request_id]
+        num_full = sequence.num_computed_tokens // self.block_size
+        for block in range(len(table.digests), num_full):
+            start = block * self.block_size
+            parent = table.digests[-1] if table.digests else table.root
+            digest = block_digest(parent, sequence.tokens(start, start + self.block_size))
+            self._publish_block(table, block, digest)
+            table.digests.append(digest)
+
+    def _publish_block(self, table: _PageTable, block: int, digest: bytes) -> None:
+        known = list(self.prefix_cache.pages(digest))
+        column = table.view[:, block]
+        for slab in range(table.num_slabs):
+            own = int(column[slab])
+            if slab >= len(known):
+                self.prefix_cache.add(digest, own)
+            elif known[slab] != own:
+                self.pool.acquire(known[slab])
+                self.pool.release([own], keep=self.prefix_cache.holds)
+                column[slab] = known[slab]
+
+    def go_shallower(self, sequence: Sequence, exit_layer: int) -> None:
+        """Free the pages above ``exit_layer``; all shallower KV exists already."""
+        table = self._tables[sequence.request_id]
+        num_slabs = exit_layer // self.slab_size
+        assert 0 < num_slabs < table.num_slabs
+        self.pool.release(
+            list(table.pages_deepest_first(from_slab=num_slabs)), keep=self.prefix_cache.holds
+        )
+        table.num_slabs = num_slabs
+
+    def free(self, sequence: Sequence) -> None:
+        """Drop all pages of a sequence."""
+        table = self._tables.pop(sequence.request_id)
+        self.pool.release(list(table.pages_deepest_first()), keep=self.prefix_cache.holds)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all content that nobody references."""
+        num_free = self.pool.num_free
+        self.pool.release(self.pool.allocate(num_free), keep=self.prefix_cache.holds)
+
+    # ---- checks ----
+
+    def check_invariants(self) -> None:
+        """Assert that references are exactly what the page tables hold."""
+        self.pool.check_invariants()
+        self.prefix_cache.check_invariants()
+        counts: dict[int, int] = {}
+        for table in self._tables.values():
+            assert (table.view >= 0).all()
+            for held in table.view.flat:
+                counts[int(held)] = counts.get(int(held), 0) + 1
+        for page in range(self.pool.num_pages):
+            assert self.pool.num_references(page) == counts.get(page, 0), f"page {page}"

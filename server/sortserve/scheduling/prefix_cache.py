@@ -1,0 +1,74 @@
+"""Which pages hold the KV of which tokens: reuse of prefixes, deep to shallow.
+
+KV of a layer depends on the tokens before it and on the layers below, never on the exit. So a block
+computed by a deep request serves every shallower one (design 5). An entry is a block's pages from
+slab 0 up to the deepest slab held: closed downwards, so eviction takes the deepest first and what
+remains still serves shallow requests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+__all__ = ["PrefixCache", "block_digest", "root_digest"]
+
+
+def root_digest(salt: str) -> bytes:
+    """The parent of the first block: prefixes are shared between requests of equal salt only."""
+    return hashlib.blake2b(salt.encode(), digest_size=16, person=b"sortserve-salt").digest()
+
+
+def block_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """The name of a full block: its tokens and all before them (``parent``)."""
+    digest = hashlib.blake2b(parent, digest_size=16)
+    digest.update(np.asarray(token_ids, dtype=np.int64).tobytes())
+    return digest.digest()
+
+
+class PrefixCache:
+    """Digest of a block -> its pages, slab 0 first. Holds no references; the pool's order rules."""
+
+    def __init__(self) -> None:
+        self._entries: dict[bytes, list[int]] = {}
+        self._digest_of: dict[int, bytes] = {}
+
+    @property
+    def num_pages(self) -> int:
+        """Pages with known content, referenced or not."""
+        return len(self._digest_of)
+
+    def pages(self, digest: bytes) -> Sequence[int]:
+        """The pages held for a block, slab 0 first; empty if unknown."""
+        return self._entries.get(digest, ())
+
+    def holds(self, page: int) -> bool:
+        """Whether the page's content is known."""
+        return page in self._digest_of
+
+    def add(self, digest: bytes, page: int) -> None:
+        """Learn the page of the next deeper slab of a block."""
+        assert page not in self._digest_of
+        self._entries.setdefault(digest, []).append(page)
+        self._digest_of[page] = digest
+
+    def forget(self, page: int) -> None:
+        """The page was given away. It is the deepest of its block (see the pool's order)."""
+        digest = self._digest_of.pop(page, None)
+        if digest is None:
+            return
+        entry = self._entries[digest]
+        assert entry[-1] == page, "a shallower slab was evicted before a deeper one"
+        entry.pop()
+        if not entry:
+            del self._entries[digest]
+
+    def check_invariants(self) -> None:
+        """Assert that the two maps are each other's inverse."""
+        listed = [page for entry in self._entries.values() for page in entry]
+        assert len(listed) == len(set(listed)) == len(self._digest_of)
+        for digest, entry in self._entries.items():
+            assert entry
+            assert all(self._digest_of[page] == digest for page in entry)

@@ -1,0 +1,146 @@
+"""One request's life in the engine (no torch).
+
+         admit                finish
+WAITING ───────▶ RUNNING ───────────▶ FINISHED
+   ▲  ╲             │                    ▲
+   │   ╲────────────┼── finish (abort) ──╯
+   ╰────────────────╯
+        preempt
+
+There is no prefill phase and no decode phase, only counts: ``num_tokens - num_computed_tokens`` is
+the work left, and a row samples when a step brings it to zero.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from sortserve.budget import Deadlines
+from sortserve.outputs import Estimate, GenerationRequest
+from sortserve.sampling_params import SamplingRow
+
+__all__ = ["Sequence", "Status"]
+
+
+class Status(Enum):
+    """Where a sequence is."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+_ALLOWED = {
+    Status.WAITING: {Status.RUNNING, Status.FINISHED},
+    Status.RUNNING: {Status.WAITING, Status.FINISHED},
+    Status.FINISHED: set[Status](),
+}
+
+
+class Sequence:
+    """A request, the tokens it has so far, and how far its KV reaches.
+
+    The scheduler owns ``status``, ``num_computed_tokens`` and the depth; the engine appends tokens
+    and stamps times.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        *,
+        exit_layer: int,
+        seed: int,
+        stop_token_ids: frozenset[int],
+        estimate: Estimate | None = None,
+    ) -> None:
+        self.request = request
+        self.exit_layer = exit_layer
+        self.seed = seed
+        self.stop_token_ids = stop_token_ids
+        self.estimate = estimate
+        self.deadlines: Deadlines = request.budget.deadlines(request.arrival_s)
+
+        self.output_token_ids: list[int] = []
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.tokens_by_exit: dict[int, int] = {}
+
+        self.first_scheduled_s: float | None = None
+        self.first_token_s: float | None = None
+        self.last_token_s: float | None = None
+        self._status = Status.WAITING
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return self.request.request_id
+
+    @property
+    def status(self) -> Status:
+        """Where the sequence is; ``move_to`` is the one door."""
+        return self._status
+
+    def move_to(self, status: Status) -> None:
+        """Follow an edge of the diagram; any other is our mistake."""
+        assert status in _ALLOWED[self._status], (
+            f"{self.request_id}: {self._status.value} -> {status.value} is not allowed"
+        )
+        self._status = status
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.output_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far: prompt and output."""
+        return self.num_prompt_tokens + len(self.output_token_ids)
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Known tokens without KV: the work left before the next sample."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def max_num_tokens(self) -> int:
+        """Most tokens whose KV this request may ever need (its last token needs none)."""
+        return self.num_prompt_tokens + self.request.sampling.max_tokens - 1
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Known tokens at positions ``start`` to ``stop``."""
+        prompt = self.request.prompt_token_ids
+        num_prompt = len(prompt)
+        if start >= num_prompt:
+            return self.output_token_ids[start - num_prompt : stop - num_prompt]
+        head = list(prompt[start:stop])
+        if stop > num_prompt:
+            head += self.output_token_ids[: stop - num_prompt]
+        return head
+
+    def append_token(self, token_id: int) -> None:
+        """Add a sampled token, made at the depth now in use."""
+        self.output_token_ids.append(token_id)
+        self.tokens_by_exit[self.exit_layer] = self.tokens_by_exit.get(self.exit_layer, 0) + 1
+
+    def sampling_row(self) -> SamplingRow:
+        """What the sampler needs to choose the next token."""
+        return SamplingRow(
+            params=self.request.sampling,
+            seed=self.seed,
+            prompt_token_ids=self.request.prompt_token_ids,
+            output_token_ids=self.output_token_ids,
+            stop_token_ids=self.stop_token_ids,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.request_id}, {self._status.value}, exit {self.exit_layer}, "
+            f"{self.num_computed_tokens}/{self.num_tokens} tokens)"
+        )

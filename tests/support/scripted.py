@@ -1,0 +1,223 @@
+"""A scripted model: the engine's own code runs, only the network is replaced by a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sortserve.budget import Budget, ExitInfo, ExitTable
+from sortserve.engine.engine import Engine, EngineConfig, TextStream
+from sortserve.outputs import GenerationRequest, Observer, RequestOutput
+from sortserve.sampling_params import SampledToken, SamplingParams, TokenLogprob
+from sortserve.scheduling.admission import ExitChoice
+from sortserve.scheduling.plan import StepPlan
+
+EOS = 0
+VOCAB_SIZE = 128
+
+Rule = Callable[[Sequence[int], int], int]
+
+
+def next_letter(tokens: Sequence[int], exit_layer: int) -> int:
+    """After a letter the next one of the alphabet, whatever the depth."""
+    return ord("a") + (tokens[-1] - ord("a") + 1) % 26
+
+
+def depth_letter(tokens: Sequence[int], exit_layer: int) -> int:
+    """A letter that tells the depth it was made at and the number of tokens before it."""
+    return ord("a") + (7 * exit_layer + len(tokens)) % 26
+
+
+def make_exits(*layers: int) -> ExitTable:
+    full = layers[-1]
+    return ExitTable(
+        tuple(
+            ExitInfo(
+                exit_layer=layer,
+                num_parameters=1000 * layer,
+                compute=(layer + 2) / (full + 2),
+                score=layer / full,
+            )
+            for layer in layers
+        )
+    )
+
+
+class ScriptedRunner:
+    """Executes plans by a rule, and checks that every position it reads was written before.
+
+    The cache is modelled honestly: each page remembers the token written at each offset, so a wrong
+    page table, a lost page or a page shared too far shows as an assertion.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_pages: int = 512,
+        block_size: int = 4,
+        slab_size: int = 2,
+        rule: Rule = next_letter,
+    ) -> None:
+        self.num_pages = num_pages
+        self.block_size = block_size
+        self.slab_size = slab_size
+        self.rule = rule
+        self.plans: list[StepPlan] = []
+        self.fail_next = False
+        self._pages = np.full((num_pages, block_size), -1)
+
+    def execute(self, plan: StepPlan) -> list[SampledToken]:
+        self.plans.append(plan)
+        if self.fail_next:
+            self.fail_next = False
+            raise RuntimeError("scripted failure")
+        assert all(row.exit_layer <= plan.depth_cap for row in plan.rows)
+        for row in plan.rows:  # all rows write before any reads, as in a layer
+            for i, token_id in enumerate(row.token_ids):
+                block, offset = divmod(row.start + i, self.block_size)
+                self._pages[row.block_table_SB[:, block], offset] = token_id
+        sampled = []
+        for row in plan.rows:
+            if row.sampling is None:
+                continue
+            known = [*row.sampling.prompt_token_ids, *row.sampling.output_token_ids]
+            assert len(known) == row.context_len
+            assert row.block_table_SB.shape[0] == row.exit_layer // self.slab_size
+            for position, token_id in enumerate(known):
+                block, offset = divmod(position, self.block_size)
+                held = self._pages[row.block_table_SB[:, block], offset]
+                assert (held == token_id).all(), f"{row.request_id} position {position}: {held}"
+            sampled.append(self._sample(row.sampling.params, known, row.exit_layer))
+        return sampled
+
+    def _sample(
+        self, params: SamplingParams, known: Sequence[int], exit_layer: int
+    ) -> SampledToken:
+        token_id = self.rule(known, exit_layer)
+        if params.logprobs is None:
+            return SampledToken(token_id)
+        others = tuple(
+            TokenLogprob((token_id + k) % VOCAB_SIZE, -1.0 - k) for k in range(params.logprobs)
+        )
+        return SampledToken(token_id, -1.0, others)
+
+
+@dataclass
+class AsciiText:
+    """Each token is the character of its number; stop strings are cut as the real stream does."""
+
+    params: SamplingParams
+    _held: str = ""
+
+    def push(self, token_id: int) -> tuple[str, bool]:
+        self._held += chr(token_id)
+        for stop in self.params.stop:
+            at = self._held.find(stop)
+            if at >= 0:
+                text, self._held = self._held[:at], ""
+                return text, True
+        keep = max((len(stop) - 1 for stop in self.params.stop), default=0)
+        cut = max(0, len(self._held) - keep)
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text, False
+
+    def finish(self) -> str:
+        text, self._held = self._held, ""
+        return text
+
+
+@dataclass
+class FakeClock:
+    """A clock that moves only when told, or by a fixed tick a reading."""
+
+    now: float = 1000.0
+    tick: float = 0.0
+
+    def __call__(self) -> float:
+        self.now += self.tick
+        return self.now
+
+
+def make_request(
+    request_id: str = "r",
+    prompt: str | Sequence[int] = "a",
+    *,
+    max_tokens: int = 4,
+    budget: Budget | None = None,
+    arrival_s: float = 1000.0,
+    cache_salt: str = "",
+    sample_index: int = 0,
+    **sampling: object,
+) -> GenerationRequest:
+    tokens = tuple(map(ord, prompt)) if isinstance(prompt, str) else tuple(prompt)
+    return GenerationRequest(
+        request_id=request_id,
+        prompt_token_ids=tokens,
+        sampling=SamplingParams(max_tokens=max_tokens, **sampling),  # type: ignore[arg-type]
+        budget=budget or Budget(),
+        arrival_s=arrival_s,
+        cache_salt=cache_salt,
+        sample_index=sample_index,
+    )
+
+
+def make_engine(
+    *,
+    exits: tuple[int, ...] = (2, 4, 6),
+    runner: ScriptedRunner | None = None,
+    clock: Callable[[], float] | None = None,
+    observer: Observer | None = None,
+    make_text: Callable[[GenerationRequest], TextStream] = lambda request: AsciiText(
+        request.sampling
+    ),
+    **config: object,
+) -> Engine:
+    settings: dict[str, object] = {"max_model_len": 256, "max_num_seqs": 64, "seed": 0, **config}
+    return Engine(
+        runner or ScriptedRunner(),
+        make_exits(*exits),
+        eos_token_ids=frozenset({EOS}),
+        make_text=make_text,
+        config=EngineConfig(**settings),  # type: ignore[arg-type]
+        clock=clock or FakeClock(),
+        observer=observer,
+    )
+
+
+def add(engine: Engine, request: GenerationRequest, exit_layer: int | None = None) -> None:
+    """Add a request at an exit (default: its budget's deepest)."""
+    allowed = engine.validate(request)
+    engine.add_request(request, ExitChoice(exit_layer or allowed[-1], None, fits=True))
+
+
+@dataclass
+class Collected:
+    """What a request has produced."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    exits: list[int] = field(default_factory=list)
+    last: RequestOutput | None = None
+
+
+def run(engine: Engine, *, max_steps: int = 2000, check: bool = True) -> dict[str, Collected]:
+    """Step until nothing is left; all outputs by request."""
+    results: dict[str, Collected] = {}
+    for _ in range(max_steps):
+        if not engine.has_work:
+            return results
+        collect(engine.step(), results)
+        if check:
+            engine.check_invariants()
+    raise AssertionError(f"work is left after {max_steps} steps")
+
+
+def collect(outputs: list[RequestOutput], results: dict[str, Collected]) -> None:
+    for output in outputs:
+        result = results.setdefault(output.request_id, Collected())
+        result.text += output.text
+        result.token_ids += [token.token_id for token in output.tokens]
+        result.exits += [output.exit_layer] * len(output.tokens)
+        result.last = output
