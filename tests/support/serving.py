@@ -1,0 +1,93 @@
+"""A real engine over a checkpoint folder, and the offline answers it must agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sortserve.checkpoint import LoadedCheckpoint, load_checkpoint
+from sortserve.model.decoder import Decoder
+from sortserve.model.tokenizer import TextStream, Tokenizer
+
+from sortserve.engine.engine import Engine, EngineConfig
+from sortserve.engine.runner import ModelRunner
+from sortserve.sampling_params import SamplingParams, SamplingRow
+from support.reference_sampling import sample_reference
+from support.scripted import FakeClock
+from support.tiny_models import hf_logits, load_hf, read_exit_module
+
+
+@dataclass(frozen=True)
+class Served:
+    """A checkpoint loaded for serving in fp32."""
+
+    path: Path
+    checkpoint: LoadedCheckpoint
+    decoder: Decoder
+    tokenizer: Tokenizer
+
+    def engine(self, *, num_pages: int = 600, block_size: int = 4, **config: Any) -> Engine:
+        """A fresh engine with an empty cache."""
+        settings = {"max_num_seqs": 64, "seed": 0, **config}
+        return Engine(
+            ModelRunner(self.decoder, num_pages=num_pages, block_size=block_size),
+            self.checkpoint.exits,
+            eos_token_ids=self.tokenizer.eos_token_ids,
+            make_text=lambda request: TextStream(
+                self.tokenizer, request.sampling, request.prompt_token_ids
+            ),
+            config=EngineConfig(max_model_len=self.checkpoint.max_model_len, **settings),
+            clock=FakeClock(),
+        )
+
+
+@cache
+def serve(path: Path, *, attention_backend: str = "auto") -> Served:
+    """Load a checkpoint once."""
+    checkpoint = load_checkpoint(str(path), dtype="float32", device="cpu")
+    decoder = Decoder(
+        checkpoint.config,
+        checkpoint.weights,
+        exits=checkpoint.exits.layers,
+        max_model_len=checkpoint.max_model_len,
+        attention_backend=attention_backend,
+    )
+    return Served(
+        path, checkpoint, decoder, Tokenizer(checkpoint.tokenizer, checkpoint.eos_token_ids)
+    )
+
+
+@cache
+def _hf(path: Path) -> Any:
+    return load_hf(path)
+
+
+def offline_tokens(
+    path: Path,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    exits: Sequence[int],
+    *,
+    eos_token_ids: frozenset[int],
+) -> list[int]:
+    """What transformers answers, one whole forward pass per token.
+
+    ``exits[i]`` is the depth that token i is made at: KV of the shallower layers depends on the
+    tokens alone, so a change of depth needs no other bookkeeping here.
+    """
+    model = _hf(path)
+    output: list[int] = []
+    eos: frozenset[int] = frozenset() if params.ignore_eos else eos_token_ids
+    stop = eos | frozenset(params.stop_token_ids)
+    for exit_layer in exits[: params.max_tokens]:
+        logits_V = hf_logits(
+            model, [*prompt, *output], exit_layer, read_exit_module(path, exit_layer)
+        )[-1]
+        row = SamplingRow(params, params.seed or 0, tuple(prompt), tuple(output), stop)
+        output.append(sample_reference(logits_V, row))
+        if output[-1] in stop:
+            break
+    return output
