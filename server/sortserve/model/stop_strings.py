@@ -1,0 +1,76 @@
+"""Find stop strings in a text that arrives in pieces, holding back no more than needed (no torch).
+
+A request ends at the first character with which one of its stop strings is complete, wherever the
+borders between the pieces were. Of several that are complete there, the longest is cut off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["StopMatcher"]
+
+
+class StopMatcher:
+    """Feeds on text, passes on what can no longer be part of a stop string.
+
+    The cost is linear in the text and in the number of stop strings, whatever their lengths.
+    """
+
+    def __init__(self, stops: Sequence[str], *, keep_stop: bool = False) -> None:
+        self._prefixes = [_MatchedPrefix(stop) for stop in stops]
+        self._keep_stop = keep_stop
+        self._held = ""
+
+    def push(self, text: str, *, may_stop: bool = True) -> tuple[str, bool]:
+        """Text that is safe to show, and whether a stop string ended it.
+
+        With ``may_stop=False`` a stop string that becomes complete is passed over.
+        """
+        if not self._prefixes:
+            return text, False
+        seen = self._held + text
+        for index, character in enumerate(text, start=len(self._held) + 1):
+            matched = max(prefix.advance(character) for prefix in self._prefixes)
+            if matched and may_stop:
+                self._held = ""
+                return seen[: index if self._keep_stop else index - matched], True
+        safe = len(seen) - max(prefix.length for prefix in self._prefixes)
+        self._held = seen[safe:]
+        return seen[:safe], False
+
+    def flush(self) -> str:
+        """The text held back; the stop strings it could have become never came."""
+        held, self._held = self._held, ""
+        return held
+
+
+class _MatchedPrefix:
+    """How much of one stop string the text ends with (the automaton of Knuth, Morris and Pratt)."""
+
+    def __init__(self, stop: str) -> None:
+        self._stop = stop
+        self._fallback = _fallback_lengths(stop)
+        self.length = 0
+
+    def advance(self, character: str) -> int:
+        """Take one character; the length of the stop string if it is now complete, else 0."""
+        while self.length and self._stop[self.length] != character:
+            self.length = self._fallback[self.length]
+        if self._stop[self.length] == character:
+            self.length += 1
+        if self.length < len(self._stop):
+            return 0
+        self.length = self._fallback[self.length]
+        return len(self._stop)
+
+
+def _fallback_lengths(stop: str) -> list[int]:
+    """For each n, the longest proper prefix of ``stop`` that ``stop[:n]`` ends with."""
+    lengths = [0, 0]
+    for character in stop[1:]:
+        length = lengths[-1]
+        while length and stop[length] != character:
+            length = lengths[length]
+        lengths.append(length + (stop[length] == character))
+    return lengths

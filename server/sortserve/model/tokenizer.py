@@ -1,0 +1,242 @@
+"""Text to tokens, and tokens to text as they come: never half a character, cut at stop strings.
+
+A token stands for bytes, and a character may be spread over several tokens. So each token is looked
+up as bytes once, and a stream is an incremental UTF-8 decoder over them: constant work per token,
+and exactly those bytes wait that may still become a character.
+
+Threads: a ``Tokenizer`` may be used from several at once. Encoding and decoding only read the
+underlying tokenizer; truncation and padding, which Hugging Face's own ``__call__`` sets as it goes,
+are switched off once and never touched. Chat templates render in a fresh scope per call.
+"""
+
+from __future__ import annotations
+
+import codecs
+import inspect
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from sortserve.errors import InvalidRequestError
+from sortserve.model.stop_strings import StopMatcher
+from sortserve.sampling_params import SamplingParams
+
+__all__ = ["TextStream", "Tokenizer"]
+
+_TEMPLATE_OPTIONS = {"tools", "documents", "continue_final_message"}
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Tokenizer:
+    """A Hugging Face fast tokenizer and the ids that end a generation.
+
+    Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM2) and sentencepiece style with or without byte
+    fall-back (Llama 2, Mistral) are understood down to the byte.
+    """
+
+    def __init__(self, hf_tokenizer: PreTrainedTokenizerFast, eos_token_ids: frozenset[int]):
+        self._hf = hf_tokenizer
+        self._backend = hf_tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.eos_token_ids = eos_token_ids
+        self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        """One above the largest id. The model's vocabulary may be padded beyond it."""
+        added = self._backend.get_added_tokens_decoder()
+        self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
+        kinds = set(_decoder_kinds(json.loads(self._backend.to_str())["decoder"]))
+        self._is_byte_level = "ByteLevel" in kinds
+        self._has_byte_tokens = "ByteFallback" in kinds
+        self._anchor: list[int] = self._backend.encode("a", add_special_tokens=False).ids[-1:]
+        self._bytes_by_id: dict[int, bytes] = {}
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether messages can be turned into a prompt."""
+        return bool(self._hf.chat_template)
+
+    def encode(
+        self, text: str, add_special_tokens: bool = True, *, param: str = "prompt"
+    ) -> list[int]:
+        """Token ids of a text; special tokens written out in it count as such.
+
+        Raises:
+            InvalidRequestError: the text is not valid Unicode; ``param`` is the field to blame.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"{param} is not valid Unicode: character {error.start} is half of a surrogate "
+                "pair. Send the whole character.",
+                param=param,
+            ) from None
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence. Bytes that are no character come out as U+FFFD.
+
+        An id outside the vocabulary (a model's may be padded) has no text.
+        """
+        known = [token_id for token_id in token_ids if 0 <= token_id < self.vocab_size]
+        text: str = self._backend.decode(known, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        **template_kwargs: Any,
+    ) -> list[int]:
+        """Messages to token ids, through the checkpoint's own template.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` and whatever else the template reads.
+            add_generation_prompt: end with the opening of the assistant's turn.
+            template_kwargs: variables of the template, ``tools`` and ``documents`` among them.
+
+        Raises:
+            InvalidRequestError: there is no template, or it refuses these messages.
+        """
+        if not self.has_chat_template:
+            raise InvalidRequestError(
+                "messages cannot be used: this checkpoint has no chat template. Send a prompt.",
+                param="messages",
+            )
+        for name in template_kwargs:
+            if name in _reserved_names(self._hf):
+                raise InvalidRequestError(
+                    f"chat_template_kwargs.{name} is not a variable of the chat template.",
+                    param=f"chat_template_kwargs.{name}",
+                )
+        try:
+            text: str = self._hf.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **template_kwargs,
+            )
+        except Exception as error:  # a template is a program, and it can fail in any way
+            raise InvalidRequestError(
+                f"The chat template of this checkpoint does not take these messages: {error}",
+                param="messages",
+            ) from error
+        return self.encode(text, add_special_tokens=False, param="messages")
+
+    def convert_id_to_token_text(self, token_id: int) -> tuple[str, bytes]:
+        """One token as text and as bytes, as logprobs need it.
+
+        The bytes are exact. The text of half a character is U+FFFD.
+        """
+        data = self.token_bytes(token_id)
+        return data.decode(errors="replace"), data
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text that something precedes; b"" for an id that has no token."""
+        data = self._bytes_by_id.get(token_id)
+        if data is None:
+            data = self._bytes_by_id[token_id] = self._look_up_bytes(token_id)
+        return data
+
+    def first_token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to an empty text: sentencepiece drops one leading space there."""
+        data = self.token_bytes(token_id)
+        if self._is_byte_level or not data.startswith(b" "):
+            return data
+        text: str = self._backend.decode([token_id], skip_special_tokens=False)
+        return text.encode()
+
+    def _look_up_bytes(self, token_id: int) -> bytes:
+        token: str | None = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._is_byte_level:
+            if all(character in _BYTE_OF for character in token):
+                return bytes(_BYTE_OF[character] for character in token)
+            return token.encode()  # an added token with a blank or the like in it
+        if self._has_byte_tokens and (match := _BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(match[1], base=16)])
+        before: str = self._backend.decode(self._anchor, skip_special_tokens=False)
+        both: str = self._backend.decode([*self._anchor, token_id], skip_special_tokens=False)
+        return both[len(before) :].encode()
+
+
+class TextStream:
+    """The text of one generation, token by token.
+
+    All deltas and what ``finish`` returns, put together, are the text of the generation: what the
+    output adds to the prompt's text, cut at the first stop string. The token that ends it (end of
+    sequence, or a stop token) is not pushed. A stop string that is complete before ``min_tokens``
+    tokens are out is passed over.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, params: SamplingParams, prompt_token_ids: Sequence[int]
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._hidden = tokenizer.special_token_ids if params.skip_special_tokens else frozenset()
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._matcher = StopMatcher(params.stop, keep_stop=params.include_stop_str_in_output)
+        self._is_empty = all(token_id in self._hidden for token_id in prompt_token_ids)
+        self._tokens_to_go = params.min_tokens
+        self._is_stopped = False
+
+    def push(self, token_id: int) -> tuple[str, bool]:
+        """Text that is now certain, and whether a stop string has ended the generation.
+
+        Nothing may be pushed after that.
+        """
+        assert not self._is_stopped, "a token after a stop string"
+        self._tokens_to_go -= 1
+        return self._show(self._decoder.decode(self._bytes(token_id)))
+
+    def finish(self) -> str:
+        """The text held back so far: the generation is over. Empty after a stop string."""
+        if self._is_stopped:
+            return ""
+        text, _ = self._show(self._decoder.decode(b"", final=True))
+        return text + self._matcher.flush()
+
+    def _bytes(self, token_id: int) -> bytes:
+        if token_id in self._hidden:
+            return b""
+        if self._is_empty:
+            self._is_empty = False
+            return self._tokenizer.first_token_bytes(token_id)
+        return self._tokenizer.token_bytes(token_id)
+
+    def _show(self, text: str) -> tuple[str, bool]:
+        text, self._is_stopped = self._matcher.push(text, may_stop=self._tokens_to_go <= 0)
+        return text, self._is_stopped
+
+
+def _decoder_kinds(decoder: dict[str, Any] | None) -> Iterator[str]:
+    """Types of a decoder and its parts, from the tokenizer's JSON."""
+    if decoder is not None:
+        yield decoder["type"]
+        for part in decoder.get("decoders", ()):
+            yield from _decoder_kinds(part)
+
+
+def _reserved_names(hf_tokenizer: PreTrainedTokenizerFast) -> set[str]:
+    """Arguments of ``apply_chat_template`` that are no variables; one is the template itself."""
+    return set(inspect.signature(hf_tokenizer.apply_chat_template).parameters) - _TEMPLATE_OPTIONS
+
+
+def _byte_characters() -> dict[str, int]:
+    """The byte that each character of a byte-level token stands for.
+
+    GPT-2's table: printable bytes of Latin-1 stand for themselves, the other 68 for the characters
+    from U+0100 on, in order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_characters()
