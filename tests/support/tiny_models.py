@@ -1,0 +1,313 @@
+"""Tiny random checkpoints of every supported family, made in well under a second.
+
+    path = make_tiny_checkpoint(tmp_path, "qwen3-untied", exits=(2, 4, 6), exit_kinds={2: "mlp"})
+    model = load_hf(path)                        # transformers' own model, fp32, eval
+    logits_TV = hf_logits(model, ids, num_layers=4)
+
+All models have NUM_LAYERS layers and the tokenizer of ``tiny_tokenizer``; weights are drawn from
+one seed per variant and large enough that the logits of two tokens, and of two exits, differ
+clearly. ``VARIANTS`` lists the names.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
+
+from support.reference import apply_exit_module
+
+disable_progress_bar()
+# On matrices this small, threads only wait for each other: seconds a test on a busy machine.
+torch.set_num_threads(1)
+
+__all__ = [
+    "EOS_TOKEN",
+    "EXIT_KINDS",
+    "NUM_LAYERS",
+    "VARIANTS",
+    "VOCAB_SIZE",
+    "hf_logits",
+    "hf_submodel",
+    "load_hf",
+    "make_tiny_checkpoint",
+    "random_exit_module",
+    "read_exit_module",
+    "tiny_hf_model",
+    "tiny_tokenizer",
+    "write_sorted_json",
+]
+
+NUM_LAYERS = 6
+EXIT_KINDS = ("none", "norm", "affine", "mlp")
+EOS_TOKEN = "<|im_end|>"
+
+_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", EOS_TOKEN)
+_MERGES = (("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("e", "r"), ("a", "n"), ("o", "u"))
+VOCAB_SIZE = 288  # 3 special tokens, 256 bytes, the merges; the rest is padding, as in real models
+
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+
+
+def _rope(rope_type: str, **parameters: float) -> dict[str, Any]:
+    return {"rope_type": rope_type, "rope_theta": 10_000.0, "factor": 4.0, **parameters}
+
+
+_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-tied": ("llama", {}),
+    "llama-untied": ("llama", {"tie_word_embeddings": False}),
+    "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-mha": ("llama", {"num_key_value_heads": 4}),
+    "llama-mqa": ("llama", {"num_key_value_heads": 1}),
+    "llama-head-dim-24": ("llama", {"head_dim": 24}),
+    "llama-head-dim-10": ("llama", {"head_dim": 10, "tie_word_embeddings": False}),
+    "llama-rope-llama3": (
+        "llama",
+        {
+            "rope_parameters": _rope(
+                "llama3",
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=64,
+            )
+        },
+    ),
+    "llama-rope-linear": ("llama", {"rope_parameters": _rope("linear")}),
+    "llama-rope-yarn": (
+        "llama",
+        {"rope_parameters": _rope("yarn", original_max_position_embeddings=64)},
+    ),
+    "mistral": ("mistral", {"tie_word_embeddings": False, "sliding_window": None}),
+    "mistral-sliding": ("mistral", {"sliding_window": 128}),
+    "qwen2-tied": ("qwen2", {}),
+    "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen2-rope-yarn": (
+        "qwen2",
+        {"rope_parameters": _rope("yarn", original_max_position_embeddings=64)},
+    ),
+    "qwen3-tied": ("qwen3", {}),
+    "qwen3-untied": ("qwen3", {"tie_word_embeddings": False, "head_dim": 24}),
+    "qwen3-bias": ("qwen3", {"attention_bias": True}),
+}
+
+VARIANTS: tuple[str, ...] = tuple(_VARIANTS)
+
+
+@cache
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: any text round-trips, a few merges make multi-byte tokens."""
+    pieces = [*_SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    pieces += [left + right for left, right in _MERGES]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=list(_MERGES)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|endoftext|>",
+        eos_token=EOS_TOKEN,
+        pad_token=EOS_TOKEN,
+        additional_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = _CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_hf_model(variant: str = "llama-tied", **overrides: Any) -> Any:
+    """A random transformers model of ``variant`` in fp32, in eval mode; the same every time.
+
+    ``overrides`` are further fields of the transformers config (``num_hidden_layers=4``, ...).
+    """
+    family, fields = _VARIANTS[variant]
+    config = CONFIG_MAPPING[family](**copy.deepcopy({**_BASE, **fields, **overrides}))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(zlib.crc32(variant.encode()))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1.0 + 0.2 * noise)
+            elif name.endswith("bias") or "embed" in name:
+                parameter.copy_(0.3 * noise)
+            else:
+                parameter.copy_(noise * 1.6 / parameter.shape[1] ** 0.5)
+    return model
+
+
+def make_tiny_checkpoint(
+    folder: Path,
+    variant: str = "llama-tied",
+    exits: Sequence[int] | None = (2, 4, 6),
+    exit_kinds: Mapping[int, str] | None = None,
+    *,
+    max_shard_size: str = "1GB",
+    **overrides: Any,
+) -> Path:
+    """Write a checkpoint of ``variant`` to ``folder`` and return the folder.
+
+    Args:
+        folder: created if missing.
+        variant: one of VARIANTS.
+        exits: ascending, the last is the number of layers; None writes no ``sorted.json``.
+        exit_kinds: exit layer to one of EXIT_KINDS; an exit that is missing has none.
+        max_shard_size: below about 100KB the weights come in several shards.
+        overrides: further fields of the transformers config.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = tiny_hf_model(variant, **overrides)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tiny_tokenizer().save_pretrained(folder)
+    if exits is not None:
+        write_sorted_json(folder, exits, exit_kinds)
+    return folder
+
+
+def write_sorted_json(
+    folder: Path,
+    exits: Sequence[int],
+    exit_kinds: Mapping[int, str] | None = None,
+    **fields: Any,
+) -> None:
+    """Write ``sorted.json``, and random exit modules where ``exit_kinds`` asks for any.
+
+    Scores rise linearly with depth and end at 1; ``fields`` override top-level fields.
+    """
+    exit_kinds = dict(exit_kinds or {})
+    num_layers = exits[-1]
+    document = {
+        "format_version": 1,
+        "num_layers": num_layers,
+        "exits": list(exits),
+        "recipe": {"method": "random"},
+        "exit_modules": {str(exit_layer): kind for exit_layer, kind in exit_kinds.items()},
+        "quality": {str(e): {"loss": 3.0 - e / num_layers, "score": e / num_layers} for e in exits},
+        **fields,
+    }
+    (folder / "sorted.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        return
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    sizes = config["hidden_size"], config["intermediate_size"]
+    tensors = {
+        f"exits.{exit_layer}.{name}": tensor
+        for exit_layer, kind in exit_kinds.items()
+        for name, tensor in random_exit_module(kind, *sizes, seed=exit_layer).items()
+    }
+    if tensors:
+        save_file(tensors, folder / "exit_modules.safetensors")
+
+
+def random_exit_module(
+    kind: str, hidden_size: int, intermediate_size: int, *, seed: int
+) -> dict[str, Tensor]:
+    """The tensors of one exit module, named as in ``exit_modules.safetensors``, no prefix."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def linear(out_features: int, in_features: int) -> Tensor:
+        return noise(out_features, in_features) / math.sqrt(in_features)
+
+    tensors: dict[str, Tensor] = {}
+    if kind != "none":
+        tensors["norm.weight"] = 1.0 + 0.2 * noise(hidden_size)
+    if kind == "affine":
+        tensors["affine.weight"] = 0.5 * linear(hidden_size, hidden_size)
+    if kind == "mlp":
+        tensors["mlp_norm.weight"] = 1.0 + 0.2 * noise(hidden_size)
+        tensors["gate_proj.weight"] = linear(intermediate_size, hidden_size)
+        tensors["up_proj.weight"] = linear(intermediate_size, hidden_size)
+        tensors["down_proj.weight"] = linear(hidden_size, intermediate_size)
+    return tensors
+
+
+def read_exit_module(folder: Path, exit_layer: int) -> dict[str, Tensor]:
+    """The tensors of one exit as ``random_exit_module`` made them; empty where there are none."""
+    path = folder / "exit_modules.safetensors"
+    prefix = f"exits.{exit_layer}."
+    tensors = load_file(path) if path.is_file() else {}
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def load_hf(folder: Path) -> Any:
+    """transformers' own model of a checkpoint folder, fp32, eval."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def hf_submodel(model: Any, num_layers: int) -> Any:
+    """transformers' model of the first ``num_layers`` layers, sharing the weights of ``model``.
+
+    It is a whole transformers model (``num_hidden_layers = E``): ``generate`` works on it.
+    """
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[:num_layers]
+    with torch.device("meta"):
+        sub = type(model)(config)
+    sub.model.embed_tokens = model.model.embed_tokens
+    sub.model.layers = nn.ModuleList(list(model.model.layers)[:num_layers])
+    sub.model.norm = model.model.norm
+    sub.model.rotary_emb = model.model.rotary_emb
+    sub.lm_head = model.lm_head
+    return sub.eval()
+
+
+@torch.no_grad()
+def hf_logits(
+    model: Any,
+    ids: Sequence[int],
+    num_layers: int | None = None,
+    exit_module: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """transformers' logits [T, V] with the first ``num_layers`` layers (all by default).
+
+    ``exit_module``: tensors of ``read_exit_module``; with any, the trunk's hidden state passes it
+    (in plain torch) in place of the shared final norm.
+    """
+    sub = hf_submodel(model, model.config.num_hidden_layers if num_layers is None else num_layers)
+    final_norm = sub.model.norm
+    if exit_module:
+        sub.model.norm = nn.Identity()
+    ids_1T = torch.tensor([list(ids)])
+    h_TD = sub.model(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
+    if exit_module:
+        h_TD = apply_exit_module(h_TD, exit_module, final_norm.variance_epsilon)
+    logits_TV: Tensor = sub.lm_head(h_TD)
+    return logits_TV
