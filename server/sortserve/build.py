@@ -1,0 +1,221 @@
+"""From settings to a running engine: the only place that constructs its parts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sortserve import __version__
+from sortserve.checkpoint import LoadedCheckpoint, load_checkpoint
+from sortserve.config import ServeSettings
+from sortserve.engine.calibration import calibrate
+from sortserve.engine.engine import Engine, EngineConfig
+from sortserve.engine.runner import ModelRunner
+from sortserve.engine.worker import EngineWorker
+from sortserve.errors import ConfigError
+from sortserve.logs import Observers, RequestLogger
+from sortserve.metrics import Metrics
+from sortserve.model.attention import KVCache
+from sortserve.model.decoder import Decoder
+from sortserve.model.tokenizer import TextStream, Tokenizer
+from sortserve.outputs import GenerationRequest
+
+__all__ = ["Serving", "available_memory_bytes", "build", "num_kv_pages"]
+
+MEMORY_SHARE = 0.25
+"""Share of the free memory that the KV cache takes unless told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """Everything the HTTP service needs of a loaded model."""
+
+    model_name: str
+    checkpoint: LoadedCheckpoint
+    tokenizer: Tokenizer
+    worker: EngineWorker
+    metrics: Metrics
+    cache: CacheShape
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """The KV cache in numbers."""
+
+    num_pages: int
+    block_size: int
+    slab_size: int
+    page_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all pages."""
+        return self.num_pages * self.page_bytes
+
+
+def build(settings: ServeSettings) -> Serving:
+    """Load the checkpoint and put the engine together; nothing runs yet.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be served.
+        ConfigError: settings and checkpoint do not fit each other.
+    """
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    checkpoint = load_checkpoint(
+        settings.model,
+        exits=settings.exits,
+        dtype=settings.dtype,
+        device=settings.device,
+        revision=settings.revision,
+    )
+    max_model_len = _max_model_len(settings, checkpoint)
+    decoder = Decoder(
+        checkpoint.config,
+        checkpoint.weights,
+        exits=checkpoint.exits.layers,
+        max_model_len=max_model_len,
+        attention_backend=settings.attention_backend,
+        linear_backend=settings.linear_backend,
+    )
+    cache = _cache_shape(settings, decoder, max_model_len)
+    runner = ModelRunner(decoder, num_pages=cache.num_pages, block_size=cache.block_size)
+    tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.eos_token_ids)
+
+    def make_text(request: GenerationRequest) -> TextStream:
+        return TextStream(tokenizer, request.sampling, request.prompt_token_ids)
+
+    model_name = settings.served_model_name or checkpoint.name
+    metrics = Metrics(model_name, checkpoint.exits.layers, version=__version__)
+    engine = Engine(
+        runner,
+        checkpoint.exits,
+        eos_token_ids=checkpoint.eos_token_ids,
+        make_text=make_text,
+        config=EngineConfig(
+            max_model_len=max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            policy=settings.policy,
+            enable_prefix_caching=settings.enable_prefix_caching,
+            seed=settings.seed,
+        ),
+        observer=Observers([metrics, RequestLogger()]),
+    )
+    if settings.calibrate:
+        _calibrate(engine, runner, settings, vocab_size=checkpoint.config.vocab_size)
+    worker = EngineWorker(
+        engine,
+        max_num_queued_reqs=settings.max_num_queued_reqs,
+        max_num_queued_tokens=settings.max_num_queued_tokens,
+    )
+    metrics.watch(worker.stats)
+    metrics.set_cache_config(
+        block_size=cache.block_size,
+        num_gpu_blocks=cache.num_pages,  # the name that gateways look for, on any device
+        slab_size=cache.slab_size,
+        page_bytes=cache.page_bytes,
+        cache_dtype=str(decoder.dtype).removeprefix("torch."),
+        enable_prefix_caching=settings.enable_prefix_caching,
+    )
+    return Serving(
+        model_name=model_name,
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        worker=worker,
+        metrics=metrics,
+        cache=cache,
+    )
+
+
+def _max_model_len(settings: ServeSettings, checkpoint: LoadedCheckpoint) -> int:
+    wanted, limit = settings.max_model_len, checkpoint.max_model_len
+    if wanted is not None and wanted > limit:
+        raise ConfigError(
+            f"--max-model-len={wanted} is more than the checkpoint was made for: "
+            f"at most {limit} tokens.",
+            param="max-model-len",
+        )
+    return wanted if wanted is not None else limit
+
+
+def _calibrate(
+    engine: Engine, runner: ModelRunner, settings: ServeSettings, *, vocab_size: int
+) -> None:
+    engine.cost_model = calibrate(
+        runner,
+        exits=engine.exits.layers,
+        vocab_size=vocab_size,
+        policy=settings.policy,
+        max_model_len=engine.config.max_model_len,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_num_seqs=settings.max_num_seqs,
+        clock=engine.clock,
+    )
+
+
+# The size of the KV cache
+
+
+def _cache_shape(settings: ServeSettings, decoder: Decoder, max_model_len: int) -> CacheShape:
+    page_bytes = KVCache.page_bytes(
+        decoder.config, decoder.slab_size, settings.block_size, decoder.dtype
+    )
+    if settings.kv_cache_memory is not None:
+        memory_bytes = int(settings.kv_cache_memory)
+    else:
+        memory_bytes = int(MEMORY_SHARE * available_memory_bytes(decoder.device))
+    num_pages = num_kv_pages(
+        memory_bytes=memory_bytes,
+        page_bytes=page_bytes,
+        pages_per_seq=-(-max_model_len // settings.block_size) * decoder.num_slabs,
+        max_num_seqs=settings.max_num_seqs,
+    )
+    return CacheShape(num_pages, settings.block_size, decoder.slab_size, page_bytes)
+
+
+def num_kv_pages(
+    *, memory_bytes: int, page_bytes: int, pages_per_seq: int, max_num_seqs: int
+) -> int:
+    """Pages that fit the memory, and no more than full sequences at full depth could ever use.
+
+    Raises:
+        ConfigError: not even one such sequence fits.
+    """
+    num_pages = min(memory_bytes // page_bytes, pages_per_seq * max_num_seqs)
+    if num_pages < pages_per_seq:
+        need_mib = -(-pages_per_seq * page_bytes // 2**20)
+        raise ConfigError(
+            f"the KV cache has {memory_bytes / 2**20:.1f} MiB, but one sequence of full length "
+            f"needs {need_mib} MiB: give --kv-cache-memory={need_mib}MiB or more, or a smaller "
+            "--max-model-len.",
+            param="kv-cache-memory",
+        )
+    return num_pages
+
+
+def available_memory_bytes(device: torch.device) -> int:
+    """Memory that may be taken now: of the GPU, or of the machine within the container's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = _meminfo_available_bytes(Path("/proc/meminfo"))
+    free = [total // 2 if available is None else available]
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (limit_text := limit.read_text().strip()) != "max":
+        free.append(max(0, int(limit_text) - int(used.read_text())))
+    return min(free)
+
+
+def _meminfo_available_bytes(path: Path) -> int | None:
+    """``MemAvailable`` of Linux; None on systems without it."""
+    if not path.is_file():
+        return None
+    for line in path.read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            return int(rest.split()[0]) * 1024
+    return None

@@ -1,0 +1,247 @@
+"""The ``sortserve`` command. Imports what a subcommand needs only when it runs.
+
+Exit codes: 0 done, 1 the server failed or could not be reached, 2 a mistake on the command line, in
+the configuration or in the checkpoint, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from sortserve import __version__
+from sortserve.errors import ConfigError, SortserveError
+
+if TYPE_CHECKING:
+    from sortserve_client import Budget, BudgetReport, Client
+
+__all__ = ["main"]
+
+INTERRUPTED = 130
+DIM, PLAIN = "\033[2m", "\033[0m"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with mistakes as one line of our own kind."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").partition("=")[0].split(" ")[0]
+        close = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
+        hint = f"Did you mean {close[0]}?" if close else f"See `{self.prog} --help`."
+        raise ConfigError(f"{message}. {hint}")
+
+
+@dataclass(frozen=True)
+class _Command:
+    """A subcommand: its line in the help, its extra, and what runs it."""
+
+    help: str
+    extra: str | None
+    run: Callable[[Sequence[str]], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except SortserveError as error:
+        print(f"sortserve: error: {error.message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments[:1] == ["--version"]:
+        return _version([])
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    command = COMMANDS.get(name)
+    if command is None:
+        raise ConfigError(f"{name!r} is not a command: choose one of {', '.join(COMMANDS)}.")
+    try:
+        return command.run(rest)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if command.extra is None or missing.startswith("sortserve"):
+            raise
+        raise ConfigError(
+            f"`sortserve {name}` needs {missing}, which is not installed: "
+            f"pip install 'sortserve[{command.extra}]'"
+        ) from error
+
+
+def _help() -> str:
+    lines = ["usage: sortserve COMMAND ...", "", "commands:"]
+    lines += [f"  {name:<10} {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", "`sortserve COMMAND --help` shows the flags of a command."])
+
+
+def _version(arguments: Sequence[str]) -> int:
+    _Parser(prog="sortserve version", description="Print the version.").parse_args(arguments)
+    print(__version__)
+    return 0
+
+
+def _serve(arguments: Sequence[str]) -> int:
+    from sortserve.config import load_settings, settings_yaml
+    from sortserve.flags import add_flags
+
+    parser = _Parser(prog="sortserve serve", description="Serve a model over HTTP.")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and end"
+    )
+    add_flags(parser)
+    flags = vars(parser.parse_args(arguments))
+    print_config = flags.pop("print_config")
+    settings = load_settings(flags)
+    if print_config:
+        print(settings_yaml(settings), end="")
+        return 0
+    from sortserve.serve import serve
+
+    return serve(settings)
+
+
+def _generate(arguments: Sequence[str]) -> int:
+    from sortserve_client import BadRequestError, Client
+    from sortserve_client import SortserveError as ClientError
+
+    options = _generate_parser().parse_args(arguments)
+    try:
+        with Client(options.url, _first_key(options.api_key)) as client:
+            report = _print_answer(client, options)
+    except BadRequestError as error:
+        raise ConfigError(error.message) from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    except ClientError as error:
+        print(f"sortserve: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print()  # the shell's prompt starts on a line of its own
+        raise
+    if report is not None:
+        _print_dim(_summary(report))
+    return 0
+
+
+def _print_answer(client: Client, options: argparse.Namespace) -> BudgetReport | None:
+    """Print the answer as it comes; returns what became of the budget."""
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    request: dict[str, Any] = {
+        "budget": _budget(options),
+        "model": options.model,
+        "max_tokens": options.max_tokens,
+        "temperature": options.temperature,
+        "seed": options.seed,
+    }
+    if options.raw:
+        request["prompt"] = text
+    else:
+        request["messages"] = [{"role": "user", "content": text}]
+    if options.no_stream:
+        generation = client.generate(**request)
+        print(generation.text)
+    else:
+        with client.stream(**request) as stream:
+            for event in stream:
+                print(event.text, end="", flush=True)
+            print()
+            generation = stream.result()
+    return generation.budget or (generation.choices[0].budget if generation.choices else None)
+
+
+def _budget(options: argparse.Namespace) -> Budget:
+    from sortserve_client import Budget
+
+    return Budget(
+        latency_ms=options.budget_ms,
+        ttft_ms=options.ttft_ms,
+        tpot_ms=options.tpot_ms,
+        compute=options.compute,
+        exit_layer=options.exit,
+        min_exit_layer=options.min_exit_layer,
+        min_quality=options.min_quality,
+        on_miss=options.on_miss,
+    )
+
+
+def _summary(report: BudgetReport) -> str:
+    """``exit 18 | 741 ms, foretold 760 | first token 62 ms | budget met``."""
+    by_exit = sorted(report.tokens_by_exit.items())
+    used = ", ".join(f"{exit_layer} ({count} tokens)" for exit_layer, count in by_exit)
+    parts = [f"exit {used or report.exit_layer}"]
+    if report.actual_ms is not None:
+        foretold = "" if report.predicted_ms is None else f", foretold {report.predicted_ms:.0f}"
+        parts.append(f"{report.actual_ms:.0f} ms{foretold}")
+    if report.ttft_ms is not None:
+        parts.append(f"first token {report.ttft_ms:.0f} ms")
+    if report.met is not None:
+        parts.append("budget met" if report.met else "budget missed")
+    return " | ".join(parts)
+
+
+def _print_dim(line: str) -> None:
+    dim = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    print(f"{DIM}{line}{PLAIN}" if dim else line, file=sys.stderr)
+
+
+def _first_key(keys: str | None) -> str | None:
+    """The variable is the server's too, and may hold several keys."""
+    return keys.partition(",")[0].strip() or None if keys else None
+
+
+def _generate_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="sortserve generate", description="Ask a running server, and stream its answer."
+    )
+    parser.add_argument("prompt", metavar="PROMPT", help="what to ask; - reads standard input")
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the text as it is, without a chat template"
+    )
+    budget = parser.add_argument_group("budget", "what the answer may cost; all combine")
+    budget.add_argument("--budget-ms", type=float, metavar="MS", help="arrival to last token")
+    budget.add_argument("--ttft-ms", type=float, metavar="MS", help="arrival to first token")
+    budget.add_argument("--tpot-ms", type=float, metavar="MS", help="per token after the first")
+    budget.add_argument("--exit", type=int, metavar="LAYER", help="exactly this exit layer")
+    budget.add_argument("--compute", type=float, metavar="SHARE", help="of the full model's FLOPs")
+    budget.add_argument("--min-exit-layer", type=int, metavar="LAYER", help="no shallower exit")
+    budget.add_argument("--min-quality", type=float, metavar="SCORE", help="no worse exit")
+    budget.add_argument(
+        "--on-miss", choices=("degrade", "truncate", "reject"), help="if no exit fits the times"
+    )
+    sampling = parser.add_argument_group("sampling", "the server's defaults unless given")
+    sampling.add_argument("--model", metavar="NAME", help="served name, or NAME@EXIT")
+    sampling.add_argument("--max-tokens", type=int, default=256, metavar="N", help="default: 256")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    sampling.add_argument("--seed", type=int, metavar="SEED", help="repeat an answer")
+    server = parser.add_argument_group("server")
+    server.add_argument(
+        "--url",
+        default=os.environ.get("SORTSERVE_URL", "http://127.0.0.1:8000"),
+        help="default: %(default)s; env: SORTSERVE_URL",
+    )
+    server.add_argument(
+        "--api-key", default=os.environ.get("SORTSERVE_API_KEY"), help="env: SORTSERVE_API_KEY"
+    )
+    server.add_argument("--no-stream", action="store_true", help="print the answer in one piece")
+    return parser
+
+
+COMMANDS = {
+    "serve": _Command("start a server", "server", _serve),
+    "generate": _Command("ask a running server, and stream its answer", None, _generate),
+    "version": _Command("print the version", None, _version),
+}

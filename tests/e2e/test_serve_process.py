@@ -1,0 +1,130 @@
+"""A server process from its first log line to its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from sortserve.cli import main
+from sortserve_client import Client, SamplingOptions
+from support.tiny_models import make_tiny_checkpoint
+
+LONG: SamplingOptions = {"max_tokens": 200, "temperature": 0.0, "ignore_eos": True}
+
+
+class Server:
+    """A running ``sortserve serve`` and its log."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.events: list[dict[str, Any]] = []
+        self.url: str = self.wait_for("ready")["url"]
+
+    def wait_for(self, message: str) -> dict[str, Any]:
+        """Read the log up to an event."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.events.append(json.loads(line))
+            if self.events[-1]["message"] == message:
+                return self.events[-1]
+        raise AssertionError(f"the log ended without {message!r}: {self.events}")
+
+    def end(self) -> int:
+        """Read the rest of the log; returns the exit code."""
+        assert self.process.stderr is not None
+        self.events += [json.loads(line) for line in self.process.stderr]
+        return self.process.wait(60)
+
+    def finished(self) -> list[dict[str, Any]]:
+        """The log's events of finished requests."""
+        return [event for event in self.events if event["message"] == "request finished"]
+
+
+@contextmanager
+def serving(checkpoint: Path, *flags: str) -> Iterator[Server]:
+    command = [sys.executable, "-m", "sortserve", "serve", str(checkpoint), "--port=0"]
+    command += [
+        "--log-format=json",
+        "--kv-cache-memory=8MiB",
+        "--num-threads=1",
+        "--no-calibrate",
+        *flags,
+    ]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SORTSERVE_")}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            yield Server(process)
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), "llama-tied", exits=(2, 4, 6))
+
+
+def test_a_terminated_server_finishes_what_runs_and_takes_nothing_new(checkpoint: Path) -> None:
+    with serving(checkpoint, "--access-log") as server, Client(server.url) as client:
+        streams = [client.stream("A secret: xyzzy", **LONG) for _ in range(8)]
+        for stream in streams:
+            next(stream)
+
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("draining")
+        health = httpx.get(f"{server.url}/health")
+        refused = httpx.post(f"{server.url}/generate", json={"prompt": "Hi"})
+        answers = [stream.result() for stream in streams]
+
+        assert (health.status_code, refused.status_code) == (503, 503)
+        assert [answer.finish_reason for answer in answers] == ["length"] * 8
+        assert server.end() == 0
+    log = json.dumps(server.events)
+    assert [event["output"] for event in server.finished()] == [200] * 8
+    assert "POST /generate" in log
+    assert "xyzzy" not in log
+    assert answers[0].text not in log
+
+
+def test_what_outlives_the_shutdown_timeout_ends_as_aborted(checkpoint: Path) -> None:
+    with serving(checkpoint, "--shutdown-timeout=0") as server, Client(server.url) as client:
+        stream = client.stream("Once upon a time", **LONG)
+        next(stream)
+
+        server.process.send_signal(signal.SIGTERM)
+
+        assert stream.result().finish_reason == "abort"
+        assert server.end() == 0
+    assert server.finished()[0]["finish"] == "abort"
+
+
+def test_a_second_signal_does_not_wait(checkpoint: Path) -> None:
+    with serving(checkpoint) as server, Client(server.url) as client:
+        stream = client.stream("Once upon a time", **LONG)
+        next(stream)
+
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("draining")
+        server.process.send_signal(signal.SIGTERM)
+
+        assert server.end() == 128 + signal.SIGTERM
+    assert server.finished()[0]["finish"] == "abort"
+
+
+def test_a_folder_without_a_model_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(tmp_path), "--port", "0", "--log-level", "error"]) == 2
+
+    error = capsys.readouterr().err
+    assert error.startswith("sortserve: error: ")
+    assert error.count("\n") == 1
