@@ -1,1 +1,1 @@
-"""api/routes."""
+"""The routes, thin: read, start, reply."""

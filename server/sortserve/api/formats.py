@@ -1,0 +1,194 @@
+"""What replies and stream events look like on each of the three generation routes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii as quoted
+from typing import Any, ClassVar
+
+from sortserve.api.generation import ChoiceResult, Generation
+from sortserve.api.interfaces import Tokenizer
+from sortserve.api.logprobs import CompletionLogprobs, token_entries
+from sortserve.api.streaming import event
+from sortserve.outputs import RequestOutput
+from sortserve.sampling_params import SampledToken
+
+__all__ = ["ChatFormat", "CompletionFormat", "GenerateFormat"]
+
+
+@dataclass(kw_only=True)
+class GenerateFormat:
+    """``POST /generate``; also the frame that the OpenAI formats fill in.
+
+    A format belongs to one request. ``body`` makes the whole reply; ``opening``, ``chunk`` and
+    ``closing`` make the events of a stream.
+    """
+
+    generation: Generation
+    tokenizer: Tokenizer
+    head: Mapping[str, Any]
+    """The fields before ``choices``: id, model and so on."""
+    with_logprobs: bool = False
+    with_token_ids: bool = False
+    usage_at_end: bool = True
+    usage_always: bool = False
+    """Add the usage so far to every event."""
+
+    text_key: ClassVar[str] = '"text":'
+    text_end: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        num_choices = len(self.generation.choices)
+        # What the events of a choice share, encoded once: the text is all that differs.
+        head = json.dumps(self.head, separators=(",", ":"))[1:-1]
+        self._starts = [
+            f'data: {{{head},"choices":[{{"index":{i},{self.text_key}' for i in range(num_choices)
+        ]
+        self._end = self.text_end + ',"finish_reason":null}]}\n\n'
+        self._is_plain = not (self.with_logprobs or self.with_token_ids or self.usage_always)
+
+    # ---- streams ----
+
+    def opening(self) -> str:
+        """Events before the first token."""
+        return ""
+
+    def chunk(self, index: int, output: RequestOutput) -> str:
+        """The one event of a token step."""
+        if self._is_plain and output.finish_reason is None:
+            return self._starts[index] + quoted(output.text) + self._end
+        return event(self._full_chunk(index, output))
+
+    def _full_chunk(self, index: int, output: RequestOutput) -> dict[str, Any]:
+        choice = {"index": index, **self._delta(output), "finish_reason": output.finish_reason}
+        choice |= self._extras(index, output.tokens)
+        message = {**self.head, "choices": [choice]}
+        if output.report is not None:
+            message["budget"] = output.report.budget_reply()
+        if self.usage_always or (self._usage_in_last_chunk and self._is_over):
+            message["usage"] = self.generation.usage()
+        return message
+
+    @property
+    def _usage_in_last_chunk(self) -> bool:
+        return True
+
+    @property
+    def _is_over(self) -> bool:
+        return all(choice.finish_reason is not None for choice in self.generation.choices)
+
+    def closing(self) -> str:
+        """Events after the last token."""
+        return ""
+
+    # ---- whole replies ----
+
+    def body(self) -> dict[str, Any]:
+        """The reply to a request that is not streamed."""
+        choices = [
+            {
+                "index": index,
+                **self._whole(index, choice),
+                "finish_reason": choice.finish_reason,
+                "logprobs": None,
+                **self._extras(index, choice.tokens),
+                "budget": None if choice.report is None else choice.report.budget_reply(),
+            }
+            for index, choice in enumerate(self.generation.choices)
+        ]
+        generation = self.generation
+        return {
+            **self.head,
+            "choices": choices,
+            "usage": generation.usage(),
+            "budget": generation.budget_reply(),
+        }
+
+    # ---- what differs between routes ----
+
+    def _delta(self, output: RequestOutput) -> dict[str, Any]:
+        return {"text": output.text}
+
+    def _whole(self, index: int, choice: ChoiceResult) -> dict[str, Any]:
+        return {"text": choice.text}
+
+    def _logprobs(self, index: int, tokens: Sequence[SampledToken]) -> Any:
+        return token_entries(self.tokenizer, tokens, with_ids=True)
+
+    def _extras(self, index: int, tokens: Sequence[SampledToken]) -> dict[str, Any]:
+        extras: dict[str, Any] = {}
+        if self.with_logprobs:
+            extras["logprobs"] = self._logprobs(index, tokens)
+        if self.with_token_ids:
+            extras["token_ids"] = [token.token_id for token in tokens]
+        return extras
+
+
+class _OpenAIFormat(GenerateFormat):
+    """The usage comes in an event of its own, without choices, and only if asked for."""
+
+    @property
+    def _usage_in_last_chunk(self) -> bool:
+        return False
+
+    def closing(self) -> str:
+        """The usage event."""
+        if not self.usage_at_end:
+            return ""
+        return event({**self.head, "choices": [], "usage": self.generation.usage()})
+
+
+@dataclass(kw_only=True)
+class CompletionFormat(_OpenAIFormat):
+    """``POST /v1/completions``."""
+
+    echo: Callable[[int], str] | None = None
+    """The prompt of a choice, if replies begin with it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._choice_logprobs = [
+            CompletionLogprobs(self.tokenizer) for _ in self.generation.choices
+        ]
+
+    def opening(self) -> str:
+        """With ``echo`` the prompts."""
+        if self.echo is None:
+            return ""
+        indices = range(len(self.generation.choices))
+        return "".join(self._starts[i] + quoted(self.echo(i)) + self._end for i in indices)
+
+    def _whole(self, index: int, choice: ChoiceResult) -> dict[str, Any]:
+        return {"text": (self.echo(index) if self.echo is not None else "") + choice.text}
+
+    def _logprobs(self, index: int, tokens: Sequence[SampledToken]) -> Any:
+        return self._choice_logprobs[index].next(tokens)
+
+
+class ChatFormat(_OpenAIFormat):
+    """``POST /v1/chat/completions``."""
+
+    text_key = '"delta":{"content":'
+    text_end = "}"
+
+    def opening(self) -> str:
+        """The chunks that name the role."""
+        delta = {"role": "assistant", "content": ""}
+        usage = {"usage": self.generation.usage()} if self.usage_always else {}
+        choices = (
+            {"index": index, "delta": delta, "finish_reason": None}
+            for index in range(len(self.generation.choices))
+        )
+        return "".join(event({**self.head, "choices": [choice], **usage}) for choice in choices)
+
+    def _delta(self, output: RequestOutput) -> dict[str, Any]:
+        is_bare_end = output.finish_reason is not None and not output.text
+        return {"delta": {} if is_bare_end else {"content": output.text}}
+
+    def _whole(self, index: int, choice: ChoiceResult) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": choice.text}}
+
+    def _logprobs(self, index: int, tokens: Sequence[SampledToken]) -> Any:
+        return {"content": token_entries(self.tokenizer, tokens)}

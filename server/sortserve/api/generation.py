@@ -1,0 +1,202 @@
+"""The sequences of one HTTP request: started together, merged, ended together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from sortserve.api.problems import renamed
+from sortserve.engine.worker import RequestStream
+from sortserve.errors import RequestTimeoutError, SortserveError
+from sortserve.outputs import FinishReason, RequestOutput, RequestReport
+from sortserve.sampling_params import SampledToken
+
+__all__ = ["ChoiceResult", "Generation", "Outputs"]
+
+Outputs = list[tuple[int, RequestOutput]]
+"""Outputs that are here now, each with the index of its choice."""
+
+
+@dataclass
+class ChoiceResult:
+    """What one sequence has given so far."""
+
+    num_tokens: int = 0
+    texts: list[str] = field(default_factory=list)
+    tokens: list[SampledToken] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    report: RequestReport | None = None
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self.texts)
+
+
+class Generation:
+    """``num_prompts`` times ``n`` sequences; choice ``p * n + k`` is sample k of prompt p.
+
+    Args:
+        streams: one per choice.
+        num_prompt_tokens: one per prompt.
+        field_names: the engine's field names as this request spells them, for errors.
+        keep: whether to keep texts and tokens, or only to count them.
+        on_end: called once, when all outputs are read or nobody reads on.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[RequestStream],
+        *,
+        num_prompt_tokens: Sequence[int],
+        field_names: Mapping[str, str],
+        keep: bool,
+        on_end: Callable[[Generation], None] | None = None,
+    ) -> None:
+        self.choices = [ChoiceResult() for _ in streams]
+        self._streams = streams
+        self._num_prompt_tokens = num_prompt_tokens
+        self._field_names = field_names
+        self._keep = keep
+        self._on_end = on_end
+        self.is_abandoned = False
+        self._is_timed_out = False
+
+    # ---- ending early ----
+
+    def abort(self) -> None:
+        """End every sequence that is not over. Idempotent."""
+        for stream in self._streams:
+            stream.abort()
+
+    def abandon(self) -> None:
+        """Abort, because nobody is there to read the answer."""
+        self.is_abandoned = True
+        self.abort()
+
+    def time_out(self) -> None:
+        """Abort, because the server's patience is over."""
+        self._is_timed_out = True
+        self.abort()
+
+    # ---- outputs ----
+
+    async def outputs(self) -> AsyncGenerator[Outputs, None]:
+        """All outputs, those that arrive together at once, until every sequence has ended.
+
+        The reader hands each one to ``take`` before it writes about it.
+
+        Raises:
+            SortserveError: what the engine ended a sequence with; the others are aborted.
+        """
+        source = self._one(self._streams[0]) if len(self._streams) == 1 else self._merged()
+        async with aclosing(source):
+            try:
+                async for outputs in source:
+                    yield outputs
+            except SortserveError as error:
+                raise renamed(error, self._field_names) from error.__cause__
+            finally:
+                self.abort()
+                if self._on_end is not None:
+                    self._on_end(self)
+
+    def take(self, index: int, output: RequestOutput) -> None:
+        """Count one output.
+
+        Raises:
+            RequestTimeoutError: it ends the sequence because ``time_out`` was called.
+        """
+        choice = self.choices[index]
+        choice.num_tokens += len(output.tokens)
+        if self._keep:
+            choice.texts.append(output.text)
+            choice.tokens.extend(output.tokens)
+        if output.finish_reason is not None:
+            if self._is_timed_out and output.finish_reason is FinishReason.ABORT:
+                raise RequestTimeoutError(
+                    "The request ran longer than this server allows. Ask for fewer tokens, or "
+                    "give a budget with on_miss=truncate."
+                )
+            choice.finish_reason = output.finish_reason
+            choice.report = output.report
+
+    async def _one(self, stream: RequestStream, index: int = 0) -> AsyncGenerator[Outputs, None]:
+        async with aclosing(cast(AsyncGenerator[RequestOutput, None], aiter(stream))) as source:
+            async for output in source:
+                yield [(index, output), *((index, more) for more in stream.take_ready())]
+
+    async def _merged(self) -> AsyncGenerator[Outputs, None]:
+        arrived: deque[tuple[int, RequestOutput]] = deque()
+        wake = asyncio.Event()
+
+        async def pump(index: int, stream: RequestStream) -> None:
+            try:
+                async for outputs in self._one(stream, index):
+                    arrived.extend(outputs)
+                    wake.set()
+            finally:
+                wake.set()
+
+        pumps = [asyncio.create_task(pump(i, stream)) for i, stream in enumerate(self._streams)]
+        try:
+            while arrived or not all(task.done() for task in pumps):
+                await wake.wait()
+                wake.clear()
+                if arrived:
+                    ready = list(arrived)
+                    arrived.clear()
+                    yield ready
+                for task in pumps:
+                    if task.done():
+                        task.result()  # raises what ended it
+        finally:
+            for task in pumps:
+                task.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+    # ---- what all of it came to ----
+
+    def usage(self) -> dict[str, Any]:
+        """The ``usage`` object so far. A prompt counts once, however many samples it has."""
+        num_prompt = sum(self._num_prompt_tokens)
+        num_output = sum(choice.num_tokens for choice in self.choices)
+        n = len(self.choices) // len(self._num_prompt_tokens)
+        first_reports = [choice.report for choice in self.choices[::n]]
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_output,
+            "total_tokens": num_prompt + num_output,
+            "prompt_tokens_details": {
+                "cached_tokens": sum(r.num_cached_tokens for r in first_reports if r is not None)
+            },
+        }
+
+    def budget_reply(self) -> dict[str, Any] | None:
+        """The ``budget`` object of the whole reply; of several sequences the costliest counts."""
+        reports = [choice.report for choice in self.choices if choice.report is not None]
+        if len(reports) <= 1:
+            return reports[0].budget_reply() if reports else None
+        replies = [report.budget_reply() for report in reports]
+        num_tokens = [max(1, report.num_output_tokens) for report in reports]
+        tokens_by_exit: dict[str, int] = {}
+        for reply in replies:
+            for exit_layer, count in reply["tokens_by_exit"].items():
+                tokens_by_exit[exit_layer] = tokens_by_exit.get(exit_layer, 0) + count
+        weighted = sum(r["compute"] * k for r, k in zip(replies, num_tokens, strict=True))
+        met = [reply["met"] for reply in replies]
+        combined: dict[str, Any] = {
+            "exit_layer": min(reply["exit_layer"] for reply in replies),
+            "tokens_by_exit": tokens_by_exit,
+            "compute": round(weighted / sum(num_tokens), 4),
+        }
+        for name in replies[0]:
+            if name.endswith("_ms"):
+                known = [reply[name] for reply in replies if reply[name] is not None]
+                combined[name] = max(known, default=None)
+        combined["met"] = None if None in met else all(met)
+        return combined

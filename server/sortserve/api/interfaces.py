@@ -1,0 +1,44 @@
+"""What the HTTP service needs of the tokenizer and of the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+__all__ = ["HttpMetrics", "Tokenizer"]
+
+
+class Tokenizer(Protocol):
+    """The part of ``sortserve.model.tokenizer.Tokenizer`` that requests and replies need."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether messages can be turned into a prompt."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Text to token ids."""
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Token ids to text."""
+
+    def apply_chat_template(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
+    ) -> list[int]:
+        """Messages to token ids."""
+
+    def convert_id_to_token_text(self, token_id: int) -> tuple[str, bytes]:
+        """One token as text (which may be half a character, replaced) and as its bytes."""
+
+
+class HttpMetrics(Protocol):
+    """The part of ``sortserve.metrics.Metrics`` that the service tells and asks."""
+
+    def http_request(self, route: str, method: str, status: int) -> None:
+        """Count one answered request."""
+
+    def render(self, accept: str | None = None) -> tuple[bytes, str]:
+        """The exposition text and its content type."""

@@ -1,0 +1,108 @@
+"""One HTTP request reduced to what the engine needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+
+from sortserve.api.limits import BUDGET_HEADERS, ModelChoice, read_budget, read_sampling
+from sortserve.api.problems import renamed
+from sortserve.api.prompts import Prompt
+from sortserve.api.schemas import GenerationFields
+from sortserve.budget import Budget
+from sortserve.errors import InvalidRequestError
+from sortserve.sampling_params import SamplingParams
+
+__all__ = ["Job", "make_job"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One HTTP request reduced to what the engine needs."""
+
+    request_id: str
+    prompts: Sequence[Prompt]
+    n: int
+    sampling: SamplingParams
+    limit_is_default: bool
+    """The client gave no max_tokens: ``sampling.max_tokens`` shrinks to what the context holds."""
+    budget: Budget
+    cache_salt: str
+    stream: bool
+    arrival_s: float
+    field_names: Mapping[str, str]
+    """The engine's field names as this request spells them, for errors."""
+
+
+def make_job(
+    request: Request,
+    body: GenerationFields,
+    prompts: Sequence[Prompt],
+    model: ModelChoice,
+    *,
+    arrival_s: float,
+    max_tokens: int | None,
+    default_max_tokens: int,
+    logprobs: int | None,
+    sampling_defaults: Mapping[str, Any],
+    vocab_size: int,
+    field_names: Mapping[str, str] | None = None,
+) -> Job:
+    """Check everything that can be checked without tokenising.
+
+    Args:
+        request: for its headers and its id.
+        body: the fields that all routes share.
+        prompts: read from the body already.
+        model: read from the body already.
+        arrival_s: when the request came, on the engine's clock.
+        max_tokens: what the client gave; None: the default.
+        default_max_tokens: as many as this, or as fit the context.
+        logprobs: rivals per token; None: no log probabilities.
+        sampling_defaults: for sampling fields that the body does not give.
+        vocab_size: token ids are below it.
+        field_names: the engine's field names as this route spells them.
+
+    Raises:
+        InvalidRequestError: ``param`` names the field.
+    """
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequestError(
+            "stream_options can only be given with stream=true.", param="stream_options"
+        )
+    names = {**_header_names(request, body.budget or {}), **(field_names or {})}
+    try:
+        budget = read_budget(body.budget, request.headers, model)
+        sampling = read_sampling(
+            body,
+            defaults=sampling_defaults,
+            max_tokens=default_max_tokens if max_tokens is None else max_tokens,
+            logprobs=logprobs,
+            vocab_size=vocab_size,
+        )
+    except InvalidRequestError as error:
+        raise renamed(error, names) from None
+    return Job(
+        request_id=body.request_id or request.state.request_id,
+        prompts=prompts,
+        n=body.n or 1,
+        sampling=sampling,
+        limit_is_default=max_tokens is None,
+        budget=budget,
+        cache_salt=body.cache_salt or "",
+        stream=bool(body.stream),
+        arrival_s=arrival_s,
+        field_names=names,
+    )
+
+
+def _header_names(request: Request, budget: Mapping[str, Any]) -> dict[str, str]:
+    """Budget fields that came by header, under the header's name."""
+    return {
+        f"budget.{name}": header
+        for header, name in BUDGET_HEADERS.items()
+        if header in request.headers and budget.get(name) is None
+    }

@@ -1,0 +1,165 @@
+"""From the fields of a body to sampling parameters and a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from starlette.datastructures import Headers
+
+from sortserve.api.problems import shortened
+from sortserve.api.schemas import GenerationFields
+from sortserve.budget import Budget, ExitTable
+from sortserve.errors import InvalidRequestError, NotFoundError
+from sortserve.sampling_params import SamplingParams
+
+__all__ = ["BUDGET_HEADERS", "ModelChoice", "read_budget", "read_model", "read_sampling"]
+
+BUDGET_HEADERS = {
+    "x-slo-ttft-ms": "ttft_ms",
+    "x-slo-tpot-ms": "tpot_ms",
+    "x-slo-e2e-ms": "latency_ms",
+}
+"""Headers by which routers pass latency budgets, and the budget fields they mean."""
+SAMPLING_FIELDS = (
+    *("min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+    *("presence_penalty", "frequency_penalty", "seed", "ignore_eos"),
+    *("include_stop_str_in_output", "skip_special_tokens"),
+)
+
+
+class ModelChoice(NamedTuple):
+    """Which model a request names."""
+
+    name: str
+    """As the client wrote it, for the reply."""
+    exit_layer: int | None
+    """E of ``NAME@E``."""
+
+
+def read_model(name: str | None, served_name: str, exits: ExitTable) -> ModelChoice:
+    """The model that a request names; none is the served one.
+
+    Raises:
+        NotFoundError: another model, or an exit that does not exist.
+    """
+    if name is None or name == served_name:
+        return ModelChoice(served_name, None)
+    base, at, suffix = name.rpartition("@")
+    if at and base == served_name:
+        for exit_layer in exits.layers:
+            if suffix == str(exit_layer):
+                return ModelChoice(name, exit_layer)
+    raise NotFoundError(
+        f"The model {shortened(name)} does not exist: this server has {served_name!r}, "
+        f"and {served_name}@E for the exits E in {list(exits.layers)}.",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def read_budget(body: Mapping[str, Any] | None, headers: Headers, model: ModelChoice) -> Budget:
+    """The budget of body, headers and model name; the body wins over the headers.
+
+    Raises:
+        InvalidRequestError: a value is not allowed, or two of them contradict each other.
+    """
+    in_body = Budget.from_mapping(body or {})  # so that an error names what the body says
+    values = {name: value for name, value in (body or {}).items() if value is not None}
+    for header, name in BUDGET_HEADERS.items():
+        if header in headers:
+            values.setdefault(name, _milliseconds(header, headers[header]))
+    if model.exit_layer is not None:
+        _check_exit_alone(in_body, model)
+        values["exit_layer"] = model.exit_layer
+    return Budget.from_mapping(values)
+
+
+def _milliseconds(header: str, value: str) -> float:
+    try:
+        milliseconds = float(value)
+        Budget(latency_ms=milliseconds)  # which numbers make sense is for the budget to say
+    except ValueError:  # InvalidRequestError is one
+        raise InvalidRequestError(
+            f"{header}={shortened(value)} is not allowed: it must be a number of milliseconds > 0.",
+            param=header,
+        ) from None
+    return milliseconds
+
+
+def _check_exit_alone(budget: Budget, model: ModelChoice) -> None:
+    if budget.exit_layer not in (None, model.exit_layer):
+        raise InvalidRequestError(
+            f"budget.exit_layer={budget.exit_layer} contradicts model={model.name!r}, which names "
+            f"exit {model.exit_layer}. Drop one of the two.",
+            param="budget.exit_layer",
+        )
+    for name in ("compute", "min_exit_layer", "min_quality"):
+        if getattr(budget, name) is not None:
+            raise InvalidRequestError(
+                f"budget.{name} cannot be given with model={model.name!r}, which fixes the depth. "
+                "Drop one of the two.",
+                param=f"budget.{name}",
+            )
+
+
+def read_sampling(
+    body: GenerationFields,
+    *,
+    defaults: Mapping[str, Any],
+    max_tokens: int,
+    logprobs: int | None,
+    vocab_size: int,
+) -> SamplingParams:
+    """The sampling parameters of a body.
+
+    Args:
+        body: what the client gave.
+        defaults: for fields it did not give.
+        max_tokens: the limit to use.
+        logprobs: rivals per token; None: no log probabilities.
+        vocab_size: token ids are below it.
+
+    Raises:
+        InvalidRequestError: ``param`` names the field.
+    """
+    values = dict(defaults)
+    for name in SAMPLING_FIELDS:
+        if (value := getattr(body, name)) is not None:
+            values[name] = value
+    for i, token_id in enumerate(body.stop_token_ids or ()):
+        _check_in_vocabulary(f"stop_token_ids.{i}", token_id, vocab_size)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        logit_bias=_read_logit_bias(body.logit_bias or {}, vocab_size),
+        stop=tuple(body.stop or ()),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        logprobs=logprobs,
+        **values,
+    )
+
+
+def _read_logit_bias(given: Mapping[str, Any], vocab_size: int) -> dict[int, float]:
+    bias = {}
+    for key, value in given.items():
+        if not (key.isascii() and key.isdecimal() and len(key) < 10):
+            raise InvalidRequestError(
+                f"logit_bias has the key {shortened(key)}: keys must be token ids.",
+                param=f"logit_bias.{key[:20]}",
+            )
+        _check_in_vocabulary(f"logit_bias.{key}", int(key), vocab_size)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InvalidRequestError(
+                f"logit_bias.{key}={shortened(value)} is not allowed: it must be a number.",
+                param=f"logit_bias.{key}",
+            )
+        bias[int(key)] = value
+    return bias
+
+
+def _check_in_vocabulary(param: str, token_id: int, vocab_size: int) -> None:
+    if not 0 <= token_id < vocab_size:
+        raise InvalidRequestError(
+            f"{param}: there is no token {token_id}; ids go from 0 to {vocab_size - 1}.",
+            param=param,
+        )

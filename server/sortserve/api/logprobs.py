@@ -1,0 +1,80 @@
+"""Log probabilities in the two formats of OpenAI's APIs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sortserve.api.interfaces import Tokenizer
+from sortserve.sampling_params import SampledToken
+
+__all__ = ["CompletionLogprobs", "token_entries"]
+
+LOWEST = -9999.0
+"""What minus infinity is written as, as OpenAI does: JSON has no infinity."""
+
+
+def token_entries(
+    tokenizer: Tokenizer, tokens: Iterable[SampledToken], *, with_ids: bool = False
+) -> list[dict[str, Any]]:
+    """Entries as in ``logprobs.content`` of chat: token, logprob, bytes, top_logprobs.
+
+    Args:
+        tokenizer: says what a token is as text and as bytes.
+        tokens: sampled tokens with log probabilities.
+        with_ids: add ``token_id`` to each entry.
+    """
+    return [
+        {
+            **_entry(tokenizer, token.token_id, token.logprob, with_ids),
+            "top_logprobs": [
+                _entry(tokenizer, top.token_id, top.logprob, with_ids) for top in token.top_logprobs
+            ],
+        }
+        for token in tokens
+    ]
+
+
+def _entry(
+    tokenizer: Tokenizer, token_id: int, logprob: float | None, with_id: bool
+) -> dict[str, Any]:
+    text, raw = tokenizer.convert_id_to_token_text(token_id)
+    entry = {"token": text, "logprob": _finite(logprob), "bytes": list(raw)}
+    return {**entry, "token_id": token_id} if with_id else entry
+
+
+def _finite(logprob: float | None) -> float:
+    assert logprob is not None, "the request asked for log probabilities"
+    return max(logprob, LOWEST)
+
+
+class CompletionLogprobs:
+    """The ``logprobs`` objects of one choice of a completion; offsets run on from call to call."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._offset = 0
+
+    def next(self, tokens: Sequence[SampledToken]) -> dict[str, Any]:
+        """``tokens``, ``token_logprobs``, ``top_logprobs`` and ``text_offset`` of more tokens.
+
+        As in OpenAI's API the sampled token is always among ``top_logprobs``, which may therefore
+        have one entry more than was asked for.
+        """
+        texts, offsets, tops = [], [], []
+        for token in tokens:
+            text = self._text(token.token_id)
+            texts.append(text)
+            offsets.append(self._offset)
+            self._offset += len(text)
+            top = {self._text(t.token_id): _finite(t.logprob) for t in token.top_logprobs}
+            tops.append({**top, text: _finite(token.logprob)})
+        return {
+            "tokens": texts,
+            "token_logprobs": [_finite(token.logprob) for token in tokens],
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }
+
+    def _text(self, token_id: int) -> str:
+        return self._tokenizer.convert_id_to_token_text(token_id)[0]

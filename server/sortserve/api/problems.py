@@ -1,0 +1,120 @@
+"""Every error as the OpenAI error body: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from sortserve.errors import InvalidRequestError, NotFoundError, SortserveError
+
+__all__ = [
+    "error_response",
+    "http_exception_response",
+    "invalid_body",
+    "renamed",
+    "shortened",
+    "sortserve_error_response",
+]
+
+MAX_MESSAGE_CHARS = 1000
+MAX_PARAM_CHARS = 200
+MAX_VALUE_CHARS = 100
+
+
+def error_response(error: SortserveError, headers: Mapping[str, str] | None = None) -> Response:
+    """The reply to an error, with ``Retry-After`` where the client should come back."""
+    body = error.body()
+    if len(error.message) > MAX_MESSAGE_CHARS:  # a message quotes what the client sent
+        body["error"]["message"] = error.message[:MAX_MESSAGE_CHARS] + " ..."
+    if error.param is not None:
+        body["error"]["param"] = error.param[:MAX_PARAM_CHARS]
+    all_headers = dict(headers or {})
+    if error.retry_after_s is not None:
+        all_headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    elif error.status in (429, 503):
+        all_headers["Retry-After"] = "1"
+    if error.status == 401:
+        all_headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(body, status_code=error.status, headers=all_headers)
+
+
+async def sortserve_error_response(request: Request, error: Exception) -> Response:
+    """Handler of ``SortserveError``."""
+    assert isinstance(error, SortserveError)
+    return error_response(error)
+
+
+async def http_exception_response(request: Request, error: Exception) -> Response:
+    """Handler of the framework's own errors: no such route, no such method."""
+    assert isinstance(error, HTTPException)
+    method, path = request.method, shortened(request.url.path)
+    problem: SortserveError
+    if error.status_code == 404:
+        problem = NotFoundError(f"There is no route {method} {path}. GET /docs lists the routes.")
+    else:
+        problem = InvalidRequestError(f"{method} {path}: {error.detail}.", code="http_error")
+    response = error_response(problem, error.headers)
+    response.status_code = error.status_code
+    return response
+
+
+def invalid_body(error: ValidationError, schema: type[BaseModel]) -> InvalidRequestError:
+    """One sentence on the first thing that is wrong with a body: field, value, what is allowed."""
+    problems = error.errors(include_url=False, include_context=True)
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        return InvalidRequestError(
+            f"The body is not valid JSON: {first['ctx']['error']}.", code="invalid_json"
+        )
+    param = ".".join(str(part) for part in first["loc"])
+    if not param:
+        return InvalidRequestError("The body must be a JSON object.", code="invalid_json")
+    if first["type"] == "missing":
+        return InvalidRequestError(f"{param} is missing; it is required.", param=param)
+    if first["type"] == "extra_forbidden":
+        return _unknown_field(param, schema.model_fields)
+    allowed = first["msg"].removeprefix("Value error, ")
+    allowed = re.sub(r"^Input should ", "it should ", allowed)
+    allowed = allowed[0].lower() + allowed[1:]
+    return InvalidRequestError(
+        f"{param}={shortened(first['input'])} is not allowed: {allowed}.", param=param
+    )
+
+
+def _unknown_field(param: str, known: Mapping[str, Any]) -> InvalidRequestError:
+    close = difflib.get_close_matches(param, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"the fields are {', '.join(known)}."
+    return InvalidRequestError(
+        f"{param[:MAX_PARAM_CHARS]} is not a field here: {hint}", param=param
+    )
+
+
+def renamed(error: SortserveError, names: Mapping[str, str]) -> SortserveError:
+    """The error in the words of the request: the engine's field names as the client typed them."""
+    name = names.get(error.param or "")
+    if name is None:
+        return error
+    assert error.param is not None
+    message = re.sub(rf"\b{re.escape(error.param)}\b", name, error.message, count=1)
+    return type(error)(
+        message, param=name, code=error.code, retry_after_s=error.retry_after_s
+    ).with_traceback(error.__traceback__)
+
+
+def shortened(value: object) -> str:
+    """A value as the client may read it, cut to a hundred characters without writing all of it."""
+    if isinstance(value, Sequence):  # strings too
+        value = value[:MAX_VALUE_CHARS]
+    elif isinstance(value, Mapping):
+        value = dict(itertools.islice(value.items(), MAX_VALUE_CHARS))
+    text = repr(value)
+    return text if len(text) <= MAX_VALUE_CHARS else text[:MAX_VALUE_CHARS] + "..."

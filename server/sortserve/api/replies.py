@@ -1,0 +1,203 @@
+"""The bodies of replies, for the OpenAPI document alone: replies are built as plain dicts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+__all__ = [
+    "ChatReply",
+    "CompletionReply",
+    "DetokenizeReply",
+    "ErrorReply",
+    "ExitsReply",
+    "GenerateReply",
+    "ModelEntry",
+    "ModelList",
+    "StatusReply",
+    "TokenizeReply",
+    "VersionReply",
+]
+
+
+class PromptTokensDetails(BaseModel):
+    """What of the prompt came from the prefix cache."""
+
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    """Token counts of the whole request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class BudgetReply(BaseModel):
+    """What became of the budget. Times in milliseconds."""
+
+    exit_layer: int
+    tokens_by_exit: dict[str, int]
+    compute: float
+    predicted_ms: float | None
+    predicted_ttft_ms: float | None
+    predicted_tpot_ms: float | None
+    actual_ms: float | None
+    ttft_ms: float | None
+    tpot_ms: float | None
+    met: bool | None
+
+
+class _Choice(BaseModel):
+    index: int
+    finish_reason: str
+    logprobs: Any = None
+    token_ids: list[int] | None = None
+    budget: BudgetReply | None = None
+
+
+class TextChoice(_Choice):
+    """One answer."""
+
+    text: str
+
+
+class Message(BaseModel):
+    """The assistant's turn."""
+
+    role: str
+    content: str
+
+
+class MessageChoice(_Choice):
+    """One answer."""
+
+    message: Message
+
+
+class _Reply(BaseModel):
+    id: str
+    model: str
+    usage: Usage
+    budget: BudgetReply | None = None
+
+
+class GenerateReply(_Reply):
+    """Reply of `POST /generate`."""
+
+    choices: list[TextChoice]
+
+
+class CompletionReply(_Reply):
+    """Reply of `POST /v1/completions`."""
+
+    object: str
+    created: int
+    choices: list[TextChoice]
+
+
+class ChatReply(_Reply):
+    """Reply of `POST /v1/chat/completions`."""
+
+    object: str
+    created: int
+    choices: list[MessageChoice]
+
+
+class ModelEntry(BaseModel):
+    """One name that the server answers to."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    root: str
+    max_model_len: int
+    exit_layer: int | None
+    exits: list[int]
+
+
+class ModelList(BaseModel):
+    """Reply of `GET /v1/models`."""
+
+    object: str
+    data: list[ModelEntry]
+
+
+class ExitEstimate(BaseModel):
+    """What a typical request would take now, in milliseconds."""
+
+    ttft_ms: float
+    tpot_ms: float
+    latency_ms: float
+
+
+class ExitEntry(BaseModel):
+    """One sub-model."""
+
+    exit_layer: int
+    model: str
+    num_parameters: int
+    compute: float
+    quality: dict[str, float] | None
+    score: float | None
+    estimate: ExitEstimate | None
+
+
+class EstimateFor(BaseModel):
+    """The request that the estimates are for."""
+
+    prompt_tokens: int
+    max_tokens: int
+
+
+class ExitsReply(BaseModel):
+    """Reply of `GET /exits`."""
+
+    exits: list[ExitEntry]
+    estimate_for: EstimateFor
+
+
+class TokenizeReply(BaseModel):
+    """Reply of `POST /tokenize`."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeReply(BaseModel):
+    """Reply of `POST /detokenize`."""
+
+    prompt: str
+
+
+class StatusReply(BaseModel):
+    """Reply of the probes."""
+
+    status: str
+
+
+class VersionReply(BaseModel):
+    """Reply of `GET /version`."""
+
+    version: str
+
+
+class ErrorDetails(BaseModel):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """Every error, as OpenAI writes it."""
+
+    error: ErrorDetails

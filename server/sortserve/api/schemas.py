@@ -1,0 +1,233 @@
+"""The bodies of requests: names and types. Ranges belong to ``SamplingParams`` and ``Budget``.
+
+Null means absent everywhere. Types are strict: ``"16"`` and ``true`` are no numbers. ``/generate``,
+``/tokenize`` and ``/detokenize`` refuse unknown fields; the OpenAI routes tolerate them, as load
+tools send fields that no server knows, but refuse the ones they know and cannot honour.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from sortserve.api.middleware import REQUEST_ID_PATTERN
+from sortserve.budget import OnMiss
+
+__all__ = [
+    "ChatCompletionRequest",
+    "CompletionRequest",
+    "DetokenizeRequest",
+    "GenerateRequest",
+    "GenerationFields",
+    "StreamOptions",
+    "TokenizeRequest",
+]
+
+_INT64 = 2**63
+_MAX_TOKEN_IDS = 1024
+
+_MS = {"type": "number", "exclusiveMinimum": 0}
+_SHARE = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+_LAYER = {"type": "integer", "minimum": 1}
+_BUDGET_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "description": "What the request may cost. Every field is optional.",
+    "properties": {
+        "latency_ms": {**_MS, "description": "Arrival to the last token."},
+        "ttft_ms": {**_MS, "description": "Arrival to the first token."},
+        "tpot_ms": {**_MS, "description": "Mean time per output token after the first."},
+        "compute": {**_SHARE, "description": "Largest share of the full model's FLOPs a token."},
+        "exit_layer": {**_LAYER, "description": "Exactly this exit; see GET /exits."},
+        "min_exit_layer": {**_LAYER, "description": "No exit shallower than this."},
+        "min_quality": {**_SHARE, "description": "No exit with a lower score."},
+        "on_miss": {
+            "enum": [choice.value for choice in OnMiss],
+            "default": OnMiss.DEGRADE.value,
+            "description": "What to do when no allowed exit fits the times.",
+        },
+    },
+    "example": {"latency_ms": 800, "min_quality": 0.9},
+}
+_LOGIT_BIAS_SCHEMA = {
+    "type": "object",
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+}
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer"}}
+_ONE_PROMPT_SCHEMA = {"anyOf": [{"type": "string"}, _TOKEN_IDS], "example": "Once upon a time"}
+_PROMPTS_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        _TOKEN_IDS,
+        {"type": "array", "items": _TOKEN_IDS},
+    ],
+    "example": "Once upon a time",
+}
+_MESSAGES_SCHEMA = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["role", "content"],
+        "properties": {"role": {"type": "string"}, "content": {"type": "string"}},
+    },
+    "example": [{"role": "user", "content": "Say hello."}],
+}
+
+
+def _as_list(value: object) -> object:
+    """One stop string as a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+# One error is enough: a body may hold a million wrong items.
+StopStrings = Annotated[list[str], Field(max_length=16, fail_fast=True), BeforeValidator(_as_list)]
+TokenIds = Annotated[list[int], Field(max_length=_MAX_TOKEN_IDS, fail_fast=True)]
+LogitBias = Annotated[dict[str, Any], Field(max_length=1024), WithJsonSchema(_LOGIT_BIAS_SCHEMA)]
+RequestId = Annotated[str, Field(pattern=f"^{REQUEST_ID_PATTERN}$")]
+BudgetObject = Annotated[dict[str, Any], WithJsonSchema(_BUDGET_SCHEMA)]
+Messages = Annotated[list[Any], WithJsonSchema(_MESSAGES_SCHEMA)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(
+        strict=True,
+        allow_inf_nan=False,
+        extra="forbid",
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+
+class StreamOptions(_Body):
+    """What a stream carries besides text."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    include_usage: bool | None = None
+    """Send the usage at the end."""
+    continuous_usage_stats: bool | None = None
+    """Send the usage so far with every event."""
+
+
+class GenerationFields(_Body):
+    """The fields that all three generation routes share."""
+
+    model: str | None = None
+    """The served name, or `NAME@E` for exit E. Default: the served name."""
+    max_tokens: int | None = None
+    """Most tokens to generate. Default: what fits the context; 16 on `/v1/completions`."""
+    min_tokens: int | None = None
+    """The answer does not end by itself before this many tokens."""
+    temperature: float | None = None
+    """0 is greedy."""
+    top_p: float | None = None
+    top_k: int | None = None
+    """0 or -1 keeps every token."""
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    """Over prompt and output, as in Hugging Face."""
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: LogitBias | None = None
+    """Token id to a bias from -100 to 100; at most 1024."""
+    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
+    """Makes the sample repeatable, whatever else the server does."""
+    stop: StopStrings | None = None
+    """The answer ends before the first of these texts: a string, or at most 16."""
+    stop_token_ids: TokenIds | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    """How many answers for each prompt."""
+    stream: bool | None = None
+    """Answer as server-sent events, one per token."""
+    stream_options: StreamOptions | None = None
+    budget: BudgetObject | None = None
+    request_id: RequestId | None = None
+    """Becomes part of the reply's id and of the server's logs."""
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    """Cached prefixes are shared only between requests of equal salt."""
+    return_token_ids: bool | None = None
+    """Add `token_ids` to each choice."""
+
+
+class GenerateRequest(GenerationFields):
+    """Body of `POST /generate`."""
+
+    prompt: Annotated[Any, WithJsonSchema(_ONE_PROMPT_SCHEMA)] = None
+    """Text or token ids. Give this or `messages`."""
+    messages: Messages | None = None
+    """A conversation, put through the model's chat template."""
+    logprobs: int | None = None
+    """Log probabilities of each token and of this many rivals, 0 to 20."""
+    add_special_tokens: bool | None = None
+    """Begin a text prompt with the tokenizer's special tokens. Default: true."""
+    add_generation_prompt: bool | None = None
+    """End messages with the start of an answer. Default: true."""
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class _OpenAIFields(GenerationFields):
+    model_config = ConfigDict(extra="allow")
+
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    """Accepted for compatibility; every tier is served, and echoed, as `default`."""
+    user: str | None = None
+    """Accepted for compatibility; not used."""
+
+
+class CompletionRequest(_OpenAIFields):
+    """Body of `POST /v1/completions`."""
+
+    prompt: Annotated[Any, WithJsonSchema(_PROMPTS_SCHEMA)] = None
+    """A text, a list of texts, token ids, or a list of lists of token ids."""
+    logprobs: int | None = None
+    """Log probabilities of each token and of this many rivals, 0 to 20."""
+    echo: bool | None = None
+    """Begin each answer with its prompt."""
+    best_of: int | None = None
+    """Only the value of `n`."""
+    suffix: str | None = None
+    """Not supported."""
+    add_special_tokens: bool | None = None
+
+
+class ChatCompletionRequest(_OpenAIFields):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Messages
+    """The conversation. Content is a text, or a list of parts of type `text`."""
+    max_completion_tokens: int | None = None
+    """The newer name of `max_tokens`."""
+    logprobs: bool | None = None
+    """Send the log probability of each token."""
+    top_logprobs: int | None = None
+    """And of this many rivals, 0 to 20. Needs `logprobs`."""
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeRequest(_Body):
+    """Body of `POST /tokenize`."""
+
+    model: str | None = None
+    prompt: str | None = None
+    """Text. Give this or `messages`."""
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+    """Add `token_strs`: each token as text."""
+
+
+class DetokenizeRequest(_Body):
+    """Body of `POST /detokenize`."""
+
+    model: str | None = None
+    tokens: Annotated[list[int], Field(fail_fast=True)]
+    skip_special_tokens: bool | None = None
+    """Leave special tokens out. Default: false."""

@@ -1,0 +1,52 @@
+"""What the HTTP service is configured with: one frozen value, made by the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sortserve.sampling_params import SamplingParams
+
+__all__ = ["ApiSettings"]
+
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""What a checkpoint's ``generation_config.json`` may decide for requests that do not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiSettings:
+    """Settings of one HTTP service.
+
+    Raises:
+        InvalidRequestError: the checkpoint's generation defaults are out of range.
+    """
+
+    served_model_name: str
+    """The model's name in requests and replies; ``NAME@E`` is exit E of it."""
+    api_keys: tuple[str, ...] = ()
+    """Accepted bearer tokens. Empty: everyone may ask."""
+    max_body_bytes: int = 4 << 20
+    cors_allow_origins: tuple[str, ...] = ()
+    """Origins that browsers may call from; none by default."""
+    root_path: str = ""
+    """Path prefix that a reverse proxy strips."""
+    enable_docs: bool = True
+    """Serve ``/docs`` and ``/openapi.json``."""
+    max_n: int = 128
+    """Most sequences of one request: prompts times ``n``."""
+    generation_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """The checkpoint's ``generation_config.json``; only sampling fields are read."""
+    request_timeout_s: float | None = None
+    """Seconds after which a request is cut off with status 504. None: never."""
+    log_prompts: bool = False
+    """Log prompts and answers. They may be private."""
+
+    def __post_init__(self) -> None:
+        SamplingParams(**self.sampling_defaults)
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """Values of sampling fields that a request does not give."""
+        given = self.generation_defaults
+        return {name: given[name] for name in SAMPLING_DEFAULTS if given.get(name) is not None}

@@ -1,0 +1,361 @@
+// Attention over the paged KV cache, for queries that are few per row: decode tokens above all.
+//
+// One call does a layer: norm of the query and key heads (Qwen3), RoPE, the write of new keys and
+// values to their pages, attention. Pages are read in place. The query heads of a key/value head
+// go together, so that each page is read from memory once. Work is split over (query, key/value
+// head, partition of kPartition cached tokens); the split depends on the query's own length alone,
+// so that its result does not depend on the rows beside it.
+
+#include <cmath>
+#include <type_traits>
+#include <vector>
+
+#include "dtype.h"
+#include "parallel.h"
+#include "vec.h"
+
+namespace sortserve {
+
+constexpr int64_t kPartition = 512;
+
+// What the layers of a slab share in one step.
+struct Step {
+  const int64_t* positions;       // [num_tokens]
+  const int64_t* slots;           // [num_tokens] page * block_size + offset
+  const float* cos;               // [positions, head_dim / 2]
+  const float* sin;
+  const int32_t* block_tables;    // [rows, table_stride]
+  const int64_t* query_tokens;    // [num_queries] which token
+  const int64_t* query_rows;      // [num_queries] which row of block_tables
+  const int64_t* query_tasks;     // [num_queries + 1] partitions of all queries before this one
+  float* partials;                // workspace: [tasks, heads, head_dim rounded up to 16, plus 16]
+  int64_t num_tokens, num_queries, table_stride;
+  int64_t num_heads, num_kv_heads, head_dim, block_size;
+  int64_t dtype, num_threads;
+  double eps, scale;
+};
+
+struct LayerCall {
+  void* qkv;           // [num_tokens, (num_heads + 2 num_kv_heads) head_dim]; rotated in place
+  void* keys;          // [pages, num_kv_heads, block_size, head_dim]
+  void* values;        // as keys
+  const void* q_norm;  // [head_dim], or null
+  const void* k_norm;
+  void* out;           // [num_tokens, num_heads * head_dim]; written at the queries' tokens
+};
+
+static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// ---- norm, RoPE and the write to the cache
+
+template <typename T>
+static void norm_head(T* head, const T* weight, int64_t n, double eps) {
+  f32x16 squares = {};
+  for (int64_t i = 0; i < n; i += 16) {
+    const f32x16 v = load(head + i, n - i);
+    squares += v * v;
+  }
+  const f32x16 scale = splat(1.0f / std::sqrt(sum(squares) / n + static_cast<float>(eps)));
+  for (int64_t i = 0; i < n; i += 16)
+    store(head + i, load(head + i, n - i) * scale * load(weight + i, n - i), n - i);
+}
+
+template <typename T>
+static void rotate_head(T* head, const float* cos, const float* sin, int64_t half) {
+  for (int64_t i = 0; i < half; i += 16) {
+    const int64_t n = half - i;
+    const f32x16 a = load(head + i, n), b = load(head + half + i, n);
+    const f32x16 c = load(cos + i, n), s = load(sin + i, n);
+    store(head + i, a * c - b * s, n);
+    store(head + half + i, b * c + a * s, n);
+  }
+}
+
+template <typename T>
+static void write_token(const Step& step, const LayerCall& call, int64_t token) {
+  const int64_t dim = step.head_dim, half = dim / 2;
+  T* qkv = static_cast<T*>(call.qkv) + token * (step.num_heads + 2 * step.num_kv_heads) * dim;
+  const float* cos = step.cos + step.positions[token] * half;
+  const float* sin = step.sin + step.positions[token] * half;
+  for (int64_t h = 0; h < step.num_heads + step.num_kv_heads; ++h) {
+    const void* norm = h < step.num_heads ? call.q_norm : call.k_norm;
+    if (norm != nullptr) norm_head(qkv + h * dim, static_cast<const T*>(norm), dim, step.eps);
+    rotate_head(qkv + h * dim, cos, sin, half);
+  }
+  const int64_t page = step.slots[token] / step.block_size;
+  const int64_t offset = step.slots[token] % step.block_size;
+  const T* new_keys = qkv + step.num_heads * dim;
+  const T* new_values = new_keys + step.num_kv_heads * dim;
+  for (int64_t h = 0; h < step.num_kv_heads; ++h) {
+    const int64_t to = ((page * step.num_kv_heads + h) * step.block_size + offset) * dim;
+    std::memcpy(static_cast<T*>(call.keys) + to, new_keys + h * dim, dim * sizeof(T));
+    std::memcpy(static_cast<T*>(call.values) + to, new_values + h * dim, dim * sizeof(T));
+  }
+}
+
+// ---- scores: dot products of one query with up to 16 keys that lie one after another
+
+template <typename T>
+static f32x16 dots(const T* query, const T* keys, int64_t dim, int64_t n) {
+  f32x16 result = {};
+  for (int64_t j = 0; j < n; ++j) {
+    f32x16 products = {};
+    for (int64_t i = 0; i < dim; i += 16)
+      products += load(query + i, dim - i) * load(keys + j * dim + i, dim - i);
+    result[j] = sum(products);
+  }
+  return result;
+}
+
+#if defined(__AVX512BF16__)
+
+// The sums of 16 vectors, as one vector: each round adds halves and interleaves two vectors.
+// Lane 4 i + j of the result is the sum of v[i + 4 j].
+static f32x16 sums_of_16(__m512 (&v)[16]) {
+  for (int i = 0; i < 8; ++i)
+    v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[i], v[i + 8]), _mm512_unpackhi_ps(v[i], v[i + 8]));
+  for (int i = 0; i < 4; ++i)
+    v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[i], v[i + 4]), _mm512_unpackhi_ps(v[i], v[i + 4]));
+  const auto add_lanes = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return (f32x16)add_lanes(add_lanes(v[0], v[1]), add_lanes(v[2], v[3]));
+}
+
+// Query and keys meet in bf16, as they are stored; products and sums are fp32.
+static f32x16 dots_of_32s(const bf16* query, const bf16* keys, int64_t dim, int64_t n) {
+  __m512 products[16] = {};
+  for (int64_t i = 0; i < dim; i += 32) {
+    const __m512bh q = (__m512bh)_mm512_loadu_si512(query + i);
+#pragma GCC unroll 16
+    for (int64_t p = 0; p < 16; ++p) {
+      const int64_t key = 4 * (p % 4) + p / 4;
+      const __m512bh k = (__m512bh)_mm512_loadu_si512(keys + (key < n ? key : 0) * dim + i);
+      products[p] = _mm512_dpbf16_ps(products[p], q, k);
+    }
+  }
+  return sums_of_16(products);
+}
+
+static f32x16 dots(const bf16* query, const bf16* keys, int64_t dim, int64_t n) {
+  return dim % 32 == 0 ? dots_of_32s(query, keys, dim, n) : dots<bf16>(query, keys, dim, n);
+}
+
+#endif
+
+// ---- values: sums[g] += probabilities[g] * values, over n values that lie one after another
+
+template <typename T, int G, int V>
+static void add_values(const float* probabilities, int64_t stride, const T* values, int64_t dim,
+                       int64_t n, int64_t column, float* sums, int64_t sums_stride) {
+  f32x16 acc[G][V];
+  for (int g = 0; g < G; ++g)
+    for (int i = 0; i < V; ++i) acc[g][i] = load(sums + g * sums_stride + column + 16 * i);
+  for (int64_t j = 0; j < n; ++j) {
+    const T* row = values + j * dim + column;
+    f32x16 value[V];
+    for (int i = 0; i < V; ++i) value[i] = V > 1 ? load(row + 16 * i) : load(row, dim - column);
+    for (int g = 0; g < G; ++g)
+      for (int i = 0; i < V; ++i) acc[g][i] += probabilities[g * stride + j] * value[i];
+  }
+  for (int g = 0; g < G; ++g)
+    for (int i = 0; i < V; ++i) store(sums + g * sums_stride + column + 16 * i, acc[g][i]);
+}
+
+// All columns: 64 at a time, the rest 16 at a time (the last 16 may be part of a vector).
+template <typename T, int G>
+static void add_all_values(const float* probabilities, int64_t stride, const T* values, int64_t dim,
+                           int64_t n, float* sums, int64_t sums_stride) {
+  int64_t column = 0;
+  for (; column + 64 <= dim; column += 64)
+    add_values<T, G, 4>(probabilities, stride, values, dim, n, column, sums, sums_stride);
+  for (; column < dim; column += 16)
+    add_values<T, G, 1>(probabilities, stride, values, dim, n, column, sums, sums_stride);
+}
+
+// ---- one query, one key/value head, one partition
+
+struct Task {
+  int64_t query, token, kv_head;
+  int64_t first, last;  // cached tokens
+};
+
+static int64_t offset_of(const Step& step, const Task& task, int64_t position) {
+  const int32_t* table = step.block_tables + step.query_rows[task.query] * step.table_stride;
+  const int64_t page = table[position / step.block_size];
+  const int64_t tile = (page * step.num_kv_heads + task.kv_head) * step.block_size;
+  return (tile + position % step.block_size) * step.head_dim;
+}
+
+// fn(position, number of tokens) for the part of each page that lies in the task.
+template <typename Fn>
+static void for_each_block(const Step& step, const Task& task, const Fn& fn) {
+  for (int64_t position = task.first; position < task.last;) {
+    const int64_t left = step.block_size - position % step.block_size;
+    const int64_t n = std::min(left, task.last - position);
+    fn(position, n);
+    position += n;
+  }
+}
+
+// Pages lie anywhere in memory, which the CPU cannot foresee.
+template <typename T>
+static void prefetch(const T* data, int64_t count) {
+  const char* bytes = reinterpret_cast<const char*>(data);
+  for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += 64)
+    __builtin_prefetch(bytes + i, 0, 2);
+}
+
+// scores[i] = exp(scores[i] * scale - largest); the rest of the last vector becomes zero.
+static void softmax(float* scores, int64_t n, float scale, float* largest, float* total) {
+  f32x16 top = splat(-INFINITY);
+  for (int64_t i = n; i < round_up(n, 16); ++i) scores[i] = -INFINITY;
+  for (int64_t i = 0; i < n; i += 16) top = max(top, load(scores + i));
+  *largest = max(top) * scale;
+  f32x16 sums = {};
+  for (int64_t i = 0; i < n; i += 16) {
+    const f32x16 p = exp(load(scores + i) * scale - *largest);
+    store(scores + i, p);
+    sums += p;
+  }
+  *total = sum(sums);
+}
+
+struct Scratch {
+  std::vector<float> scores, sums, largest, totals;
+};
+
+template <typename T>
+static void attend(const Step& step, const LayerCall& call, const Task& task, Scratch& scratch) {
+  const int64_t dim = step.head_dim, padded_dim = round_up(dim, 16);
+  const int64_t group = step.num_heads / step.num_kv_heads;
+  const int64_t row_width = (step.num_heads + 2 * step.num_kv_heads) * dim;
+  const T* queries =
+      static_cast<const T*>(call.qkv) + task.token * row_width + task.kv_head * group * dim;
+  const T* keys = static_cast<const T*>(call.keys);
+  const T* values = static_cast<const T*>(call.values);
+
+  // A block's last vector of scores may write past its own tokens: hence the spare 16.
+  const int64_t stride = kPartition + 16;
+  scratch.scores.resize(group * stride);
+  scratch.sums.assign(group * padded_dim, 0.0f);
+  scratch.largest.resize(group);
+  scratch.totals.resize(group);
+  float* scores = scratch.scores.data();
+  float* sums = scratch.sums.data();
+
+  for_each_block(step, task, [&](int64_t position, int64_t n) {
+    const int64_t offset = offset_of(step, task, position);
+    const int64_t ahead = position + 2 * step.block_size;
+    if (ahead < task.last) prefetch(keys + offset_of(step, task, ahead), step.block_size * dim);
+    prefetch(values + offset, n * dim);
+    for (int64_t g = 0; g < group; ++g)
+      for (int64_t j = 0; j < n; j += 16)
+        store(scores + g * stride + position - task.first + j,
+              dots(queries + g * dim, keys + offset + j * dim, dim, std::min<int64_t>(16, n - j)));
+  });
+  for (int64_t g = 0; g < group; ++g)
+    softmax(scores + g * stride, task.last - task.first, static_cast<float>(step.scale),
+            &scratch.largest[g], &scratch.totals[g]);
+  const bool more_heads = task.kv_head + 1 < step.num_kv_heads;
+  for_each_block(step, task, [&](int64_t position, int64_t n) {
+    const int64_t offset = offset_of(step, task, position);
+    if (more_heads) prefetch(keys + offset + step.block_size * dim, n * dim);
+    int64_t g = 0;
+    const auto add = [&](auto width) {
+      constexpr int kHeads = decltype(width)::value;
+      for (; g + kHeads <= group; g += kHeads)
+        add_all_values<T, kHeads>(scores + g * stride + position - task.first, stride,
+                                  values + offset, dim, n, sums + g * padded_dim, padded_dim);
+    };
+    add(std::integral_constant<int, 4>{});
+    add(std::integral_constant<int, 3>{});
+    add(std::integral_constant<int, 2>{});
+    add(std::integral_constant<int, 1>{});
+  });
+}
+
+template <typename T>
+static void write_out(const Step& step, const LayerCall& call, int64_t token, int64_t head,
+                      const float* sums, float total) {
+  const int64_t dim = step.head_dim;
+  T* out = static_cast<T*>(call.out) + (token * step.num_heads + head) * dim;
+  for (int64_t i = 0; i < dim; i += 16) store(out + i, load(sums + i) / total, dim - i);
+}
+
+static float* partial_of(const Step& step, int64_t task, int64_t head) {
+  return step.partials + (task * step.num_heads + head) * (round_up(step.head_dim, 16) + 16);
+}
+
+template <typename T>
+static void run_task(const Step& step, const LayerCall& call, int64_t index) {
+  thread_local Scratch scratch;
+  const int64_t part_index = index / step.num_kv_heads;
+  const int64_t* end = step.query_tasks + step.num_queries + 1;
+  const int64_t query = std::upper_bound(step.query_tasks, end, part_index) - step.query_tasks - 1;
+  const int64_t token = step.query_tokens[query];
+  const int64_t first = (part_index - step.query_tasks[query]) * kPartition;
+  const int64_t last = std::min(first + kPartition, step.positions[token] + 1);
+  const Task task = {query, token, index % step.num_kv_heads, first, last};
+  attend<T>(step, call, task, scratch);
+
+  const int64_t group = step.num_heads / step.num_kv_heads, width = round_up(step.head_dim, 16);
+  const bool only_part = step.query_tasks[query + 1] - step.query_tasks[query] == 1;
+  for (int64_t g = 0; g < group; ++g) {
+    const int64_t head = task.kv_head * group + g;
+    const float* sums = scratch.sums.data() + g * width;
+    if (only_part) {
+      write_out<T>(step, call, token, head, sums, scratch.totals[g]);
+      continue;
+    }
+    float* partial = partial_of(step, part_index, head);
+    std::copy(sums, sums + width, partial);
+    partial[width] = scratch.largest[g];
+    partial[width + 1] = scratch.totals[g];
+  }
+}
+
+// Partitions of one query and head into one result: each counts by its own largest score.
+template <typename T>
+static void merge_parts(const Step& step, const LayerCall& call, int64_t query, int64_t head) {
+  const int64_t width = round_up(step.head_dim, 16);
+  const int64_t first = step.query_tasks[query], last = step.query_tasks[query + 1];
+  float* merged = partial_of(step, first, head);
+  float largest = merged[width];
+  for (int64_t part = first + 1; part < last; ++part)
+    largest = std::max(largest, partial_of(step, part, head)[width]);
+  float total = 0.0f;
+  for (int64_t part = first; part < last; ++part) {
+    const float* partial = partial_of(step, part, head);
+    const float weight = std::exp(partial[width] - largest);
+    total += weight * partial[width + 1];
+    for (int64_t i = 0; i < width; i += 16) {
+      const f32x16 before = part == first ? f32x16{} : load(merged + i);
+      store(merged + i, before + weight * load(partial + i));
+    }
+  }
+  write_out<T>(step, call, step.query_tokens[query], head, merged, total);
+}
+
+template <typename T>
+static void run_layer(const Step& step, const LayerCall& call) {
+  parallel_for(step.num_tokens, 4, step.num_threads,
+               [&](int64_t token) { write_token<T>(step, call, token); });
+  const int64_t num_parts = step.query_tasks[step.num_queries];
+  parallel_for(num_parts * step.num_kv_heads, 1, step.num_threads,
+               [&](int64_t index) { run_task<T>(step, call, index); });
+  if (num_parts == step.num_queries) return;
+  parallel_for(step.num_queries, 1, step.num_threads, [&](int64_t query) {
+    if (step.query_tasks[query + 1] - step.query_tasks[query] == 1) return;
+    for (int64_t head = 0; head < step.num_heads; ++head)
+      merge_parts<T>(step, call, query, head);
+  });
+}
+
+extern "C" int64_t sortserve_attention_partition() { return kPartition; }
+
+extern "C" void sortserve_attention(const Step* step, const LayerCall* call) {
+  with_dtype(step->dtype, [&](auto type) { run_layer<decltype(type)>(*step, *call); });
+}
+
+}  // namespace sortserve

@@ -1,0 +1,329 @@
+"""Linear layers, their weights packed for the device at load.
+
+Backends, fastest first on a CPU with AVX-512 BF16 and no AMX (``benchmarks/kernels.py`` measures):
+
+* native: our C++ kernel; bf16. Streams the weights at memory bandwidth for few tokens, and a
+  token's result does not depend on the tokens beside it.
+* onednn: torch's bundled oneDNN with weights in its own packed layout; bf16.
+* reference: ``torch.nn.functional.linear``; any device, any dtype.
+
+``auto`` takes the first that works. With AMX, oneDNN is faster for many tokens and ours for few:
+there both copies of the weights are kept if they are small (HYBRID_MAX_BYTES), else oneDNN's alone.
+
+Shape legend: T tokens, I inputs, O outputs, F intermediate.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sortserve.errors import ConfigError
+from sortserve.model.native import NativeLibrary, load_native, pointer
+from sortserve.model.ops import TorchOps
+
+__all__ = [
+    "LINEAR_BACKENDS",
+    "HybridBackend",
+    "LinearBackend",
+    "LinearOp",
+    "NativeBackend",
+    "OneDnnBackend",
+    "TorchBackend",
+    "choose_linear_backend",
+]
+
+LINEAR_BACKENDS = ("auto", "reference", "onednn", "native")
+
+HYBRID_MAX_BYTES = 4 << 30
+HYBRID_MAX_NATIVE_TOKENS = 16
+_PANEL = 32
+"""Outputs of a panel: kPanel of ``kernels/linear.cpp``."""
+
+
+class LinearOp(Protocol):
+    """A linear map with its weights inside: [T, I] to [T, O]."""
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        """Multiply."""
+        ...
+
+
+class LinearBackend(Protocol):
+    """Packs weights and multiplies by them."""
+
+    name: str
+
+    def linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearOp:
+        """``x W^T + b`` in the dtype of x."""
+        ...
+
+    def gated(self, weight_2FI: Tensor, bias_2F: Tensor | None = None) -> LinearOp:
+        """``silu(gate) * up``: the weights are all gates, then all ups; [T, I] to [T, F]."""
+        ...
+
+    def head(self, weight_OI: Tensor) -> LinearOp:
+        """``x W^T`` in fp32."""
+        ...
+
+
+class TorchBackend:
+    """Plain torch: the weights as they are."""
+
+    name = "reference"
+
+    def __init__(self, ops: TorchOps) -> None:
+        self._ops = ops
+
+    def linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearOp:
+        """See LinearBackend."""
+        return lambda x_TI: functional.linear(x_TI, weight_OI, bias_O)
+
+    def gated(self, weight_2FI: Tensor, bias_2F: Tensor | None = None) -> LinearOp:
+        """See LinearBackend."""
+        linear = self.linear(weight_2FI, bias_2F)
+        return lambda x_TI: self._ops.silu_and_mul(linear(x_TI))
+
+    def head(self, weight_OI: Tensor) -> LinearOp:
+        """See LinearBackend."""
+        linear = self.linear(weight_OI)
+        return lambda x_TI: linear(x_TI).float()
+
+
+class OneDnnBackend(TorchBackend):
+    """oneDNN with packed weights, through the operators that torch's own compiler uses."""
+
+    name = "onednn"
+
+    @staticmethod
+    def is_available() -> bool:
+        """Whether this build of torch and this CPU have what is needed."""
+        try:
+            packed = _onednn_pack(torch.zeros(16, 16, dtype=torch.bfloat16))
+            _onednn_linear(torch.zeros(1, 16, dtype=torch.bfloat16), packed, None)
+        except (AttributeError, RuntimeError, TypeError):  # private operators: they may change
+            return False
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+    def linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearOp:
+        """See LinearBackend."""
+        packed = _onednn_pack(weight_OI)
+        return lambda x_TI: _onednn_linear(x_TI, packed, bias_O)
+
+
+def _onednn_pack(weight_OI: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), None)
+    return packed
+
+
+def _onednn_linear(x_TI: Tensor, packed: Tensor, bias_O: Tensor | None) -> Tensor:
+    y_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, packed, bias_O, "none", [], "")
+    return y_TO
+
+
+class NativeBackend:
+    """The C++ kernel for bf16; weights it cannot take go to ``fallback``."""
+
+    name = "native"
+
+    def __init__(self, library: NativeLibrary, fallback: LinearBackend) -> None:
+        assert library.has_bf16_linear
+        self._library = library
+        self._fallback = fallback
+
+    def linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearOp:
+        """See LinearBackend."""
+        if not _can_pack(weight_OI):
+            return self._fallback.linear(weight_OI, bias_O)
+        return _NativeLinear(self._library, _OUTPUT_BF16, weight_OI.shape[0], weight_OI, bias_O)
+
+    def gated(self, weight_2FI: Tensor, bias_2F: Tensor | None = None) -> LinearOp:
+        """See LinearBackend."""
+        if not _can_pack(weight_2FI):
+            return self._fallback.gated(weight_2FI, bias_2F)
+        bias = None if bias_2F is None else _interleave_halves(bias_2F)
+        return _NativeLinear(
+            self._library,
+            _OUTPUT_SILU_MUL,
+            weight_2FI.shape[0] // 2,
+            _interleave_halves(weight_2FI),
+            bias,
+        )
+
+    def head(self, weight_OI: Tensor) -> LinearOp:
+        """See LinearBackend."""
+        if not _can_pack(weight_OI):
+            return self._fallback.head(weight_OI)
+        return _NativeLinear(self._library, _OUTPUT_FP32, weight_OI.shape[0], weight_OI, None)
+
+
+class HybridBackend:
+    """One backend for few tokens, another for many; both keep their weights."""
+
+    name = "native+onednn"
+
+    def __init__(self, few: LinearBackend, many: LinearBackend, max_few_tokens: int) -> None:
+        self._few = few
+        self._many = many
+        self._max_few_tokens = max_few_tokens
+
+    def linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearOp:
+        """See LinearBackend."""
+        return self._either(
+            self._few.linear(weight_OI, bias_O), self._many.linear(weight_OI, bias_O)
+        )
+
+    def gated(self, weight_2FI: Tensor, bias_2F: Tensor | None = None) -> LinearOp:
+        """See LinearBackend."""
+        return self._either(
+            self._few.gated(weight_2FI, bias_2F), self._many.gated(weight_2FI, bias_2F)
+        )
+
+    def head(self, weight_OI: Tensor) -> LinearOp:
+        """See LinearBackend."""
+        return self._either(self._few.head(weight_OI), self._many.head(weight_OI))
+
+    def _either(self, few: LinearOp, many: LinearOp) -> LinearOp:
+        return lambda x_TI: (few if x_TI.shape[0] <= self._max_few_tokens else many)(x_TI)
+
+
+def choose_linear_backend(
+    name: str, *, dtype: torch.dtype, device: torch.device, num_weight_bytes: int, ops: TorchOps
+) -> LinearBackend:
+    """The backend of that name, or for "auto" the fastest for these weights on this machine.
+
+    Args:
+        name: one of LINEAR_BACKENDS.
+        dtype: of the weights.
+        device: of the weights.
+        num_weight_bytes: of all the linear layers together.
+        ops: computes what a backend has no fused version of.
+
+    Raises:
+        ConfigError: the named backend cannot work here.
+    """
+    reference = TorchBackend(ops)
+    onednn = native = None
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        if name in {"auto", "onednn"} and OneDnnBackend.is_available():
+            onednn = OneDnnBackend(ops)
+        if name in {"auto", "native"}:
+            library = load_native()
+            if library is not None and library.has_bf16_linear:
+                native = NativeBackend(library, reference)
+    choices: dict[str, LinearBackend | None] = {
+        "auto": _fastest(native, onednn, num_weight_bytes) or reference,
+        "reference": reference,
+        "onednn": onednn,
+        "native": native,
+    }
+    backend = choices.get(name)
+    if backend is None:
+        raise ConfigError(
+            f"linear_backend {name!r} cannot be used for {dtype} on {device.type} on this machine; "
+            f"use 'auto' (backends: {', '.join(LINEAR_BACKENDS)})",
+            param="linear_backend",
+        )
+    return backend
+
+
+def _fastest(
+    native: NativeBackend | None, onednn: OneDnnBackend | None, num_weight_bytes: int
+) -> LinearBackend | None:
+    if native is None or onednn is None or not _has_amx():
+        return native or onednn
+    if num_weight_bytes > HYBRID_MAX_BYTES:
+        return onednn
+    return HybridBackend(native, onednn, HYBRID_MAX_NATIVE_TOKENS)
+
+
+def _has_amx() -> bool:
+    try:
+        return bool(torch.cpu._is_amx_tile_supported())
+    except AttributeError:  # private: it may go
+        return False
+
+
+_OUTPUT_BF16, _OUTPUT_FP32, _OUTPUT_SILU_MUL = 0, 1, 2
+"""The enum Output of ``kernels/linear.cpp``."""
+
+
+class _LinearCall(ctypes.Structure):
+    """LinearCall of ``kernels/linear.cpp``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "packed", "bias", "y")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("num_tokens", "num_inputs", "num_outputs", "output", "num_threads")
+        ),
+    )
+
+
+class _NativeLinear:
+    """One weight matrix, packed for the C++ kernel."""
+
+    def __init__(
+        self,
+        library: NativeLibrary,
+        output: int,
+        num_outputs: int,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+    ) -> None:
+        self._library = library
+        self._output = output
+        self._num_outputs = num_outputs
+        self._dtype = torch.float32 if output == _OUTPUT_FP32 else torch.bfloat16
+        self._packed = _pack(weight_OI)
+        self._bias = None if bias_O is None else _pad_outputs(bias_O.float())
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        """See LinearOp."""
+        num_tokens, num_inputs = x_TI.shape
+        assert x_TI.dtype == torch.bfloat16
+        y_TO = torch.empty(num_tokens, self._num_outputs, dtype=self._dtype)
+        call = _LinearCall(
+            pointer(x_TI),
+            self._packed.data_ptr(),
+            pointer(self._bias),
+            y_TO.data_ptr(),
+            num_tokens,
+            num_inputs,
+            self._num_outputs,
+            self._output,
+            torch.get_num_threads(),
+        )
+        self._library.call("linear", call)
+        return y_TO
+
+
+def _can_pack(weight_OI: Tensor) -> bool:
+    return weight_OI.shape[1] % 2 == 0
+
+
+def _pack(weight_OI: Tensor) -> Tensor:
+    """[O, I] to [panels, I / 2, 32 outputs, 2], the last panel filled up with zeros."""
+    panels = _pad_outputs(weight_OI).view(-1, _PANEL, weight_OI.shape[1] // 2, 2)
+    return panels.transpose(1, 2).contiguous()
+
+
+def _pad_outputs(x_O: Tensor) -> Tensor:
+    missing = -x_O.shape[0] % _PANEL
+    if missing == 0:
+        return x_O.contiguous()
+    return torch.cat((x_O, x_O.new_zeros(missing, *x_O.shape[1:])))
+
+
+def _interleave_halves(x_2F: Tensor) -> Tensor:
+    """Gates, then ups, to 16 gates, the same 16 ups, and so on; F is filled up with zeros."""
+    half = _PANEL // 2
+    size = x_2F.shape[0] // 2
+    rest = x_2F.shape[1:]
+    padding = x_2F.new_zeros(-size % half, *rest)
+    gates, ups = (torch.cat((x, padding)).view(-1, half, *rest) for x in x_2F.chunk(2))
+    return torch.stack((gates, ups), dim=1).flatten(0, 2)

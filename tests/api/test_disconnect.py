@@ -1,0 +1,278 @@
+"""A client that leaves takes its requests with it, within one step of the engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from starlette.types import Message
+
+from sortserve.outputs import FinishReason
+from support.http_service import WAIT_S, Connection, HttpService, as_json
+
+LONG = {"prompt": "a", "max_tokens": 200}
+BODIES: list[tuple[str, dict[str, Any]]] = [
+    ("/generate", LONG),
+    ("/generate", {**LONG, "n": 4}),
+    ("/v1/completions", {**LONG, "prompt": ["a", "b", "c"]}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 200}),
+]
+
+
+def num_sequences(body: dict[str, Any]) -> int:
+    return int(body.get("n", 1)) * (len(body["prompt"]) if "prompt" in body else 1)
+
+
+async def finish(task: asyncio.Task[None]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        await task
+
+
+async def settle() -> None:
+    """Let the event loop run everything that is ready."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def assert_aborted(service: HttpService, count: int, *, max_steps: int) -> None:
+    """All requests were aborted, after at most so many steps, and left no page behind."""
+    reports = await service.ended.wait_for(count)
+    assert [report.finish_reason for report in reports] == [FinishReason.ABORT] * count
+    assert len(service.runner.plans) <= max_steps
+    await asyncio.to_thread(service.worker.stop)
+    service.engine.check_invariants()
+    assert service.worker.stats().kv_pages_used == 0
+
+
+@pytest.mark.parametrize(("path", "body"), BODIES)
+async def test_leaving_while_a_stream_runs_aborts_within_one_step(
+    service: HttpService, path: str, body: dict[str, Any]
+) -> None:
+    service.runner.gated = True
+    connection = Connection(service.app, path, as_json({**body, "stream": True}))
+    task = connection.open()
+    service.runner.permits.release()
+    await connection.wait_for_events(1)
+
+    connection.leave()
+    await settle()
+    service.runner.permits.release()  # the step that is under way
+    await finish(task)
+
+    await assert_aborted(service, num_sequences(body) if "prompt" in body else 1, max_steps=2)
+
+
+@pytest.mark.parametrize(("path", "body"), BODIES)
+async def test_leaving_while_waiting_for_a_whole_answer_aborts_within_one_step(
+    service: HttpService, path: str, body: dict[str, Any]
+) -> None:
+    service.runner.gated = True
+    connection = Connection(service.app, path, as_json(body))
+    task = connection.open()
+    await settle()
+
+    connection.leave()
+    await settle()
+    service.runner.permits.release()  # the step that is under way
+    await finish(task)
+
+    await assert_aborted(service, num_sequences(body) if "prompt" in body else 1, max_steps=1)
+    assert connection.messages == []
+
+
+async def test_leaving_before_the_first_token_of_a_stream_sends_nothing(
+    service: HttpService,
+) -> None:
+    service.runner.gated = True
+    connection = Connection(service.app, "/generate", as_json({**LONG, "stream": True}))
+    task = connection.open()
+    await settle()
+
+    connection.leave()
+    await settle()
+    service.runner.permits.release()
+    await finish(task)
+
+    assert connection.messages == []
+    await assert_aborted(service, 1, max_steps=1)
+
+
+async def test_a_send_that_fails_aborts_the_request(service: HttpService) -> None:
+    service.runner.gated = True
+    connection = Connection(service.app, "/generate", as_json({**LONG, "stream": True}))
+    task = connection.open()
+    service.runner.permits.release()
+    await connection.wait_for_events(1)
+
+    connection.send_fails = True
+    service.runner.permits.release()
+    await finish(task)
+    service.runner.permits.release()  # the step that is under way
+
+    await assert_aborted(service, 1, max_steps=3)
+
+
+async def test_a_cancelled_request_is_aborted(service: HttpService) -> None:
+    service.runner.gated = True
+    connection = Connection(service.app, "/generate", as_json({**LONG, "n": 3, "stream": True}))
+    task = connection.open()
+    service.runner.permits.release()
+    await connection.wait_for_events(1)
+
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    service.runner.permits.release()
+
+    await assert_aborted(service, 3, max_steps=2)
+
+
+async def test_a_slow_client_holds_up_nobody_and_gets_what_waited_in_one_send(
+    service: HttpService,
+) -> None:
+    may_send = asyncio.Event()
+
+    async def hold(message: Message) -> None:
+        if message.get("body"):
+            await may_send.wait()
+
+    body = {"prompt": "a", "max_tokens": 50, "stream": True}
+    slow = Connection(service.app, "/generate", as_json(body), before_send=hold)
+    task = slow.open()
+
+    fast = await service.post("/generate", {"prompt": "b", "max_tokens": 60})
+    await service.ended.wait_for(2)
+    may_send.set()
+    await finish(task)
+
+    assert fast.json()["usage"]["completion_tokens"] == 60
+    sends = [m for m in slow.messages if m.get("body")]
+    assert slow.content.count(b"data: ") == 51
+    assert len(sends) < 51
+
+
+async def test_an_error_inside_a_stream_is_an_event_and_the_stream_ends(
+    service: HttpService,
+) -> None:
+    service.runner.gated = True
+    connection = Connection(service.app, "/generate", as_json({**LONG, "stream": True}))
+    task = connection.open()
+    service.runner.permits.release()
+    await connection.wait_for_events(1)
+
+    service.runner.fail_next = True
+    service.runner.permits.release()
+    await finish(task)
+
+    *_, error, done, rest = connection.content.decode().split("\n\n")
+    assert connection.status == 200
+    assert error.startswith('data: {"error":{"message":"The model failed')
+    assert (done, rest) == ("data: [DONE]", "")
+    assert connection.messages[-1]["more_body"] is False
+
+
+async def test_a_failure_before_the_first_token_of_a_stream_has_its_own_status(
+    service: HttpService,
+) -> None:
+    service.runner.fail_next = True
+
+    reply = await service.post("/generate", {**LONG, "stream": True})
+
+    assert reply.status_code == 500
+    assert reply.json()["error"]["code"] == "engine_error"
+
+
+async def test_one_failed_sequence_ends_the_others_of_its_request(
+    make: Callable[..., HttpService],
+) -> None:
+    service = make(engine_options={"max_num_seqs": 1})
+    service.runner.fail_next = True
+
+    reply = await service.post("/generate", {**LONG, "n": 3})
+
+    reasons = {report.finish_reason for report in await service.ended.wait_for(3)}
+    assert reply.status_code == 500
+    assert reasons == {FinishReason.ERROR, FinishReason.ABORT}
+
+
+async def test_shutdown_gives_a_running_request_what_there_is(service: HttpService) -> None:
+    service.runner.gated = True
+    connection = Connection(service.app, "/generate", as_json(LONG))
+    task = connection.open()
+    streaming = Connection(service.app, "/generate", as_json({**LONG, "stream": True}))
+    streaming_task = streaming.open()
+    service.runner.permits.release()  # the first step may have begun without the second request
+    service.runner.permits.release()
+    await streaming.wait_for_events(1)
+
+    service.runner.open()
+    await service.worker.drain(0)
+    await finish(task)
+    await finish(streaming_task)
+
+    assert connection.status == 200
+    assert b'"finish_reason":"abort"' in connection.content
+    assert b'"finish_reason":"abort"' in streaming.content
+    assert streaming.content.endswith(b"data: [DONE]\n\n")
+
+
+class Timers:
+    """Takes the place of the event loop's clock: a test says when time is over."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.delays: list[float] = []
+        self._callbacks: list[Callable[[], None]] = []
+        monkeypatch.setattr(asyncio.get_running_loop(), "call_later", self._call_later)
+
+    def _call_later(self, delay: float, callback: Callable[[], None]) -> asyncio.Handle:
+        self.delays.append(delay)
+        self._callbacks.append(callback)
+        return asyncio.Handle(callback, [], asyncio.get_running_loop())
+
+    def ring(self) -> None:
+        for callback in self._callbacks:
+            callback()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_a_request_over_the_servers_timeout_is_cut_off(
+    make: Callable[..., HttpService], monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    timers = Timers(monkeypatch)
+    service = make(request_timeout_s=60)
+    service.runner.gated = True
+    connection = Connection(service.app, "/generate", as_json({**LONG, "n": n}))
+    task = connection.open()
+    await settle()
+
+    timers.ring()
+    service.runner.permits.release()
+    await finish(task)
+
+    assert timers.delays == [60]
+    assert connection.status == 504
+    assert b'"code":"request_timeout"' in connection.content
+    await assert_aborted(service, n, max_steps=1)
+
+
+async def test_a_stream_over_the_servers_timeout_ends_with_an_error_event(
+    make: Callable[..., HttpService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timers = Timers(monkeypatch)
+    service = make(request_timeout_s=60)
+    service.runner.gated = True
+    connection = Connection(service.app, "/generate", as_json({**LONG, "stream": True}))
+    task = connection.open()
+    service.runner.permits.release()
+    await connection.wait_for_events(1)
+
+    timers.ring()
+    service.runner.permits.release()
+    await finish(task)
+
+    assert connection.status == 200
+    assert b'"code":"request_timeout"' in connection.content
+    assert connection.content.endswith(b"data: [DONE]\n\n")
+    await assert_aborted(service, 1, max_steps=2)

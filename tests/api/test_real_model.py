@@ -1,0 +1,120 @@
+"""The HTTP service over the real engine and tokenizer, on a tiny random checkpoint in fp32."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from sortserve.api.app import create_app
+from sortserve.api.settings import ApiSettings
+from sortserve.engine.worker import EngineWorker
+from support.http_service import parse_events
+from support.serving import Served, serve
+from support.tiny_models import make_tiny_checkpoint
+
+CHAT = [{"role": "user", "content": "hé 😀 there"}]
+BODIES: list[tuple[str, dict[str, Any]]] = [
+    ("/generate", {"prompt": "the 你好", "seed": 3}),
+    ("/generate", {"messages": CHAT, "seed": 4, "budget": {"exit_layer": 2}}),
+    ("/v1/completions", {"prompt": ["the", "in"], "n": 2, "seed": 5, "model": "m@4"}),
+    ("/v1/chat/completions", {"messages": CHAT, "seed": 6, "logprobs": True, "top_logprobs": 3}),
+]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    path: Path = make_tiny_checkpoint(tmp_path_factory.mktemp("m"), "llama-tied", exits=(2, 4, 6))
+    return serve(path)
+
+
+@pytest.fixture
+async def app(served: Served) -> AsyncIterator[FastAPI]:
+    worker = EngineWorker(served.engine())
+    worker.start()
+    yield create_app(worker, served.tokenizer, ApiSettings(served_model_name="m"))
+    await asyncio.to_thread(worker.stop)
+
+
+async def post(app: FastAPI, path: str, body: dict[str, Any]) -> httpx.Response:
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        return await client.post(path, json=body)
+
+
+def text_of(choice: dict[str, Any]) -> str:
+    part = choice.get("message") or choice.get("delta")
+    return str(choice["text"] if part is None else part.get("content", ""))
+
+
+@pytest.mark.parametrize(("path", "body"), BODIES)
+async def test_streamed_text_equals_the_whole_text_whatever_the_bytes(
+    app: FastAPI, path: str, body: dict[str, Any]
+) -> None:
+    body = {**body, "max_tokens": 60, "temperature": 1.5, "ignore_eos": True}
+
+    whole = (await post(app, path, body)).json()
+    reply = await post(app, path, {**body, "stream": True})
+
+    streamed: dict[int, str] = {}
+    counts: dict[int, int] = {}
+    for event in parse_events(reply.text):
+        for choice in event["choices"]:
+            index = choice["index"]
+            streamed[index] = streamed.get(index, "") + text_of(choice)
+            counts[index] = counts.get(index, 0) + 1
+    assert streamed == {c["index"]: text_of(c) for c in whole["choices"]}
+    assert not all(text.isascii() for text in streamed.values())
+    role_events = "chat" in path
+    assert set(counts.values()) == {60 + role_events}
+
+
+async def test_the_bytes_of_the_logprobs_are_the_text(app: FastAPI) -> None:
+    body = {"prompt": "the", "max_tokens": 40, "logprobs": 0, "ignore_eos": True, "seed": 1}
+
+    [choice] = (await post(app, "/generate", body)).json()["choices"]
+
+    raw = b"".join(bytes(entry["bytes"]) for entry in choice["logprobs"])
+    assert raw.decode(errors="replace") == choice["text"]
+    assert all(entry["logprob"] <= 0 for entry in choice["logprobs"])
+
+
+async def test_mixed_depths_at_once_answer_as_each_alone(app: FastAPI) -> None:
+    bodies = [
+        {"prompt": f"the {i}", "max_tokens": 12, "seed": i, "model": f"m@{exit_layer}"}
+        for i in range(4)
+        for exit_layer in (2, 4, 6)
+    ]
+
+    alone = [(await post(app, "/v1/completions", body)).json() for body in bodies]
+    together = await asyncio.gather(*(post(app, "/v1/completions", body) for body in bodies))
+
+    assert [r.json()["choices"][0]["text"] for r in together] == [
+        reply["choices"][0]["text"] for reply in alone
+    ]
+    assert len({reply["choices"][0]["text"] for reply in alone}) > 6
+
+
+async def test_tokenize_shows_what_the_chat_template_writes(app: FastAPI) -> None:
+    tokens = (await post(app, "/tokenize", {"messages": CHAT})).json()["tokens"]
+
+    text = (await post(app, "/detokenize", {"tokens": tokens})).json()["prompt"]
+    usage = (await post(app, "/generate", {"messages": CHAT, "max_tokens": 1})).json()["usage"]
+
+    assert text == "<|im_start|>user\nhé 😀 there<|im_end|>\n<|im_start|>assistant\n"
+    assert usage["prompt_tokens"] == len(tokens)
+
+
+@pytest.mark.parametrize("name", ["tokenize", "chat_template", "padding", "self", "messages"])
+async def test_template_arguments_cannot_reach_behind_the_template(app: FastAPI, name: str) -> None:
+    body = {"messages": CHAT, "max_tokens": 1, "chat_template_kwargs": {name: "x"}}
+
+    reply = await post(app, "/v1/chat/completions", body)
+
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == f"chat_template_kwargs.{name}"

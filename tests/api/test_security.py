@@ -1,0 +1,212 @@
+"""Keys, the body limit, request ids and CORS, on every kind of reply."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+from starlette.middleware.base import BaseHTTPMiddleware
+
+from support.http_service import Connection, HttpService, as_json
+
+KEYS = ("first-key", "second-kéy")
+GUARDED = [
+    ("POST", "/generate"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/tiny"),
+    ("GET", "/exits"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+    ("GET", "/version"),
+    ("GET", "/openapi.json"),
+    ("GET", "/docs"),
+    ("GET", "/nothing"),
+    ("GET", "/health/../generate"),
+    ("GET", "/metrics/x"),
+]
+BODY = {"prompt": "a", "max_tokens": 1}
+
+
+@pytest.fixture
+def guarded(make: Callable[..., HttpService]) -> HttpService:
+    return make(api_keys=KEYS)
+
+
+@pytest.mark.parametrize(("method", "path"), GUARDED)
+@pytest.mark.parametrize(
+    "authorization",
+    [None, "", "Bearer", "Bearer ", "Bearer wrong", "first-key", "Basic first-key", "Bearer f"],
+)
+async def test_everything_else_needs_a_key(
+    guarded: HttpService, method: str, path: str, authorization: str | None
+) -> None:
+    headers = {} if authorization is None else {"authorization": authorization}
+    async with guarded.client(**headers) as client:
+        reply = await client.request(method, path)
+
+    error = reply.json()["error"]
+    assert reply.status_code == 401
+    assert reply.headers["www-authenticate"] == "Bearer"
+    assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
+
+
+@pytest.mark.parametrize("path", ["/health", "/readyz", "/livez", "/metrics"])
+async def test_probes_and_metrics_need_no_key(guarded: HttpService, path: str) -> None:
+    assert (await guarded.get(path)).status_code == 200
+
+
+@pytest.mark.parametrize("key", [key.encode() for key in KEYS])
+@pytest.mark.parametrize("scheme", [b"Bearer", b"bearer"])
+async def test_each_key_opens_every_door(guarded: HttpService, key: bytes, scheme: bytes) -> None:
+    headers = [(b"content-type", b"application/json"), (b"authorization", scheme + b" " + key)]
+    connection = Connection(guarded.app, "/generate", as_json(BODY), headers=headers)
+
+    await connection.open()
+
+    assert connection.status == 200
+
+
+async def test_open_paths_are_found_below_a_proxys_prefix(
+    make: Callable[..., HttpService],
+) -> None:
+    service = make(api_keys=KEYS, root_path="/llm")
+
+    assert (await service.get("/llm/health")).status_code == 200
+    assert (await service.get("/health")).status_code == 200
+    assert (await service.get("/llm/version")).status_code == 401
+
+
+@pytest.fixture
+def small(make: Callable[..., HttpService]) -> HttpService:
+    return make(max_body_bytes=100)
+
+
+async def test_a_body_over_the_limit_is_refused_by_its_declared_length(
+    small: HttpService,
+) -> None:
+    reply = await small.post("/generate", {"prompt": "a" * 200})
+
+    assert reply.status_code == 413
+    assert reply.json()["error"]["code"] == "payload_too_large"
+    assert "100 bytes" in reply.json()["error"]["message"]
+
+
+async def test_a_body_of_unknown_length_is_refused_once_it_passes_the_limit(
+    small: HttpService,
+) -> None:
+    parts_sent = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal parts_sent
+        for _ in range(1000):
+            parts_sent += 1
+            yield b" " * 10
+
+    async with small.client(**{"content-type": "application/json"}) as client:
+        reply = await client.post("/generate", content=body())
+
+    assert reply.status_code == 413
+    assert parts_sent == 11
+
+
+async def test_a_body_at_the_limit_is_read(small: HttpService) -> None:
+    content = as_json({"prompt": "a", "max_tokens": 1}).ljust(100)
+    async with small.client(**{"content-type": "application/json"}) as client:
+        reply = await client.post("/generate", content=content)
+
+    assert len(content) == 100
+    assert reply.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/health", 200),
+        ("GET", "/nothing", 404),
+        ("GET", "/generate", 405),
+        ("POST", "/generate", 400),
+    ],
+)
+async def test_the_request_id_is_echoed_on_every_reply(
+    shared: HttpService, method: str, path: str, status: int
+) -> None:
+    async with shared.client(**{"x-request-id": "trace/1:a.b-c_d=+@"}) as client:
+        reply = await client.request(method, path)
+
+    assert reply.status_code == status
+    assert reply.headers.get_list("x-request-id") == ["trace/1:a.b-c_d=+@"]
+
+
+async def test_the_request_id_is_echoed_on_refusals_of_the_outer_layers(
+    make: Callable[..., HttpService],
+) -> None:
+    service = make(api_keys=KEYS, max_body_bytes=10)
+    headers = {"x-request-id": "r", "authorization": "Bearer first-key"}
+
+    no_key = await service.get("/version", **{"x-request-id": "r"})
+    too_large = await service.post("/generate", BODY, **headers)
+
+    assert (no_key.status_code, too_large.status_code) == (401, 413)
+    assert no_key.headers["x-request-id"] == too_large.headers["x-request-id"] == "r"
+
+
+async def test_a_request_without_an_id_gets_one_of_its_own(shared: HttpService) -> None:
+    ids = {(await shared.get("/health")).headers["x-request-id"] for _ in range(3)}
+
+    assert len(ids) == 3
+
+
+@pytest.mark.parametrize("value", ["", "with space", "x" * 129, 'quote"', "<b>"])
+async def test_a_request_id_that_is_no_id_is_refused(shared: HttpService, value: str) -> None:
+    reply = await shared.get("/version", **{"x-request-id": value})
+
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "x-request-id"
+    assert reply.headers["x-request-id"] != value
+
+
+async def test_the_request_id_becomes_the_replys_id_unless_the_body_has_one(
+    shared: HttpService,
+) -> None:
+    by_header = await shared.post("/generate", BODY, **{"x-request-id": "h1"})
+    by_body = await shared.post("/generate", {**BODY, "request_id": "b1"}, **{"x-request-id": "h"})
+
+    assert by_header.json()["id"] == "h1"
+    assert (by_body.json()["id"], by_body.headers["x-request-id"]) == ("b1", "h")
+
+
+async def test_cors_is_off_by_default(shared: HttpService) -> None:
+    reply = await shared.get("/health", origin="https://example.com")
+
+    assert "access-control-allow-origin" not in reply.headers
+
+
+async def test_cors_lets_the_named_origins_in_and_no_others(
+    make: Callable[..., HttpService],
+) -> None:
+    service = make(cors_allow_origins=("https://app.example",), api_keys=KEYS)
+    preflight = {
+        "origin": "https://app.example",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization, content-type",
+    }
+
+    async with service.client() as client:
+        allowed = await client.options("/generate", headers=preflight)
+    no_key = await service.get("/version", origin="https://app.example")
+    other = await service.get("/health", origin="https://other.example")
+
+    assert allowed.status_code == 200
+    assert allowed.headers["access-control-allow-origin"] == "https://app.example"
+    assert no_key.status_code == 401
+    assert no_key.headers["access-control-allow-origin"] == "https://app.example"
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_no_middleware_hides_a_disconnect(shared: HttpService) -> None:
+    classes = [middleware.cls for middleware in shared.app.user_middleware]
+
+    assert classes
+    assert not any(issubclass(cls, BaseHTTPMiddleware) for cls in classes)  # type: ignore[arg-type]

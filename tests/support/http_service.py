@@ -1,0 +1,275 @@
+"""The HTTP service over a scripted engine, and an ASGI client whose hands are on both ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Message
+
+import sortserve
+from sortserve.api.app import create_app
+from sortserve.api.settings import ApiSettings
+from sortserve.budget import Budget
+from sortserve.engine.engine import Engine
+from sortserve.engine.worker import EngineWorker
+from sortserve.errors import InvalidRequestError
+from sortserve.metrics import Metrics
+from sortserve.outputs import EngineStats, RequestReport, StepRecord
+from sortserve.sampling_params import SampledToken
+from sortserve.scheduling.plan import StepPlan
+from support.scripted import VOCAB_SIZE, Rule, ScriptedRunner, make_engine, next_letter
+
+EXITS = (2, 4, 6)
+MODEL = "tiny"
+WAIT_S = 30
+
+
+class AsciiTokenizer:
+    """Each character is its number; a conversation is its contents, one after the other."""
+
+    vocab_size = VOCAB_SIZE
+    has_chat_template = True
+
+    def __init__(self) -> None:
+        self.threads: set[str] = set()
+        """Names of the threads that encoded something."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        self.threads.add(threading.current_thread().name)
+        return [ord(character) for character in text]
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return "".join(map(chr, token_ids))
+
+    def apply_chat_template(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
+        if messages[0]["role"] == "alien":
+            raise InvalidRequestError("The template knows no alien.", param="messages")
+        return self.encode(variables.get("prefix", "") + "".join(m["content"] for m in messages))
+
+    def convert_id_to_token_text(self, token_id: int) -> tuple[str, bytes]:
+        return chr(token_id), bytes([token_id])
+
+
+class GatedRunner(ScriptedRunner):
+    """Runs freely until ``gated`` is set; from then on each step needs a permit."""
+
+    def __init__(self, *, rule: Rule = next_letter) -> None:
+        super().__init__(rule=rule)
+        self.gated = False
+        self.permits = threading.Semaphore(0)
+
+    def execute(self, plan: StepPlan) -> list[SampledToken]:
+        if self.gated:
+            assert self.permits.acquire(timeout=WAIT_S)
+        return super().execute(plan)
+
+    def open(self) -> None:
+        self.gated = False
+        self.permits.release()
+
+
+class Ended:
+    """An observer that lets a test wait for requests to be over."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._changed = threading.Condition()
+        self.reports: list[RequestReport] = []
+        self.rejections: list[str] = []
+
+    def on_step(self, record: StepRecord, stats: EngineStats) -> None:
+        self._metrics.on_step(record, stats)
+
+    def on_finished(self, report: RequestReport) -> None:
+        with self._changed:
+            self.reports.append(report)
+            self._changed.notify_all()
+
+    def on_rejected(self, reason: str, budget: Budget | None) -> None:
+        self.rejections.append(reason)
+
+    async def wait_for(self, count: int) -> list[RequestReport]:
+        """The reports, once there are so many."""
+
+        def wait() -> None:
+            with self._changed:
+                assert self._changed.wait_for(lambda: len(self.reports) >= count, WAIT_S)
+
+        await asyncio.to_thread(wait)
+        return self.reports
+
+    def run_until(self, count: int, step: Callable[[], None]) -> list[RequestReport]:
+        """Let the engine make step after step until so many requests are over."""
+        with self._changed:
+            while len(self.reports) < count:
+                step()
+                self._changed.wait(0.02)
+        return self.reports
+
+
+@dataclass
+class HttpService:
+    """One running service without a socket."""
+
+    app: FastAPI
+    worker: EngineWorker
+    engine: Engine
+    runner: GatedRunner
+    tokenizer: AsciiTokenizer
+    ended: Ended
+
+    def client(self, **headers: str) -> httpx.AsyncClient:
+        transport = httpx.ASGITransport(app=self.app)
+        return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
+
+    async def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
+        async with self.client() as client:
+            return await client.post(path, json=body, headers=headers)
+
+    async def get(self, path: str, **headers: str) -> httpx.Response:
+        async with self.client() as client:
+            return await client.get(path, headers=headers)
+
+    async def events(self, path: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The messages of a stream; its frame is checked on the way."""
+        reply = await self.post(path, {**body, "stream": True})
+        assert reply.status_code == 200, reply.text
+        assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
+        return parse_events(reply.text)
+
+
+def parse_events(text: str) -> list[dict[str, Any]]:
+    """JSON events of a whole stream, which must end with ``[DONE]``."""
+    assert text.endswith("data: [DONE]\n\n")
+    parts = text.removesuffix("data: [DONE]\n\n").split("\n\n")
+    assert parts.pop() == ""
+    assert all(part.startswith("data: ") and "\n" not in part for part in parts)
+    return [json.loads(part.removeprefix("data: ")) for part in parts]
+
+
+def make_service(
+    *,
+    rule: Rule = next_letter,
+    worker_options: Mapping[str, Any] | None = None,
+    engine_options: Mapping[str, Any] | None = None,
+    start: bool = True,
+    **settings: Any,
+) -> HttpService:
+    """A service over a scripted engine; the caller stops the worker."""
+    runner, tokenizer = GatedRunner(rule=rule), AsciiTokenizer()
+    metrics = Metrics(MODEL, EXITS, version=sortserve.__version__)
+    ended = Ended(metrics)
+    engine = make_engine(exits=EXITS, runner=runner, observer=ended, **(engine_options or {}))
+    worker = EngineWorker(engine, **(worker_options or {}))
+    metrics.watch(worker.stats)
+    api = ApiSettings(**{"served_model_name": MODEL, **settings})
+    app = create_app(worker, tokenizer, api, metrics)
+    if start:
+        worker.start()
+    return HttpService(app, worker, engine, runner, tokenizer, ended)
+
+
+@contextmanager
+def listening(app: ASGIApp) -> Iterator[str]:
+    """The application behind a real server on a loopback port, as its base URL."""
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None)
+    server = uvicorn.Server(config)
+    listener = config.bind_socket()
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+@dataclass
+class Connection:
+    """One HTTP exchange at ASGI level: the test is the server, and can hang up at any moment."""
+
+    app: ASGIApp
+    path: str
+    body: bytes
+    method: str = "POST"
+    headers: Sequence[tuple[bytes, bytes]] = ((b"content-type", b"application/json"),)
+    messages: list[Message] = field(default_factory=list)
+    send_fails: bool = False
+    before_send: Callable[[Message], Awaitable[None]] | None = None
+
+    def __post_init__(self) -> None:
+        self._is_body_sent = False
+        self._has_left = asyncio.Event()
+        self._grown = asyncio.Condition()
+
+    def open(self) -> asyncio.Task[None]:
+        """Run the application; the task ends when it returns."""
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.4"},
+            "http_version": "1.1",
+            "method": self.method,
+            "scheme": "http",
+            "path": self.path,
+            "raw_path": self.path.encode(),
+            "root_path": "",
+            "query_string": b"",
+            "headers": list(self.headers),
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 2),
+        }
+
+        async def run() -> None:
+            await self.app(scope, self._receive, self._send)
+
+        return asyncio.create_task(run())
+
+    def leave(self) -> None:
+        """The client hangs up."""
+        self._has_left.set()
+
+    async def wait_for_events(self, count: int) -> None:
+        """Wait until so many server-sent events are out."""
+        async with asyncio.timeout(WAIT_S), self._grown:
+            await self._grown.wait_for(lambda: self.content.count(b"\n\n") >= count)
+
+    @property
+    def status(self) -> int | None:
+        starts = [m["status"] for m in self.messages if m["type"] == "http.response.start"]
+        return starts[0] if starts else None
+
+    @property
+    def content(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.messages)
+
+    async def _receive(self) -> Message:
+        if not self._is_body_sent:
+            self._is_body_sent = True
+            return {"type": "http.request", "body": self.body, "more_body": False}
+        await self._has_left.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Message) -> None:
+        if self.before_send is not None:
+            await self.before_send(message)
+        if self.send_fails:
+            raise OSError("broken pipe")
+        async with self._grown:
+            self.messages.append(message)
+            self._grown.notify_all()
+
+
+def as_json(value: object) -> bytes:
+    return json.dumps(value).encode()
