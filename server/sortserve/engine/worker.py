@@ -113,6 +113,9 @@ class EngineWorker:
         # Prompt tokens that have entered and left the inbox: each is written by one thread.
         self._submitted_tokens = 0
         self._taken_tokens = 0
+        # Requests that have come and gone, likewise.
+        self._num_submitted = 0
+        self._num_ended = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stop = False
         # Engine thread only:
@@ -159,8 +162,7 @@ class EngineWorker:
             self._state = "stopped"
 
     def _is_idle(self) -> bool:
-        stats = self._stats
-        return self._inbox.empty() and stats.num_running + stats.num_waiting == 0
+        return self._num_ended == self._num_submitted
 
     # ---- requests ----
 
@@ -209,6 +211,7 @@ class EngineWorker:
         place = reservation.take_one(num_prompt)
         stream = RequestStream(request.request_id, self._request_abort)
         self._submitted_tokens += num_prompt
+        self._num_submitted += 1
         self._inbox.put(_Submission(request, choice, stream, place))
         return stream
 
@@ -264,7 +267,6 @@ class EngineWorker:
                 self._drain_inbox(wait=not self._engine.has_work)
                 if self._engine.has_work:
                     self._publish(self._engine.step())
-                self._stats = self._engine.stats()
         except Exception:
             logger.exception("the engine stopped on an error of its own")
             self._state = "failed"
@@ -273,7 +275,6 @@ class EngineWorker:
             self._drain_inbox(wait=False)
             aborted = [self._engine.abort(request_id) for request_id in list(self._streams)]
             self._publish([output for output in aborted if output is not None])
-            self._stats = self._engine.stats()
 
     def _fail_all(self) -> None:
         """Answer every live and every queued request with the engine's failure."""
@@ -286,29 +287,37 @@ class EngineWorker:
             self._publish([RequestOutput(request_id=request_id, error=error)])
 
     def _register(self, submission: _Submission) -> None:
-        request = submission.request
-        self._streams[request.request_id] = submission.stream
-        self._reservations[request.request_id] = submission.reservation
-        self._taken_tokens += len(request.prompt_token_ids)
+        request_id = submission.request.request_id
+        assert request_id not in self._streams, "request ids are unique"
+        self._streams[request_id] = submission.stream
+        self._reservations[request_id] = submission.reservation
 
     def _drain_inbox(self, *, wait: bool) -> None:
+        num_tokens = 0
         while True:
             try:
                 message = self._inbox.get(timeout=IDLE_POLL_S) if wait else self._inbox.get_nowait()
             except queue.Empty:
-                return
+                break
             wait = False
             if isinstance(message, _Submission):
-                assert message.request.request_id not in self._streams, "request ids are unique"
                 self._register(message)
                 self._engine.add_request(message.request, message.choice)
+                num_tokens += len(message.request.prompt_token_ids)
             elif isinstance(message, _Abort):
                 output = self._engine.abort(message.request_id)
                 if output is not None:
                     self._publish([output])
+        if num_tokens:  # they count as the engine's from here on
+            self._stats = self._engine.stats()
+            self._taken_tokens += num_tokens
 
     def _publish(self, outputs: list[RequestOutput]) -> None:
-        """Hand outputs to their streams, with one wake-up per event loop."""
+        """Hand outputs to their streams, with one wake-up per event loop.
+
+        The new state is visible first: who sees a request end also sees its pages free.
+        """
+        self._stats = self._engine.stats()
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, RequestOutput]]] = {}
         for output in outputs:
             stream = self._streams[output.request_id]
@@ -316,6 +325,7 @@ class EngineWorker:
             ended = output.finish_reason is not None or output.error is not None
             if ended:
                 del self._streams[output.request_id]
+                self._num_ended += 1
             if ended or output.tokens:
                 reservation = self._reservations.pop(output.request_id, None)
                 if reservation is not None:
