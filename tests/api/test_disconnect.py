@@ -203,6 +203,7 @@ async def test_shutdown_gives_a_running_request_what_there_is(service: HttpServi
     task = connection.open()
     streaming = Connection(service.app, "/generate", as_json({**LONG, "stream": True}))
     streaming_task = streaming.open()
+    await settle()
     service.runner.permits.release()  # the first step may have begun without the second request
     service.runner.permits.release()
     await streaming.wait_for_events(1)

@@ -282,7 +282,7 @@ async def test_json_with_a_charset_is_json(shared: HttpService) -> None:
         headers = {"content-type": "Application/JSON; charset=utf-8"}
         reply = await client.post(GENERATE, content=as_json(BASE[GENERATE]), headers=headers)
 
-    assert reply.status_code == 200
+    assert reply.status_code == 200, reply.text
 
 
 async def test_an_unknown_route_is_not_found(shared: HttpService) -> None:
@@ -338,4 +338,4 @@ async def test_the_places_of_refused_requests_are_given_back(
         reply = await service.post(COMPLETIONS, full)
         if reply.status_code != 429:
             break
-    assert reply.status_code == 200
+    assert reply.status_code == 200, reply.text

@@ -44,7 +44,7 @@ def build_batch(
     slots_ST = np.where(pages_ST >= 0, pages_ST * block_size + positions_T % block_size, -1)
 
     def to_device(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
     return Batch(
         token_ids_T=to_device(token_ids_T),

@@ -10,8 +10,9 @@ heads, G = N / K, H head_dim, X = (N + 2K) * H, P pages, C cached tokens.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -124,8 +125,8 @@ class AttentionBackend(Protocol):
 
     name: str
 
-    def prepare(self, batch: Batch, slab: int, num_rows: int) -> SlabAttention:
-        """What the layers of a slab share: the first ``num_rows`` rows of ``batch`` are alive."""
+    def prepare(self, batch: Batch, slabs: range, num_rows: int) -> Sequence[SlabAttention]:
+        """For each slab, what its layers share; the first ``num_rows`` rows are alive in all."""
         ...
 
 
@@ -138,9 +139,9 @@ class ReferenceAttention:
         self.config = config
         self.rope = rope
 
-    def prepare(self, batch: Batch, slab: int, num_rows: int) -> SlabAttention:
+    def prepare(self, batch: Batch, slabs: range, num_rows: int) -> Sequence[SlabAttention]:
         """See AttentionBackend."""
-        return _ReferenceSlab(self.config, self.rope, batch, slab, num_rows)
+        return [_ReferenceSlab(self.config, self.rope, batch, slab, num_rows) for slab in slabs]
 
 
 class _ReferenceSlab:
@@ -194,8 +195,10 @@ class _ReferenceSlab:
 
     def _split(self, qkv_TX: Tensor) -> tuple[Tensor, ...]:
         config = self._config
-        parts = qkv_TX.split((config.q_size, config.kv_size, config.kv_size), dim=-1)
-        return tuple(part.unflatten(-1, (-1, config.head_dim)) for part in parts)
+        heads_TXH = qkv_TX.view(qkv_TX.shape[0], -1, config.head_dim)
+        num_heads, num_keys = config.num_heads, config.num_kv_heads
+        bounds = (0, num_heads, num_heads + num_keys, num_heads + 2 * num_keys)
+        return tuple(heads_TXH[:, a:b] for a, b in itertools.pairwise(bounds))
 
     def _norm(self, x_TNH: Tensor, weight_H: Tensor) -> Tensor:
         return TorchOps().rms_norm(x_TNH, weight_H, self._config.rms_norm_eps)
@@ -219,7 +222,7 @@ class _ReferenceSlab:
 
     def _decode(self, q_RNH: Tensor, layer_pages: Tensor) -> Tensor:
         """One token a row: a key/value head's G query heads stand where query tokens would."""
-        q_RKGH = q_RNH.unflatten(1, (self._config.num_kv_heads, -1))
+        q_RKGH = q_RNH.view(len(q_RNH), self._config.num_kv_heads, -1, self._config.head_dim)
         # [R, B, K, block_size, H] -> [R, K, C, H]
         k_RKCH, v_RKCH = (
             pages[self._decode_tables].transpose(1, 2).flatten(2, 3) for pages in layer_pages

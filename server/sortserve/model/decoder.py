@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,19 +19,19 @@ from torch.nn.functional import embedding
 from sortserve.errors import ConfigError
 from sortserve.model.attention import (
     AttentionBackend,
-    HeadNorms,
     KVCache,
     ReferenceAttention,
     RopeTables,
-    SlabAttention,
 )
 from sortserve.model.batch import Batch
 from sortserve.model.config import ExitModuleKind, ModelConfig
-from sortserve.model.linear import LinearBackend, choose_linear_backend
+from sortserve.model.layers import DecoderLayer, LayerStack, LayerTools, StepwiseStack
+from sortserve.model.linear import choose_linear_backend
 from sortserve.model.native import DTYPE_CODES, NativeLibrary, load_native
 from sortserve.model.native_attention import NativeAttention
+from sortserve.model.native_layers import NativeStack
 from sortserve.model.ops import NativeOps, TorchOps
-from sortserve.model.weights import ExitModuleWeights, LayerWeights, ModelWeights
+from sortserve.model.weights import ExitModuleWeights, ModelWeights
 
 __all__ = ["Decoder"]
 
@@ -94,10 +93,14 @@ class Decoder:
             ops=ops,
         )
         self._embed = weights.embed
-        tools = _Tools(config.rms_norm_eps, ops, self.linear)
-        self._layers = [
-            _Layer(tools, layer, release_weights) for layer in weights.layers[: exits[-1]]
+        tools = LayerTools(config.rms_norm_eps, ops, self.linear)
+        layers = [
+            DecoderLayer(tools, layer, release_weights) for layer in weights.layers[: exits[-1]]
         ]
+        self._stack: LayerStack = StepwiseStack(layers, self.attention)
+        self._fused_stack: LayerStack = self._stack
+        if isinstance(self.attention, NativeAttention) and NativeStack.supports(layers):
+            self._fused_stack = NativeStack(layers, self.attention)
         self._exits = {
             exit_layer: _ExitModule(
                 tools, weights.exit_modules.get(exit_layer, _NO_MODULE), weights.final_norm
@@ -126,16 +129,21 @@ class Decoder:
         h_TD = embedding(batch.token_ids_T, self._embed)
         delta_TD = torch.zeros_like(h_TD)
         left: list[Tensor] = []
-        for slab in range(batch.exit_layers[0] // self.slab_size):
-            first = slab * self.slab_size
-            num_rows = _num_rows_deeper_than(batch, first)
+        depth = 0
+        for exit_layer in sorted(set(batch.exit_layers)):
+            num_rows = _num_rows_deeper_than(batch, depth)
             num_tokens = batch.query_starts[num_rows]
-            h_TD, delta_TD = h_TD[:num_tokens], delta_TD[:num_tokens]
-            attention = self.attention.prepare(batch, slab, num_rows)
-            for index in range(first, first + self.slab_size):
-                pages = kv_cache.layer(index)
-                delta_TD = self._layers[index](h_TD, delta_TD, attention, pages)
-            left.append(self._leave(batch, first + self.slab_size, h_TD, delta_TD))
+            stack = self._fused_stack if num_tokens <= self.linear.max_fused_tokens else self._stack
+            h_TD, delta_TD = stack.run(
+                batch,
+                range(depth // self.slab_size, exit_layer // self.slab_size),
+                num_rows,
+                h_TD[:num_tokens],
+                delta_TD[:num_tokens],
+                kv_cache,
+            )
+            left.append(self._leave(batch, exit_layer, h_TD, delta_TD))
+            depth = exit_layer
         # Shallow rows left first; in the batch they come last.
         return torch.cat(left[::-1])
 
@@ -185,54 +193,13 @@ def _num_linear_elements(config: ModelConfig) -> int:
     return config.num_layers * (attention + mlp) + config.vocab_size * config.hidden_size
 
 
-@dataclass(frozen=True)
-class _Tools:
-    """What every layer computes with."""
-
-    eps: float
-    ops: TorchOps
-    linear: LinearBackend
-
-
-class _Layer:
-    """One decoder layer on a residual stream whose last addition is still pending.
-
-    The stream is ``h + delta``: adding is left to the next norm, which reads both anyway.
-    """
-
-    def __init__(self, tools: _Tools, weights: LayerWeights, release_weights: bool) -> None:
-        self._eps = tools.eps
-        self._ops = tools.ops
-        self._input_norm = weights.input_norm
-        self._post_attention_norm = weights.post_attention_norm
-        self._head_norms: HeadNorms | None = None
-        if weights.q_norm is not None and weights.k_norm is not None:
-            self._head_norms = HeadNorms(weights.q_norm, weights.k_norm)
-        self._qkv = tools.linear.linear(weights.qkv, weights.qkv_bias)
-        self._o = tools.linear.linear(weights.o, weights.o_bias)
-        self._gated = tools.linear.gated(weights.gate_up, weights.gate_up_bias)
-        self._down = tools.linear.linear(weights.down, weights.down_bias)
-        if release_weights:
-            nothing = weights.qkv.new_empty(0)
-            weights.qkv = weights.o = weights.gate_up = weights.down = nothing
-
-    def __call__(
-        self, h_TD: Tensor, delta_TD: Tensor, attention: SlabAttention, pages: Tensor
-    ) -> Tensor:
-        """Update ``h`` in place and return the new ``delta``."""
-        x_TD = self._ops.add_rms_norm(h_TD, delta_TD, self._input_norm, self._eps)
-        delta_TD = self._o(attention(self._qkv(x_TD), self._head_norms, pages))
-        x_TD = self._ops.add_rms_norm(h_TD, delta_TD, self._post_attention_norm, self._eps)
-        return self._down(self._gated(x_TD))
-
-
 _NO_MODULE = ExitModuleWeights(kind=ExitModuleKind.NONE)
 
 
 class _ExitModule:
     """What stands between the trunk and the shared head at one exit."""
 
-    def __init__(self, tools: _Tools, weights: ExitModuleWeights, final_norm: Tensor) -> None:
+    def __init__(self, tools: LayerTools, weights: ExitModuleWeights, final_norm: Tensor) -> None:
         linear = tools.linear
         self._eps = tools.eps
         self._ops = tools.ops

@@ -16,6 +16,7 @@ Shape legend: T tokens, I inputs, O outputs, F intermediate.
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Protocol
 
 import torch
@@ -28,10 +29,13 @@ from sortserve.model.ops import TorchOps
 
 __all__ = [
     "LINEAR_BACKENDS",
+    "EitherLinear",
     "HybridBackend",
     "LinearBackend",
     "LinearOp",
+    "Matrix",
     "NativeBackend",
+    "NativeLinear",
     "OneDnnBackend",
     "TorchBackend",
     "choose_linear_backend",
@@ -57,6 +61,8 @@ class LinearBackend(Protocol):
     """Packs weights and multiplies by them."""
 
     name: str
+    max_fused_tokens: float
+    """Up to this many tokens, layers may run in the fused C++ call if it has all their matrices."""
 
     def linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearOp:
         """``x W^T + b`` in the dtype of x."""
@@ -75,6 +81,7 @@ class TorchBackend:
     """Plain torch: the weights as they are."""
 
     name = "reference"
+    max_fused_tokens = 0.0
 
     def __init__(self, ops: TorchOps) -> None:
         self._ops = ops
@@ -129,9 +136,10 @@ class NativeBackend:
     """The C++ kernel for bf16; weights it cannot take go to ``fallback``."""
 
     name = "native"
+    max_fused_tokens = math.inf
 
     def __init__(self, library: NativeLibrary, fallback: LinearBackend) -> None:
-        assert library.has_bf16_linear
+        assert library.has_bf16_kernels
         self._library = library
         self._fallback = fallback
 
@@ -139,14 +147,14 @@ class NativeBackend:
         """See LinearBackend."""
         if not _can_pack(weight_OI):
             return self._fallback.linear(weight_OI, bias_O)
-        return _NativeLinear(self._library, _OUTPUT_BF16, weight_OI.shape[0], weight_OI, bias_O)
+        return NativeLinear(self._library, _OUTPUT_BF16, weight_OI.shape[0], weight_OI, bias_O)
 
     def gated(self, weight_2FI: Tensor, bias_2F: Tensor | None = None) -> LinearOp:
         """See LinearBackend."""
         if not _can_pack(weight_2FI):
             return self._fallback.gated(weight_2FI, bias_2F)
         bias = None if bias_2F is None else _interleave_halves(bias_2F)
-        return _NativeLinear(
+        return NativeLinear(
             self._library,
             _OUTPUT_SILU_MUL,
             weight_2FI.shape[0] // 2,
@@ -158,7 +166,7 @@ class NativeBackend:
         """See LinearBackend."""
         if not _can_pack(weight_OI):
             return self._fallback.head(weight_OI)
-        return _NativeLinear(self._library, _OUTPUT_FP32, weight_OI.shape[0], weight_OI, None)
+        return NativeLinear(self._library, _OUTPUT_FP32, weight_OI.shape[0], weight_OI, None)
 
 
 class HybridBackend:
@@ -170,6 +178,7 @@ class HybridBackend:
         self._few = few
         self._many = many
         self._max_few_tokens = max_few_tokens
+        self.max_fused_tokens = float(max_few_tokens)
 
     def linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearOp:
         """See LinearBackend."""
@@ -188,7 +197,20 @@ class HybridBackend:
         return self._either(self._few.head(weight_OI), self._many.head(weight_OI))
 
     def _either(self, few: LinearOp, many: LinearOp) -> LinearOp:
-        return lambda x_TI: (few if x_TI.shape[0] <= self._max_few_tokens else many)(x_TI)
+        return EitherLinear(few, many, self._max_few_tokens)
+
+
+class EitherLinear:
+    """``few`` for up to ``max_few_tokens`` tokens, else ``many``."""
+
+    def __init__(self, few: LinearOp, many: LinearOp, max_few_tokens: int) -> None:
+        self.few = few
+        self._many = many
+        self._max_few_tokens = max_few_tokens
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        """See LinearOp."""
+        return (self.few if x_TI.shape[0] <= self._max_few_tokens else self._many)(x_TI)
 
 
 def choose_linear_backend(
@@ -213,7 +235,7 @@ def choose_linear_backend(
             onednn = OneDnnBackend(ops)
         if name in {"auto", "native"}:
             library = load_native()
-            if library is not None and library.has_bf16_linear:
+            if library is not None and library.has_bf16_kernels:
                 native = NativeBackend(library, reference)
     choices: dict[str, LinearBackend | None] = {
         "auto": _fastest(native, onednn, num_weight_bytes) or reference,
@@ -252,20 +274,34 @@ _OUTPUT_BF16, _OUTPUT_FP32, _OUTPUT_SILU_MUL = 0, 1, 2
 """The enum Output of ``kernels/linear.cpp``."""
 
 
+class Matrix(ctypes.Structure):
+    """Matrix of ``kernels/kernels.h``."""
+
+    _fields_ = (
+        ("packed", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_inputs", "num_outputs", "output")),
+    )
+
+
 class _LinearCall(ctypes.Structure):
     """LinearCall of ``kernels/linear.cpp``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "packed", "bias", "y")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("num_tokens", "num_inputs", "num_outputs", "output", "num_threads")
-        ),
+        ("matrix", Matrix),
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("num_tokens", ctypes.c_int64),
+        ("num_threads", ctypes.c_int64),
     )
 
 
-class _NativeLinear:
-    """One weight matrix, packed for the C++ kernel."""
+class NativeLinear:
+    """One weight matrix, packed for the C++ kernel.
+
+    Attributes:
+        matrix: the kernel's view of it; valid as long as this object lives.
+    """
 
     def __init__(
         self,
@@ -276,27 +312,21 @@ class _NativeLinear:
         bias_O: Tensor | None,
     ) -> None:
         self._library = library
-        self._output = output
-        self._num_outputs = num_outputs
         self._dtype = torch.float32 if output == _OUTPUT_FP32 else torch.bfloat16
         self._packed = _pack(weight_OI)
         self._bias = None if bias_O is None else _pad_outputs(bias_O.float())
+        self.matrix = Matrix(
+            pointer(self._packed), pointer(self._bias), weight_OI.shape[1], num_outputs, output
+        )
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         """See LinearOp."""
         num_tokens, num_inputs = x_TI.shape
         assert x_TI.dtype == torch.bfloat16
-        y_TO = torch.empty(num_tokens, self._num_outputs, dtype=self._dtype)
+        assert num_inputs == self.matrix.num_inputs
+        y_TO = torch.empty(num_tokens, self.matrix.num_outputs, dtype=self._dtype)
         call = _LinearCall(
-            pointer(x_TI),
-            self._packed.data_ptr(),
-            pointer(self._bias),
-            y_TO.data_ptr(),
-            num_tokens,
-            num_inputs,
-            self._num_outputs,
-            self._output,
-            torch.get_num_threads(),
+            self.matrix, pointer(x_TI), pointer(y_TO), num_tokens, torch.get_num_threads()
         )
         self._library.call("linear", call)
         return y_TO

@@ -52,7 +52,7 @@ class NativeLibrary:
 
     Attributes:
         calls: how often each kernel was called, by its name without the prefix.
-        has_bf16_linear: whether this CPU has what ``linear.cpp`` needs (AVX-512 BF16).
+        has_bf16_kernels: whether this CPU has what the bf16 kernels need (AVX-512 BF16).
         attention_partition: cached tokens that one unit of attention work covers.
     """
 
@@ -63,11 +63,11 @@ class NativeLibrary:
             raise BuildError(f"cannot load {path}: {error}") from error
         self.calls: Counter[str] = Counter()
         self._openmp = _join_openmp(self._library)
-        self.has_bf16_linear = bool(self._library.sortserve_has_bf16_linear())
+        self.has_bf16_kernels = bool(self._library.sortserve_has_bf16_kernels())
         self.attention_partition = int(self._library.sortserve_attention_partition())
         self._functions = {
             name: getattr(self._library, f"sortserve_{name}")
-            for name in ("linear", "attention", "add_rms_norm", "silu_and_mul")
+            for name in ("layers", "linear", "attention", "add_rms_norm", "silu_and_mul")
         }
         for function in self._functions.values():
             function.restype = None

@@ -1,8 +1,8 @@
-"""Attention on the CPU by the C++ kernel, which reads pages in place.
+"""Attention on the CPU by the C++ kernels, which read pages in place.
 
-Rows with few tokens (decode above all) go through the kernel. The longer chunks of a prefill are
-matrix products; for them the kernel does the norms, RoPE and the write to the cache, and torch the
-attention, over gathered pages.
+Rows with few tokens (decode above all) go through ``kernels/attention.cpp``. Longer chunks of a
+prefill are matrix products: ``kernels/prefill.cpp`` where the CPU has AVX-512 BF16 and the model is
+bf16; elsewhere the kernel does the norms, RoPE and the write to the cache, and torch the attention.
 
 Shape legend: see ``sortserve.model.attention``.
 """
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,27 +22,29 @@ from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
 from sortserve.model.native import DTYPE_CODES, NativeLibrary, pointer
 
-__all__ = ["MAX_KERNEL_TOKENS", "NativeAttention"]
+__all__ = ["MAX_QUERIES_PER_ROW", "NativeAttention", "Step"]
 
-MAX_KERNEL_TOKENS = 8
-"""Rows with more tokens in a step than this are left to torch's attention."""
+MAX_QUERIES_PER_ROW = 8
+"""Rows with more tokens in a step than this attend as a chunk."""
+
+_POINTER_BYTES = 8
 
 
-class _Step(ctypes.Structure):
-    """Step of ``kernels/attention.cpp``."""
+class Step(ctypes.Structure):
+    """Step of ``kernels/kernels.h``: one slab of one step."""
 
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
             for name in (
                 *("positions", "slots", "cos", "sin", "block_tables"),
-                *("query_tokens", "query_rows", "query_tasks", "partials"),
+                *("query_tokens", "query_rows", "query_parts", "chunks"),
             )
         ),
         *(
             (name, ctypes.c_int64)
             for name in (
-                *("num_tokens", "num_queries", "table_stride"),
+                *("num_tokens", "num_queries", "num_chunks", "table_stride"),
                 *("num_heads", "num_kv_heads", "head_dim", "block_size"),
                 *("dtype", "num_threads"),
             )
@@ -50,16 +54,42 @@ class _Step(ctypes.Structure):
     )
 
 
-class _LayerCall(ctypes.Structure):
-    """LayerCall of ``kernels/attention.cpp``."""
+class _AttentionCall(ctypes.Structure):
+    """AttentionCall of ``kernels/kernels.h``."""
 
     _fields_ = tuple(
         (name, ctypes.c_void_p) for name in ("qkv", "keys", "values", "q_norm", "k_norm", "out")
     )
 
 
+class _Rows:
+    """The rows alive in some slabs of a step, split into queries and chunks."""
+
+    def __init__(self, batch: Batch, num_rows: int, partition: int) -> None:
+        self.batch = batch
+        self.num_tokens = batch.query_starts[num_rows]
+        self.chunks: list[tuple[int, int, int]] = []
+        tokens: list[int] = []
+        rows: list[int] = []
+        parts = [0]
+        for row in range(num_rows):
+            start, end = batch.query_starts[row], batch.query_starts[row + 1]
+            if end - start > MAX_QUERIES_PER_ROW:
+                self.chunks.append((row, start, end))
+                continue
+            for token in range(start, end):
+                tokens.append(token)
+                rows.append(row)
+                num_cached = batch.context_lens[row] - (end - 1 - token)
+                parts.append(parts[-1] + math.ceil(num_cached / partition))
+        self.num_queries = len(tokens)
+        # One tensor for all the lists: the kernel gets addresses inside it.
+        flat = [index for chunk in self.chunks for index in chunk]
+        self.indices = torch.tensor([*tokens, *rows, *parts, *flat])
+
+
 class NativeAttention:
-    """The C++ kernel; CPU tensors of float32, bfloat16 or float16 only."""
+    """The C++ kernels; CPU tensors of float32, bfloat16 or float16 only."""
 
     name = "native"
 
@@ -68,78 +98,84 @@ class NativeAttention:
         self.rope = rope
         self.library = library
 
-    def prepare(self, batch: Batch, slab: int, num_rows: int) -> SlabAttention:
+    def prepare(self, batch: Batch, slabs: range, num_rows: int) -> Sequence[SlabAttention]:
         """See AttentionBackend."""
-        return _NativeSlab(self, batch, slab, num_rows)
+        rows = _Rows(batch, num_rows, self.library.attention_partition)
+        return [_NativeSlab(self, rows, slab) for slab in slabs]
 
+    def steps(
+        self, batch: Batch, slabs: range, num_rows: int, block_size: int
+    ) -> tuple[ctypes.Array[Step], Any]:
+        """The kernel's view of some slabs, bf16 only, and what must stay alive while it is used."""
+        rows = _Rows(batch, num_rows, self.library.attention_partition)
+        template = self.step(rows, slabs.start, block_size, torch.bfloat16)
+        steps = (Step * len(slabs))()
+        for step, slab in zip(steps, slabs, strict=True):
+            ctypes.pointer(step)[0] = template
+            step.slots, step.block_tables = _slab_addresses(batch, slab)
+        return steps, rows
 
-class _NativeSlab:
-    """The rows alive in one slab, as the kernel wants to see them."""
-
-    def __init__(self, backend: NativeAttention, batch: Batch, slab: int, num_rows: int) -> None:
-        self._config = backend.config
-        self._library = backend.library
-        self._num_tokens = batch.query_starts[num_rows]
-        self._tables_RB = batch.block_tables_SRB[slab, :num_rows].contiguous()
-        self._chunks: list[tuple[int, slice, int]] = []
-        tokens: list[int] = []
-        rows: list[int] = []
-        tasks = [0]
-        partition = backend.library.attention_partition
-        for row in range(num_rows):
-            start, end = batch.query_starts[row], batch.query_starts[row + 1]
-            context_len = batch.context_lens[row]
-            if end - start > MAX_KERNEL_TOKENS:
-                self._chunks.append((row, slice(start, end), context_len))
-                continue
-            for token in range(start, end):
-                tokens.append(token)
-                rows.append(row)
-                num_cached = context_len - (end - 1 - token)
-                tasks.append(tasks[-1] + math.ceil(num_cached / partition))
-        self._queries = torch.tensor([*tokens, *rows, *tasks])
-        self._step = self._make_step(backend.rope, batch, slab, len(tokens), tasks[-1])
-
-    def _make_step(
-        self, rope: RopeTables, batch: Batch, slab: int, num_queries: int, num_tasks: int
-    ) -> _Step:
-        config = self._config
-        # The kernel gets bare addresses: keep what they point to alive.
-        self._slots_T = batch.slots_ST[slab].contiguous()
-        self._positions_T = batch.positions_T.contiguous()
-        self._rope = rope
-        split = num_tasks > num_queries
-        width = -(-config.head_dim // 16) * 16 + 16
-        self._partials = torch.empty(num_tasks * config.num_heads * width if split else 0)
-        queries = self._queries.data_ptr()
-        return _Step(
-            positions=pointer(self._positions_T),
-            slots=pointer(self._slots_T),
-            cos=pointer(rope.cos),
-            sin=pointer(rope.sin),
-            block_tables=pointer(self._tables_RB),
-            query_tokens=queries,
-            query_rows=queries + 8 * num_queries,
-            query_tasks=queries + 16 * num_queries,
-            partials=pointer(self._partials),
-            num_tokens=self._num_tokens,
+    def step(self, rows: _Rows, slab: int, block_size: int, dtype: torch.dtype) -> Step:
+        """The kernel's view of one slab; ``rows`` must stay alive while it is used."""
+        config, batch, num_queries = self.config, rows.batch, rows.num_queries
+        assert batch.positions_T.dtype == batch.slots_ST.dtype == torch.int64
+        assert batch.block_tables_SRB.dtype == torch.int32
+        indices = rows.indices.data_ptr()
+        slots, tables = _slab_addresses(batch, slab)
+        return Step(
+            positions=pointer(batch.positions_T),
+            slots=slots,
+            cos=pointer(self.rope.cos),
+            sin=pointer(self.rope.sin),
+            block_tables=tables,
+            query_tokens=indices,
+            query_rows=indices + _POINTER_BYTES * num_queries,
+            query_parts=indices + _POINTER_BYTES * 2 * num_queries,
+            chunks=indices + _POINTER_BYTES * (3 * num_queries + 1),
+            num_tokens=rows.num_tokens,
             num_queries=num_queries,
-            table_stride=self._tables_RB.shape[1],
+            num_chunks=len(rows.chunks) if self.has_chunk_kernel(dtype) else 0,
+            table_stride=batch.block_tables_SRB.shape[2],
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
+            block_size=block_size,
+            dtype=DTYPE_CODES[dtype],
             num_threads=torch.get_num_threads(),
             eps=config.rms_norm_eps,
             scale=config.head_dim**-0.5,
         )
 
+    def has_chunk_kernel(self, dtype: torch.dtype) -> bool:
+        """Whether chunks of this dtype go through the kernel, too."""
+        return self.library.has_bf16_kernels and dtype == torch.bfloat16
+
+
+def _slab_addresses(batch: Batch, slab: int) -> tuple[int, int]:
+    """Where a slab's slots and block tables begin."""
+    slots, tables = batch.slots_ST, batch.block_tables_SRB
+    assert slots.is_contiguous()
+    assert tables.is_contiguous()
+    return (
+        slots.data_ptr() + slab * slots.stride(0) * slots.itemsize,
+        tables.data_ptr() + slab * tables.stride(0) * tables.itemsize,
+    )
+
+
+class _NativeSlab:
+    """One slab, layer by layer."""
+
+    def __init__(self, backend: NativeAttention, rows: _Rows, slab: int) -> None:
+        self._backend = backend
+        self._rows = rows
+        self._slab = slab
+
     def __call__(self, qkv_TX: Tensor, norms: HeadNorms | None, layer_pages: Tensor) -> Tensor:
         """See SlabAttention; queries and keys in ``qkv_TX`` are normed and rotated in place."""
-        out_TX = qkv_TX.new_empty(self._num_tokens, self._config.q_size)
+        backend, dtype = self._backend, qkv_TX.dtype
+        out_TX = qkv_TX.new_empty(self._rows.num_tokens, backend.config.q_size)
         keys, values = layer_pages
-        self._step.block_size = layer_pages.shape[3]
-        self._step.dtype = DTYPE_CODES[qkv_TX.dtype]
-        call = _LayerCall(
+        call = _AttentionCall(
             pointer(qkv_TX),
             pointer(keys),
             pointer(values),
@@ -147,16 +183,19 @@ class _NativeSlab:
             pointer(norms.key if norms else None),
             pointer(out_TX),
         )
-        self._library.call("attention", self._step, call)
-        if self._chunks:
+        step = backend.step(self._rows, self._slab, layer_pages.shape[3], dtype)
+        backend.library.call("attention", step, call)
+        if not backend.has_chunk_kernel(dtype):
             self._attend_chunks(qkv_TX, layer_pages, out_TX)
         return out_TX
 
     def _attend_chunks(self, qkv_TX: Tensor, layer_pages: Tensor, out_TX: Tensor) -> None:
-        heads = (self._num_tokens, -1, self._config.head_dim)
-        q_TNH = qkv_TX[:, : self._config.q_size].view(heads)
+        config, batch = self._backend.config, self._rows.batch
+        heads = (self._rows.num_tokens, -1, config.head_dim)
+        q_TNH = qkv_TX[:, : config.q_size].view(heads)
         out_TNH = out_TX.view(heads)
-        for row, tokens, context_len in self._chunks:
-            out_TNH[tokens] = attend_chunk(
-                q_TNH[tokens], self._tables_RB[row], context_len, layer_pages
+        for row, start, end in self._rows.chunks:
+            table_B = batch.block_tables_SRB[self._slab, row]
+            out_TNH[start:end] = attend_chunk(
+                q_TNH[start:end], table_B, batch.context_lens[row], layer_pages
             )

@@ -1,50 +1,20 @@
-// Attention over the paged KV cache, for queries that are few per row: decode tokens above all.
+// Attention over the paged KV cache, for tokens that attend on their own: decode above all.
 //
 // One call does a layer: norm of the query and key heads (Qwen3), RoPE, the write of new keys and
 // values to their pages, attention. Pages are read in place. The query heads of a key/value head
-// go together, so that each page is read from memory once. Work is split over (query, key/value
-// head, partition of kPartition cached tokens); the split depends on the query's own length alone,
-// so that its result does not depend on the rows beside it.
+// go together, so that each page is read from memory once. Work is split over (query, partition of
+// kPartition cached tokens, key/value head); the split depends on the query's own length alone, so
+// its result does not depend on the rows beside it.
 
 #include <cmath>
 #include <type_traits>
 #include <vector>
 
-#include "dtype.h"
-#include "parallel.h"
-#include "vec.h"
+#include "kernels.h"
 
 namespace sortserve {
 
 constexpr int64_t kPartition = 512;
-
-// What the layers of a slab share in one step.
-struct Step {
-  const int64_t* positions;       // [num_tokens]
-  const int64_t* slots;           // [num_tokens] page * block_size + offset
-  const float* cos;               // [positions, head_dim / 2]
-  const float* sin;
-  const int32_t* block_tables;    // [rows, table_stride]
-  const int64_t* query_tokens;    // [num_queries] which token
-  const int64_t* query_rows;      // [num_queries] which row of block_tables
-  const int64_t* query_tasks;     // [num_queries + 1] partitions of all queries before this one
-  float* partials;                // workspace: [tasks, heads, head_dim rounded up to 16, plus 16]
-  int64_t num_tokens, num_queries, table_stride;
-  int64_t num_heads, num_kv_heads, head_dim, block_size;
-  int64_t dtype, num_threads;
-  double eps, scale;
-};
-
-struct LayerCall {
-  void* qkv;           // [num_tokens, (num_heads + 2 num_kv_heads) head_dim]; rotated in place
-  void* keys;          // [pages, num_kv_heads, block_size, head_dim]
-  void* values;        // as keys
-  const void* q_norm;  // [head_dim], or null
-  const void* k_norm;
-  void* out;           // [num_tokens, num_heads * head_dim]; written at the queries' tokens
-};
-
-static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // ---- norm, RoPE and the write to the cache
 
@@ -72,7 +42,7 @@ static void rotate_head(T* head, const float* cos, const float* sin, int64_t hal
 }
 
 template <typename T>
-static void write_token(const Step& step, const LayerCall& call, int64_t token) {
+static void write_token(const Step& step, const AttentionCall& call, int64_t token) {
   const int64_t dim = step.head_dim, half = dim / 2;
   T* qkv = static_cast<T*>(call.qkv) + token * (step.num_heads + 2 * step.num_kv_heads) * dim;
   const float* cos = step.cos + step.positions[token] * half;
@@ -143,6 +113,22 @@ static f32x16 dots(const bf16* query, const bf16* keys, int64_t dim, int64_t n) 
 
 #endif
 
+// ---- softmax
+
+void softmax(float* scores, int64_t n, float scale, float* largest, float* total) {
+  for (int64_t i = n; i < round_up(n, 16); ++i) scores[i] = -INFINITY;
+  f32x16 top = splat(-INFINITY);
+  for (int64_t i = 0; i < n; i += 16) top = max(top, load(scores + i));
+  *largest = max(top) * scale;
+  f32x16 sums = {};
+  for (int64_t i = 0; i < n; i += 16) {
+    const f32x16 p = exp(load(scores + i) * scale - *largest);
+    store(scores + i, p);
+    sums += p;
+  }
+  *total = sum(sums);
+}
+
 // ---- values: sums[g] += probabilities[g] * values, over n values that lie one after another
 
 template <typename T, int G, int V>
@@ -176,16 +162,14 @@ static void add_all_values(const float* probabilities, int64_t stride, const T* 
 // ---- one query, one key/value head, one partition
 
 struct Task {
-  int64_t query, token, kv_head;
+  int64_t token, kv_head;
+  const int32_t* table;
   int64_t first, last;  // cached tokens
 };
 
-static int64_t offset_of(const Step& step, const Task& task, int64_t position) {
-  const int32_t* table = step.block_tables + step.query_rows[task.query] * step.table_stride;
-  const int64_t page = table[position / step.block_size];
-  const int64_t tile = (page * step.num_kv_heads + task.kv_head) * step.block_size;
-  return (tile + position % step.block_size) * step.head_dim;
-}
+struct Scratch {
+  std::vector<float> scores, sums, largest, totals;  // each for the group's query heads
+};
 
 // fn(position, number of tokens) for the part of each page that lies in the task.
 template <typename Fn>
@@ -206,67 +190,46 @@ static void prefetch(const T* data, int64_t count) {
     __builtin_prefetch(bytes + i, 0, 2);
 }
 
-// scores[i] = exp(scores[i] * scale - largest); the rest of the last vector becomes zero.
-static void softmax(float* scores, int64_t n, float scale, float* largest, float* total) {
-  f32x16 top = splat(-INFINITY);
-  for (int64_t i = n; i < round_up(n, 16); ++i) scores[i] = -INFINITY;
-  for (int64_t i = 0; i < n; i += 16) top = max(top, load(scores + i));
-  *largest = max(top) * scale;
-  f32x16 sums = {};
-  for (int64_t i = 0; i < n; i += 16) {
-    const f32x16 p = exp(load(scores + i) * scale - *largest);
-    store(scores + i, p);
-    sums += p;
-  }
-  *total = sum(sums);
-}
-
-struct Scratch {
-  std::vector<float> scores, sums, largest, totals;
-};
-
 template <typename T>
-static void attend(const Step& step, const LayerCall& call, const Task& task, Scratch& scratch) {
-  const int64_t dim = step.head_dim, padded_dim = round_up(dim, 16);
-  const int64_t group = step.num_heads / step.num_kv_heads;
+static void score_keys(const Step& step, const AttentionCall& call, const Task& task,
+                       float* scores, int64_t stride) {
+  const int64_t dim = step.head_dim, group = step.num_heads / step.num_kv_heads;
   const int64_t row_width = (step.num_heads + 2 * step.num_kv_heads) * dim;
   const T* queries =
       static_cast<const T*>(call.qkv) + task.token * row_width + task.kv_head * group * dim;
   const T* keys = static_cast<const T*>(call.keys);
   const T* values = static_cast<const T*>(call.values);
-
-  // A block's last vector of scores may write past its own tokens: hence the spare 16.
-  const int64_t stride = kPartition + 16;
-  scratch.scores.resize(group * stride);
-  scratch.sums.assign(group * padded_dim, 0.0f);
-  scratch.largest.resize(group);
-  scratch.totals.resize(group);
-  float* scores = scratch.scores.data();
-  float* sums = scratch.sums.data();
-
   for_each_block(step, task, [&](int64_t position, int64_t n) {
-    const int64_t offset = offset_of(step, task, position);
+    const int64_t at = cached_at(step, task.table, task.kv_head, position);
     const int64_t ahead = position + 2 * step.block_size;
-    if (ahead < task.last) prefetch(keys + offset_of(step, task, ahead), step.block_size * dim);
-    prefetch(values + offset, n * dim);
+    if (ahead < task.last)
+      prefetch(keys + cached_at(step, task.table, task.kv_head, ahead), step.block_size * dim);
+    prefetch(values + at, n * dim);
     for (int64_t g = 0; g < group; ++g)
       for (int64_t j = 0; j < n; j += 16)
         store(scores + g * stride + position - task.first + j,
-              dots(queries + g * dim, keys + offset + j * dim, dim, std::min<int64_t>(16, n - j)));
+              dots(queries + g * dim, keys + at + j * dim, dim, std::min<int64_t>(16, n - j)));
   });
-  for (int64_t g = 0; g < group; ++g)
-    softmax(scores + g * stride, task.last - task.first, static_cast<float>(step.scale),
-            &scratch.largest[g], &scratch.totals[g]);
+}
+
+template <typename T>
+static void sum_values(const Step& step, const AttentionCall& call, const Task& task,
+                       const float* probabilities, int64_t stride, float* sums) {
+  const int64_t dim = step.head_dim, group = step.num_heads / step.num_kv_heads;
+  const int64_t sums_stride = round_up(dim, 16);
+  const T* keys = static_cast<const T*>(call.keys);
+  const T* values = static_cast<const T*>(call.values);
   const bool more_heads = task.kv_head + 1 < step.num_kv_heads;
   for_each_block(step, task, [&](int64_t position, int64_t n) {
-    const int64_t offset = offset_of(step, task, position);
-    if (more_heads) prefetch(keys + offset + step.block_size * dim, n * dim);
+    const int64_t at = cached_at(step, task.table, task.kv_head, position);
+    if (more_heads) prefetch(keys + at + step.block_size * dim, n * dim);  // likely next
+    const float* block = probabilities + position - task.first;
     int64_t g = 0;
     const auto add = [&](auto width) {
       constexpr int kHeads = decltype(width)::value;
       for (; g + kHeads <= group; g += kHeads)
-        add_all_values<T, kHeads>(scores + g * stride + position - task.first, stride,
-                                  values + offset, dim, n, sums + g * padded_dim, padded_dim);
+        add_all_values<T, kHeads>(block + g * stride, stride, values + at, dim, n,
+                                  sums + g * sums_stride, sums_stride);
     };
     add(std::integral_constant<int, 4>{});
     add(std::integral_constant<int, 3>{});
@@ -276,39 +239,67 @@ static void attend(const Step& step, const LayerCall& call, const Task& task, Sc
 }
 
 template <typename T>
-static void write_out(const Step& step, const LayerCall& call, int64_t token, int64_t head,
+static void attend(const Step& step, const AttentionCall& call, const Task& task,
+                   Scratch& scratch) {
+  const int64_t group = step.num_heads / step.num_kv_heads;
+  // Scores are stored 16 at a time, so the last may run over by 15.
+  const int64_t stride = kPartition + 16;
+  scratch.scores.resize(group * stride);
+  scratch.sums.assign(group * round_up(step.head_dim, 16), 0.0f);
+  scratch.largest.resize(group);
+  scratch.totals.resize(group);
+  float* scores = scratch.scores.data();
+  score_keys<T>(step, call, task, scores, stride);
+  for (int64_t g = 0; g < group; ++g)
+    softmax(scores + g * stride, task.last - task.first, static_cast<float>(step.scale),
+            &scratch.largest[g], &scratch.totals[g]);
+  sum_values<T>(step, call, task, scores, stride, scratch.sums.data());
+}
+
+// ---- all queries
+
+template <typename T>
+static void write_out(const Step& step, const AttentionCall& call, int64_t token, int64_t head,
                       const float* sums, float total) {
   const int64_t dim = step.head_dim;
   T* out = static_cast<T*>(call.out) + (token * step.num_heads + head) * dim;
   for (int64_t i = 0; i < dim; i += 16) store(out + i, load(sums + i) / total, dim - i);
 }
 
-static float* partial_of(const Step& step, int64_t task, int64_t head) {
-  return step.partials + (task * step.num_heads + head) * (round_up(step.head_dim, 16) + 16);
+static int64_t num_parts_of(const Step& step, int64_t query) {
+  return step.query_parts[query + 1] - step.query_parts[query];
+}
+
+// Partial results of queries with several partitions: for each partition and head the sums, then
+// the largest score and the total.
+static int64_t partial_size(const Step& step) { return round_up(step.head_dim, 16) + 16; }
+
+static float* partial_of(const Step& step, float* partials, int64_t part, int64_t head) {
+  return partials + (part * step.num_heads + head) * partial_size(step);
 }
 
 template <typename T>
-static void run_task(const Step& step, const LayerCall& call, int64_t index) {
+static void run_task(const Step& step, const AttentionCall& call, int64_t index, float* partials) {
   thread_local Scratch scratch;
-  const int64_t part_index = index / step.num_kv_heads;
-  const int64_t* end = step.query_tasks + step.num_queries + 1;
-  const int64_t query = std::upper_bound(step.query_tasks, end, part_index) - step.query_tasks - 1;
+  const int64_t part = index / step.num_kv_heads;
+  const int64_t* end = step.query_parts + step.num_queries + 1;
+  const int64_t query = std::upper_bound(step.query_parts, end, part) - step.query_parts - 1;
   const int64_t token = step.query_tokens[query];
-  const int64_t first = (part_index - step.query_tasks[query]) * kPartition;
+  const int64_t first = (part - step.query_parts[query]) * kPartition;
   const int64_t last = std::min(first + kPartition, step.positions[token] + 1);
-  const Task task = {query, token, index % step.num_kv_heads, first, last};
+  const Task task = {token, index % step.num_kv_heads, table_of(step, step.query_rows[query]),
+                     first, last};
   attend<T>(step, call, task, scratch);
 
   const int64_t group = step.num_heads / step.num_kv_heads, width = round_up(step.head_dim, 16);
-  const bool only_part = step.query_tasks[query + 1] - step.query_tasks[query] == 1;
   for (int64_t g = 0; g < group; ++g) {
     const int64_t head = task.kv_head * group + g;
     const float* sums = scratch.sums.data() + g * width;
-    if (only_part) {
+    if (num_parts_of(step, query) == 1) {
       write_out<T>(step, call, token, head, sums, scratch.totals[g]);
       continue;
     }
-    float* partial = partial_of(step, part_index, head);
+    float* partial = partial_of(step, partials, part, head);
     std::copy(sums, sums + width, partial);
     partial[width] = scratch.largest[g];
     partial[width + 1] = scratch.totals[g];
@@ -317,16 +308,17 @@ static void run_task(const Step& step, const LayerCall& call, int64_t index) {
 
 // Partitions of one query and head into one result: each counts by its own largest score.
 template <typename T>
-static void merge_parts(const Step& step, const LayerCall& call, int64_t query, int64_t head) {
+static void merge_parts(const Step& step, const AttentionCall& call, int64_t query, int64_t head,
+                        float* partials) {
   const int64_t width = round_up(step.head_dim, 16);
-  const int64_t first = step.query_tasks[query], last = step.query_tasks[query + 1];
-  float* merged = partial_of(step, first, head);
+  const int64_t first = step.query_parts[query], last = step.query_parts[query + 1];
+  float* merged = partial_of(step, partials, first, head);
   float largest = merged[width];
   for (int64_t part = first + 1; part < last; ++part)
-    largest = std::max(largest, partial_of(step, part, head)[width]);
+    largest = std::max(largest, partial_of(step, partials, part, head)[width]);
   float total = 0.0f;
   for (int64_t part = first; part < last; ++part) {
-    const float* partial = partial_of(step, part, head);
+    const float* partial = partial_of(step, partials, part, head);
     const float weight = std::exp(partial[width] - largest);
     total += weight * partial[width + 1];
     for (int64_t i = 0; i < width; i += 16) {
@@ -338,24 +330,38 @@ static void merge_parts(const Step& step, const LayerCall& call, int64_t query, 
 }
 
 template <typename T>
-static void run_layer(const Step& step, const LayerCall& call) {
-  parallel_for(step.num_tokens, 4, step.num_threads,
-               [&](int64_t token) { write_token<T>(step, call, token); });
-  const int64_t num_parts = step.query_tasks[step.num_queries];
-  parallel_for(num_parts * step.num_kv_heads, 1, step.num_threads,
-               [&](int64_t index) { run_task<T>(step, call, index); });
+static void attend_queries(Team& team, const Step& step, const AttentionCall& call) {
+  const int64_t num_parts = step.query_parts[step.num_queries];
+  thread_local std::vector<float> buffer;
+  if (num_parts > step.num_queries)
+    buffer.resize(num_parts * step.num_heads * partial_size(step));
+  float* partials = buffer.data();
+  // The heads of a query lie side by side in its pages: one thread takes them all if it can.
+  const int64_t grain = num_parts >= 4 * team.num_threads() ? step.num_kv_heads : 1;
+  team.parallel_for(num_parts * step.num_kv_heads, grain,
+                    [&](int64_t index) { run_task<T>(step, call, index, partials); });
   if (num_parts == step.num_queries) return;
-  parallel_for(step.num_queries, 1, step.num_threads, [&](int64_t query) {
-    if (step.query_tasks[query + 1] - step.query_tasks[query] == 1) return;
-    for (int64_t head = 0; head < step.num_heads; ++head)
-      merge_parts<T>(step, call, query, head);
+  team.parallel_for(step.num_queries * step.num_heads, 1, [&](int64_t index) {
+    const int64_t query = index / step.num_heads;
+    if (num_parts_of(step, query) > 1)
+      merge_parts<T>(step, call, query, index % step.num_heads, partials);
   });
+}
+
+void attention(Team& team, const Step& step, const AttentionCall& call) {
+  with_dtype(step.dtype, [&](auto type) {
+    using T = decltype(type);
+    team.parallel_for(step.num_tokens, 4,
+                      [&](int64_t token) { write_token<T>(step, call, token); });
+    attend_queries<T>(team, step, call);
+  });
+  if (step.num_chunks > 0) attend_chunks(team, step, call);
 }
 
 extern "C" int64_t sortserve_attention_partition() { return kPartition; }
 
-extern "C" void sortserve_attention(const Step* step, const LayerCall* call) {
-  with_dtype(step->dtype, [&](auto type) { run_layer<decltype(type)>(*step, *call); });
+extern "C" void sortserve_attention(const Step* step, const AttentionCall* call) {
+  Team::run(step->num_threads, [&](Team& team) { attention(team, *step, *call); });
 }
 
 }  // namespace sortserve

@@ -1,0 +1,51 @@
+// A run of decoder layers in one call: bf16, for CPUs with AVX-512 BF16. Python: native_layers.py.
+//
+// The residual stream is h + delta; the addition is left to the next norm, which reads both anyway.
+
+#include "kernels.h"
+
+namespace sortserve {
+
+struct Layer {
+  const void *input_norm, *post_attention_norm;  // [hidden]
+  const void *q_norm, *k_norm;                   // [H], or null
+  Matrix qkv, o, gate_up, down;
+};
+
+struct LayersCall {
+  const Layer* layers;         // the first layer to run
+  const Step* steps;           // one per slab
+  bf16* pages;                 // [slab_size, 2, pages, K, block_size, H]
+  bf16 *h, *delta;             // [T, hidden], updated
+  bf16 *x, *qkv, *heads, *mlp;  // workspaces: [T, hidden], [T, (N + 2K) H], [T, N H], [T, intermediate]
+  int64_t num_slabs, slab_size, hidden_size;
+  int64_t plane_size;          // elements of keys (or values) of one layer
+};
+
+static void run_layer(Team& team, const LayersCall& call, const Layer& layer, const Step& step,
+                      bf16* keys) {
+  const int64_t num_tokens = step.num_tokens;
+  const auto norm = [&](const void* weight) {
+    add_rms_norm(team, {call.h, call.delta, weight, call.x, num_tokens, call.hidden_size,
+                        kBfloat16, step.num_threads, step.eps});
+  };
+  norm(layer.input_norm);
+  linear(team, layer.qkv, call.x, call.qkv, num_tokens);
+  attention(team, step,
+            {call.qkv, keys, keys + call.plane_size, layer.q_norm, layer.k_norm, call.heads});
+  linear(team, layer.o, call.heads, call.delta, num_tokens);
+  norm(layer.post_attention_norm);
+  linear(team, layer.gate_up, call.x, call.mlp, num_tokens);
+  linear(team, layer.down, call.mlp, call.delta, num_tokens);
+}
+
+extern "C" void sortserve_layers(const LayersCall* call) {
+  Team::run(call->steps->num_threads, [&](Team& team) {
+    for (int64_t slab = 0; slab < call->num_slabs; ++slab)
+      for (int64_t i = 0; i < call->slab_size; ++i)
+        run_layer(team, *call, call->layers[slab * call->slab_size + i], call->steps[slab],
+                  call->pages + i * 2 * call->plane_size);
+  });
+}
+
+}  // namespace sortserve
