@@ -60,6 +60,8 @@ class GenerationRequest:
     arrival_s: float
     sample_index: int = 0
     """Which of the n samples this is: moves the seed, so that samples differ."""
+    expected_tokens: int | None = None
+    """Output tokens to predict times with where the client set no limit; None: ``max_tokens``."""
     cache_salt: str = ""
     """Prefixes are shared only between requests of equal salt."""
 

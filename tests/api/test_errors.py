@@ -334,8 +334,7 @@ async def test_the_places_of_refused_requests_are_given_back(
     for path, fields, _ in WRONG_PROMPTS:
         problem(await service.post(path, {**BASE[path], **fields}))
 
-    for _ in range(1000):  # the engine's thread gives back those that it had seen already
-        reply = await service.post(COMPLETIONS, full)
-        if reply.status_code != 429:
-            break
-    assert reply.status_code == 200, reply.text
+    # Aborts of what had been submitted reach the engine before this request does.
+    await service.post(GENERATE, BASE[GENERATE])
+
+    assert (await service.post(COMPLETIONS, full)).status_code == 200

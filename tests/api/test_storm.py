@@ -19,10 +19,14 @@ def any_request(rng: random.Random) -> Kind:
     chat = {"messages": [{"role": "user", "content": "a" * rng.randint(1, 60)}]}
     text = {"prompt": "a" * rng.randint(1, 60)}
     good: list[Kind] = [
-        ("/generate", {**text, "max_tokens": rng.randint(1, 40), "n": rng.randint(1, 3)}, None),
-        ("/generate", {**text, "budget": {"exit_layer": rng.choice((2, 4, 6))}}, None),
+        ("/generate", {**text, "max_tokens": rng.randint(1, 25), "n": rng.randint(1, 3)}, None),
+        (
+            "/generate",
+            {**text, "max_tokens": 9, "budget": {"exit_layer": rng.choice((2, 4, 6))}},
+            None,
+        ),
         ("/v1/completions", {**text, "stop": "zab", "logprobs": 1}, None),
-        ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 30, "model": "tiny@2"}, None),
+        ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 20, "model": "tiny@2"}, None),
         ("/v1/chat/completions", {**chat, "max_tokens": 20, "cache_salt": "s"}, None),
     ]
     bad: list[Kind] = [
@@ -49,8 +53,7 @@ async def one_client(service: HttpService, rng: random.Random) -> None:
         if rng.random() < 0.3:
             connection.send_fails = True
         connection.leave()
-    async with asyncio.timeout(WAIT_S):
-        await task
+    await task
     if param is not None:
         error = json.loads(connection.content)["error"]
         assert (connection.status, error["param"]) == (400, param)

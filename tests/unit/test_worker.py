@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
+from sortserve.budget import Budget
 from sortserve.engine.worker import EngineWorker
-from sortserve.errors import EngineError, OverloadedError, UnavailableError
+from sortserve.errors import EngineError, InvalidRequestError, OverloadedError, UnavailableError
+from sortserve.outputs import RequestOutput
+from sortserve.scheduling.cost_model import CostModel, RowShape, StepShape
 from sortserve.scheduling.plan import StepPlan
 from support.scripted import ScriptedRunner, make_engine, make_request
 
@@ -174,3 +178,57 @@ async def test_outputs_that_are_here_already_can_be_taken_without_waiting(
         rest.append(output)
 
     assert first.text + "".join(output.text for output in rest) == "bcdef"
+
+
+async def test_a_budget_without_a_limit_is_planned_for_the_expected_tokens() -> None:
+    engine = make_engine(exits=(2, 6))
+    shape = StepShape.of([RowShape(6, 1, 1, samples=True)])
+    engine.cost_model = CostModel.fit([(shape, 0.006)], policy="fair", max_num_batched_tokens=64)
+    worker = EngineWorker(engine)
+    worker.start()
+    budget = Budget(latency_ms=500)
+
+    planned, unplanned = (
+        dataclasses.replace(
+            make_request(name, max_tokens=200, budget=budget), expected_tokens=expected
+        )
+        for name, expected in (("planned", 10), ("unplanned", None))
+    )
+    reports = [
+        [output async for output in worker.submit(request)][-1].report
+        for request in (planned, unplanned)
+    ]
+
+    assert [report.exit_layer for report in reports if report is not None] == [6, 2]
+    await asyncio.to_thread(worker.stop)
+
+
+async def test_a_request_that_the_queue_can_never_hold_is_an_invalid_one() -> None:
+    worker = EngineWorker(make_engine(), max_num_queued_reqs=2)
+    worker.start()
+
+    with pytest.raises(InvalidRequestError, match="3 sequences") as error:
+        worker.reserve(3, 10)
+
+    assert error.value.param == "n"
+    await asyncio.to_thread(worker.stop)
+
+
+async def test_outputs_before_an_error_are_not_lost() -> None:
+    runner = GatedRunner()
+    worker = EngineWorker(make_engine(runner=runner))
+    worker.start()
+    stream = worker.submit(make_request("r", max_tokens=9))
+    runner.permits.release()
+    first = await anext(aiter(stream))
+    stream.deliver(RequestOutput(request_id="r", text="c"))
+    stream.deliver(RequestOutput(request_id="r", error=EngineError("broken")))
+
+    taken = stream.take_ready()
+    with pytest.raises(EngineError):
+        stream.take_ready()
+
+    assert first.text + "".join(output.text for output in taken) == "bc"
+    for _ in range(20):
+        runner.permits.release()
+    await asyncio.to_thread(worker.stop)

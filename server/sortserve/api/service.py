@@ -97,16 +97,18 @@ class Service:
         return streams
 
     def _request(self, job: Job, token_ids: tuple[int, ...]) -> GenerationRequest:
-        sampling = job.sampling
+        sampling, expected_tokens = job.sampling, None
         if job.limit_is_default:
             # An over-long prompt is the engine's to refuse: it says so in better words.
             room = max(1, self.worker.max_model_len - len(token_ids))
             sampling = replace(sampling, max_tokens=min(sampling.max_tokens, room))
+            expected_tokens = min(sampling.max_tokens, EXPECTED_TOKENS)
         return GenerationRequest(
             request_id=job.request_id,
             prompt_token_ids=token_ids,
             sampling=sampling,
             budget=job.budget,
             arrival_s=job.arrival_s,
+            expected_tokens=expected_tokens,
             cache_salt=job.cache_salt,
         )

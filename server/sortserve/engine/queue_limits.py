@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
-from sortserve.errors import OverloadedError
+from sortserve.errors import InvalidRequestError, OverloadedError
 
 __all__ = ["QueueLimits", "Reservation"]
 
@@ -77,8 +77,15 @@ class QueueLimits:
         An empty queue takes any one request, however long its prompt.
 
         Raises:
+            InvalidRequestError: it is more requests than may ever wait.
             OverloadedError: a cap would be passed; 429 with Retry-After.
         """
+        if num_requests > self._max_requests:
+            raise InvalidRequestError(
+                f"n makes {num_requests} sequences of this request, but only {self._max_requests} "
+                "may wait at once. Ask for fewer.",
+                param="n",
+            )
         with self._lock:
             requests = self._num_requests + num_requests
             tokens = self._num_tokens + num_tokens

@@ -19,7 +19,7 @@ from typing import Literal
 from sortserve.budget import ExitTable
 from sortserve.engine.engine import Engine
 from sortserve.engine.queue_limits import QueueLimits, Reservation
-from sortserve.errors import BudgetUnattainableError, EngineError, UnavailableError
+from sortserve.errors import BudgetUnattainableError, EngineError, OverloadedError, UnavailableError
 from sortserve.outputs import EngineStats, Estimate, GenerationRequest, RequestOutput
 from sortserve.scheduling.admission import ExitChoice, choose_exit
 from sortserve.scheduling.cost_model import Load
@@ -54,9 +54,12 @@ class RequestStream:
             self._abort(self.request_id)
 
     def take_ready(self) -> list[RequestOutput]:
-        """The outputs that are here already, without waiting; raises as iterating does."""
-        ready = []
-        while self._outputs:
+        """The outputs that are here already, without waiting.
+
+        An error that ended the request is raised once what came before it has been taken.
+        """
+        ready: list[RequestOutput] = []
+        while self._outputs and not (ready and self._outputs[0].error is not None):
             ready.append(self._pop())
         return ready
 
@@ -170,13 +173,14 @@ class EngineWorker:
         """Take places in the queue, before tokenisation.
 
         Raises:
+            InvalidRequestError: more requests at once than the queue can ever hold.
             OverloadedError: the queue is full; 429 with Retry-After.
             UnavailableError: loading, draining or failed; 503.
         """
         self._require_accepting()
         try:
             return self._limits.reserve(num_requests, num_tokens, retry_after_s=self._drain_s)
-        except Exception:
+        except OverloadedError:
             self._rejected("queue_full")
             raise
 
@@ -197,9 +201,10 @@ class EngineWorker:
         self._require_accepting()
         allowed = self._engine.validate(request)
         num_prompt = len(request.prompt_token_ids)
+        num_expected = request.expected_tokens or request.sampling.max_tokens
 
         def predict(exit_layer: int) -> Estimate | None:
-            return self.estimate(exit_layer, num_prompt, request.sampling.max_tokens)
+            return self.estimate(exit_layer, num_prompt, num_expected)
 
         try:
             choice = choose_exit(request.budget, allowed, predict)
