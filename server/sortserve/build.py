@@ -80,6 +80,7 @@ def build(settings: ServeSettings) -> Serving:
         max_model_len=max_model_len,
         attention_backend=settings.attention_backend,
         linear_backend=settings.linear_backend,
+        release_weights=True,
     )
     cache = _cache_shape(settings, decoder, max_model_len)
     runner = ModelRunner(decoder, num_pages=cache.num_pages, block_size=cache.block_size)

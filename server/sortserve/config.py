@@ -28,7 +28,7 @@ from sortserve.errors import ConfigError
 __all__ = ["ServeSettings", "load_settings", "settings_yaml"]
 
 ENV_PREFIX = "SORTSERVE_"
-FOREIGN_VARIABLES = frozenset({"SORTSERVE_URL", "SORTSERVE_CACHE_DIR", "SORTSERVE_CACHE"})
+FOREIGN_VARIABLES = frozenset({"SORTSERVE_URL", "SORTSERVE_CACHE_DIR"})
 """Read elsewhere: by ``sortserve generate``, and where converted weights and kernels are kept."""
 KUBERNETES_PREFIXES = ("SORTSERVE_SERVICE_", "SORTSERVE_PORT_")
 """Kubernetes sets these in every pod beside a Service called ``sortserve``."""

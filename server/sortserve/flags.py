@@ -133,9 +133,9 @@ variable, the variable over the `--config` file, the file over the default.
 * Lists are separated by commas (`--exits 9,18,30`); a flag may also be repeated.
 * Sizes take a unit: `512MiB`, `2GiB`. Times are in seconds.
 * Unknown flags, keys and `{ENV_PREFIX}*` variables are refused. Exceptions: `SORTSERVE_URL`, which
-  is the client's; `SORTSERVE_CACHE_DIR` and `SORTSERVE_CACHE`, the folders of converted weights and
-  of compiled kernels; and what Kubernetes sets for a Service called `sortserve`
-  (`SORTSERVE_SERVICE_*`, `SORTSERVE_PORT_*`, and any value that begins with `tcp://`).
+  is the client's; `SORTSERVE_CACHE_DIR`, the folder of converted weights and compiled
+  kernels (default: `sortserve` in the user's cache folder); and what Kubernetes sets for a Service
+  called `sortserve` (`SORTSERVE_SERVICE_*`, `SORTSERVE_PORT_*`, and any value that begins with `tcp://`).
 * `sortserve serve --print-config` shows what was resolved. Keys are never shown.
 
 This page is generated: `make docs`."""

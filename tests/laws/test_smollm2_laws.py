@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from sortserve.model.tokenizer import TextStream, Tokenizer
 
 from sortserve.checkpoint import load_checkpoint
 from sortserve.engine.engine import Engine, EngineConfig
 from sortserve.engine.runner import ModelRunner
 from sortserve.model.decoder import Decoder
+from sortserve.model.tokenizer import TextStream, Tokenizer
 from support.scripted import FakeClock, add, make_request, run
 from support.tiny_models import hf_submodel
 
@@ -52,7 +52,7 @@ def transformers_greedy(model: Any, prompt: list[int], exit_layer: int) -> list[
             eos_token_id=2,
             pad_token_id=2,
         )
-    return ids[0, len(prompt) :].tolist()
+    return [int(token_id) for token_id in ids[0, len(prompt) :]]
 
 
 def test_served_in_one_mixed_batch_every_exit_answers_as_transformers_with_that_many_layers(

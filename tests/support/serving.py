@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sortserve.checkpoint import LoadedCheckpoint, load_checkpoint
-from sortserve.model.decoder import Decoder
-from sortserve.model.tokenizer import TextStream, Tokenizer
-
 from sortserve.engine.engine import Engine, EngineConfig
 from sortserve.engine.runner import ModelRunner
+from sortserve.model.decoder import Decoder
+from sortserve.model.tokenizer import TextStream, Tokenizer
 from sortserve.sampling_params import SamplingParams, SamplingRow
 from support.reference_sampling import sample_reference
 from support.scripted import FakeClock

@@ -115,53 +115,56 @@ class Case:
 MIXED_ROWS = [(0, 1), (30, 1), (0, 20), (15, 1), (5, 3), (0, 8), (33, 12), (64, 1)]
 
 
+def assert_native_equals_reference(
+    library: NativeLibrary, config: ModelConfig, case: Case, *, norms: bool = False
+) -> None:
+    rope = make_rope(config.head_dim)
+    expected, expected_pages = case.run(ReferenceAttention(config, rope), norms=norms)
+    got, pages = case.run(NativeAttention(config, rope, library), norms=norms)
+    tolerance = TOLERANCES[case.pages.dtype]
+    torch.testing.assert_close(pages, expected_pages, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("block_size", [8, 16, 32])
 @pytest.mark.parametrize("head_dim", [10, 16, 24, 64, 80, 128])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (6, 2), (4, 1), (14, 2)])
 def test_native_attention_equals_the_reference(
-    library: NativeLibrary,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    block_size: int,
-    dtype: torch.dtype,
+    library: NativeLibrary, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
-    config, rope = make_config(num_heads, num_kv_heads, head_dim), make_rope(head_dim)
+    config = make_config(num_heads, num_kv_heads, head_dim)
+    assert_native_equals_reference(library, config, Case(config, MIXED_ROWS, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("block_size", [8, 24, 32])
+def test_pages_may_have_any_size(
+    library: NativeLibrary, block_size: int, dtype: torch.dtype
+) -> None:
+    config = make_config(6, 2, 64)
     case = Case(config, MIXED_ROWS, block_size=block_size, dtype=dtype)
-    expected, expected_pages = case.run(ReferenceAttention(config, rope))
-    got, pages = case.run(NativeAttention(config, rope, library))
-    tolerance = TOLERANCES[dtype]
-    torch.testing.assert_close(pages, expected_pages, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+    assert_native_equals_reference(library, config, case)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_query_and_key_norms_come_before_the_rotation(
     library: NativeLibrary, dtype: torch.dtype
 ) -> None:
-    config, rope = make_config(6, 2, 24), make_rope(24)
+    config = make_config(6, 2, 24)
     case = Case(config, MIXED_ROWS, dtype=dtype)
     case.qkv_TX *= 3
-    expected, expected_pages = case.run(ReferenceAttention(config, rope), norms=True)
-    got, pages = case.run(NativeAttention(config, rope, library), norms=True)
-    tolerance = TOLERANCES[dtype]
-    torch.testing.assert_close(pages, expected_pages, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+    assert_native_equals_reference(library, config, case, norms=True)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_long_contexts_are_split_and_merged(library: NativeLibrary, dtype: torch.dtype) -> None:
-    config, rope = make_config(6, 2, 64), make_rope(64)
-    partition = library.attention_partition
+    config, partition = make_config(6, 2, 64), library.attention_partition
     rows = [(2 * partition, 1), (partition - 1, 1), (partition, 1), (7, 1), (1300, 2), (600, 40)]
     case = Case(config, rows, block_size=24, dtype=dtype)
-    # A partition with far larger scores than the others must win in the merge.
-    case.pages[0, case.batch.block_tables_SRB[0, 0, 30].item()] *= 4
-    expected, _ = case.run(ReferenceAttention(config, rope))
-    got, _ = case.run(NativeAttention(config, rope, library))
-    tolerance = TOLERANCES[dtype]
-    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+    # A page with far larger scores than the others must win in the merge.
+    page = int(case.batch.block_tables_SRB[0, 0, 30])
+    case.pages[0, page] *= 4
+    assert_native_equals_reference(library, config, case)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)

@@ -4,80 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from sortserve.model.attention import KVCache
-from sortserve.model.batch import Batch
 from sortserve.model.config import ExitModuleKind, ModelConfig
 from sortserve.model.decoder import Decoder
 from sortserve.model.weights import ExitModuleWeights, LayerWeights, ModelWeights
+from support.batches import BLOCK_SIZE, Chunk, Pages, make_batch, random_ids, run_chunks
 from support.reference import reference_forward
 from support.tiny_models import hf_logits, tiny_hf_model
 
-BLOCK_SIZE = 8
 EXITS = (2, 4, 6)
 BACKENDS = ("reference", "auto")
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Some tokens of one sequence, and the pages of the sequence."""
-
-    ids: Sequence[int]
-    start: int
-    exit_layer: int
-    table_SB: np.ndarray
-    samples: bool = True
-
-
-def make_batch(chunks: Sequence[Chunk], num_slabs: int) -> Batch:
-    """A batch by the definition of its fields, one row after another."""
-    max_blocks = max(math.ceil((c.start + len(c.ids)) / BLOCK_SIZE) for c in chunks)
-    tables = torch.full((num_slabs, len(chunks), max_blocks), -1, dtype=torch.int32)
-    slots: list[list[int]] = [[] for _ in range(num_slabs)]
-    starts = [0]
-    for r, chunk in enumerate(chunks):
-        starts.append(starts[-1] + len(chunk.ids))
-        num_blocks = math.ceil((chunk.start + len(chunk.ids)) / BLOCK_SIZE)
-        for s in range(num_slabs):
-            alive = s < chunk.table_SB.shape[0]
-            if alive:
-                tables[s, r, :num_blocks] = torch.from_numpy(chunk.table_SB[s, :num_blocks])
-            for position in range(chunk.start, chunk.start + len(chunk.ids)):
-                page = int(chunk.table_SB[s, position // BLOCK_SIZE]) if alive else 0
-                slots[s].append(page * BLOCK_SIZE + position % BLOCK_SIZE if alive else -1)
-    context_lens = tuple(c.start + len(c.ids) for c in chunks)
-    positions = [p for c in chunks for p in range(c.start, c.start + len(c.ids))]
-    return Batch(
-        token_ids_T=torch.tensor([i for c in chunks for i in c.ids]),
-        positions_T=torch.tensor(positions),
-        query_starts=tuple(starts),
-        context_lens=context_lens,
-        exit_layers=tuple(c.exit_layer for c in chunks),
-        samples=tuple(c.samples for c in chunks),
-        query_starts_R1=torch.tensor(starts, dtype=torch.int32),
-        context_lens_R=torch.tensor(context_lens, dtype=torch.int32),
-        block_tables_SRB=tables,
-        slots_ST=torch.tensor(slots),
-    )
-
-
-class Pages:
-    """Hands out pages in a scattered order."""
-
-    def __init__(self, num_pages: int, seed: int = 0) -> None:
-        self._free = list(np.random.default_rng(seed).permutation(num_pages))
-
-    def table(self, num_slabs: int, num_tokens: int) -> np.ndarray:
-        blocks = math.ceil(num_tokens / BLOCK_SIZE)
-        pages = [self._free.pop() for _ in range(num_slabs * blocks)]
-        return np.array(pages, dtype=np.int32).reshape(num_slabs, blocks)
 
 
 def from_hf(model: Any) -> tuple[ModelConfig, ModelWeights]:
@@ -145,7 +87,7 @@ def random_exit_modules(config: ModelConfig) -> dict[int, ExitModuleWeights]:
     generator = torch.Generator().manual_seed(1)
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        return torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
 
     d, f = config.hidden_size, config.intermediate_size
     norms = [1 + 0.2 * torch.randn(d, generator=generator) for _ in range(4)]
@@ -179,17 +121,6 @@ def make_decoder(
     return decoder, config, weights
 
 
-def run(decoder: Decoder, cache: KVCache, chunks: Sequence[Chunk]) -> Tensor:
-    logits_RV: Tensor = decoder.logits(
-        decoder.forward(make_batch(chunks, decoder.num_slabs), cache)
-    )
-    return logits_RV
-
-
-def random_ids(count: int, seed: int) -> list[int]:
-    return [int(i) for i in np.random.default_rng(seed).integers(0, 280, count)]
-
-
 def run_chunked(
     decoder: Decoder,
     cache: KVCache,
@@ -202,7 +133,9 @@ def run_chunked(
     table = pages.table(exit_layer // decoder.slab_size, len(ids))
     start = 0
     for size in sizes:
-        last = run(decoder, cache, [Chunk(ids[start : start + size], start, exit_layer, table)])
+        last = run_chunks(
+            decoder, cache, [Chunk(ids[start : start + size], start, exit_layer, table)]
+        )
         start += size
     assert start == len(ids)
     return last
@@ -231,7 +164,7 @@ def test_every_exit_gives_the_logits_of_transformers(variant: str, backend: str)
     for exit_layer in EXITS:
         expected = hf_logits(model, ids, num_layers=exit_layer)[-1]
         table = pages.table(exit_layer // 2, len(ids))
-        whole = run(decoder, cache, [Chunk(ids, 0, exit_layer, table)])
+        whole = run_chunks(decoder, cache, [Chunk(ids, 0, exit_layer, table)])
         torch.testing.assert_close(whole[0], expected, rtol=1e-5, atol=2e-5)
 
 
@@ -243,7 +176,7 @@ def test_exit_modules_stand_between_trunk_and_head(backend: str) -> None:
     for exit_layer in EXITS:
         expected = reference_forward(config, weights, ids, exit_layer)[-1]
         table = pages.table(exit_layer // 2, len(ids))
-        got = run(decoder, cache, [Chunk(ids, 0, exit_layer, table)])
+        got = run_chunks(decoder, cache, [Chunk(ids, 0, exit_layer, table)])
         torch.testing.assert_close(got[0], expected, rtol=1e-5, atol=2e-5)
 
 
@@ -271,9 +204,9 @@ def test_rows_of_mixed_depths_equal_each_row_alone(backend: str) -> None:
             expected.append(run_chunked(decoder, cache, pages, ids, exit_layer, [start + count]))
         table = pages.table(exit_layer // decoder.slab_size, len(ids))
         if start:
-            run(decoder, cache, [Chunk(ids[:start], 0, exit_layer, table, samples=False)])
+            run_chunks(decoder, cache, [Chunk(ids[:start], 0, exit_layer, table, samples=False)])
         chunks.append(Chunk(ids[start:], start, exit_layer, table, samples))
-    mixed = run(decoder, cache, chunks)
+    mixed = run_chunks(decoder, cache, chunks)
     torch.testing.assert_close(mixed, torch.cat(expected), rtol=1e-5, atol=2e-5)
 
 
@@ -281,7 +214,7 @@ def test_a_shallow_row_writes_only_the_pages_of_its_slabs() -> None:
     decoder, _, _ = make_decoder()
     cache, pages = decoder.allocate_kv_cache(32, BLOCK_SIZE), Pages(32)
     table = pages.table(1, 10)
-    run(decoder, cache, [Chunk(random_ids(10, 0), 0, 2, table)])
+    run_chunks(decoder, cache, [Chunk(random_ids(10, 0), 0, 2, table)])
     written = cache.pages.abs().sum(dim=(0, 1, 3, 4, 5)).nonzero().flatten().tolist()
     assert written == sorted(table.flatten().tolist())
 

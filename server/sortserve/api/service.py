@@ -22,6 +22,10 @@ from sortserve.outputs import GenerationRequest
 
 __all__ = ["Service"]
 
+EXPECTED_TOKENS = 256
+"""Output tokens that a latency budget is planned for where the client sets no limit: the context's
+end, thousands of tokens away, would push every such request to the shallowest exit."""
+
 logger = logging.getLogger("sortserve.requests")
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -57,9 +58,16 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> KVCache:
-        """A zeroed pool: padding that attention masks out must be finite."""
-        heads = (config.num_kv_heads, block_size, config.head_dim)
-        return KVCache(torch.zeros(slab_size, 2, num_pages, *heads, dtype=dtype, device=device))
+        """A zeroed pool: padding that attention masks out must be finite.
+
+        On a CPU it is anonymous memory, zeroed by the kernel when a page is first touched: a large
+        pool costs nothing until it is used.
+        """
+        shape = (slab_size, 2, num_pages, config.num_kv_heads, block_size, config.head_dim)
+        if torch.device(device).type != "cpu":
+            return KVCache(torch.zeros(shape, dtype=dtype, device=device))
+        memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+        return KVCache(torch.frombuffer(memory, dtype=dtype).view(shape))
 
     @staticmethod
     def page_bytes(config: ModelConfig, slab_size: int, block_size: int, dtype: torch.dtype) -> int:

@@ -24,6 +24,7 @@ import torch
 from sortserve.errors import CheckpointError
 from sortserve.model.families import check_family, read_model_config
 from sortserve.model.hf import quiet
+from sortserve.model.user_cache import user_cache_dir
 
 __all__ = ["converted_gguf"]
 
@@ -46,7 +47,7 @@ def converted_gguf(path: Path, dtype: torch.dtype) -> Iterator[Path]:
     Raises:
         CheckpointError: the file is no GGUF, or holds a model that is not supported.
     """
-    cached = _cache_folder() / f"{path.stem}-{_key(path, dtype)}"
+    cached = user_cache_dir() / f"{path.stem}-{_key(path, dtype)}"
     if (cached / "config.json").is_file():
         yield cached
         return
@@ -62,13 +63,6 @@ def converted_gguf(path: Path, dtype: torch.dtype) -> Iterator[Path]:
         yield _move(draft, cached)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def _cache_folder() -> Path:
-    named = os.environ.get("SORTSERVE_CACHE_DIR")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sortserve"
 
 
 def _key(path: Path, dtype: torch.dtype) -> str:

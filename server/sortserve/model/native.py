@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sortserve.model.user_cache import user_cache_dir
+
 __all__ = [
     "DTYPE_CODES",
     "BuildError",
@@ -101,7 +103,7 @@ def build_library(cache_dir: Path | None = None, compiler: str | None = None) ->
     """Compile the kernels unless the cache has them.
 
     Args:
-        cache_dir: default: ``$SORTSERVE_CACHE``, else ``sortserve`` in the user's cache folder.
+        cache_dir: default: ``user_cache_dir()``.
         compiler: a command; default: ``$CXX``, else the first of g++, c++ and clang++ found.
 
     Raises:
@@ -110,7 +112,7 @@ def build_library(cache_dir: Path | None = None, compiler: str | None = None) ->
     command = compiler or _find_compiler()
     source_dir = Path(__file__).parent / "kernels"
     sources = sorted(source_dir.glob("*.cpp"))
-    cache_dir = cache_dir or _default_cache_dir()
+    cache_dir = cache_dir or user_cache_dir()
     library = cache_dir / f"kernels-{_cache_key(source_dir, command)}.so"
     if not library.is_file():
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -143,13 +145,6 @@ def _find_compiler() -> str:
         if shutil.which(candidate):
             return candidate
     raise BuildError(f"no C++ compiler found; install one of {', '.join(_COMPILERS)} or set CXX")
-
-
-def _default_cache_dir() -> Path:
-    if cache := os.environ.get("SORTSERVE_CACHE"):
-        return Path(cache)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "sortserve"
 
 
 def _cache_key(source_dir: Path, command: str) -> str:

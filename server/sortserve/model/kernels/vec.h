@@ -117,10 +117,11 @@ inline float max(f32x16 v) {
   return result;
 }
 
-// e^x to about 1 ulp for x <= 88; 0 below -87, -inf included.
+// e^x to about 1 ulp from -87 to 88; 0 below (-inf included), e^88 above.
 inline f32x16 exp(f32x16 x) {
   const i32x16 live = x > splat(-87.0f);
-  x = max(x, splat(-87.0f));
+  x = x > splat(-87.0f) ? x : splat(-87.0f);
+  x = x < splat(88.0f) ? x : splat(88.0f);
   const f32x16 shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const f32x16 n_shifted = x * 1.44269504f + shifter;
   const f32x16 n = n_shifted - shifter;
@@ -136,9 +137,6 @@ inline f32x16 exp(f32x16 x) {
   return bit_cast<f32x16>(bit_cast<i32x16>(p * bit_cast<f32x16>(exponent)) & live);
 }
 
-inline f32x16 silu(f32x16 x) {
-  // Above 88 the exponential would overflow; there silu(x) is x to the last bit.
-  return x / (1.0f + exp(max(-x, splat(-87.0f))));
-}
+inline f32x16 silu(f32x16 x) { return x / (1.0f + exp(-x)); }
 
 }  // namespace sortserve

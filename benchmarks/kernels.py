@@ -1,0 +1,339 @@
+"""Linear layers, attention and whole steps by backend, each beside what the machine allows.
+
+    python -m benchmarks.kernels [--steps-only] [--threads N] [--dtype bfloat16]
+
+The model is random and shaped like SmolLM2-135M: nothing is loaded. Every time is the median of
+several runs in which the backends take turns, so that a busy moment of the machine hits all alike;
+linear layers go through copies of their weights, so that none waits in a cache. The floor is the
+larger of bytes / memory rate and FLOPs / matrix rate, both measured in this run (``floors``). The
+last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import environment, print_json, print_table
+from benchmarks.floors import Machine, ModelCost, Work, measure_machine
+from sortserve.errors import ConfigError
+from sortserve.model.attention import (
+    AttentionBackend,
+    KVCache,
+    ReferenceAttention,
+    RopeTables,
+)
+from sortserve.model.batch import Batch
+from sortserve.model.config import ModelConfig
+from sortserve.model.decoder import Decoder
+from sortserve.model.linear import LINEAR_BACKENDS, LinearOp, choose_linear_backend
+from sortserve.model.native import load_native
+from sortserve.model.native_attention import NativeAttention
+from sortserve.model.ops import TorchOps
+from sortserve.model.weights import LayerWeights, ModelWeights
+
+CONFIG = ModelConfig(
+    family="llama",
+    num_layers=30,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    vocab_size=49152,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=8192,
+    tie_word_embeddings=True,
+)
+LINEARS = {
+    "qkv": (960, 576),
+    "o": (576, 576),
+    "gate_up": (3072, 576),
+    "down": (576, 1536),
+    "head": (49152, 576),
+}
+NUM_TOKENS = (1, 8, 32, 128, 512)
+ROTATED_BYTES = 128 << 20
+"""Of weights that a linear layer goes through: above the last-level caches we run on."""
+BLOCK_SIZE = 16
+ATTENTION_SHAPES = ((1, 200), (8, 200), (32, 200), (32, 1000), (1, 4000))
+"""(rows, cached tokens)"""
+DECODE_ROWS = (1, 8, 32)
+DECODE_CONTEXT = 200
+PREFILL_TOKENS = (128, 512)
+STEP_BACKENDS = {  # label: (attention, linear)
+    "plain torch": ("reference", "reference"),
+    "oneDNN": ("auto", "onednn"),
+    "auto": ("auto", "auto"),
+}
+
+Row = dict[str, float | str | None]
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    dtype: torch.dtype = getattr(torch, arguments.dtype)
+    described = environment()
+    with torch.inference_mode():
+        machine = measure_machine(torch.device("cpu"), dtype)
+        rates = {
+            "threads": torch.get_num_threads(),
+            "memory_gb_per_s": round(machine.bytes_per_s / 1e9, 1),
+            "matrix_gflops_per_s": round(machine.gemm_flops_per_s / 1e9, 1),
+        }
+        print(f"machine: {rates}\n")
+        results: dict[str, Any] = {"machine": rates}
+        if not arguments.steps_only:
+            results["linear"] = show("linear (us)", bench_linears(dtype, machine))
+            results["attention"] = show("attention, 1 layer (us)", bench_attention(dtype, machine))
+        results["steps"] = show("steps, 30 layers (ms)", bench_steps(dtype, machine))
+    print_json("kernels", arguments, described, results)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Kernel times beside their floors.")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--steps-only", action="store_true", help="whole steps alone")
+    return parser.parse_args()
+
+
+def show(title: str, rows: list[Row]) -> list[Row]:
+    print(title)
+    print_table(list(rows[0]), [list(row.values()) for row in rows])
+    print()
+    return rows
+
+
+def medians_s(
+    runs: Mapping[str, Callable[[], object]], *, budget_s: float = 0.6
+) -> dict[str, float]:
+    """Median time of each run, in turns, for about ``budget_s`` seconds each."""
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    until = time.perf_counter() + budget_s * len(runs)
+    while time.perf_counter() < until or len(times[next(iter(runs))]) < 5:
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def row_of(name: str, times_s: Mapping[str, float], floor_s: float, unit: float) -> Row:
+    """Times by backend, the floor, and how near the fastest comes to it."""
+    best = min(times_s.values())
+    return {
+        "shape": name,
+        **{backend: round(seconds * unit, 1) for backend, seconds in times_s.items()},
+        "floor": round(floor_s * unit, 1),
+        "% of floor": round(100 * floor_s / best, 1),
+    }
+
+
+# ---- linear layers
+
+
+def bench_linears(dtype: torch.dtype, machine: Machine) -> list[Row]:
+    rows = []
+    for name, (num_outputs, num_inputs) in LINEARS.items():
+        copies = max(2, ROTATED_BYTES // (num_outputs * num_inputs * dtype.itemsize))
+        weights = [random(num_outputs, num_inputs).to(dtype) for _ in range(copies)]
+        ops = linear_ops(weights)
+        for num_tokens in NUM_TOKENS:
+            if name == "head" and num_tokens > max(DECODE_ROWS):
+                continue  # only rows that sample pass the head
+            x = random(num_tokens, num_inputs).to(dtype)
+            runs = {backend: rotate(each, x) for backend, each in ops.items()}
+            work = Work(
+                num_bytes=num_outputs * num_inputs * dtype.itemsize,
+                num_flops=2 * num_outputs * num_inputs * num_tokens,
+            )
+            times = medians_s(runs, budget_s=0.2)
+            rows.append(row_of(f"{name} x {num_tokens}", times, machine.floor_s(work), 1e6))
+    return rows
+
+
+def linear_ops(weights: Sequence[Tensor]) -> dict[str, list[LinearOp]]:
+    """The same weights packed by every backend that works here."""
+    ops = {}
+    for name in LINEAR_BACKENDS:
+        if name == "auto":
+            continue
+        try:
+            backend = choose_linear_backend(
+                name,
+                dtype=weights[0].dtype,
+                device=weights[0].device,
+                num_weight_bytes=0,
+                ops=TorchOps(),
+            )
+        except ConfigError:
+            continue
+        ops[name] = [backend.linear(weight) for weight in weights]
+    return ops
+
+
+def rotate(ops: Sequence[LinearOp], x: Tensor) -> Callable[[], object]:
+    following: Iterator[LinearOp] = itertools.cycle(ops)
+    return lambda: next(following)(x)
+
+
+# ---- attention
+
+
+def bench_attention(dtype: torch.dtype, machine: Machine) -> list[Row]:
+    rope = make_rope()
+    backends: list[AttentionBackend] = [ReferenceAttention(CONFIG, rope)]
+    if (library := load_native()) is not None:
+        backends.append(NativeAttention(CONFIG, rope, library))
+    rows = []
+    for num_rows, context_len in ATTENTION_SHAPES:
+        num_pages = num_rows * math.ceil(context_len / BLOCK_SIZE)
+        # Other layers' pages go through the caches between two uses of a layer's own.
+        copies = max(2, ROTATED_BYTES // (num_pages * page_bytes(dtype)))
+        cache = KVCache.allocate(CONFIG, copies, num_pages, BLOCK_SIZE, dtype, "cpu")
+        cache.pages.normal_()
+        batch = make_batch(num_rows, 1, context_len, num_slabs=1)
+        qkv = random(num_rows, CONFIG.q_size + 2 * CONFIG.kv_size).to(dtype)
+        runs = {b.name: attention_run(b, batch, qkv, cache) for b in backends}
+        work = Work(
+            num_bytes=num_rows * context_len * 2 * CONFIG.kv_size * dtype.itemsize,
+            num_flops=num_rows * context_len * 4 * CONFIG.q_size,
+        )
+        name = f"{num_rows} rows x {context_len}"
+        rows.append(row_of(name, medians_s(runs), machine.floor_s(work), 1e6))
+    return rows
+
+
+def attention_run(
+    backend: AttentionBackend, batch: Batch, qkv: Tensor, cache: KVCache
+) -> Callable[[], object]:
+    (attend,) = backend.prepare(batch, range(1), batch.num_rows)
+    layers = itertools.cycle(range(cache.slab_size))
+    return lambda: attend(qkv, None, cache.layer(next(layers)))
+
+
+def page_bytes(dtype: torch.dtype) -> int:
+    return KVCache.page_bytes(CONFIG, 1, BLOCK_SIZE, dtype)
+
+
+# ---- whole steps
+
+
+def bench_steps(dtype: torch.dtype, machine: Machine) -> list[Row]:
+    weights = random_weights(dtype)
+    exits = (9, 15, 21, 30)
+    decoders = {}
+    for name, (attention, linear) in STEP_BACKENDS.items():
+        try:
+            decoders[name] = Decoder(
+                CONFIG,
+                weights,
+                exits=exits,
+                max_model_len=2048,
+                attention_backend=attention,
+                linear_backend=linear,
+            )
+        except ConfigError:
+            continue
+    num_slabs = next(iter(decoders.values())).num_slabs
+    num_pages = max(DECODE_ROWS) * num_slabs * math.ceil(max(PREFILL_TOKENS) / BLOCK_SIZE)
+    cache = next(iter(decoders.values())).allocate_kv_cache(num_pages, BLOCK_SIZE)
+    cost = ModelCost(CONFIG, weights)
+    rows = []
+    for num_rows in DECODE_ROWS:
+        batch = make_batch(num_rows, 1, DECODE_CONTEXT, num_slabs)
+        work = cost.decode(30, num_rows=num_rows, context_len=DECODE_CONTEXT)
+        name = f"{num_rows} rows x {DECODE_CONTEXT}"
+        rows.append(step_row(name, decoders, batch, cache, machine.floor_s(work)))
+    for num_tokens in PREFILL_TOKENS:
+        batch = make_batch(1, num_tokens, num_tokens, num_slabs)
+        floor_s = machine.floor_s(cost.prefill(30, num_tokens=num_tokens))
+        rows.append(step_row(f"prefill {num_tokens}", decoders, batch, cache, floor_s))
+    return rows
+
+
+def step_row(
+    name: str, decoders: Mapping[str, Decoder], batch: Batch, cache: KVCache, floor_s: float
+) -> Row:
+    def run(decoder: Decoder) -> Callable[[], object]:
+        return lambda: decoder.logits(decoder.forward(batch, cache))
+
+    runs = {label: run(decoder) for label, decoder in decoders.items()}
+    return row_of(name, medians_s(runs, budget_s=1.5), floor_s, 1e3)
+
+
+def make_batch(num_rows: int, num_tokens: int, context_len: int, num_slabs: int) -> Batch:
+    """Rows of equal length at full depth, their pages scattered over the pool."""
+    num_blocks = math.ceil(context_len / BLOCK_SIZE)
+    pages = torch.randperm(num_slabs * num_rows * num_blocks, generator=generator())
+    tables = pages.view(num_slabs, num_rows, num_blocks).int()
+    positions = torch.arange(context_len - num_tokens, context_len).repeat(num_rows)
+    row_T = torch.arange(num_rows).repeat_interleave(num_tokens)
+    slots = tables[:, row_T, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
+    starts = [row * num_tokens for row in range(num_rows + 1)]
+    return Batch(
+        token_ids_T=positions % CONFIG.vocab_size,
+        positions_T=positions,
+        query_starts=tuple(starts),
+        context_lens=(context_len,) * num_rows,
+        exit_layers=(CONFIG.num_layers,) * num_rows,
+        samples=(True,) * num_rows,
+        query_starts_R1=torch.tensor(starts, dtype=torch.int32),
+        context_lens_R=torch.full((num_rows,), context_len, dtype=torch.int32),
+        block_tables_SRB=tables,
+        slots_ST=slots,
+    )
+
+
+def random_weights(dtype: torch.dtype) -> ModelWeights:
+    config, ones = CONFIG, torch.ones(CONFIG.hidden_size, dtype=dtype)
+    layers = [
+        LayerWeights(
+            input_norm=ones,
+            qkv=matrix(*LINEARS["qkv"], dtype),
+            o=matrix(*LINEARS["o"], dtype),
+            post_attention_norm=ones,
+            gate_up=matrix(*LINEARS["gate_up"], dtype),
+            down=matrix(*LINEARS["down"], dtype),
+        )
+        for _ in range(config.num_layers)
+    ]
+    embed = matrix(*LINEARS["head"], dtype)
+    inv_freq = 10_000.0 ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+    return ModelWeights(
+        embed=embed, layers=layers, final_norm=ones, lm_head=embed, inv_freq=inv_freq
+    )
+
+
+def make_rope() -> RopeTables:
+    inv_freq = 10_000.0 ** -(torch.arange(0, CONFIG.head_dim, 2) / CONFIG.head_dim)
+    return RopeTables.build(inv_freq, 1.0, CONFIG.max_position_embeddings)
+
+
+def matrix(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> Tensor:
+    return (random(num_outputs, num_inputs) / math.sqrt(num_inputs)).to(dtype)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator())
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+if __name__ == "__main__":
+    main()
