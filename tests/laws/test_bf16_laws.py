@@ -2,8 +2,8 @@
 
 Tokens may differ where two logits are nearly equal, so the measure is the Kullback-Leibler
 divergence of the next-token distribution from that of transformers in fp32, averaged over the
-positions of a prompt: at most TOLERANCE nats. transformers' own bf16 is held to the same bound, which
-shows that the bound is about bf16 and not about us.
+positions of a prompt: at most TOLERANCE nats. transformers' own bf16 is held to the same bound, and
+that shows that the bound is about bf16 and not about us.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -49,15 +48,14 @@ def codes_written_in_the_service() -> set[str]:
 
 def test_every_route_is_on_the_page() -> None:
     service = make_service(start=False)
-    paths = [*service.app.openapi()["paths"], "/docs", "/openapi.json"]
-    methods = {
+    routes = [
         f"{method.upper()} {path}"
         for path, operations in service.app.openapi()["paths"].items()
         for method in operations
-    }
+    ]
 
-    assert missing(paths) == []
-    assert missing(sorted(methods)) == []
+    assert len(routes) >= 13
+    assert missing([*routes, "/docs", "/openapi.json"]) == []
 
 
 @pytest.mark.parametrize(
@@ -171,7 +169,6 @@ def examples_on_page() -> list[Any]:
 async def test_an_example_is_what_the_server_answers(path: str, body: dict[str, Any]) -> None:
     with example_service() as service:
         reply = await service.post(path, body, **{"x-request-id": "r1"})
-        await asyncio.to_thread(service.worker.stop)
 
     assert reply.json() in examples_on_page()
 
@@ -179,7 +176,6 @@ async def test_an_example_is_what_the_server_answers(path: str, body: dict[str, 
 async def test_the_example_of_exits_is_what_the_server_answers() -> None:
     with example_service() as service:
         reply = await service.get("/exits")
-        await asyncio.to_thread(service.worker.stop)
 
     assert reply.json() in examples_on_page()
 
@@ -197,6 +193,5 @@ async def test_the_example_of_exits_is_what_the_server_answers() -> None:
 async def test_an_example_stream_is_what_the_server_sends(path: str, body: dict[str, Any]) -> None:
     with example_service() as service:
         reply = await service.post(path, {**body, "stream": True}, **{"x-request-id": "r1"})
-        await asyncio.to_thread(service.worker.stop)
 
     assert list(map(at_fixed_time, parse_events(reply.text))) in examples_on_page()
