@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,8 @@ class Serving:
     checkpoint: LoadedCheckpoint
     tokenizer: Tokenizer
     worker: EngineWorker
+    prepare: Callable[[], None]
+    """What the engine's thread does before the first request (``EngineWorker.start``)."""
     metrics: Metrics
     cache: CacheShape
 
@@ -106,13 +109,16 @@ def build(settings: ServeSettings) -> Serving:
         ),
         observer=Observers([metrics, RequestLogger()]),
     )
-    if settings.calibrate:
-        _calibrate(engine, runner, settings, vocab_size=checkpoint.config.vocab_size)
     worker = EngineWorker(
         engine,
         max_num_queued_reqs=settings.max_num_queued_reqs,
         max_num_queued_tokens=settings.max_num_queued_tokens,
     )
+
+    def prepare() -> None:
+        if settings.calibrate:
+            _calibrate(engine, runner, settings, vocab_size=checkpoint.config.vocab_size)
+
     metrics.watch(worker.stats)
     metrics.set_cache_config(
         block_size=cache.block_size,
@@ -127,6 +133,7 @@ def build(settings: ServeSettings) -> Serving:
         checkpoint=checkpoint,
         tokenizer=tokenizer,
         worker=worker,
+        prepare=prepare,
         metrics=metrics,
         cache=cache,
     )

@@ -128,7 +128,6 @@ class ServerProcess:
             _api_settings(self.settings, serving),
             serving.metrics,
         )
-        serving.worker.start()
         _announce(self.settings, serving, listener)
         while not self._signalled.is_set() and serving.worker.state != "failed":
             await _wait(self._signalled, HEALTH_POLL_S)
@@ -146,7 +145,9 @@ class ServerProcess:
             try:
                 from sortserve.build import build  # torch takes seconds: the socket is open by now
 
-                loaded.set_result(build(self.settings))
+                serving = build(self.settings)
+                serving.worker.start(serving.prepare)
+                loaded.set_result(serving)
             except BaseException as error:
                 loaded.set_exception(error)
 

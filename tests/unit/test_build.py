@@ -59,7 +59,10 @@ def test_a_calibrated_server_can_estimate(tmp_path: Path) -> None:
 
     serving = build(load_settings({"model": str(checkpoint), "max_model_len": 64}))
 
+    serving.worker.start(serving.prepare)
+
     estimate = serving.worker.estimate(2, 8, 8)
+    serving.worker.stop()
     assert estimate is not None
     assert estimate.e2e_s > 0
 

@@ -232,3 +232,24 @@ async def test_outputs_before_an_error_are_not_lost() -> None:
     for _ in range(20):
         runner.permits.release()
     await asyncio.to_thread(worker.stop)
+
+
+async def test_preparing_runs_on_the_engines_thread_before_the_first_request() -> None:
+    worker = EngineWorker(make_engine())
+    seen: list[tuple[str, str]] = []
+
+    worker.start(lambda: seen.append((threading.current_thread().name, worker.state)))
+
+    assert seen == [("engine", "loading")]
+    assert worker.state == "ready"
+    await asyncio.to_thread(worker.stop)
+
+
+async def test_a_failure_while_preparing_is_raised_where_the_worker_is_started() -> None:
+    worker = EngineWorker(make_engine())
+
+    with pytest.raises(ZeroDivisionError):
+        worker.start(lambda: 1 / 0)  # type: ignore[arg-type]
+
+    assert worker.state == "loading"
+    await asyncio.to_thread(worker.stop)

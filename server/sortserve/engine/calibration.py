@@ -41,7 +41,8 @@ def calibrate(
 
     Runs the shallowest, a middle and the deepest exit over batches of 1 to 32 decode rows and
     prompts of 64 to 512 tokens, at two context lengths, as far as ``budget_s`` seconds go. The
-    pages written are free ones: call it before the first request.
+    pages written are free ones: call it before the first request, and on the engine's thread, whose
+    thread pool and memory it warms up.
     """
     chosen = sorted({exits[0], exits[len(exits) // 2], exits[-1]}, reverse=True)
     plans = _Plans(runner, vocab_size, min(max_model_len, 4096))

@@ -13,6 +13,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,7 +120,7 @@ class EngineWorker:
         # Requests that have come and gone, likewise.
         self._num_submitted = 0
         self._num_ended = 0
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread: threading.Thread | None = None
         self._stop = False
         # Engine thread only:
         self._streams: dict[str, RequestStream] = {}
@@ -137,10 +138,19 @@ class EngineWorker:
         """Whether new requests are taken."""
         return self._state == "ready"
 
-    def start(self) -> None:
-        """Start the thread; the worker is ready."""
-        self._state = "ready"
+    def start(self, prepare: Callable[[], None] | None = None) -> None:
+        """Start the thread; returns when the worker is ready.
+
+        Args:
+            prepare: run on the engine's thread first, such as calibration: what warms up there
+                (thread pools, memory) is warm for the first request. Its exception is raised here.
+        """
+        ready: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(prepare, ready), name="engine", daemon=True
+        )
         self._thread.start()
+        ready.result()
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no new work, let live requests finish, abort the rest; True if none was aborted."""
@@ -159,7 +169,7 @@ class EngineWorker:
             self._state = "draining"
         self._stop = True
         self._inbox.put(None)
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+        if self._thread is not None:
             self._thread.join()
         if self._state != "failed":
             self._state = "stopped"
@@ -266,7 +276,15 @@ class EngineWorker:
 
     # ---- the engine's thread ----
 
-    def _run(self) -> None:
+    def _run(self, prepare: Callable[[], None] | None, ready: Future[None]) -> None:
+        try:
+            if prepare is not None:
+                prepare()
+        except BaseException as error:
+            ready.set_exception(error)
+            return
+        self._state = "ready"
+        ready.set_result(None)
         try:
             while not self._stop:
                 self._drain_inbox(wait=not self._engine.has_work)
