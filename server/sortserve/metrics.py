@@ -274,13 +274,13 @@ class Metrics:
             self._budgets[(kind, "rejected")].inc()
 
     def _count_budget(self, report: RequestReport) -> None:
+        if report.finish_reason is FinishReason.ABORT:
+            return  # the client left: nobody was kept waiting
         for kind in report.budget.kinds:
             # A bound on depth or compute is kept by construction; only times can be missed.
             timed = kind.endswith("_ms")
             outcome = (report.outcome or ("met" if report.met else "missed")) if timed else "met"
             self._budgets[(kind, outcome)].inc()
-        if report.finish_reason is FinishReason.ABORT:
-            return  # the client left: nobody was kept waiting
         for promise in _promises(report):
             limit_s, actual_s = promise.limit_s, promise.actual_s
             if limit_s is not None and actual_s is not None and actual_s > limit_s:

@@ -210,6 +210,8 @@ def test_a_client_that_leaves_violates_nothing(metrics: Metrics) -> None:
     metrics.on_finished(report)
 
     assert read(metrics, "slo_violation_total", kind="e2e") == 0
+    for outcome in ("met", "missed", "degraded"):
+        assert read(metrics, "budget_requests_total", kind="latency_ms", outcome=outcome) == 0
 
 
 def test_a_rejection_is_counted_by_reason_and_by_bound(metrics: Metrics) -> None:

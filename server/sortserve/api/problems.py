@@ -59,7 +59,7 @@ async def http_exception_response(request: Request, error: Exception) -> Respons
     method, path = request.method, shortened(request.url.path)
     problem: SortserveError
     if error.status_code == 404:
-        problem = NotFoundError(f"There is no route {method} {path}. GET /docs lists the routes.")
+        problem = NotFoundError(f"There is no route {method} {path}.")
     else:
         problem = InvalidRequestError(f"{method} {path}: {error.detail}.", code="http_error")
     response = error_response(problem, error.headers)

@@ -41,6 +41,7 @@ _HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
     "chat_template": (),
     "documents": ([],),
     "truncate_prompt_tokens": (),
+    "add_special_tokens": (False,),  # of chat: the template writes them
     "allowed_token_ids": (),
     "bad_words": ([],),
     "logits_processors": ([],),
