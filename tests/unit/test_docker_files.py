@@ -7,6 +7,7 @@ exposes after a synthetic run: each selector must select something.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -190,10 +191,14 @@ def test_the_health_check_asks_the_server_itself(path: Path, status: int, health
     assert (done.returncode == 0) is healthy
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
+HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(HADOLINT is None, reason="hadolint is not installed")
 @each_dockerfile
 def test_hadolint_has_nothing_to_say(path: Path) -> None:
-    command = ["hadolint", "--config", str(DOCKER / "hadolint.yaml"), str(path)]
+    assert HADOLINT is not None
+    command = [HADOLINT, "--config", str(DOCKER / "hadolint.yaml"), str(path)]
 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
 
