@@ -277,3 +277,27 @@ async def test_a_stream_over_the_servers_timeout_ends_with_an_error_event(
     assert b'"code":"request_timeout"' in connection.content
     assert connection.content.endswith(b"data: [DONE]\n\n")
     await assert_aborted(service, 1, max_steps=2)
+
+
+async def test_a_stream_that_times_out_in_the_queue_has_its_own_status(
+    make: Callable[..., HttpService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timers = Timers(monkeypatch)
+    service = make(request_timeout_s=60, engine_options={"max_num_seqs": 1})
+    service.runner.gated = True
+    stream = as_json({**LONG, "stream": True})
+    running, queued = (Connection(service.app, "/generate", stream) for _ in range(2))
+    tasks = [running.open()]
+    service.runner.permits.release()
+    await running.wait_for_events(1)
+    tasks.append(queued.open())
+    await settle()
+
+    timers.ring()
+    service.runner.open()
+    for task in tasks:
+        await finish(task)
+
+    assert queued.status == 504
+    assert b'"code":"request_timeout"' in queued.content
+    assert running.status == 200

@@ -104,17 +104,19 @@ class GenerationStream(Response):
             first = await anext(batches)
             if generation.is_abandoned:
                 return
+            ready = [self._writer.opening()]
+            self._write(first, ready)
             start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
             try:
                 await send(start)
-                await self._send_all(first, batches, send)
+                await self._send_all(ready, batches, send)
             except OSError:  # how a server says that the connection is gone
                 generation.abandon()
 
-    async def _send_all(self, first: Outputs, batches: AsyncIterator[Outputs], send: Send) -> None:
-        ready = [self._writer.opening()]
+    async def _send_all(
+        self, ready: list[str], batches: AsyncIterator[Outputs], send: Send
+    ) -> None:
         try:
-            self._write(first, ready)
             await _send_text(send, ready)
             async for outputs in batches:
                 if self._generation.is_abandoned:
