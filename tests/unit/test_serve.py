@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shlex
 import socket
 from pathlib import Path
@@ -85,6 +86,25 @@ def test_the_command_to_try_is_one_that_a_shell_understands() -> None:
 def test_port_0_takes_a_free_one() -> None:
     with listen(load_settings({"port": 0})) as listener:
         assert listener.getsockname()[1] > 0
+
+
+async def test_small_packets_leave_at_once() -> None:
+    accepted: asyncio.Future[asyncio.StreamWriter] = asyncio.Future()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accepted.set_result(writer)
+
+    with listen(load_settings({"port": 0})) as listener:
+        address = listener.getsockname()
+        async with await asyncio.start_server(accept, sock=listener):
+            _, client = await asyncio.open_connection(*address)
+            server = (await accepted).get_extra_info("socket")
+
+            assert server.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+
+            for writer in (client, accepted.result()):
+                writer.close()
+                await writer.wait_closed()
 
 
 def test_an_address_that_is_taken_is_refused_by_name() -> None:
