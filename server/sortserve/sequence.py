@@ -108,11 +108,6 @@ class Sequence:
         """Known tokens without KV: the work left before the next sample."""
         return self.num_tokens - self.num_computed_tokens
 
-    @property
-    def max_num_tokens(self) -> int:
-        """Most tokens whose KV this request may ever need (its last token needs none)."""
-        return self.num_prompt_tokens + self.request.sampling.max_tokens - 1
-
     def tokens(self, start: int, stop: int) -> list[int]:
         """Known tokens at positions ``start`` to ``stop``."""
         prompt = self.request.prompt_token_ids

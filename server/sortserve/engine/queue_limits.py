@@ -59,16 +59,6 @@ class QueueLimits:
         self._num_tokens = 0
         self._lock = threading.Lock()
 
-    @property
-    def num_requests(self) -> int:
-        """Requests that hold a place."""
-        return self._num_requests
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt tokens (estimated until they are counted) of those requests."""
-        return self._num_tokens
-
     def reserve(
         self, num_requests: int, num_tokens: int, *, retry_after_s: Callable[[], float]
     ) -> Reservation:

@@ -133,11 +133,6 @@ class EngineWorker:
         """loading, ready, draining, failed or stopped."""
         return self._state
 
-    @property
-    def is_accepting(self) -> bool:
-        """Whether new requests are taken."""
-        return self._state == "ready"
-
     def start(self, prepare: Callable[[], None] | None = None) -> None:
         """Start the thread; returns when the worker is ready.
 

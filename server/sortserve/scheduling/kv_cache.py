@@ -175,11 +175,6 @@ class KVCacheManager:
         table = self._tables.pop(sequence.request_id)
         self.pool.release(list(table.pages_deepest_first()), keep=self.prefix_cache.holds)
 
-    def reset_prefix_cache(self) -> None:
-        """Forget all content that nobody references."""
-        num_free = self.pool.num_free
-        self.pool.release(self.pool.allocate(num_free), keep=self.prefix_cache.holds)
-
     # ---- checks ----
 
     def check_invariants(self) -> None:
