@@ -9,8 +9,8 @@ What can be refused is refused before any weights are read: the source, the fami
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,16 @@ from sortserve.model.sorted_json import SORTED_JSON, SortedInfo, check_exits
 from sortserve.model.sources import Source, resolve_source
 from sortserve.model.weights import ModelWeights
 
-__all__ = ["DTYPES", "LoadedCheckpoint", "exit_table", "load_checkpoint"]
+__all__ = [
+    "DTYPES",
+    "CheckpointLayout",
+    "LoadedCheckpoint",
+    "exit_table",
+    "load_checkpoint",
+    "open_checkpoint",
+    "resolve_device",
+    "resolve_dtype",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +80,7 @@ class LoadedCheckpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Layout:
+class CheckpointLayout:
     """Which folder holds what."""
 
     name: str
@@ -79,6 +88,9 @@ class _Layout:
     """The folder the user named: ``sorted.json``, exit modules, adapter."""
     model: Path
     """The folder with ``config.json`` and the trunk's weights; ``own``, or that of the base."""
+    base: str
+    """What the trunk's weights are known as, in words that find them again from anywhere: a hub
+    id, ``package:PKG/FILE``, or an absolute path."""
     is_adapter: bool = False
     is_gguf: bool = False
     sorted_info: SortedInfo | None = None
@@ -107,7 +119,7 @@ def load_checkpoint(
         CheckpointError: the checkpoint is bad or not supported; one line says what and where.
         ConfigError: ``exits``, ``dtype``, ``device`` or ``revision`` is not possible here.
     """
-    torch_device = _resolve_device(device)
+    torch_device = resolve_device(device)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.", param="dtype")
     found = resolve_source(str(source), revision=revision)
@@ -118,7 +130,7 @@ def load_checkpoint(
         table = exit_table(config, layout.sorted_info, _choose_exits(exits, config, layout))
         tokenizer = _load_tokenizer(layout, config)
         eos_token_ids, defaults = generation_settings(layout.model, hf_config, tokenizer)
-        torch_dtype = _resolve_dtype(dtype, torch_device, None if layout.is_gguf else hf_config)
+        torch_dtype = resolve_dtype(dtype, torch_device, None if layout.is_gguf else hf_config)
         weights = _load_weights(layout, config, hf_config, table.layers, torch_dtype, torch_device)
     return LoadedCheckpoint(
         name=layout.name,
@@ -165,7 +177,29 @@ def exit_table(
     return ExitTable(tuple(info(exit_layer) for exit_layer in exits))
 
 
-def _resolve_device(device: str) -> torch.device:
+@contextmanager
+def open_checkpoint(
+    source: str, *, dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> Iterator[CheckpointLayout]:
+    """Find the folders of a checkpoint without reading its weights; valid inside ``with``.
+
+    Args:
+        source: as in ``load_checkpoint``.
+        dtype: what a GGUF file is converted to, if it is not converted yet.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is not supported.
+    """
+    found = resolve_source(str(source), revision=revision)
+    with ExitStack() as stack:
+        name = str(dtype).removeprefix("torch.")
+        layout = _lay_out(found, name, torch.device("cpu"), stack)
+        _read_config(load_hf_config(layout.model), layout)
+        yield layout
+
+
+def resolve_device(device: str) -> torch.device:
     if device not in DEVICES:
         raise ConfigError(f"device={device!r} is not one of {', '.join(DEVICES)}.", param="device")
     if device == "cuda" and not torch.cuda.is_available():
@@ -179,7 +213,7 @@ def _resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _resolve_dtype(dtype: str, device: torch.device, hf_config: Any | None) -> torch.dtype:
+def resolve_dtype(dtype: str, device: torch.device, hf_config: Any | None) -> torch.dtype:
     """``hf_config`` is None for GGUF, whose stored dtype is no dtype to compute in."""
     if dtype != "auto":
         return _TORCH_DTYPES[dtype]
@@ -194,18 +228,22 @@ def _cpu_computes_in_bfloat16() -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
 
 
-def _lay_out(found: Source, dtype: str, device: torch.device, stack: ExitStack) -> _Layout:
+def _lay_out(found: Source, dtype: str, device: torch.device, stack: ExitStack) -> CheckpointLayout:
     """Find the trunk of what was named: itself, or its base."""
     if found.is_gguf:
         folder = stack.enter_context(
-            converted_gguf(found.path, _resolve_dtype(dtype, device, None))
+            converted_gguf(found.path, resolve_dtype(dtype, device, None))
         )
-        return _Layout(name=found.name, own=folder, model=folder, is_gguf=True)
+        return CheckpointLayout(
+            name=found.name, own=folder, model=folder, base=found.reference, is_gguf=True
+        )
     folder = found.path
     sorted_info = SortedInfo.read(folder)
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     if (folder / "config.json").is_file() and not is_adapter:
-        return _Layout(name=found.name, own=folder, model=folder, sorted_info=sorted_info)
+        return CheckpointLayout(
+            name=found.name, own=folder, model=folder, base=found.reference, sorted_info=sorted_info
+        )
     base = sorted_info.base if sorted_info else None
     if is_adapter:
         named_by_adapter = adapter_base(folder)
@@ -222,24 +260,25 @@ def _lay_out(found: Source, dtype: str, device: torch.device, stack: ExitStack) 
     model = base_source.path
     if base_source.is_gguf:
         # An adapter is merged in fp32, so its base is kept in fp32.
-        base_dtype = torch.float32 if is_adapter else _resolve_dtype(dtype, device, None)
+        base_dtype = torch.float32 if is_adapter else resolve_dtype(dtype, device, None)
         model = stack.enter_context(converted_gguf(base_source.path, base_dtype))
     if not (model / "config.json").is_file() or (model / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
             f"{folder}: its base {base!r} is not a plain checkpoint: a base must hold config.json "
             f"and no {ADAPTER_CONFIG}."
         )
-    return _Layout(
+    return CheckpointLayout(
         name=found.name,
         own=folder,
         model=model,
+        base=base_source.reference,
         is_adapter=is_adapter,
         is_gguf=base_source.is_gguf,
         sorted_info=sorted_info,
     )
 
 
-def _read_config(hf_config: Any, layout: _Layout) -> ModelConfig:
+def _read_config(hf_config: Any, layout: CheckpointLayout) -> ModelConfig:
     try:
         config = read_model_config(hf_config)
     except CheckpointError as error:
@@ -254,7 +293,7 @@ def _read_config(hf_config: Any, layout: _Layout) -> ModelConfig:
 
 
 def _choose_exits(
-    override: Sequence[int] | None, config: ModelConfig, layout: _Layout
+    override: Sequence[int] | None, config: ModelConfig, layout: CheckpointLayout
 ) -> tuple[int, ...]:
     """The exits to serve, ascending, the last the full depth."""
     trained = layout.sorted_info.exits if layout.sorted_info else (config.num_layers,)
@@ -277,7 +316,7 @@ def _choose_exits(
     return chosen
 
 
-def _load_tokenizer(layout: _Layout, config: ModelConfig) -> Any:
+def _load_tokenizer(layout: CheckpointLayout, config: ModelConfig) -> Any:
     """The tokenizer of the named folder, else that of its base."""
     has_own = layout.own != layout.model and (layout.own / "tokenizer.json").is_file()
     tokenizer = load_tokenizer(layout.own if has_own else layout.model)
@@ -291,7 +330,7 @@ def _load_tokenizer(layout: _Layout, config: ModelConfig) -> Any:
 
 
 def _load_weights(
-    layout: _Layout,
+    layout: CheckpointLayout,
     config: ModelConfig,
     hf_config: Any,
     exits: Sequence[int],

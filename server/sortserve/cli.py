@@ -7,14 +7,15 @@ the configuration or in the checkpoint, 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import difflib
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from sortserve import __version__
+from sortserve.arguments import Parser
 from sortserve.errors import ConfigError, SortserveError
 
 if TYPE_CHECKING:
@@ -24,19 +25,6 @@ __all__ = ["main"]
 
 INTERRUPTED = 130
 DIM, PLAIN = "\033[2m", "\033[0m"
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, with mistakes as one line of our own kind."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ").partition("=")[0].split(" ")[0]
-        close = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
-        hint = f"Did you mean {close[0]}?" if close else f"See `{self.prog} --help`."
-        raise ConfigError(f"{message}. {hint}")
 
 
 @dataclass(frozen=True)
@@ -89,7 +77,7 @@ def _help() -> str:
 
 
 def _version(arguments: Sequence[str]) -> int:
-    _Parser(prog="sortserve version", description="Print the version.").parse_args(arguments)
+    Parser(prog="sortserve version", description="Print the version.").parse_args(arguments)
     print(__version__)
     return 0
 
@@ -98,7 +86,7 @@ def _serve(arguments: Sequence[str]) -> int:
     from sortserve.config import load_settings, settings_yaml
     from sortserve.flags import add_flags
 
-    parser = _Parser(prog="sortserve serve", description="Serve a model over HTTP.")
+    parser = Parser(prog="sortserve serve", description="Serve a model over HTTP.")
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and end"
     )
@@ -204,7 +192,7 @@ def _first_key(keys: str | None) -> str | None:
 
 
 def _generate_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="sortserve generate", description="Ask a running server, and stream its answer."
     )
     parser.add_argument("prompt", metavar="PROMPT", help="what to ask; - reads standard input")
@@ -240,8 +228,34 @@ def _generate_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _trainer(module: str, function: str) -> Callable[[Sequence[str]], int]:
+    """A command of the trainer's.
+
+    It is found by name: the trainer builds on this package, which therefore must not import it.
+    """
+
+    def run(arguments: Sequence[str]) -> int:
+        command: Callable[[Sequence[str]], int] = getattr(
+            importlib.import_module(f"sortserve_trainer.{module}"), function
+        )
+        return command(arguments)
+
+    return run
+
+
 COMMANDS = {
     "serve": _Command("start a server", "server", _serve),
     "generate": _Command("ask a running server, and stream its answer", None, _generate),
+    "train": _Command("make a sorted model", "train", _trainer("train", "train_command")),
+    "eval": _Command(
+        "measure each exit of a model",
+        "train",
+        _trainer("evaluation.command", "eval_command"),
+    ),
+    "export": _Command(
+        "write one exit as a plain Hugging Face folder",
+        "train",
+        _trainer("export_command", "export_command"),
+    ),
     "version": _Command("print the version", None, _version),
 }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import ByteSize
+from pydantic import BaseModel, ByteSize
 from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings
 
 from sortserve.config import ENV_PREFIX, ServeSettings, flag_name, key_name, variable_name
 
@@ -26,28 +27,40 @@ GROUPS = {
 """Title of the group that begins at a field."""
 
 
-def _groups() -> Iterator[tuple[str, list[tuple[str, FieldInfo]]]]:
+def _groups(
+    settings: type[BaseModel], groups: Mapping[str, str]
+) -> Iterator[tuple[str, list[tuple[str, FieldInfo]]]]:
     fields: list[tuple[str, FieldInfo]] = []
     title = ""
-    for name, field in ServeSettings.model_fields.items():
-        if name in GROUPS and fields:
+    for name, field in settings.model_fields.items():
+        if name in groups and fields:
             yield title, fields
             fields = []
-        title = GROUPS.get(name, title)
+        title = groups.get(name, title)
         fields.append((name, field))
     yield title, fields
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser,
+    settings: type[BaseModel] = ServeSettings,
+    groups: Mapping[str, str] = GROUPS,
+) -> None:
     """Add one flag per field, and ``model`` as the positional argument.
 
     Only flags that were given appear in the parsed namespace, as plain strings: their check is the
     model's, so that a value is refused in the same words from wherever it came.
+
+    Args:
+        parser: gets the flags.
+        settings: whose fields they are.
+        groups: title of the group that begins at a field.
     """
-    for title, fields in _groups():
+    for title, fields in _groups(settings, groups):
         group = parser.add_argument_group(title)
         for name, field in fields:
-            help_ = f"{_describe(field)} {_notes(name, field)}".replace("%", "%%")
+            notes = _notes(name, field, has_variable=issubclass(settings, BaseSettings))
+            help_ = f"{_describe(field)} {notes}".strip().replace("%", "%%")
             if name == "model":
                 group.add_argument(
                     "model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help=help_
@@ -72,7 +85,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def configuration_markdown() -> str:
     """``docs/configuration.md``."""
     lines = [DOCUMENT_HEAD]
-    for title, fields in _groups():
+    for title, fields in _groups(ServeSettings, GROUPS):
         lines += ["", f"## {title}", "", "| setting | values | default |", "|---|---|---|"]
         for name, field in fields:
             names = f"`{flag_name(name)}`<br>`{variable_name(name)}`"
@@ -88,18 +101,22 @@ def _describe(field: FieldInfo) -> str:
 
 def _default(field: FieldInfo) -> str:
     value = field.default
-    if value is None or value == () or value == "":
+    if field.is_required() or value is None or value == () or value == "":
         return ""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, ByteSize):
         return value.human_readable().replace(".0", "")
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _notes(name: str, field: FieldInfo) -> str:
+def _notes(name: str, field: FieldInfo, *, has_variable: bool) -> str:
     default = _default(field)
-    return f"[{f'default: {default}; ' if default else ''}env: {variable_name(name)}]"
+    notes = [f"default: {default}"] if default else []
+    notes += [f"env: {variable_name(name)}"] if has_variable else []
+    return f"[{'; '.join(notes)}]" if notes else ""
 
 
 def _choices(field: FieldInfo) -> str:
@@ -110,7 +127,7 @@ def _choices(field: FieldInfo) -> str:
 
 def _is_list(field: FieldInfo) -> bool:
     annotation = field.annotation
-    parts = get_args(annotation) if get_origin(annotation) is not tuple else (annotation,)
+    parts = (annotation,) if get_origin(annotation) is tuple else get_args(annotation)
     return any(get_origin(_strip(part)) is tuple for part in parts)
 
 

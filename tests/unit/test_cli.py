@@ -196,7 +196,7 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["sreve"], "'sreve' is not a command: choose one of serve, generate, version"),
+        (["sreve"], "'sreve' is not a command: choose one of serve, generate, train, eval"),
         (["serve", "--prot=1"], "unrecognized arguments: --prot=1. Did you mean --port?"),
         (["serve", "--port", "x"], "--port: 'x' is not allowed"),
         (["generate"], "PROMPT"),
@@ -249,6 +249,30 @@ def test_serving_without_the_server_extra_says_which_one_to_install(missing: str
         "pip install 'sortserve[server]'"
     )
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments"),
+    [
+        ("matplotlib", ["eval", "tiny", "--data", "dev.jsonl", "--output", "out"]),
+        ("torch", ["export", "tiny", "--exit", "1", "--output", "out"]),
+    ],
+)
+def test_the_trainers_commands_without_its_extra_say_which_one_to_install(
+    missing: str, arguments: list[str], tmp_path: Path
+) -> None:
+    hide = f"import sys; sys.modules[{missing!r}] = None; import sortserve.cli as c"
+    run = f"{hide}; sys.exit(c.main({arguments!r}))"
+
+    ended = subprocess.run(
+        [sys.executable, "-c", run], capture_output=True, text=True, cwd=tmp_path
+    )
+
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == (
+        f"sortserve: error: `sortserve {arguments[0]}` needs {missing}, which is not installed: "
+        "pip install 'sortserve[train]'"
+    )
 
 
 def test_python_dash_m_is_the_same_command() -> None:

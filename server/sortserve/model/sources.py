@@ -36,6 +36,8 @@ class Source:
     """A short name to serve it under."""
     path: Path
     """A folder, or a ``.gguf`` file."""
+    reference: str
+    """What finds it again from any working directory: a hub id, ``package:...``, or a full path."""
 
     @property
     def is_gguf(self) -> bool:
@@ -74,12 +76,12 @@ def _find_local(reference: str, start: Path) -> Source | None:
         raise CheckpointError("the checkpoint's name is empty: give a folder, file or hub id.")
     if reference.startswith(_PACKAGE):
         path = _find_in_package(reference)
-        return Source(_gguf_name(path), path)
+        return Source(_gguf_name(path), path, reference)
     path = start / os.path.expanduser(reference)
     if path.is_dir():
-        return Source(path.resolve().name, path)
+        return Source(path.resolve().name, path, str(path.resolve()))
     if path.suffix == ".gguf" and path.is_file():
-        return Source(_gguf_name(path), path)
+        return Source(_gguf_name(path), path, str(path.resolve()))
     if path.is_file():
         raise CheckpointError(
             f"{path} is a file; a checkpoint is a folder, a .gguf file, {_PACKAGE}PKG/FILE.gguf "
@@ -135,4 +137,4 @@ def _download(repo_id: str, revision: str | None) -> Source:
             f"{repo_id!r} is no folder here, and the Hugging Face hub did not give it{at}: "
             f"{type(error).__name__}: {reason}"
         ) from error
-    return Source(repo_id, Path(folder))
+    return Source(repo_id, Path(folder), repo_id)

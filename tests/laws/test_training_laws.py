@@ -1,0 +1,213 @@
+"""Laws of training: equalities between two ways to get the same weights or losses (fp32)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sortserve_trainer.settings import load_train_settings
+from sortserve_trainer.train import train
+from support.tiny_models import make_tiny_checkpoint
+
+STATE = "complete"
+
+
+def write_data(folder: Path, num_rows: int = 60) -> Path:
+    """Rows of different lengths that a tiny model can learn a little of."""
+    rows = [
+        {"instruction": f"Say {word} {i % 4 + 1} times.", "output": " ".join([word] * (i % 4 + 1))}
+        for i, word in enumerate(["red", "blue", "green", "black", "white"] * (num_rows // 5))
+    ]
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return make_tiny_checkpoint(tmp_path / "base", exits=None)
+
+
+def flags(base: Path, output: Path, **overrides: object) -> dict[str, object]:
+    """A short run in fp32 on a tiny model."""
+    return {
+        "base": str(base),
+        "data": str(write_data(base.parent)),
+        "output": str(output),
+        "exits": "2,4",
+        "dtype": "float32",
+        "device": "cpu",
+        "max_length": 96,
+        "pack_length": 128,
+        "learning_rate": 2e-3,
+        "lora_rank": 4,
+        "max_tokens": 2500,
+        "held_out": 0,
+        "report_to": "none",
+        "save_every": 5,
+        **overrides,
+    }
+
+
+def run(base: Path, output: Path, **overrides: object) -> dict[str, Tensor]:
+    """The tensors of the checkpoint that a run ends with."""
+    return tensors(train(load_train_settings(flags(base, output, **overrides))))
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return {
+        f"{path.name}:{name}": tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def assert_equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+def assert_close(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        torch.testing.assert_close(tensor, right[name], rtol=1e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("method", ["soft+kd", "soft", "sft"])
+def test_the_same_command_gives_the_same_weights(base: Path, tmp_path: Path, method: str) -> None:
+    first = run(base, tmp_path / "first", method=method)
+    second = run(base, tmp_path / "second", method=method)
+
+    assert_equal(first, second)
+
+
+def test_one_pack_and_four_accumulations_are_four_packs(base: Path, tmp_path: Path) -> None:
+    plain = {"vocab_sample": 0, "method": "soft+kd"}
+
+    accumulated = run(base, tmp_path / "a", batch_size=1, gradient_accumulation=4, **plain)
+    at_once = run(base, tmp_path / "b", batch_size=4, gradient_accumulation=1, **plain)
+
+    assert_close(accumulated, at_once)
+
+
+def test_soft_with_the_full_depth_alone_is_sft(base: Path, tmp_path: Path) -> None:
+    soft = run(base, tmp_path / "soft", method="soft", exits="6", lora_rank=0)
+    sft = run(base, tmp_path / "sft", method="sft", exits="2,4", lora_rank=0)
+
+    assert_equal(soft, sft)
+
+
+def test_gradient_checkpointing_changes_nothing(base: Path, tmp_path: Path) -> None:
+    kept = run(base, tmp_path / "kept")
+    recomputed = run(base, tmp_path / "recomputed", gradient_checkpointing=True)
+
+    assert_close(kept, recomputed)
+
+
+def test_a_frozen_trunk_stays_what_it_was(base: Path, tmp_path: Path) -> None:
+    names = run(base, tmp_path / "frozen", freeze_trunk=True, exit_modules="mlp")
+
+    assert {name.partition(":")[0] for name in names} == {"exit_modules.safetensors"}
+
+
+COMMAND = "import sys; from sortserve_trainer.train import train_command; train_command(sys.argv[1:])"
+
+
+def start(base: Path, output: Path, **overrides: object) -> subprocess.Popen[bytes]:
+    """``sortserve train`` in a process of its own."""
+    arguments = [
+        part
+        for name, value in flags(base, output, **overrides).items()
+        for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *arguments], env=environment, stderr=subprocess.DEVNULL
+    )
+
+
+def wait_for(path_pattern: str, folder: Path, process: subprocess.Popen[bytes]) -> None:
+    while not list(folder.glob(path_pattern)):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+
+
+@pytest.mark.timeout(300)
+def test_a_run_that_is_killed_and_started_again_ends_at_the_same_weights(
+    base: Path, tmp_path: Path
+) -> None:
+    options = {"save_every": 2, "max_tokens": 5000}
+    undisturbed = tmp_path / "undisturbed"
+    assert start(base, undisturbed, **options).wait() == 0
+
+    killed = tmp_path / "killed"
+    process = start(base, killed, **options)
+    wait_for(f"states/checkpoint-*/{STATE}", tmp_path / "killed.run", process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not killed.exists(), "nothing half-trained is taken for a checkpoint"
+    assert start(base, killed, **options).wait() == 0
+
+    assert_equal(tensors(undisturbed), tensors(killed))
+
+
+def test_a_state_that_was_cut_short_is_not_resumed_from(base: Path, tmp_path: Path) -> None:
+    expected = run(base, tmp_path / "undisturbed")
+    states = tmp_path / "resumed.run" / "states"
+    half = states / "checkpoint-10"
+    half.mkdir(parents=True)
+    (half / "trained.safetensors").write_bytes(b"half of a file")
+
+    assert_equal(run(base, tmp_path / "resumed"), expected)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("method", ["soft+kd", "soft"])
+def test_two_processes_learn_what_one_learns_from_the_same_global_batch(
+    base: Path, tmp_path: Path, method: str
+) -> None:
+    options = {"method": method, "vocab_sample": 0}
+    one = run(base, tmp_path / "one", batch_size=2, **options)
+
+    port = str(free_port())
+    processes = []
+    for rank in range(2):
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="2",
+            LOCAL_WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+            ACCELERATE_USE_CPU="true",
+        )
+        try:
+            processes.append(start(base, tmp_path / "two", batch_size=1, **options))
+        finally:
+            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+                os.environ.pop(name, None)
+            for name in ("MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU"):
+                os.environ.pop(name, None)
+    assert [process.wait() for process in processes] == [0, 0]
+
+    assert_close(one, tensors(tmp_path / "two"))

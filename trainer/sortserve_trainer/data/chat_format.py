@@ -1,0 +1,112 @@
+"""How a conversation reads as text, and which parts of the text are answers.
+
+The text is what the server would feed: the base's own chat template up to and with the opening of
+the assistant's turn, then the answer. A base without a template gets ``PLAIN_TEMPLATE``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from sortserve_trainer.data.forms import Conversation
+from sortserve_trainer.data.source import bad_data
+
+__all__ = ["PLAIN_TEMPLATE", "ChatFormat", "Span"]
+
+Span = tuple[int, int]
+"""Characters [start, end) of a text."""
+
+PLAIN_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{{ '### Response:\n' + message['content'] + (eos_token or '') + '\n\n' }}
+{%- elif message['role'] == 'user' -%}
+{{ '### Instruction:\n' + message['content'] + '\n\n' }}
+{%- else -%}
+{{ message['content'] + '\n\n' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '### Response:\n' }}{%- endif -%}"""
+
+
+class ChatFormat:
+    """The chat template of one tokenizer.
+
+    Args:
+        tokenizer: transformers' fast tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._template = None if tokenizer.chat_template else PLAIN_TEMPLATE
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+        special = {token.content for token in added if token.special}
+        special |= {tokenizer.eos_token} if tokenizer.eos_token else set()
+        longest_first = sorted(special, key=lambda token: (-len(token), token))
+        one_of_them = "|".join(re.escape(token) for token in longest_first) or "(?!)"
+        self._end_of_turn = re.compile(rf"\s*(?:{one_of_them})")
+
+    @property
+    def adds_special_tokens(self) -> bool:
+        """Whether the tokenizer puts its own around the text, as it does around a plain prompt."""
+        return self._template is not None
+
+    def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """The whole text, and the characters of each answer with the token that ends its turn.
+
+        Raises:
+            ConfigError: the template refuses the messages, or shows them in a way in which the
+                answers cannot be told from the rest.
+        """
+        messages, turns = conversation.messages, conversation.answer_turns
+        text = self._render(conversation.place, messages, add_generation_prompt=False)
+        starts = []
+        for turn in turns:
+            prompt = self._render(conversation.place, messages[:turn], add_generation_prompt=True)
+            if not text.startswith(prompt):
+                problem = (
+                    f"the base's chat template writes what is before `messages[{turn}]` another "
+                    "way once more turns follow, so the answer cannot be found in the text"
+                )
+                raise bad_data(conversation.place, problem)
+            starts.append(len(prompt))
+        limits = [*starts[1:], len(text)]
+        spans = []
+        for turn, start, limit in zip(turns, starts, limits, strict=True):
+            end = self._end_of_answer(text, messages[turn]["content"], start, limit)
+            if end is None:
+                problem = f"the base's chat template leaves out or rewrites `messages[{turn}]`"
+                raise bad_data(conversation.place, problem)
+            spans.append((start, end))
+        return text, spans
+
+    def _end_of_answer(self, text: str, content: str, start: int, limit: int) -> int | None:
+        """Where an answer ends, with the end-of-turn token; None if it is not in the text.
+
+        A template may trim the answer, or put something before it, such as an empty thought.
+        """
+        content = content.strip()
+        found = (
+            start if text.startswith(content, start, limit) else text.find(content, start, limit)
+        )
+        if found < 0:
+            return None
+        end = found + len(content)
+        match = self._end_of_turn.match(text, end)
+        return match.end() if match else end
+
+    def _render(
+        self, place: str, messages: list[dict[str, str]], *, add_generation_prompt: bool
+    ) -> str:
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages,
+                chat_template=self._template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )
+        except Exception as error:  # a template is a program, and it can fail in any way
+            problem = f"the base's chat template does not take this row: {error}"
+            raise bad_data(place, problem.rstrip(".")) from error
+        return text

@@ -1,0 +1,157 @@
+"""The forms that a row of data may have, and what each becomes.
+
+| form | columns | becomes |
+|---|---|---|
+| chat | ``messages``: a list of ``role`` and ``content`` | the conversation |
+| Alpaca | ``instruction``, ``output``; may have ``input`` | one question and its answer |
+| question | ``question``, ``answers`` or ``target`` | one question and its answer |
+| text | ``text`` | a plain document |
+
+The first form whose columns are there counts; other columns are ignored, and null is absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sortserve_trainer.data.rows import Row, json_kind
+from sortserve_trainer.data.source import bad_data
+
+__all__ = ["Conversation", "Document", "parse_row"]
+
+_FORMS = (
+    "a row has `messages`, or `instruction` and `output` (and `input`), "
+    "or `question` and `answers` (and `target`), or `text`"
+)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns of a chat; the last one is an answer to learn."""
+
+    place: str
+    messages: list[dict[str, str]]
+    """``role`` and ``content`` of each turn."""
+
+    @property
+    def answer_turns(self) -> list[int]:
+        """Which turns are answers to learn: the assistant's, but for empty ones."""
+        return [i for i, message in enumerate(self.messages) if _is_answer(message)]
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain text, all of which is to be learned."""
+
+    place: str
+    text: str
+
+
+def parse_row(row: Row, end_tokens: tuple[str, ...]) -> Conversation | Document | None:
+    """What a row says; None where its answer, or its text, is empty.
+
+    Args:
+        row: any row of a source.
+        end_tokens: strings that data sets write at the end of an answer and that are no part of it.
+
+    Raises:
+        ConfigError: the row has none of the forms; the message begins with its place.
+    """
+    row = Row(row.place, {name: v for name, v in row.fields.items() if v is not None})
+    columns = row.fields.keys()
+    if "messages" in columns:
+        return _parse_chat(row, end_tokens)
+    if "instruction" in columns and "output" in columns:
+        optional_input = _text(row, "input") if "input" in columns else ""
+        question = _join_paragraphs(_text(row, "instruction"), optional_input)
+        return _question_and_answer(row.place, question, _text(row, "output"), end_tokens)
+    if "question" in columns and ("answers" in columns or "target" in columns):
+        question = _text(row, "question").strip()
+        return _question_and_answer(row.place, question, _first_answer(row), end_tokens)
+    if "text" in columns:
+        text = _without_end(_text(row, "text"), end_tokens)
+        return Document(row.place, text) if text.strip() else None
+    names = ", ".join(f"`{name}`" for name in columns) or "no columns"
+    raise bad_data(row.place, f"{names}: none of the forms of a row: {_FORMS}")
+
+
+def _parse_chat(row: Row, end_tokens: tuple[str, ...]) -> Conversation | None:
+    turns = row.fields["messages"]
+    if not isinstance(turns, list):
+        raise bad_data(row.place, f"`messages` is {json_kind(turns)}, not a list")
+    messages = [_parse_turn(row.place, i, turn) for i, turn in enumerate(turns)]
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise bad_data(row.place, "`messages` has no turn of the role `assistant` to learn from")
+    if roles[0] == "assistant":
+        raise bad_data(row.place, "`messages` begins with an answer: put a user turn before it")
+    for message in messages:
+        if message["role"] == "assistant":
+            message["content"] = _without_end(message["content"], end_tokens)
+    while messages and not _is_answer(messages[-1]):
+        messages.pop()  # nothing after the last answer is ever looked at
+    return Conversation(row.place, messages) if messages else None
+
+
+def _parse_turn(place: str, index: int, turn: object) -> dict[str, str]:
+    if not isinstance(turn, dict):
+        raise bad_data(place, f"`messages[{index}]` is {json_kind(turn)}, not an object")
+    return {
+        name: _check_text(place, f"messages[{index}].{name}", turn.get(name))
+        for name in ("role", "content")
+    }
+
+
+def _question_and_answer(
+    place: str, question: str, answer: str, end_tokens: tuple[str, ...]
+) -> Conversation | None:
+    answer = _without_end(answer, end_tokens).strip()
+    if not answer:
+        return None
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+    ]
+    return Conversation(place, messages)
+
+
+def _first_answer(row: Row) -> str:
+    """``target``, which is one of the answers and the likeliest, else the first of them."""
+    if "target" in row.fields:
+        return _text(row, "target")
+    answers = row.fields["answers"]
+    if not isinstance(answers, list):
+        return _text(row, "answers")
+    return _check_text(row.place, "answers[0]", answers[0]) if answers else ""
+
+
+def _is_answer(message: dict[str, str]) -> bool:
+    return message["role"] == "assistant" and bool(message["content"].strip())
+
+
+def _join_paragraphs(*parts: str) -> str:
+    return "\n\n".join(part.strip() for part in parts if part.strip())
+
+
+def _without_end(text: str, end_tokens: Iterable[str]) -> str:
+    stripped = text.rstrip()
+    for token in end_tokens:
+        if stripped.endswith(token):
+            return _without_end(stripped.removesuffix(token), end_tokens)
+    return text
+
+
+def _text(row: Row, name: str) -> str:
+    return _check_text(row.place, name, row.fields[name])
+
+
+def _check_text(place: str, name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise bad_data(place, f"`{name}` is {json_kind(value)}, not a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        problem = f"`{name}` is not valid Unicode: character {error.start} is half a surrogate pair"
+        raise bad_data(place, problem) from None
+    return value

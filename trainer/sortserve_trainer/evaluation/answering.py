@@ -1,0 +1,147 @@
+"""What an exit answers, by our engine, greedily: questions from memory, and prompts freely."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sortserve.checkpoint import LoadedCheckpoint
+from sortserve.errors import ConfigError
+from sortserve.outputs import FinishReason
+from sortserve.sampling_params import SamplingParams
+from sortserve_trainer.data.chat_format import PLAIN_TEMPLATE
+from sortserve_trainer.evaluation.answers import score_answer
+from sortserve_trainer.evaluation.repetition import ends_in_loop, repeated_ngrams
+from sortserve_trainer.evaluation.rows import Question
+from sortserve_trainer.generation import Answer, OfflineEngine
+
+__all__ = ["AnswerQuality", "Answerer", "Fluency", "measure_answers", "measure_fluency"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerQuality:
+    """Means over the questions of one file; each in [0, 1]."""
+
+    exact_match: float
+    f1: float
+    contains: float
+    num_questions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fluency:
+    """Means over the answers to the prompts of one file."""
+
+    repetition: float
+    """Share of 4-grams of tokens that occurred before in the same answer."""
+    loop_rate: float
+    """Share of answers that end in a loop."""
+    mean_tokens: float
+    """Length, without the token that ended it."""
+    ended: float
+    """Share of answers that the model ended; the others were cut at the limit."""
+    num_prompts: int
+
+
+class Answerer:
+    """An engine over one checkpoint, and its chat format.
+
+    Args:
+        checkpoint: what answers.
+        messages: all that will be asked; no answer is longer than ``max_tokens``.
+        max_tokens: of any answer.
+        max_num_seqs: answers generated at once.
+
+    Raises:
+        ConfigError: a message leaves no room for an answer in the model's context.
+    """
+
+    def __init__(
+        self,
+        checkpoint: LoadedCheckpoint,
+        messages: Sequence[str],
+        *,
+        max_tokens: int,
+        max_num_seqs: int,
+    ) -> None:
+        self._hf_tokenizer: Any = checkpoint.tokenizer
+        longest = max(len(self._encode(message)) for message in messages)
+        if longest >= checkpoint.max_model_len:
+            raise ConfigError(
+                f"a prompt of {longest} tokens leaves no room for an answer: the context of "
+                f"{checkpoint.name} is {checkpoint.max_model_len} tokens."
+            )
+        self._engine = OfflineEngine(
+            checkpoint,
+            max_model_len=min(checkpoint.max_model_len, longest + max_tokens),
+            max_num_seqs=min(max_num_seqs, len(messages)),
+        )
+
+    def answer(
+        self,
+        messages: Sequence[str],
+        *,
+        exit_layer: int,
+        max_tokens: int,
+        on_answer: Callable[[], None] = lambda: None,
+    ) -> list[Answer]:
+        """The greedy answers, in the order of ``messages``."""
+        answers = []
+        for answer in self._engine.generate(
+            [self._encode(message) for message in messages],
+            exit_layer=exit_layer,
+            sampling=SamplingParams(temperature=0.0, max_tokens=max_tokens),
+        ):
+            answers.append(answer)
+            on_answer()
+        return sorted(answers, key=lambda answer: answer.index)
+
+    def _encode(self, message: str) -> list[int]:
+        """A message in the model's chat template, or in that it is trained with without one."""
+        tokenizer = self._hf_tokenizer
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}],
+            chat_template=None if tokenizer.chat_template else PLAIN_TEMPLATE,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        ids: list[int] = tokenizer.backend_tokenizer.encode(
+            text, add_special_tokens=not tokenizer.chat_template
+        ).ids
+        return ids
+
+
+def measure_answers(questions: Sequence[Question], answers: Sequence[Answer]) -> AnswerQuality:
+    """Each answer against all aliases of its question."""
+    scores = [
+        score_answer(answer.text, question.aliases)
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+    return AnswerQuality(
+        exact_match=_mean([score.exact_match for score in scores]),
+        f1=_mean([score.f1 for score in scores]),
+        contains=_mean([score.contains for score in scores]),
+        num_questions=len(scores),
+    )
+
+
+def measure_fluency(answers: Sequence[Answer]) -> Fluency:
+    """How often answers repeat themselves, how long they are, and whether they end."""
+    texts = [answer.token_ids[:-1] if has_ended(answer) else answer.token_ids for answer in answers]
+    return Fluency(
+        repetition=_mean([repeated_ngrams(tokens) for tokens in texts]),
+        loop_rate=_mean([float(ends_in_loop(tokens)) for tokens in texts]),
+        mean_tokens=_mean([float(len(tokens)) for tokens in texts]),
+        ended=_mean([float(has_ended(answer)) for answer in answers]),
+        num_prompts=len(answers),
+    )
+
+
+def has_ended(answer: Answer) -> bool:
+    """Whether the model ended it, with an end-of-sequence token."""
+    return answer.finish_reason is FinishReason.STOP
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

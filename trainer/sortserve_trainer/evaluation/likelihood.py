@@ -1,0 +1,129 @@
+"""How likely each exit finds held-out text, and how close it is to the full depth.
+
+Exact over the whole vocabulary and in float32 from the head on, a chunk of tokens and an exit at a
+time, so that the logits of two exits and ``CHUNK_TOKENS`` tokens are all that ever exists.
+
+Shape legend: T tokens of a pack, C tokens of a chunk, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from sortserve_trainer.data import Pack, collate
+from sortserve_trainer.model import IGNORED, SortedModel
+
+__all__ = ["Likelihood", "measure_likelihood"]
+
+CHUNK_TOKENS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """Means over the target tokens of one file, at one exit."""
+
+    loss: float
+    """Cross-entropy in nats."""
+    agreement: float
+    """Share of tokens at which the exit and the full depth find the same token the likeliest."""
+    kl: float
+    """KL(full depth || exit) in nats; 0 at full depth."""
+    num_tokens: int
+
+
+@torch.inference_mode()
+def measure_likelihood(
+    model: SortedModel, packs: Iterable[Pack], on_pack: Callable[[], None] = lambda: None
+) -> dict[int, Likelihood]:
+    """Every exit of ``model`` on the targets of ``packs``, teacher-forced.
+
+    Args:
+        model: in eval mode.
+        packs: with at least one target.
+        on_pack: called after each pack.
+
+    Returns:
+        Exit layer to its means; the deepest exit is the full depth the others are compared with.
+    """
+    sums = {exit_layer: torch.zeros(3, dtype=torch.float64) for exit_layer in model.exits}
+    heads = _float_heads(model)
+    device = model.base.model.norm.weight.device
+    num_tokens = 0
+    for pack in packs:
+        batch = {name: tensor.to(device) for name, tensor in collate([pack]).items()}
+        labels = batch["labels"][0]
+        is_target = labels != IGNORED
+        targets = labels[is_target]
+        states = model.exit_states(
+            batch["input_ids"],
+            batch["position_ids"],
+            batch["lengths"],
+            model.exits,
+            rows=is_target,
+        )
+        for start in range(0, targets.numel(), CHUNK_TOKENS):
+            span = slice(start, start + CHUNK_TOKENS)
+            chunk = {exit_layer: state[span].float() for exit_layer, state in states.items()}
+            _add_chunk(sums, chunk, heads, targets[span])
+        num_tokens += targets.numel()
+        on_pack()
+    assert num_tokens, "there is no target in these packs"
+    return {
+        exit_layer: Likelihood(
+            loss=float(ce), agreement=float(agreed), kl=float(kl), num_tokens=num_tokens
+        )
+        for exit_layer, (ce, agreed, kl) in ((e, s / num_tokens) for e, s in sums.items())
+    }
+
+
+def _float_heads(model: SortedModel) -> dict[int, Tensor]:
+    """Each exit's head in float32; the shared one is converted once."""
+    converted: dict[int, Tensor] = {}
+    heads = {exit_layer: model.head(exit_layer) for exit_layer in model.exits}
+    for head in heads.values():
+        if id(head) not in converted:
+            converted[id(head)] = head.float()
+    return {exit_layer: converted[id(head)] for exit_layer, head in heads.items()}
+
+
+def _add_chunk(
+    sums: dict[int, Tensor],
+    states_CD: dict[int, Tensor],
+    heads: dict[int, Tensor],
+    targets_C: Tensor,
+) -> None:
+    """Add a chunk's cross-entropy, agreements and KL to the sums of each exit."""
+    full = max(states_CD)
+    teacher = _Logits(linear(states_CD[full], heads[full]), targets_C)
+    p_CV = (teacher.logits_CV - teacher.log_norm_C[:, None]).exp_()
+    # KL(p || q) = E_p[log p] - E_p[log q], and log q = logits - log_norm.
+    full_mean_C = _expected(p_CV, teacher.logits_CV) - teacher.log_norm_C
+    for exit_layer, state_CD in states_CD.items():
+        own = teacher
+        if exit_layer != full:
+            own = _Logits(linear(state_CD, heads[exit_layer]), targets_C)
+        mean_C = full_mean_C
+        if exit_layer != full:
+            mean_C = _expected(p_CV, own.logits_CV) - own.log_norm_C
+        totals = (own.ce_C, (own.best_C == teacher.best_C), full_mean_C - mean_C)
+        sums[exit_layer] += torch.stack([total.double().sum() for total in totals]).cpu()
+
+
+class _Logits:
+    """One exit's logits, and what is read off them."""
+
+    def __init__(self, logits_CV: Tensor, targets_C: Tensor) -> None:
+        self.logits_CV = logits_CV
+        self.log_norm_C = logits_CV.logsumexp(dim=-1)
+        self.best_C = logits_CV.argmax(dim=-1)
+        self.ce_C = self.log_norm_C - logits_CV.gather(1, targets_C[:, None]).squeeze(1)
+
+
+def _expected(p_CV: Tensor, values_CV: Tensor) -> Tensor:
+    """``sum_v p_v values_v`` per row, without the product as a tensor."""
+    return torch.bmm(p_CV[:, None], values_CV[:, :, None]).view(-1)

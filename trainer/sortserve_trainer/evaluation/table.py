@@ -1,0 +1,77 @@
+"""A report as tables in the terminal, narrow enough for 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from rich import box
+from rich.table import Table
+
+from sortserve_trainer.evaluation.report import ModelReport, Report
+
+__all__ = ["quality_tables"]
+
+_Columns = Mapping[str, tuple[str, Callable[[float], str]]]
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+
+
+_TEXT: _Columns = {
+    "score": ("score", "{:.3f}".format),
+    "loss": ("loss", "{:.3f}".format),
+    "perplexity": ("perplexity", _perplexity),
+    "agreement": ("agreement", _percent),
+    "kl": ("KL", "{:.3f}".format),
+}
+_QUESTIONS: _Columns = {
+    "exact_match": ("exact match", _percent),
+    "f1": ("F1", _percent),
+    "contains": ("contains", _percent),
+}
+_PROMPTS: _Columns = {
+    "repetition": ("repetition", _percent),
+    "loop_rate": ("loops", _percent),
+    "mean_tokens": ("tokens", "{:.0f}".format),
+    "ended": ("ended", _percent),
+}
+
+
+def quality_tables(report: Report) -> list[Table]:
+    """Held-out text, questions and prompts: a table of each that was measured.
+
+    One row per exit, shallowest first, then the base; one column per metric measured.
+    """
+    measured = {name for exit_ in report.exits for name in exit_.metrics}
+    tables = []
+    parts = {"held-out text": _TEXT, "questions": _QUESTIONS, "prompts": _PROMPTS}
+    for part, all_columns in parts.items():
+        columns = {name: column for name, column in all_columns.items() if name in measured}
+        if columns:
+            tables.append(_table(f"{report.model}, {part}", report, columns))
+    return tables
+
+
+def _table(name: str, report: Report, columns: _Columns) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=name, title_justify="left")
+    for title in ("exit", "compute", *(title for title, _ in columns.values())):
+        table.add_column(title, justify="right", no_wrap=True)
+    for exit_ in report.exits:
+        table.add_row(*_cells(str(exit_.exit_layer), exit_, columns))
+    if report.base_report is not None:
+        table.add_section()
+        table.add_row(*_cells("base", report.base_report, columns))
+    return table
+
+
+def _cells(title: str, exit_: ModelReport, columns: _Columns) -> list[str]:
+    values = [
+        format_(exit_.metrics[name]) if name in exit_.metrics else ""
+        for name, (_, format_) in columns.items()
+    ]
+    return [title, _percent(exit_.compute), *values]

@@ -1,0 +1,367 @@
+"""``sortserve train``: one run, from its settings to a checkpoint.
+
+A run lives in ``OUTPUT.run`` beside its target: what it was started with, states to resume from,
+logs. When it is done, the checkpoint appears at ``OUTPUT`` in one step. Run the same command again
+after any end but success and it goes on from the newest whole state, to the same weights that it
+would have had undisturbed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sortserve.arguments import Parser
+from sortserve.errors import ConfigError
+from sortserve.flags import add_flags
+from sortserve_trainer.data import (
+    DataSource,
+    Example,
+    Mixture,
+    Pack,
+    collate,
+    file_digest,
+    load_examples,
+    pack_examples,
+    parse_source,
+    split_held_out,
+)
+from sortserve_trainer.load import LoadedModel, load_for_training
+from sortserve_trainer.methods import Method
+from sortserve_trainer.progress import ProgressDisplay
+from sortserve_trainer.recipe import card_text, command_line, versions
+from sortserve_trainer.save import check_output, save_checkpoint
+from sortserve_trainer.settings import GROUPS, TrainSettings, load_train_settings
+from sortserve_trainer.trainer import SortedTrainer, newest_state
+from sortserve_trainer.warm_start import prepare_affine_modules
+
+__all__ = ["train", "train_command"]
+
+WARM_START_PACKS = 12
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def train_command(argv: Sequence[str]) -> int:
+    """Parse the command line and train; returns the exit code."""
+    parser = Parser(
+        prog="sortserve train", description="Turn a pretrained model into a sorted one."
+    )
+    add_flags(parser, TrainSettings, GROUPS)
+    settings = load_train_settings(vars(parser.parse_args(argv)))
+    train(settings, command=command_line(argv))
+    return 0
+
+
+def train(settings: TrainSettings, *, command: str = "") -> Path:
+    """Train and write the checkpoint; returns its folder.
+
+    Raises:
+        ConfigError: settings, data or output are wrong; one line says which and why.
+        CheckpointError: the base cannot be trained.
+    """
+    run = _Run.open(settings)
+    _seed_everything(settings.seed)
+    method = settings.resolved
+    loaded = load_for_training(settings, method)
+    data = _load_data(settings, loaded)
+    started_s = time.monotonic()
+    trainer = _train_phase(settings, method, loaded, data, run.folder / "states", run.folder)
+    held_out = trainer.evaluate() if data.held_out else {}
+    steps = trainer.state.global_step
+    if method.has_head_phase:
+        _freeze_and_add_heads(loaded)
+        heads = replace(method, trains_exits=True, protect=0.0, has_head_phase=False)
+        trainer = _train_phase(settings, heads, loaded, data, run.folder / "heads", run.folder)
+        held_out = trainer.evaluate() if data.held_out else {}
+        steps += trainer.state.global_step
+    if trainer.is_world_process_zero():
+        recipe = {
+            "method": method.name,
+            "command": command,
+            "steps": steps,
+            "tokens": data.mixture.num_tokens,
+            "seed": settings.seed,
+            "data": data.described,
+            "versions": versions(),
+            "held_out_loss": _by_exit(held_out),
+            "seconds_of_last_start": round(time.monotonic() - started_s, 1),
+            "world_size": trainer.args.world_size,
+            "settings": _plain_settings(settings),
+        }
+        if loaded.sorted_info is not None:
+            recipe["continued_from"] = loaded.sorted_info.recipe
+        save_checkpoint(
+            loaded,
+            settings.output,
+            recipe=recipe,
+            card=card_text(settings, loaded.base, loaded.model.exits, recipe),
+            dtype=_DTYPES[settings.save_dtype],
+        )
+        run.finish()
+    trainer.accelerator.wait_for_everyone()
+    return settings.output
+
+
+# The run's folder
+
+
+@dataclass(frozen=True)
+class _Run:
+    """``OUTPUT.run``: everything of a run but its result."""
+
+    folder: Path
+
+    @classmethod
+    def open(cls, settings: TrainSettings) -> _Run:
+        """Begin a run, or find the one that these very settings began."""
+        check_output(settings.output)
+        run = cls(settings.output.with_name(f"{settings.output.name}.run"))
+        record, wanted = run.folder / "run.json", _plain_settings(settings)
+        if int(os.environ.get("RANK", "0")) > 0:
+            return run
+        if record.is_file():
+            _check_same(json.loads(record.read_text(encoding="utf-8")), wanted, run.folder)
+            return run
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            draft = record.with_suffix(".tmp")
+            draft.write_text(json.dumps(wanted, indent=2), encoding="utf-8")
+            os.replace(draft, record)
+        except OSError as error:
+            raise ConfigError(
+                f"--output {settings.output} cannot be written: {error.strerror}.", param="output"
+            ) from error
+        return run
+
+    def finish(self) -> None:
+        """The states have done their work; the logs stay."""
+        for name in ("states", "heads"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        (self.folder / "run.json").unlink(missing_ok=True)
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    different = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+    if different:
+        name = different[0]
+        raise ConfigError(
+            f"{folder} holds an unfinished run with --{name.replace('_', '-')} "
+            f"{before.get(name)!r}, not {now.get(name)!r}: give the same flags to resume it, "
+            "name another --output, or delete that folder.",
+            param=name.replace("_", "-"),
+        )
+
+
+def _plain_settings(settings: TrainSettings) -> dict[str, Any]:
+    values: dict[str, Any] = settings.model_dump(mode="json", exclude={"output", "device"})
+    return values
+
+
+# Data
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    mixture: Mixture
+    held_out: Mapping[str, Sequence[Pack]]
+    described: list[dict[str, Any]]
+    """Of each source: name, weight, rows, digest."""
+
+
+def _load_data(settings: TrainSettings, loaded: LoadedModel) -> _Data:
+    parts: list[tuple[DataSource, list[Example]]] = []
+    held_out: dict[str, Sequence[Pack]] = {}
+    described = []
+    config = loaded.config
+    # Attention in training is causal over the whole example: a sliding window must hold it all.
+    longest = min(config.max_position_embeddings, config.sliding_window or settings.max_length)
+    for text in settings.data:
+        source = parse_source(text)
+        examples = load_examples(
+            source,
+            loaded.tokenizer,
+            max_length=min(settings.max_length, longest),
+            train_on_prompts=settings.train_on_prompts,
+        )
+        kept, rest = split_held_out(examples, settings.held_out, settings.seed)
+        parts.append((source, kept))
+        if rest:
+            held_out[source.reference] = pack_examples(rest, settings.pack_length)
+        path = Path(source.reference)
+        described.append(
+            {
+                "name": path.name if path.is_file() else source.reference,
+                "weight": source.weight,
+                "rows": len(kept),
+                "held_out_rows": len(rest),
+                "sha256": file_digest(path) if path.is_file() else "",
+            }
+        )
+    mixture = Mixture(
+        parts,
+        pack_length=settings.pack_length,
+        seed=settings.seed,
+        num_epochs=None if settings.max_tokens else settings.epochs,
+        max_tokens=settings.max_tokens,
+    )
+    return _Data(
+        mixture=mixture, held_out=_cut(held_out, settings.eval_tokens), described=described
+    )
+
+
+def _cut(held_out: Mapping[str, Sequence[Pack]], num_tokens: int) -> dict[str, Sequence[Pack]]:
+    """At most ``num_tokens`` of held-out packs, an equal share of every source."""
+    share = num_tokens // max(1, len(held_out))
+    cut: dict[str, Sequence[Pack]] = {}
+    for name, packs in held_out.items():
+        kept: list[Pack] = []
+        for pack in packs:
+            if kept and sum(p.num_tokens for p in kept) + pack.num_tokens > share:
+                break
+            kept.append(pack)
+        cut[name] = kept
+    return cut
+
+
+# One phase of training
+
+
+def _train_phase(
+    settings: TrainSettings,
+    method: Method,
+    loaded: LoadedModel,
+    data: _Data,
+    states: Path,
+    logs: Path,
+) -> SortedTrainer:
+    trainer = SortedTrainer(
+        loaded.model,
+        method,
+        seed=settings.seed,
+        mixture=data.mixture,
+        held_out=data.held_out,
+        args=_training_arguments(settings, method, loaded, len(data.mixture), states, logs),
+        callbacks=[ProgressDisplay()],
+    )
+    state = newest_state(states)
+    if state is None:
+        _warm_start(loaded, data.mixture)
+        if data.held_out:
+            trainer.evaluate()
+    trainer.train(resume_from_checkpoint=None if state is None else str(state))
+    return trainer
+
+
+def _warm_start(loaded: LoadedModel, mixture: Mixture) -> None:
+    packs = (mixture[i] for i in range(min(WARM_START_PACKS, len(mixture))))
+    batches: Iterable[Mapping[str, Tensor]] = (collate([pack]) for pack in packs)
+    uses_autocast = loaded.dtype is not torch.float32
+    with torch.autocast(loaded.device.type, dtype=loaded.dtype, enabled=uses_autocast):
+        prepare_affine_modules(loaded.model, loaded.new_modules, batches)
+
+
+def _training_arguments(
+    settings: TrainSettings,
+    method: Method,
+    loaded: LoadedModel,
+    num_packs: int,
+    states: Path,
+    logs: Path,
+) -> Any:
+    from transformers import TrainingArguments
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    packs_per_step = settings.batch_size * settings.gradient_accumulation * world_size
+    max_steps = num_packs // packs_per_step
+    if max_steps == 0:
+        raise ConfigError(
+            f"--data: there are {num_packs} packs of --pack-length {settings.pack_length}, less "
+            f"than the {packs_per_step} of one step: give more data or smaller batches.",
+            param="data",
+        )
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(logs / "tensorboard"))
+    trackers = [t for t in settings.report_to if t != "none"]
+    return TrainingArguments(
+        output_dir=str(states),
+        max_steps=max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        learning_rate=method.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=int(settings.warmup * max_steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        adam_beta2=0.99,
+        optim="adamw_torch_fused",
+        bf16=loaded.dtype is torch.bfloat16,
+        use_cpu=loaded.device.type == "cpu",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        ddp_find_unused_parameters=method.exits_per_step is not None,
+        eval_strategy="steps",
+        eval_steps=settings.eval_every,
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        report_to=_known_trackers(trackers),
+        disable_tqdm=True,
+        log_level="error",
+        seed=settings.seed,
+        data_seed=settings.seed,
+    )
+
+
+def _known_trackers(names: Sequence[str]) -> list[str]:
+    """Refuse a tracker that is not installed, but let the default one go without a word.
+
+    Raises:
+        ConfigError: a tracker that was asked for cannot be used.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+
+    available = get_available_reporting_integrations()
+    if list(names) == ["tensorboard"] and "tensorboard" not in available:
+        return []
+    for name in names:
+        if name not in available:
+            raise ConfigError(
+                f"--report-to {name!r} is not possible here; installed: "
+                f"{', '.join(available) or 'none'}.",
+                param="report-to",
+            )
+    return list(names) or ["none"]
+
+
+def _freeze_and_add_heads(loaded: LoadedModel) -> None:
+    """The second phase of sft+ict: blocks frozen, and a copy of the head for every exit."""
+    model = loaded.model
+    model.requires_grad_(False)
+    for exit_layer in model.exits[:-1]:
+        head = model.head(exit_layer).detach().float().clone()
+        model.exit_heads[str(exit_layer)] = nn.Parameter(head)
+
+
+def _seed_everything(seed: int) -> None:
+    from transformers import set_seed
+
+    set_seed(seed)
+
+
+def _by_exit(metrics: Mapping[str, float]) -> dict[str, float]:
+    prefix = "eval_loss_exit_"
+    return {
+        name.removeprefix(prefix): round(value, 5)
+        for name, value in metrics.items()
+        if name.startswith(prefix)
+    }
