@@ -200,6 +200,11 @@ def open_checkpoint(
 
 
 def resolve_device(device: str) -> torch.device:
+    """The device that one of DEVICES means here.
+
+    Raises:
+        ConfigError: it is none of them, or there is no CUDA device.
+    """
     if device not in DEVICES:
         raise ConfigError(f"device={device!r} is not one of {', '.join(DEVICES)}.", param="device")
     if device == "cuda" and not torch.cuda.is_available():
@@ -231,9 +236,7 @@ def _cpu_computes_in_bfloat16() -> bool:
 def _lay_out(found: Source, dtype: str, device: torch.device, stack: ExitStack) -> CheckpointLayout:
     """Find the trunk of what was named: itself, or its base."""
     if found.is_gguf:
-        folder = stack.enter_context(
-            converted_gguf(found.path, resolve_dtype(dtype, device, None))
-        )
+        folder = stack.enter_context(converted_gguf(found.path, resolve_dtype(dtype, device, None)))
         return CheckpointLayout(
             name=found.name, own=folder, model=folder, base=found.reference, is_gguf=True
         )

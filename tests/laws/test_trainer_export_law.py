@@ -7,6 +7,8 @@ for token, what the engine serves at that exit.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,18 @@ EXITS = (2, 3, 5, 6)
 KINDS = {2: "norm", 3: "mlp"}
 PROMPT = list(range(40, 75))
 NUM_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Checkpoints with exits of three kinds, by variant, each made once."""
+
+    @cache
+    def make(variant: str) -> Path:
+        folder = tmp_path_factory.mktemp("export") / variant
+        return make_tiny_checkpoint(folder, variant, exits=EXITS, exit_kinds=KINDS)
+
+    return make
 
 
 def served_tokens(folder: Path, exit_layer: int) -> list[int]:
@@ -60,9 +74,9 @@ def transformers_tokens(folder: Path) -> list[int]:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("exit_layer", EXITS)
 def test_an_exported_exit_in_transformers_is_that_exit_served(
-    tmp_path: Path, variant: str, exit_layer: int
+    folders: Callable[[str], Path], tmp_path: Path, variant: str, exit_layer: int
 ) -> None:
-    folder = make_tiny_checkpoint(tmp_path / "sorted", variant, exits=EXITS, exit_kinds=KINDS)
+    folder = folders(variant)
 
     exported = export_submodel(str(folder), exit_layer, tmp_path / "exported")
 
@@ -73,9 +87,9 @@ def test_an_exported_exit_in_transformers_is_that_exit_served(
 
 @pytest.mark.parametrize("exit_layer", [2, 3, 5])
 def test_an_exported_exit_served_again_is_the_exit_it_came_from(
-    tmp_path: Path, exit_layer: int
+    folders: Callable[[str], Path], tmp_path: Path, exit_layer: int
 ) -> None:
-    folder = make_tiny_checkpoint(tmp_path / "sorted", exits=EXITS, exit_kinds=KINDS)
+    folder = folders("llama-tied")
 
     exported = export_submodel(str(folder), exit_layer, tmp_path / "exported")
 
@@ -117,10 +131,10 @@ def applied_tokens(adapted: Any, folder: Path, exit_layer: int) -> list[int]:
 @pytest.mark.parametrize("exit_layer", EXITS)
 @pytest.mark.parametrize("variant", ["llama-tied", "qwen3-untied"])
 def test_an_adapter_merged_is_the_adapter_applied_and_the_adapter_exported(
-    tmp_path: Path, variant: str, exit_layer: int
+    folders: Callable[[str], Path], tmp_path: Path, variant: str, exit_layer: int
 ) -> None:
     base = make_tiny_checkpoint(tmp_path / "base", variant, exits=None)
-    whole = make_tiny_checkpoint(tmp_path / "whole", variant, exits=EXITS, exit_kinds=KINDS)
+    whole = folders(variant)
     folder = tmp_path / "adapter"
     adapted = make_adapter(folder, base)
     write_sorted_json(folder, EXITS, KINDS)

@@ -123,7 +123,9 @@ def test_a_frozen_trunk_stays_what_it_was(base: Path, tmp_path: Path) -> None:
     assert {name.partition(":")[0] for name in names} == {"exit_modules.safetensors"}
 
 
-COMMAND = "import sys; from sortserve_trainer.train import train_command; train_command(sys.argv[1:])"
+COMMAND = (
+    "import sys; from sortserve_trainer.train import train_command; train_command(sys.argv[1:])"
+)
 
 
 def start(base: Path, output: Path, **overrides: object) -> subprocess.Popen[bytes]:

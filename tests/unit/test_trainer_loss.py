@@ -42,11 +42,14 @@ def test_the_lean_loss_and_its_gradients_are_those_of_the_plain_loss(
     states, head, targets = make_inputs()
 
     lean, _ = exit_losses(
-        states, dict.fromkeys(EXITS, head), targets, terms, num_targets=40, chunk_tokens=chunk_tokens
+        states,
+        dict.fromkeys(EXITS, head),
+        targets,
+        terms,
+        num_targets=40,
+        chunk_tokens=chunk_tokens,
     )
-    plain = plain_exit_losses(
-        states, dict.fromkeys(EXITS, head), targets, terms, num_targets=40
-    )
+    plain = plain_exit_losses(states, dict.fromkeys(EXITS, head), targets, terms, num_targets=40)
 
     torch.testing.assert_close(lean, plain, rtol=1e-5, atol=1e-6)
     for lean_grad, plain_grad in zip(

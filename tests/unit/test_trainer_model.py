@@ -91,9 +91,9 @@ def test_bf16_products_attend_like_sdpa() -> None:
     model = plain_model()
     batch = packed([9, 30])
     with torch.no_grad():
-        exact = model.exit_states(
-            batch["input_ids"], batch["position_ids"], batch["lengths"], [6]
-        )[6]
+        exact = model.exit_states(batch["input_ids"], batch["position_ids"], batch["lengths"], [6])[
+            6
+        ]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             close = model.exit_states(
                 batch["input_ids"], batch["position_ids"], batch["lengths"], [6]
@@ -140,9 +140,7 @@ def test_merged_lora_is_the_same_function_with_the_same_gradients() -> None:
 
 def test_lora_with_dropout_stays_with_peft() -> None:
     trunk = tiny_hf_model()
-    model = get_peft_model(
-        trunk, LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.1)
-    )
+    model = get_peft_model(trunk, LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.1))
 
     assert merge_in_forward(model) == 0
 
@@ -151,9 +149,7 @@ def affine_model() -> SortedModel:
     trunk = tiny_hf_model()
     config = read_model_config(trunk.config)
     kinds = {2: ExitModuleKind.AFFINE, 4: ExitModuleKind.AFFINE}
-    return SortedModel(
-        trunk, EXITS, ExitModules(kinds, config, trunk.model.norm.weight.detach())
-    )
+    return SortedModel(trunk, EXITS, ExitModules(kinds, config, trunk.model.norm.weight.detach()))
 
 
 def loss_per_exit(model: SortedModel, batch: dict[str, torch.Tensor]) -> dict[int, float]:
@@ -165,9 +161,7 @@ def loss_per_exit(model: SortedModel, batch: dict[str, torch.Tensor]) -> dict[in
 def test_a_fitted_affine_module_brings_an_exit_closer_to_the_full_depth() -> None:
     model = affine_model()
     batch = packed([60] * 20, seed=1)
-    states = model.trunk_states(
-        batch["input_ids"], batch["position_ids"], batch["lengths"], EXITS
-    )
+    states = model.trunk_states(batch["input_ids"], batch["position_ids"], batch["lengths"], EXITS)
     full = model._read_out(6, states[6])
     before = (model._read_out(4, states[4]) - full).norm()
 
@@ -178,13 +172,13 @@ def test_a_fitted_affine_module_brings_an_exit_closer_to_the_full_depth() -> Non
 
 def test_rescaling_an_affine_module_leaves_its_function_alone() -> None:
     model = affine_model()
-    torch.nn.init.normal_(model.exit_modules["2"].affine_weight, std=0.1)
+    torch.nn.init.normal_(model.exit_modules.by_exit[2].affine_weight, std=0.1)
     batch = packed([20, 9])
     before, tensors = loss_per_exit(model, batch), model.exit_modules.tensors()
 
     prepare_affine_modules(model, [], [packed([40, 40], seed=3)])
 
-    assert not torch.equal(model.exit_modules["2"].input_scale, torch.ones(64))
+    assert not torch.equal(model.exit_modules.by_exit[2].input_scale, torch.ones(64))
     assert loss_per_exit(model, batch) == pytest.approx(before, rel=1e-4)
     for name, tensor in model.exit_modules.tensors().items():
         torch.testing.assert_close(tensor, tensors[name])

@@ -36,7 +36,7 @@ def packed_attention(
     lengths: tuple[int, ...] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function over a packed row.
+    """Transformers' attention function over a packed row.
 
     Args:
         module: the attention layer; ``sliding_window`` of it is not heeded, see ``lengths``.

@@ -10,6 +10,7 @@ Shape legend: T tokens, D hidden, F intermediate.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,14 @@ class ExitModule(nn.Module):
     ``U = W diag(s)``, s the typical size of each dimension (``input_scale``, set by
     ``warm_start``); on disk there is only W.
     """
+
+    norm_weight: nn.Parameter
+    affine_weight: nn.Parameter
+    mlp_norm_weight: nn.Parameter
+    gate_proj_weight: nn.Parameter
+    up_proj_weight: nn.Parameter
+    down_proj_weight: nn.Parameter
+    input_scale: Tensor
 
     def __init__(self, kind: ExitModuleKind, config: ModelConfig, final_norm: Tensor) -> None:
         super().__init__()
@@ -56,9 +65,7 @@ class ExitModule(nn.Module):
         if self.kind is ExitModuleKind.MLP:
             n_TD = rms_norm(x_TD, self.shape, self.mlp_norm_weight.to(x_TD.dtype), self.eps)
             gate_TF = silu(linear(n_TD, self.gate_proj_weight))
-            x_TD = x_TD + linear(
-                gate_TF * linear(n_TD, self.up_proj_weight), self.down_proj_weight
-            )
+            x_TD = x_TD + linear(gate_TF * linear(n_TD, self.up_proj_weight), self.down_proj_weight)
         return rms_norm(x_TD, self.shape, self.norm_weight.to(x_TD.dtype), self.eps)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -105,21 +112,26 @@ class ExitModules(nn.ModuleDict):
             }
         )
 
+    @property
+    def by_exit(self) -> dict[int, ExitModule]:
+        """Exit layer to module, ascending."""
+        return {int(name): cast(ExitModule, module) for name, module in self.items()}
+
     def tensors(self) -> dict[str, Tensor]:
         """All weights under their names in ``exit_modules.safetensors``."""
         return {
             f"exits.{exit_layer}.{name}": tensor
-            for exit_layer, module in self.items()
+            for exit_layer, module in self.by_exit.items()
             for name, tensor in module.tensors().items()
         }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the weights of an ``exit_modules.safetensors``."""
-        for exit_layer, module in self.items():
+        for exit_layer, module in self.by_exit.items():
             prefix = f"exits.{exit_layer}."
             own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             module.load(own)
 
     def kinds(self, exits: Sequence[int]) -> dict[int, ExitModuleKind]:
         """The kind at each of ``exits`` that has one."""
-        return {e: self[str(e)].kind for e in exits if str(e) in self}
+        return {e: module.kind for e, module in self.by_exit.items() if e in exits}

@@ -112,7 +112,7 @@ def export_submodel(
         eos_token_ids, _ = generation_settings(
             layout.model, hf_config, load_tokenizer(tokenizer_folder)
         )
-        exported = replace(config, num_layers=exit_layer + 0 * (kind is ExitModuleKind.MLP))
+        exported = replace(config, num_layers=exit_layer + (kind is ExitModuleKind.MLP))
         with atomic_folder(output) as draft:
             with _weights(layout, config, exit_layer, kind) as reader:
                 _write_weights(reader, exported, EXPORT_DTYPES[dtype], draft, max_shard_bytes)

@@ -1,8 +1,8 @@
 """Many prompts through our own engine, in this process: no HTTP, one continuous batch.
 
-    engine = OfflineEngine(load_checkpoint("./my-checkpoint"))
-    for answer in engine.generate(prompts, exit_layer=18, sampling=SamplingParams(temperature=0)):
-        print(answer.text, answer.finish_reason)
+engine = OfflineEngine(load_checkpoint("./my-checkpoint"))
+for answer in engine.generate(prompts, exit_layer=18, sampling=SamplingParams(temperature=0)):
+print(answer.text, answer.finish_reason)
 """
 
 from __future__ import annotations

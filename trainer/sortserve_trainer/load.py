@@ -26,8 +26,10 @@ from sortserve_trainer.methods import Method
 from sortserve_trainer.model import SortedModel
 from sortserve_trainer.settings import TrainSettings
 
-__all__ = ["LoadedModel", "choose_exits", "load_for_evaluation", "load_for_training"]
+__all__ = ["EXIT_HEADS", "LoadedModel", "choose_exits", "load_for_evaluation", "load_for_training"]
 
+EXIT_HEADS = "exit_heads.safetensors"
+"""The heads of sft+ict, ``exits.{E}.lm_head.weight`` [V, D]: for evaluation, never served."""
 BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a block, in every supported family."""
 
@@ -46,6 +48,8 @@ class LoadedModel:
     dtype: torch.dtype
     """To compute in; weights that are trained are float32 whatever it is."""
     device: torch.device
+    trains_weights: bool = False
+    """Whether the trunk's own weights are trained: not frozen, not under an adapter."""
     new_modules: tuple[int, ...] = ()
     """Exits whose module was made now and has not been trained."""
 
@@ -62,9 +66,7 @@ def load_for_training(settings: TrainSettings, method: Method) -> LoadedModel:
         safetensors_files(layout.model)  # a base without weights is refused here, by name
         hf_config = load_hf_config(layout.model)
         config = read_model_config(hf_config)
-        dtype = resolve_dtype(
-            settings.dtype if settings.dtype != "auto" else "auto", device, None
-        )
+        dtype = resolve_dtype(settings.dtype if settings.dtype != "auto" else "auto", device, None)
         exits = choose_exits(settings.exits, config.num_layers)
         full = method.lora_rank == 0 and not settings.freeze_trunk
         trunk = _load_trunk(layout, torch.float32 if full else dtype, settings.quantize)
@@ -85,6 +87,7 @@ def load_for_training(settings: TrainSettings, method: Method) -> LoadedModel:
         sorted_info=layout.sorted_info,
         dtype=dtype,
         device=device,
+        trains_weights=full,
         new_modules=tuple(e for e in modules.kinds(exits) if e not in trained),
     )
 
@@ -115,7 +118,9 @@ def load_for_evaluation(
         config = read_model_config(load_hf_config(layout.model))
         torch_dtype = resolve_dtype(dtype, torch_device, None)
         info = layout.sorted_info
+        heads = _load_heads(layout)
         known = info.exits if info is not None else (config.num_layers,)
+        known = tuple(sorted({*heads, *known}))
         chosen = choose_exits(exits or known, config.num_layers)
         trunk = _load_trunk(layout, torch.float32, "none")
         if layout.is_adapter:
@@ -123,11 +128,15 @@ def load_for_evaluation(
 
             with quiet():
                 trunk = PeftModel.from_pretrained(trunk, str(layout.own)).merge_and_unload()
-        kinds = {e: info.module_kind(e) for e in chosen if info is not None}
+        kinds = {e: info.module_kind(e) for e in chosen[:-1] if info is not None}
         modules = ExitModules(kinds, config, _final_norm(trunk))
         _load_modules(modules, layout)
         tokenizer = load_tokenizer(layout.model)
-    model = SortedModel(trunk, chosen, modules).to(device=torch_device, dtype=torch_dtype).eval()
+    model = SortedModel(trunk, chosen, modules)
+    for exit_layer, head in heads.items():
+        if exit_layer in chosen:
+            model.exit_heads[str(exit_layer)] = nn.Parameter(head, requires_grad=False)
+    model = model.to(device=torch_device, dtype=torch_dtype).eval()
     model.requires_grad_(False)
     return LoadedModel(
         model=model,
@@ -251,6 +260,7 @@ def _load_modules(modules: ExitModules, layout: CheckpointLayout) -> frozenset[i
     return frozenset(int(e) for e in modules if e in names)
 
 
-def num_trainable(model: nn.Module) -> int:
-    """Parameters that are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+def _load_heads(layout: CheckpointLayout) -> dict[int, torch.Tensor]:
+    path = layout.own / EXIT_HEADS
+    tensors = load_file(path) if path.is_file() else {}
+    return {int(name.split(".")[1]): tensor for name, tensor in tensors.items()}

@@ -91,5 +91,6 @@ def _forward(layer: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
     (name,) = layer.active_adapters
     weight, bias = layer.base_layer.weight, layer.base_layer.bias
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    out: Tensor = _MergedLinear.apply(x, weight, a, b, layer.scaling[name])
+    scale = layer.scaling[name]
+    out: Tensor = _MergedLinear.apply(x, weight, a, b, scale)  # type: ignore[no-untyped-call]
     return out if bias is None else out + bias.to(out.dtype)

@@ -71,7 +71,7 @@ def exit_losses(
     plan = _Plan(tuple(exits), tuple(terms.get(e, ExitTerm()) for e in exits), sample, chunk_tokens)
     unique = list({id(heads[e]): heads[e] for e in exits}.values())
     which = tuple(next(i for i, h in enumerate(unique) if h is heads[e]) for e in exits)
-    loss, sums = _ExitLosses.apply(
+    loss, sums = _ExitLosses.apply(  # type: ignore[no-untyped-call]
         plan, which, targets, float(num_targets), *unique, *(states[e] for e in exits)
     )
     means = sums.detach() / max(1, targets.numel())
@@ -118,7 +118,9 @@ class _ExitLosses(torch.autograd.Function):
         with torch.autocast(targets.device.type, enabled=False):
             for start in range(0, targets.numel(), plan.chunk_tokens):
                 span = slice(start, start + plan.chunk_tokens)
-                chunk = _Chunk(plan, which, [s[span].to(dtype) for s in states], cast, targets[span])
+                chunk = _Chunk(
+                    plan, which, [s[span].to(dtype) for s in states], cast, targets[span]
+                )
                 for i in range(len(states)):
                     term_loss, ce_sum, dlogits = chunk.loss(i, wants_grad)
                     loss += term_loss / num_targets
@@ -225,7 +227,7 @@ class _Chunk:
             return
         best_V = teacher_CV.amax(dim=0)
         best_V[self.targets] = torch.inf
-        num_likely = min(vocab_size, sample.num_likely + int(self.targets.unique().numel()))
+        num_likely = min(vocab_size, sample.num_likely + int((best_V == torch.inf).sum()))
         is_likely_V = torch.zeros(vocab_size, dtype=torch.bool, device=best_V.device)
         is_likely_V[best_V.topk(num_likely).indices] = True
         rest = (~is_likely_V).nonzero().squeeze(1)

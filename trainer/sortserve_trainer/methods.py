@@ -1,12 +1,12 @@
 """What each training method asks of each exit at each step (no torch).
 
-    soft      Sorted Fine-Tuning as published: mean cross-entropy over all exits (arXiv 2309.08968,
-              Eq. 1), shared final norm and head
-    sft       fine-tuning of the full depth alone
-    sft+ict   sft, then every block frozen and one head per exit trained for one more epoch (the
-              paper's "Early-Exit" baseline)
-    soft+kd   ours: the full depth keeps a fixed share of the loss, exits learn from its detached
-              distribution, and each has a small module before the shared head
+soft      Sorted Fine-Tuning as published: mean cross-entropy over all exits (arXiv 2309.08968,
+Eq. 1), shared final norm and head
+sft       fine-tuning of the full depth alone
+sft+ict   sft, then every block frozen and one head per exit trained for one more epoch (the
+paper's "Early-Exit" baseline)
+soft+kd   ours: the full depth keeps a fixed share of the loss, exits learn from its detached
+distribution, and each has a small module before the shared head
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sortserve_trainer.attention import PACKED_ATTENTION
@@ -51,8 +50,19 @@ class SortedModel(nn.Module):
 
     @property
     def config(self) -> Any:
-        """transformers' config of the trunk (its Trainer asks for it)."""
+        """Transformers' config of the trunk (its Trainer asks for it)."""
         return self.base.config
+
+    def train(self, mode: bool = True) -> SortedModel:
+        """As on any module, but 4-bit layers always stay in training mode.
+
+        On a CPU bitsandbytes repacks their weights for inference at the first call in eval mode.
+        """
+        super().train(mode)
+        for module in self.trunk.modules():
+            if type(module).__name__ == "Linear4bit":
+                module.train()
+        return self
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """As on transformers' models; the Trainer calls it."""
@@ -140,7 +150,8 @@ class SortedModel(nn.Module):
         """The head of an exit, [V, D]: the shared one, but for sft+ict."""
         own = str(exit_layer)
         if own in self.exit_heads:
-            return self.exit_heads[own]
+            head: Tensor = self.exit_heads[own]
+            return head
         return _effective_weight(self.base.get_output_embeddings())
 
     def _read_out(self, exit_layer: int, h_TD: Tensor) -> Tensor:

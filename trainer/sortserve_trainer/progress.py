@@ -15,7 +15,7 @@ __all__ = ["ProgressDisplay"]
 _EXIT = re.compile(r"(?:eval_)?loss_exit_(\d+)")
 
 
-class ProgressDisplay(TrainerCallback):
+class ProgressDisplay(TrainerCallback):  # type: ignore[misc] # transformers has no types here
     """Loss per exit, tokens a second and the time left."""
 
     def __init__(self, console: Console | None = None) -> None:

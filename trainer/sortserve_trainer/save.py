@@ -20,12 +20,9 @@ from sortserve.errors import ConfigError
 from sortserve.model.exit_modules import EXIT_MODULES
 from sortserve.model.hf import quiet
 from sortserve.model.sorted_json import SortedInfo
-from sortserve_trainer.load import LoadedModel
+from sortserve_trainer.load import EXIT_HEADS, LoadedModel
 
-__all__ = ["EXIT_HEADS", "atomic_folder", "check_output", "save_checkpoint"]
-
-EXIT_HEADS = "exit_heads.safetensors"
-"""The heads of sft+ict, ``exits.{E}.lm_head.weight`` [V, D]: for evaluation, never served."""
+__all__ = ["atomic_folder", "check_output", "save_checkpoint"]
 
 
 def check_output(folder: Path) -> None:
@@ -119,18 +116,18 @@ def save_checkpoint(
 
 def _save_trunk(loaded: LoadedModel, draft: Path, dtype: torch.dtype, folder: Path) -> bool:
     """Adapter, weights, or nothing for a frozen base; returns whether no base is needed."""
-    model = loaded.model
-    if hasattr(model.trunk, "peft_config"):
-        for config in model.trunk.peft_config.values():
+    trunk: Any = loaded.model.trunk
+    if hasattr(trunk, "peft_config"):
+        for config in trunk.peft_config.values():
             config.base_model_name_or_path = portable_base(loaded.base, folder)
             config.inference_mode = True
-        state = {n: p.data for n, p in model.trunk.named_parameters() if "lora_" in n}
-        model.trunk.save_pretrained(draft, state_dict={n: t.to(dtype) for n, t in state.items()})
+        state = {n: p.data for n, p in trunk.named_parameters() if "lora_" in n}
+        trunk.save_pretrained(draft, state_dict={n: t.to(dtype) for n, t in state.items()})
         (draft / "README.md").unlink(missing_ok=True)
         return False
-    if not any(parameter.requires_grad for parameter in model.trunk.parameters()):
+    if not loaded.trains_weights:
         return False
-    base = model.base
+    base = loaded.model.base
     base.config._attn_implementation = None
     base.to(dtype).save_pretrained(draft)
     loaded.tokenizer.save_pretrained(draft)

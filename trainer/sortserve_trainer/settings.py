@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from sortserve.config import Count, Layers, Strings, key_name
 from sortserve.errors import ConfigError
+from sortserve.model.config import ExitModuleKind
 from sortserve_trainer.methods import DEFAULT_METHOD, METHODS, Method
 
 __all__ = ["GROUPS", "TrainSettings", "load_train_settings"]
@@ -57,7 +59,8 @@ class TrainSettings(BaseModel):
     protect: Share | None = None
     """Share of the loss that the full depth keeps. Default: the method's."""
     weighting: Literal["equal", "depth"] | None = None
-    """How exits share the rest: equally, or by 1 / (layers an exit lacks). Default: the method's."""
+    """How exits share the rest: equally, or by 1 / (layers an exit lacks). Default: the
+    method's."""
     distill: Share | None = None
     """Share of an exit's loss that is KL from the full depth. Default: the method's."""
     exits_per_step: Count | None = None
@@ -156,10 +159,6 @@ class TrainSettings(BaseModel):
     @property
     def resolved(self) -> Method:
         """The method, with what the user overrides."""
-        from dataclasses import replace
-
-        from sortserve.model.config import ExitModuleKind
-
         names = (
             "protect",
             "weighting",

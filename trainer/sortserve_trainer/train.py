@@ -253,6 +253,7 @@ def _train_phase(
         callbacks=[ProgressDisplay()],
     )
     state = newest_state(states)
+    loaded.model.train()
     if state is None:
         _warm_start(loaded, data.mixture)
         if data.held_out:

@@ -39,8 +39,8 @@ def prepare_affine_modules(
             states are outliers of another scale.
     """
     affine = {
-        int(e): module
-        for e, module in model.exit_modules.items()
+        exit_layer: module
+        for exit_layer, module in model.exit_modules.by_exit.items()
         if module.kind is ExitModuleKind.AFFINE
     }
     if not affine:

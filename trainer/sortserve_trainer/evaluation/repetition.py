@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 __all__ = ["ends_in_loop", "repeated_ngrams"]
 
@@ -14,7 +14,7 @@ MIN_LOOP_TOKENS = 16
 """Shorter tails are no loop: a rule of dashes, "ha ha ha", a row of a table."""
 
 
-def repeated_ngrams(tokens: Sequence[int], n: int = NGRAM) -> float:
+def repeated_ngrams(tokens: Sequence[Hashable], n: int = NGRAM) -> float:
     """The share of n-grams that occurred before in the same text, in [0, 1).
 
     1 - distinct / all, the "seq-rep-n" of Welleck et al. (arXiv 1908.04319); 0 for texts of fewer
