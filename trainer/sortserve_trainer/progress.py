@@ -58,7 +58,8 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc] # transformers has
             self._bar.update(self._task, description=text)
         if is_evaluation or not self._console.is_terminal:
             kind = "held out" if is_evaluation else "training"
-            self._console.print(f"step {state.global_step}/{state.max_steps} {kind}: {text}")
+            line = f"step {state.global_step}/{state.max_steps} {kind}: {text}"
+            self._console.print(line, soft_wrap=True, highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Leave the terminal as it was."""

@@ -75,13 +75,13 @@ def train(settings: TrainSettings, *, command: str = "") -> Path:
     data = _load_data(settings, loaded)
     started_s = time.monotonic()
     trainer = _train_phase(settings, method, loaded, data, run.folder / "states", run.folder)
-    held_out = trainer.evaluate() if data.held_out else {}
+    held_out = trainer.last_evaluation()
     steps = trainer.state.global_step
     if method.has_head_phase:
         _freeze_and_add_heads(loaded)
         heads = replace(method, trains_exits=True, protect=0.0, has_head_phase=False)
         trainer = _train_phase(settings, heads, loaded, data, run.folder / "heads", run.folder)
-        held_out = trainer.evaluate() if data.held_out else {}
+        held_out = trainer.last_evaluation()
         steps += trainer.state.global_step
     if trainer.is_world_process_zero():
         recipe = {

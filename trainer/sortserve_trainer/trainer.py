@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from sortserve_trainer.data import Mixture, Pack, collate
 from sortserve_trainer.loss import VocabSample
@@ -66,6 +66,7 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
             eval_dataset=mixture,  # never read: ``evaluate`` is ours, and asks for one
             callbacks=list(callbacks),
         )
+        self.remove_callback(PrinterCallback)  # what a run shows is our own ``ProgressDisplay``
         self.model_accepts_loss_kwargs = True
         self.sorted_model = model
         self.method = method
@@ -158,6 +159,15 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
             metrics,
         )
         return metrics
+
+    def last_evaluation(self) -> dict[str, float]:
+        """That of the present step, made now if there is none; empty without held-out data."""
+        if not any(self.held_out.values()):
+            return {}
+        for logs in reversed(self.state.log_history):
+            if "eval_loss" in logs and logs["step"] == self.state.global_step:
+                return dict(logs)
+        return self.evaluate()
 
     # ---- states to resume from ----
 
