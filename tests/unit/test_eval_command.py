@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from sortserve.cli import main
 from sortserve.model.sorted_json import SortedInfo
@@ -16,7 +18,7 @@ from sortserve_trainer.evaluation.evaluate import evaluate
 from sortserve_trainer.evaluation.settings import EvalSettings
 from support.serving import offline_tokens
 from support.serving import serve as serve_tiny
-from support.tiny_models import make_tiny_checkpoint, write_sorted_json
+from support.tiny_models import hf_logits, load_hf, make_tiny_checkpoint, write_sorted_json
 
 EXITS = (2, 4, 6)
 KINDS = {2: "affine", 4: "mlp"}
@@ -132,6 +134,28 @@ def test_answers_are_those_the_server_gives_at_that_exit(model: Path, prompts: P
         expected = offline_tokens(model, prompt, params, depth, eos_token_ids=eos)
         assert exit_.samples[0].prompt == "Sing.\n\na song"
         assert exit_.samples[0].text == served.tokenizer.decode(expected)
+
+
+def test_an_exit_with_a_head_of_its_own_answers_through_it(tmp_path: Path, prompts: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "ict", "llama-untied", exits=(6,))
+    hf = load_hf(folder)
+    generator = torch.Generator().manual_seed(3)
+    head = hf.lm_head.weight + 0.3 * torch.randn(hf.lm_head.weight.shape, generator=generator)
+    save_file({"exits.4.lm_head.weight": head}, folder / "exit_heads.safetensors")
+
+    report = evaluate(
+        EvalSettings(model=str(folder), prompts=(prompts,), max_tokens=8, dtype="float32")
+    )
+
+    served = serve_tiny(folder)
+    prompt = served.tokenizer.apply_chat_template([{"role": "user", "content": "Sing.\n\na song"}])
+    for exit_, own in zip(report.exits, (head, hf.lm_head.weight), strict=True):
+        hf.lm_head.weight = torch.nn.Parameter(own.detach())
+        tokens: list[int] = []
+        while len(tokens) < 8 and tokens[-1:] != [2]:
+            tokens.append(int(hf_logits(hf, [*prompt, *tokens], exit_.exit_layer)[-1].argmax()))
+        assert exit_.samples[0].text == served.tokenizer.decode(tokens)
+    assert [exit_.exit_layer for exit_ in report.exits] == [4, 6]
 
 
 def test_the_base_is_measured_at_full_depth_for_comparison(tmp_path: Path, data: Path) -> None:
@@ -326,8 +350,6 @@ def test_a_mistyped_flag_gets_a_hint(
 def test_weights_that_give_no_number_are_refused(
     model: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
     path = model / "model.safetensors"
     tensors = load_file(path)
     tensors["model.norm.weight"] *= float("nan")

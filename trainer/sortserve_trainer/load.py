@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +25,6 @@ from sortserve_trainer.lora import merge_in_forward
 from sortserve_trainer.methods import Method
 from sortserve_trainer.model import SortedModel
 from sortserve_trainer.settings import TrainSettings
-
-# peft imports bitsandbytes, which tells everyone of kernels that it would like to download.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __all__ = ["EXIT_HEADS", "LoadedModel", "choose_exits", "load_for_evaluation", "load_for_training"]
 

