@@ -218,8 +218,10 @@ class _NaiveStep:
                     log_q, labels, ignore_index=IGNORED
                 )
                 if term.kl:
-                    kl = torch.nn.functional.kl_div(log_q, teacher, log_target=True)
-                    loss = loss + term.kl * kl * log_q.shape[-1]
+                    kl = torch.nn.functional.kl_div(
+                        log_q, teacher, log_target=True, reduction="batchmean"
+                    )
+                    loss = loss + term.kl * kl
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
         self._optimizer.step()

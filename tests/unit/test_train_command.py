@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from sortserve.cli import main
 from sortserve.model.sorted_json import SortedInfo
-from sortserve_trainer import save
+from sortserve_trainer import save, trainer
+from sortserve_trainer.run import Run
 from sortserve_trainer.settings import load_train_settings
 from support.tiny_models import make_tiny_checkpoint
 
@@ -142,21 +144,21 @@ def test_an_unfinished_run_is_not_resumed_with_other_flags(
 ) -> None:
     output = tmp_path / "out"
     settings = load_train_settings({"data": str(data), "exits": "2,4", "output": str(output)})
-    from sortserve_trainer.train import _Run
-
-    _Run.open(settings)
+    Run.open(settings)
 
     line = refusal(capsys, command(base, data, output))
 
     assert f"{output}.run holds an unfinished run" in line
 
 
+@pytest.mark.parametrize("module", [save, trainer], ids=["checkpoint", "state"])
 def test_a_full_disk_leaves_no_checkpoint_and_the_run_goes_on_afterwards(
     base: Path,
     data: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType,
 ) -> None:
     output = tmp_path / "out"
 
@@ -164,7 +166,7 @@ def test_a_full_disk_leaves_no_checkpoint_and_the_run_goes_on_afterwards(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(save, "save_file", no_space)
+        patch.setattr(module, "save_file", no_space)
         line = refusal(capsys, command(base, data, output))
     assert "No space left on device" in line
     assert not output.exists()

@@ -22,7 +22,7 @@ from sortserve.model.hf import quiet
 from sortserve.model.sorted_json import SortedInfo
 from sortserve_trainer.load import EXIT_HEADS, LoadedModel
 
-__all__ = ["atomic_folder", "check_output", "save_checkpoint"]
+__all__ = ["atomic_folder", "check_output", "disk_errors", "save_checkpoint"]
 
 
 def check_output(folder: Path) -> None:
@@ -48,24 +48,37 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     check_output(folder)
     draft = folder.parent / f".{folder.name}.draft"
     try:
+        with disk_errors(folder):
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+            yield draft
+            for path in draft.rglob("*"):
+                if path.is_file():
+                    _sync(path)
+            if folder.is_dir():
+                folder.rmdir()
+            draft.rename(folder)
+    finally:
         shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        yield draft
-        for path in draft.rglob("*"):
-            if path.is_file():
-                _sync(path)
-        if folder.is_dir():
-            folder.rmdir()
-        draft.rename(folder)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a disk that is full or cannot be written into one line.
+
+    Raises:
+        ConfigError: what is done in the block could not be written.
+    """
+    try:
+        yield
     except OSError as error:
         raise _cannot_write(folder, error.strerror or str(error)) from error
     except Exception as error:
-        # safetensors reports a full disk in a type of its own.
-        if type(error).__name__ == "SafetensorError":
-            raise _cannot_write(folder, str(error)) from error
+        # safetensors and torch.save report a full disk in types of their own.
+        reason = " ".join(str(error).split())[:200]
+        if type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in reason:
+            raise _cannot_write(folder, reason) from error
         raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def save_checkpoint(
@@ -140,7 +153,7 @@ def portable_base(base: str, folder: Path) -> str:
 
 
 def _cannot_write(folder: Path, reason: str) -> ConfigError:
-    return ConfigError(f"--output {folder} cannot be written: {reason}.", param="output")
+    return ConfigError(f"{folder} cannot be written: {reason}.", param="output")
 
 
 def _sync(path: Path) -> None:

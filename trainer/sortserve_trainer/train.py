@@ -8,12 +8,10 @@ would have had undisturbed.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +21,14 @@ from torch import Tensor, nn
 from sortserve.arguments import Parser
 from sortserve.errors import ConfigError
 from sortserve.flags import add_flags
-from sortserve_trainer.data import (
-    DataSource,
-    Example,
-    Mixture,
-    Pack,
-    collate,
-    file_digest,
-    load_examples,
-    pack_examples,
-    parse_source,
-    split_held_out,
-)
+from sortserve_trainer.data import Mixture, collate
 from sortserve_trainer.load import LoadedModel, load_for_training
 from sortserve_trainer.methods import Method
 from sortserve_trainer.progress import ProgressDisplay
 from sortserve_trainer.recipe import card_text, command_line, versions
-from sortserve_trainer.save import check_output, save_checkpoint
+from sortserve_trainer.run import Run, plain_settings
+from sortserve_trainer.run_data import RunData, load_run_data
+from sortserve_trainer.save import disk_errors, save_checkpoint
 from sortserve_trainer.settings import GROUPS, TrainSettings, load_train_settings
 from sortserve_trainer.trainer import SortedTrainer, newest_state
 from sortserve_trainer.warm_start import prepare_affine_modules
@@ -68,11 +57,11 @@ def train(settings: TrainSettings, *, command: str = "") -> Path:
         ConfigError: settings, data or output are wrong; one line says which and why.
         CheckpointError: the base cannot be trained.
     """
-    run = _Run.open(settings)
+    run = Run.open(settings)
     _seed_everything(settings.seed)
     method = settings.resolved
     loaded = load_for_training(settings, method)
-    data = _load_data(settings, loaded)
+    data = load_run_data(settings, loaded)
     started_s = time.monotonic()
     trainer = _train_phase(settings, method, loaded, data, run.folder / "states", run.folder)
     held_out = trainer.last_evaluation()
@@ -96,7 +85,7 @@ def train(settings: TrainSettings, *, command: str = "") -> Path:
             "held_out_loss": _by_exit(held_out),
             "seconds_of_last_start": round(time.monotonic() - started_s, 1),
             "world_size": trainer.args.world_size,
-            "settings": _plain_settings(settings),
+            "settings": plain_settings(settings),
         }
         if loaded.sorted_info is not None:
             recipe["continued_from"] = loaded.sorted_info.recipe
@@ -112,127 +101,6 @@ def train(settings: TrainSettings, *, command: str = "") -> Path:
     return settings.output
 
 
-# The run's folder
-
-
-@dataclass(frozen=True)
-class _Run:
-    """``OUTPUT.run``: everything of a run but its result."""
-
-    folder: Path
-
-    @classmethod
-    def open(cls, settings: TrainSettings) -> _Run:
-        """Begin a run, or find the one that these very settings began."""
-        check_output(settings.output)
-        run = cls(settings.output.with_name(f"{settings.output.name}.run"))
-        record, wanted = run.folder / "run.json", _plain_settings(settings)
-        if int(os.environ.get("RANK", "0")) > 0:
-            return run
-        if record.is_file():
-            _check_same(json.loads(record.read_text(encoding="utf-8")), wanted, run.folder)
-            return run
-        try:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            draft = record.with_suffix(".tmp")
-            draft.write_text(json.dumps(wanted, indent=2), encoding="utf-8")
-            os.replace(draft, record)
-        except OSError as error:
-            raise ConfigError(
-                f"--output {settings.output} cannot be written: {error.strerror}.", param="output"
-            ) from error
-        return run
-
-    def finish(self) -> None:
-        """The states have done their work; the logs stay."""
-        for name in ("states", "heads"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-        (self.folder / "run.json").unlink(missing_ok=True)
-
-
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    different = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
-    if different:
-        name = different[0]
-        raise ConfigError(
-            f"{folder} holds an unfinished run with --{name.replace('_', '-')} "
-            f"{before.get(name)!r}, not {now.get(name)!r}: give the same flags to resume it, "
-            "name another --output, or delete that folder.",
-            param=name.replace("_", "-"),
-        )
-
-
-def _plain_settings(settings: TrainSettings) -> dict[str, Any]:
-    values: dict[str, Any] = settings.model_dump(mode="json", exclude={"output", "device"})
-    return values
-
-
-# Data
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Data:
-    mixture: Mixture
-    held_out: Mapping[str, Sequence[Pack]]
-    described: list[dict[str, Any]]
-    """Of each source: name, weight, rows, digest."""
-
-
-def _load_data(settings: TrainSettings, loaded: LoadedModel) -> _Data:
-    parts: list[tuple[DataSource, list[Example]]] = []
-    held_out: dict[str, Sequence[Pack]] = {}
-    described = []
-    config = loaded.config
-    # Attention in training is causal over the whole example: a sliding window must hold it all.
-    longest = min(config.max_position_embeddings, config.sliding_window or settings.max_length)
-    for text in settings.data:
-        source = parse_source(text)
-        examples = load_examples(
-            source,
-            loaded.tokenizer,
-            max_length=min(settings.max_length, longest),
-            train_on_prompts=settings.train_on_prompts,
-        )
-        kept, rest = split_held_out(examples, settings.held_out, settings.seed)
-        parts.append((source, kept))
-        if rest:
-            held_out[source.reference] = pack_examples(rest, settings.pack_length)
-        path = Path(source.reference)
-        described.append(
-            {
-                "name": path.name if path.is_file() else source.reference,
-                "weight": source.weight,
-                "rows": len(kept),
-                "held_out_rows": len(rest),
-                "sha256": file_digest(path) if path.is_file() else "",
-            }
-        )
-    mixture = Mixture(
-        parts,
-        pack_length=settings.pack_length,
-        seed=settings.seed,
-        num_epochs=None if settings.max_tokens else settings.epochs,
-        max_tokens=settings.max_tokens,
-    )
-    return _Data(
-        mixture=mixture, held_out=_cut(held_out, settings.eval_tokens), described=described
-    )
-
-
-def _cut(held_out: Mapping[str, Sequence[Pack]], num_tokens: int) -> dict[str, Sequence[Pack]]:
-    """At most ``num_tokens`` of held-out packs, an equal share of every source."""
-    share = num_tokens // max(1, len(held_out))
-    cut: dict[str, Sequence[Pack]] = {}
-    for name, packs in held_out.items():
-        kept: list[Pack] = []
-        for pack in packs:
-            if kept and sum(p.num_tokens for p in kept) + pack.num_tokens > share:
-                break
-            kept.append(pack)
-        cut[name] = kept
-    return cut
-
-
 # One phase of training
 
 
@@ -240,7 +108,7 @@ def _train_phase(
     settings: TrainSettings,
     method: Method,
     loaded: LoadedModel,
-    data: _Data,
+    data: RunData,
     states: Path,
     logs: Path,
 ) -> SortedTrainer:
@@ -259,7 +127,8 @@ def _train_phase(
         _warm_start(loaded, data.mixture)
         if data.held_out:
             trainer.evaluate()
-    trainer.train(resume_from_checkpoint=None if state is None else str(state))
+    with disk_errors(states):
+        trainer.train(resume_from_checkpoint=None if state is None else str(state))
     return trainer
 
 
@@ -275,7 +144,7 @@ def _training_arguments(
     settings: TrainSettings,
     method: Method,
     loaded: LoadedModel,
-    data: _Data,
+    data: RunData,
     states: Path,
     logs: Path,
 ) -> Any:

@@ -114,7 +114,7 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
         if not size:
             return None
         num_likely = int(size * LIKELY_SHARE)
-        seed = hash((self._seed, step, int(input_ids.sum()))) & 0x7FFF_FFFF
+        seed = (self._seed * 1_000_003 + step * 8_191 + int(input_ids.sum())) % 2**31
         return VocabSample(num_likely=num_likely, num_drawn=size - num_likely, seed=seed)
 
     # ---- what is told ----
