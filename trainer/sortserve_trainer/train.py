@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,10 @@ def train_command(argv: Sequence[str]) -> int:
     )
     add_flags(parser, TrainSettings, GROUPS)
     settings = load_train_settings(vars(parser.parse_args(argv)))
-    train(settings, command=command_line(argv))
+    with warnings.catch_warnings():
+        # Names that transformers and peft are about to change are not the user's concern.
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        train(settings, command=command_line(argv))
     return 0
 
 
