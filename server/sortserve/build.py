@@ -23,6 +23,7 @@ from sortserve.model.attention import KVCache
 from sortserve.model.decoder import Decoder
 from sortserve.model.tokenizer import TextStream, Tokenizer
 from sortserve.outputs import GenerationRequest
+from sortserve.scheduling.cost_learner import CostLearner
 
 __all__ = ["Serving", "available_memory_bytes", "build", "num_kv_pages"]
 
@@ -104,6 +105,7 @@ def build(settings: ServeSettings) -> Serving:
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             policy=settings.policy,
+            overload_delay_s=settings.overload_delay,
             enable_prefix_caching=settings.enable_prefix_caching,
             seed=settings.seed,
         ),
@@ -153,16 +155,16 @@ def _max_model_len(settings: ServeSettings, checkpoint: LoadedCheckpoint) -> int
 def _calibrate(
     engine: Engine, runner: ModelRunner, settings: ServeSettings, *, vocab_size: int
 ) -> None:
-    engine.cost_model = calibrate(
+    samples = calibrate(
         runner,
         exits=engine.exits.layers,
         vocab_size=vocab_size,
-        policy=settings.policy,
         max_model_len=engine.config.max_model_len,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_num_seqs=settings.max_num_seqs,
         clock=engine.clock,
     )
+    engine.learn_from(CostLearner(samples))
 
 
 # The size of the KV cache

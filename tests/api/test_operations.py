@@ -25,7 +25,7 @@ def cost_model() -> CostModel:
         for tokens in (1, 8, 64)
     ]
     samples = [(shape, 1e-3 * shape.num_layers) for shape in shapes]
-    return CostModel.fit(samples, policy="fair", max_num_batched_tokens=512)
+    return CostModel.fit(samples)
 
 
 async def test_a_service_is_healthy_from_start_to_drain(

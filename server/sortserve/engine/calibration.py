@@ -30,14 +30,13 @@ def calibrate(
     *,
     exits: Sequence[int],
     vocab_size: int,
-    policy: str,
     max_model_len: int,
     max_num_batched_tokens: int,
     max_num_seqs: int,
     clock: Callable[[], float],
     budget_s: float = 8.0,
-) -> CostModel:
-    """Time synthetic steps on the empty KV pool and fit the cost model.
+) -> list[tuple[StepShape, float]]:
+    """Time synthetic steps on the empty KV pool; the samples to fit a cost model to.
 
     Runs the shallowest, a middle and the deepest exit over batches of 1 to 32 decode rows and
     prompts of 64 to 512 tokens, at two context lengths, as far as ``budget_s`` seconds go. The
@@ -59,7 +58,7 @@ def calibrate(
             runner.execute(plan)
             seconds.append(clock() - before)
         samples.append((step_shape(plan), max(statistics.median(seconds), 1e-6)))
-    model = CostModel.fit(samples, policy=policy, max_num_batched_tokens=max_num_batched_tokens)
+    model = CostModel.fit(samples)
     errors = sorted(abs(model.step_s(shape) / seconds - 1) for shape, seconds in samples)
     logger.info(
         "cost model: %d shapes in %.1f s, median error %.1f %%, 95th percentile %.1f %%",
@@ -68,7 +67,7 @@ def calibrate(
         100 * statistics.median(errors),
         100 * errors[int(0.95 * (len(errors) - 1))],
     )
-    return model
+    return samples
 
 
 class _Plans:
