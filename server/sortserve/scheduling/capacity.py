@@ -15,6 +15,7 @@ Every promise can be kept, in the mean, as long as the pressure is at most 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -57,7 +58,12 @@ class _DecodeLoad:
 
 
 def pressure(
-    demands: Iterable[Demand], costs: StepCosts, *, now: float, busy_s: float = 0.0
+    demands: Iterable[Demand],
+    costs: StepCosts,
+    *,
+    now: float,
+    busy_s: float = 0.0,
+    from_due_s: float = -math.inf,
 ) -> float:
     """The share of the machine that these demands need; above 1 some promise will be broken.
 
@@ -66,6 +72,8 @@ def pressure(
         costs: of steps.
         now: the engine's clock.
         busy_s: what the step under way still takes.
+        from_due_s: prompts that are due before are taken to be in time: one that is due later waits
+            for them, and changes nothing for them.
     """
     load = _DecodeLoad(costs)
     prompts = []
@@ -80,7 +88,8 @@ def pressure(
     for demand in sorted(prompts, key=lambda d: d.due_s):
         work_s += demand.work_s(costs)
         time_s = max(demand.due_s - now - busy_s, LEAST_TIME_S)
-        worst = max(worst, load.share + work_s / time_s)
+        if demand.due_s >= from_due_s:
+            worst = max(worst, load.share + work_s / time_s)
         load.add(demand)
     return max(worst, load.share)
 

@@ -116,9 +116,15 @@ class Pace:
 
 
 def plan_pace(
-    deadlines: Deadlines, *, now: float, num_tokens: int, prefill_s: float, decode_s: float
+    deadlines: Deadlines,
+    *,
+    now: float,
+    num_tokens: int,
+    prefill_s: float,
+    decode_s: float,
+    ease: float = 1.0,
 ) -> Pace:
-    """Spread the time from ``now`` over a prompt and the tokens after the first, in proportion.
+    """Spread the time from ``now`` over a prompt and the tokens after the first.
 
     Args:
         deadlines: absolute times; none at all gives infinities.
@@ -126,15 +132,17 @@ def plan_pace(
         num_tokens: output tokens to plan for.
         prefill_s: predicted seconds of the prompt alone.
         decode_s: predicted seconds of a decode step alone.
+        ease: 1 stretches prompt and tokens alike; less lets the tokens hurry, and leaves more time
+            for a prompt that must wait for others.
     """
     num_gaps = num_tokens - 1
     first_due, gap = math.inf, math.inf
     if deadlines.e2e_s is not None:
-        total_s = prefill_s + num_gaps * decode_s
-        share = prefill_s / total_s if total_s > 0 else 1.0
-        first_due = now + (deadlines.e2e_s - now) * (share if num_gaps else 1.0)
+        stretch = (deadlines.e2e_s - now) / max(prefill_s + num_gaps * decode_s, NO_GAP_S)
+        wanted_gap = decode_s * max(stretch, NO_GAP_S) ** (ease if stretch > 1.0 else 1.0)
         if deadlines.tpot_s is not None:  # decoding so fast leaves the rest for the prompt
-            first_due = max(first_due, deadlines.e2e_s - num_gaps * deadlines.tpot_s)
+            wanted_gap = min(wanted_gap, deadlines.tpot_s)
+        first_due = deadlines.e2e_s - num_gaps * wanted_gap
     if deadlines.ttft_s is not None:
         first_due = min(first_due, deadlines.ttft_s)
     if deadlines.e2e_s is not None and num_gaps:

@@ -16,6 +16,8 @@ from sortserve.sequence import Promise
 
 __all__ = ["Forecast", "Load", "Newcomer", "forecast", "newcomer_demand", "predicted_drain_s"]
 
+EASES = (1.0, 0.6, 0.3)
+"""Ways to spread a budget over prompt and tokens (see ``plan_pace``), in the order of trial."""
 MAX_BUSY_SHARE = 0.95
 """Times of a newcomer are stretched for the promises before it, at most twentyfold."""
 
@@ -77,22 +79,40 @@ def forecast(exit_layer: int, newcomer: Newcomer, load: Load, model: CostModel) 
     """
     costs = _costs(load, model)
     own = _own_times(exit_layer, newcomer, costs)
-    promise = _promise(newcomer, load.now, own)
+    promise = _promise(newcomer, load.now, own, ease=EASES[0])
     estimate = _estimate(exit_layer, newcomer, load, costs, own, promise)
     if not newcomer.bounds_time:
         return Forecast(estimate, True, True, promise)
     if load.policy != "deadline":
         in_time = _in_time(newcomer, estimate)
         return Forecast(estimate, in_time, in_time, promise)
+    promises = [promise, *(_promise(newcomer, load.now, own, ease=ease) for ease in EASES[1:])]
+    for others in (load.demands, shallowest(load.demands)):
+        for promise in promises:
+            if _has_room(exit_layer, newcomer, promise, others, load, costs):
+                kept = _kept(estimate, newcomer, promise)
+                return Forecast(kept, others is load.demands, True, promise)
+    return Forecast(estimate, False, False, promises[0])
+
+
+def _has_room(
+    exit_layer: int,
+    newcomer: Newcomer,
+    promise: Promise,
+    others: Sequence[Demand],
+    load: Load,
+    costs: StepCosts,
+) -> bool:
+    """Whether a promise can be kept beside those to others, and theirs beside it."""
     demand = newcomer_demand(exit_layer, newcomer, promise, now=load.now)
-    busy_s = _busy_s(load, costs)
-    if pressure([*load.demands, demand], costs, now=load.now, busy_s=busy_s) <= 1.0:
-        return Forecast(_kept(estimate, newcomer, promise), True, True, promise)
-    others = shallowest(load.demands)
-    lowered = pressure([*others, demand], costs, now=load.now, busy_s=busy_s) <= 1.0
-    if lowered:
-        estimate = _kept(estimate, newcomer, promise)
-    return Forecast(estimate, False, lowered, promise)
+    needed = pressure(
+        [*others, demand],
+        costs,
+        now=load.now,
+        busy_s=_busy_s(load, costs),
+        from_due_s=demand.due_s,
+    )
+    return needed <= 1.0
 
 
 def predicted_drain_s(
@@ -145,7 +165,7 @@ def _own_times(exit_layer: int, newcomer: Newcomer, costs: StepCosts) -> tuple[f
     )
 
 
-def _promise(newcomer: Newcomer, now: float, own: tuple[float, float]) -> Promise:
+def _promise(newcomer: Newcomer, now: float, own: tuple[float, float], *, ease: float) -> Promise:
     pace = paced(newcomer.deadlines, newcomer.arrival_s)
     spread = plan_pace(
         pace,
@@ -153,6 +173,7 @@ def _promise(newcomer: Newcomer, now: float, own: tuple[float, float]) -> Promis
         num_tokens=newcomer.num_output_tokens,
         prefill_s=own[0],
         decode_s=own[1],
+        ease=ease,
     )
     return Promise(pace, spread.first_due_s, spread.gap_s)
 
