@@ -175,28 +175,36 @@ def _prompt_tokens(situation: Situation, option: _Option, now: float) -> int:
         return room
     first = option.prompts[0]
     context_len = first.context_len + first.num_pending // 2
+    token_s = costs.token_s(first.exit_layer, context_len)
     spare_s = option.until_s - now - option.step_s
-    num_tokens = int(min(room, max(0.0, spare_s / costs.token_s(first.exit_layer, context_len))))
-    if num_tokens >= min(MIN_CHUNK, first.num_pending):
-        return num_tokens
+    num_tokens = int(max(0.0, spare_s / token_s))
     urgent = any(d.due_s - d.work_s(costs) <= now + option.step_s for d in option.prompts)
-    return min(room, MIN_CHUNK) if urgent or not option.decoding else 0
+    if urgent or not option.decoding:
+        num_tokens = max(num_tokens, _hurried_tokens(option.step_s, token_s))
+    return min(room, num_tokens) if num_tokens >= min(MIN_CHUNK, first.num_pending) else 0
+
+
+def _hurried_tokens(step_s: float, token_s: float) -> int:
+    """Tokens of a prompt that is late beside rows that are: each gets half of the time."""
+    return max(MIN_CHUNK, int(step_s / token_s))
 
 
 def _rescue(situation: Situation, urgent: Demand) -> StepChoice:
     """Nothing keeps every promise: a step for the least slack, and for all who are due with it."""
-    cap = urgent.exit_layer
+    costs, cap = situation.costs, urgent.exit_layer
     reachable = sorted((d for d in situation.rows if d.exit_layer <= cap), key=_by_due)
-    step_s = situation.costs.base_s(cap)
+    step_s = costs.base_s(cap)
     due = [
         d
         for d in reachable
         if d.is_decoding and (d.is_hard or d.due_s <= situation.now + step_s or d is urgent)
     ]
-    prompts = [] if urgent.is_decoding else [urgent]
-    room = max(0, situation.max_num_tokens - len(due))
-    num_tokens = min(room, 4 * MIN_CHUNK) if prompts else 0
-    return StepChoice(cap, tuple(d.request_id for d in (*due, *prompts)), num_tokens)
+    if urgent.is_decoding:
+        return StepChoice(cap, tuple(d.request_id for d in due), 0)
+    step_s += sum(costs.row_s(d.exit_layer, d.context_len) for d in due)
+    token_s = costs.token_s(cap, urgent.context_len + urgent.num_pending // 2)
+    num_tokens = min(situation.max_num_tokens - len(due), _hurried_tokens(step_s, token_s))
+    return StepChoice(cap, tuple(d.request_id for d in (*due, urgent)), max(0, num_tokens))
 
 
 def least_slack_first(
