@@ -23,8 +23,6 @@ from sortserve.scheduling.demand import Demand, StepCosts
 
 __all__ = ["Lowering", "lower", "pressure", "shallowest"]
 
-HORIZON_S = 0.5
-"""The time over which the load of decoding is averaged."""
 LEAST_TIME_S = 1e-3
 """A prompt that is late counts as due in so many seconds."""
 MAX_LOWERED = 8
@@ -44,9 +42,7 @@ class _DecodeLoad:
         self._rows = 0.0
 
     def add(self, demand: Demand) -> None:
-        # A row that is about to end takes its rate for a moment only.
-        rate = min(1.0 / demand.gap_s, demand.num_left / HORIZON_S)
-        exit_layer = demand.exit_layer
+        rate, exit_layer = 1.0 / demand.gap_s, demand.exit_layer
         self._rates[exit_layer] = max(self._rates.get(exit_layer, 0.0), rate)
         context_len = demand.context_len + demand.num_pending
         self._rows += rate * self._costs.row_s(exit_layer, context_len)

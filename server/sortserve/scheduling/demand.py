@@ -92,8 +92,6 @@ class Demand:
     """When its next token should be out."""
     gap_s: float
     """The mean time between two tokens after it."""
-    num_left: int
-    """Output tokens that are still to come."""
     end_s: float
     """When it should be over, at this pace."""
 
@@ -187,9 +185,9 @@ def demand_of(
     """
     soft_due_s = sequence.last_scheduled_s + soft_gap_s
     due_s = gap_s = end_s = math.inf
-    num_left = max(1, expect(sequence) - sequence.num_output_tokens)
     promised = sequence.promise is not None
     if promised:
+        num_left = max(1, expect(sequence) - sequence.num_output_tokens)
         due_s, gap_s, end_s = _promise(sequence, num_left)
         gap_s = max(gap_s, costs.decode_s(sequence.floor_layer, sequence.num_tokens))
         promised = math.isfinite(end_s) and not _is_hopeless(sequence, num_left, end_s, now, costs)
@@ -208,7 +206,6 @@ def demand_of(
         is_hard=is_hard,
         due_s=due_s if is_hard else soft_due_s,
         gap_s=min(gap_s, soft_gap_s),
-        num_left=num_left,
         end_s=end_s,
     )
 

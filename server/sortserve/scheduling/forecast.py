@@ -205,7 +205,6 @@ def newcomer_demand(
         is_hard=is_hard,
         due_s=first_due_s if is_hard else now + SOFT_GAP_S,
         gap_s=min(gap_s, SOFT_GAP_S),
-        num_left=newcomer.num_output_tokens,
         end_s=end_s if promise is not None else math.inf,
     )
 
