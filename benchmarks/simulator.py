@@ -11,21 +11,38 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from benchmarks.workload import RequestSpec
 from sortserve.budget import Budget, ExitInfo, ExitTable
 from sortserve.engine.desk import AdmissionDesk
-from sortserve.engine.engine import Engine, EngineConfig
+from sortserve.engine.engine import Engine, EngineConfig, Runner
 from sortserve.engine.steps import step_shape
 from sortserve.errors import SortserveError
-from sortserve.outputs import GenerationRequest, RequestReport
+from sortserve.outputs import (
+    EngineStats,
+    GenerationRequest,
+    Observer,
+    RequestReport,
+    StepRecord,
+)
 from sortserve.sampling_params import SampledToken, SamplingParams
 from sortserve.scheduling.cost_learner import CostLearner
 from sortserve.scheduling.cost_model import CostModel, Line, RowShape, StepShape
 from sortserve.scheduling.plan import StepPlan
 
-__all__ = ["MACHINES", "Arrival", "Machine", "Outcome", "Simulation", "simulate"]
+__all__ = [
+    "MACHINES",
+    "Arrival",
+    "Machine",
+    "Outcome",
+    "Simulation",
+    "make_desk",
+    "make_engine",
+    "request_of",
+    "simulate",
+]
 
 BLANK = 1
 
@@ -188,19 +205,18 @@ class _Counts:
         self.num_steps = self.num_lowered = self.num_preemptions = 0
         self.errors: list[float] = []
 
-    def on_step(self, record: object, stats: object) -> None:
+    def on_step(self, record: StepRecord, stats: EngineStats) -> None:
         self.num_steps += 1
-        self.num_lowered += len(record.exit_changes)  # type: ignore[attr-defined]
-        self.num_preemptions += record.num_preemptions  # type: ignore[attr-defined]
-        predicted_s = record.predicted_s  # type: ignore[attr-defined]
-        if predicted_s:
-            self.errors.append(predicted_s / record.duration_s)  # type: ignore[attr-defined]
+        self.num_lowered += len(record.exit_changes)
+        self.num_preemptions += record.num_preemptions
+        if record.predicted_s:
+            self.errors.append(record.predicted_s / record.duration_s)
 
-    def on_finished(self, report: object) -> None:
-        pass
+    def on_finished(self, report: RequestReport) -> None:
+        """The simulation sees them itself."""
 
-    def on_rejected(self, reason: str, budget: object) -> None:
-        pass
+    def on_rejected(self, reason: str, budget: Budget | None) -> None:
+        """Nor these."""
 
 
 def calibration_samples(machine: Machine) -> list[tuple[StepShape, float]]:
@@ -243,25 +259,17 @@ def simulate(
         seed: of the noise.
     """
     clock, counts = _Clock(), _Counts()
-    engine = Engine(
+    engine = make_engine(
+        machine,
         _Runner(machine, clock, random.Random(seed), num_pages),
-        machine.table,
-        eos_token_ids=frozenset(),
-        make_text=lambda request: _NoText(),
-        config=EngineConfig(
-            max_model_len=1 << 20,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            policy=policy,
-            overload_delay_s=overload_delay_s,
-            enable_prefix_caching=False,
-            seed=seed,
-        ),
-        clock=clock,
+        clock,
+        policy=policy,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        overload_delay_s=overload_delay_s,
         observer=counts,
     )
-    engine.learn_from(CostLearner(calibration_samples(machine)))
-    desk = _desk(engine)
+    desk = make_desk(engine)
     queue = [(a.due_s, i, a) for i, a in enumerate(arrivals)]
     heapq.heapify(queue)
     live: dict[str, Arrival] = {}
@@ -292,7 +300,41 @@ def simulate(
     )
 
 
-def _desk(engine: Engine) -> AdmissionDesk:
+def make_engine(
+    machine: Machine,
+    runner: Runner,
+    clock: Callable[[], float],
+    *,
+    policy: str,
+    max_num_seqs: int = 256,
+    max_num_batched_tokens: int = 1024,
+    overload_delay_s: float = 2.0,
+    observer: Observer | None = None,
+) -> Engine:
+    """The server's engine over a runner that has no model."""
+    engine = Engine(
+        runner,
+        machine.table,
+        eos_token_ids=frozenset(),
+        make_text=lambda request: _NoText(),
+        config=EngineConfig(
+            max_model_len=1 << 20,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            policy=policy,
+            overload_delay_s=overload_delay_s,
+            enable_prefix_caching=False,
+            seed=0,
+        ),
+        clock=clock,
+        observer=observer,
+    )
+    engine.learn_from(CostLearner(calibration_samples(machine)))
+    return engine
+
+
+def make_desk(engine: Engine) -> AdmissionDesk:
+    """The desk that judges newcomers of an engine."""
     return AdmissionDesk(
         exits=engine.exits,
         policy=engine.config.policy,
@@ -307,13 +349,10 @@ def _desk(engine: Engine) -> AdmissionDesk:
 def _arrive(
     engine: Engine, desk: AdmissionDesk, arrival: Arrival, request_id: str
 ) -> Outcome | None:
-    request = GenerationRequest(
-        request_id=request_id,
-        prompt_token_ids=(BLANK,) * arrival.num_prompt_tokens,
-        sampling=SamplingParams(max_tokens=arrival.num_output_tokens, ignore_eos=True),
-        budget=arrival.budget,
-        arrival_s=arrival.due_s,
+    spec = RequestSpec(
+        num_prompt_tokens=arrival.num_prompt_tokens, num_output_tokens=arrival.num_output_tokens
     )
+    request = request_of(spec, arrival.budget, request_id, arrival_s=arrival.due_s)
     try:
         choice = desk.choose(request, engine.validate(request))
     except SortserveError as error:
@@ -323,3 +362,16 @@ def _arrive(
     desk.see(engine.demands())
     desk.taken(request_id)
     return None
+
+
+def request_of(
+    spec: RequestSpec, budget: Budget, request_id: str, *, arrival_s: float
+) -> GenerationRequest:
+    """A request of exact lengths."""
+    return GenerationRequest(
+        request_id=request_id,
+        prompt_token_ids=(BLANK,) * spec.num_prompt_tokens,
+        sampling=SamplingParams(max_tokens=spec.num_output_tokens, ignore_eos=True),
+        budget=budget,
+        arrival_s=arrival_s,
+    )

@@ -29,7 +29,7 @@ from sortserve.sampling_params import SampledToken
 from sortserve.scheduling.admission import ExitChoice
 from sortserve.scheduling.cost_learner import CostLearner
 from sortserve.scheduling.cost_model import CostModel
-from sortserve.scheduling.demand import Demand, StepCosts
+from sortserve.scheduling.demand import Demand
 from sortserve.scheduling.kv_cache import KVCacheManager
 from sortserve.scheduling.lengths import LengthEstimator, expected_tokens
 from sortserve.scheduling.plan import StepPlan
@@ -426,10 +426,7 @@ class Engine:
 
     def demands(self) -> tuple[Demand, ...]:
         """What every live request still needs; nothing without a cost model."""
-        if self.cost_model is None:
-            return ()
-        costs = StepCosts(self.cost_model, chunk=self.config.max_num_batched_tokens)
-        return tuple(self.scheduler.demands(self.clock(), costs))
+        return tuple(self.scheduler.demands(self.clock()))
 
     def expect(self, request: GenerationRequest) -> int:
         """The output tokens to plan a newcomer for."""

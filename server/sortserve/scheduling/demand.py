@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from sortserve.budget import Deadlines
-from sortserve.scheduling.cost_model import CostModel
+from sortserve.scheduling.cost_model import CostModel, Line
 from sortserve.sequence import Sequence, Status
 
 __all__ = [
@@ -44,15 +45,21 @@ class StepCosts:
     """Most tokens of one step."""
     safety: float = 1.0
 
+    @cached_property
+    def _decode_line(self) -> Line:
+        c0, a, b, d, h = self.model.line(self.num_rows)
+        safety = self.safety
+        return safety * c0, safety * a, safety * b, safety * d, safety * h
+
     def base_s(self, exit_layer: int) -> float:
         """Of any step down to that layer, however many rows."""
-        line = self.model.line(self.num_rows)
-        return self.safety * (line[0] + line[1] * exit_layer)
+        c0, a, _, _, _ = self._decode_line
+        return c0 + a * exit_layer
 
     def row_s(self, exit_layer: int, context_len: int) -> float:
         """Of one more row that decodes."""
-        _, _, b, d, h = self.model.line(self.num_rows)
-        return self.safety * (exit_layer * (b + d * context_len) + h)
+        _, _, b, d, h = self._decode_line
+        return exit_layer * (b + d * context_len) + h
 
     def token_s(self, exit_layer: int, context_len: int) -> float:
         """Of one more token of a prompt in a large step."""
@@ -66,7 +73,8 @@ class StepCosts:
 
     def decode_s(self, exit_layer: int, context_len: int) -> float:
         """Of a step with one decoding row."""
-        return self.base_s(exit_layer) + self.row_s(exit_layer, context_len)
+        c0, a, b, d, h = self._decode_line
+        return c0 + exit_layer * (a + b + d * context_len) + h
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,8 @@ class Scheduler:
         # Compute time each busy exit has had a part in (see policy.fair).
         self._service: dict[int, float] = {}
         self._soft_admitted_s = -math.inf
+        # What the sequences needed when the last step was chosen; empty where no times are known.
+        self._demands: dict[str, Demand] = {}
         self.num_preemptions = 0
         self.exit_changes: list[tuple[int, int, str]] = []
         """(from, to, reason) since somebody took them."""
@@ -135,31 +137,44 @@ class Scheduler:
             now: the engine's clock, in seconds.
         """
         costs = self._step_costs()
+        self._look(self.sequences(), costs, now)
         if costs is not None:
             self._lower(costs, now)
         self._admit(costs, now)
         while self._running:
             choice = self._choose(costs, now)
             chosen = {request_id: i for i, request_id in enumerate(choice.request_ids)}
-            rows = self._make_room([s for s in self._running if s.request_id in chosen], costs, now)
+            rows = self._make_room([s for s in self._running if s.request_id in chosen])
             if rows:
                 rows.sort(key=lambda s: chosen[s.request_id])
                 return self._plan(rows, choice, now)
             # All rows of the step gave up their pages: others have room now.
         return None
 
-    def demands(self, now: float, costs: StepCosts) -> list[Demand]:
-        """What every live sequence still needs, running ones first."""
-        return self._demands_of(self.sequences(), costs, now)
+    def demands(self, now: float) -> list[Demand]:
+        """What every live sequence still needed when the last step was chosen, or needs now."""
+        if self.cost_model is None:
+            return []
+        unseen = [s for s in self.sequences() if s.request_id not in self._demands]
+        costs = StepCosts(self.cost_model, chunk=self._max_num_batched_tokens)
+        self._look_at(unseen, costs, now)
+        return [self._demands[sequence.request_id] for sequence in self.sequences()]
 
-    def _demands_of(
-        self, sequences: Iterable[Sequence], costs: StepCosts, now: float
-    ) -> list[Demand]:
+    def _look(self, sequences: Iterable[Sequence], costs: StepCosts | None, now: float) -> None:
+        """See afresh what the sequences need, and forget all others."""
+        self._demands = {}
+        if costs is not None:
+            self._look_at(sequences, costs, now)
+
+    def _look_at(self, sequences: Iterable[Sequence], costs: StepCosts, now: float) -> None:
         soft_gap_s = SOFT_GAP_S * max(1, sum(s.promise is None for s in self._running))
-        return [
-            demand_of(sequence, now=now, expect=self._expect, costs=costs, soft_gap_s=soft_gap_s)
-            for sequence in sequences
-        ]
+        for sequence in sequences:
+            self._demands[sequence.request_id] = demand_of(
+                sequence, now=now, expect=self._expect, costs=costs, soft_gap_s=soft_gap_s
+            )
+
+    def _demands_of(self, sequences: Iterable[Sequence]) -> list[Demand]:
+        return [self._demands[sequence.request_id] for sequence in sequences]
 
     def _step_costs(self) -> StepCosts | None:
         """What steps cost now; None if the policy does without times."""
@@ -172,7 +187,7 @@ class Scheduler:
         """Let the policy take sequences to shallower exits, so that the promises can be kept."""
         if self._policy.lower is None:
             return
-        demands = self.demands(now, costs)
+        demands = list(self._demands.values())
         lowerings = self._policy.lower(
             demands, self._exits, costs, now=now, limit=IN_FLIGHT_PRESSURE
         )
@@ -182,6 +197,7 @@ class Scheduler:
                 sequence = by_id[request_id]
                 reason = "unpromised" if sequence.promise is None else "behind"
                 self.go_shallower(sequence, exit_layer, reason)
+                self._look_at([sequence], costs, now)
 
     def commit(self, plan: StepPlan, sequences: dict[str, Sequence]) -> None:
         """The plan has run: its tokens have KV now. Call before appending the sampled tokens."""
@@ -197,6 +213,8 @@ class Scheduler:
             for sequence in self._entry_order(costs, now):
                 if len(self._running) == self._max_num_seqs or not self._try_admit(sequence, now):
                     break
+                if costs is not None:
+                    self._look_at([sequence], costs, now)
         assert self._running or not self._waiting, "the engine admits only what fits the pool alone"
 
     def _entry_order(self, costs: StepCosts | None, now: float) -> list[Sequence]:
@@ -205,7 +223,7 @@ class Scheduler:
             return list(self._waiting)
         by_id = {sequence.request_id: sequence for sequence in self._waiting}
         ordered = least_slack_first(
-            self._demands_of(self._waiting, costs, now),
+            self._demands_of(self._waiting),
             costs,
             soft_is_due=now - self._soft_admitted_s >= SOFT_GAP_S,
         )
@@ -231,7 +249,7 @@ class Scheduler:
         """Ask the policy for the next step."""
         classes = self._depth_classes()
         if costs is not None and self._policy.step is not None:
-            demands = self._demands_of(self._running, costs, now)
+            demands = self._demands_of(self._running)
             most = self._max_num_batched_tokens
             return self._policy.step(Situation(now, demands, classes, costs, most))
         cap = self._policy.cap(classes)
@@ -250,9 +268,7 @@ class Scheduler:
             for e in sorted(counts, reverse=True)
         ]
 
-    def _make_room(
-        self, rows: list[Sequence], costs: StepCosts | None, now: float
-    ) -> list[Sequence]:
+    def _make_room(self, rows: list[Sequence]) -> list[Sequence]:
         """Grow each row to hold its known tokens, preempting others if need be."""
         kept: list[Sequence] = []
         for sequence in rows:
@@ -264,22 +280,20 @@ class Scheduler:
                     self.kv_cache.grow(sequence, sequence.num_tokens)
                     kept.append(sequence)
                     break
-                victim = self._victim(sequence, kept, costs, now)
+                victim = self._victim(sequence, kept)
                 self.preempt(victim)
                 if victim is sequence:
                     break
         return kept
 
-    def _victim(
-        self, needy: Sequence, kept: list[Sequence], costs: StepCosts | None, now: float
-    ) -> Sequence:
+    def _victim(self, needy: Sequence, kept: list[Sequence]) -> Sequence:
         """Whose pages to take: never those of the first admitted, unless it is the needy one."""
         candidates = [s for s in self._running[1:] if s not in kept]
         if not candidates:
             return needy
-        if costs is None:
+        if not self._demands:
             return candidates[-1]
-        victim_id = most_slack_last_admitted(self._demands_of(candidates, costs, now))
+        victim_id = most_slack_last_admitted(self._demands_of(candidates))
         return next(s for s in candidates if s.request_id == victim_id)
 
     def preempt(self, sequence: Sequence) -> None:
