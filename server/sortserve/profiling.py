@@ -39,9 +39,7 @@ def profile(settings: ServeSettings, plot: Path | None = None) -> int:
 
 def table(samples: Samples, model: CostModel) -> str:
     """Each measured step beside what the model says of it, the errors, and the coefficients."""
-    lines = [
-        f"{'layers':>6} {'tokens':>6} {'rows':>5} {'measured ms':>12} {'model ms':>9} {'error':>7}"
-    ]
+    lines = ["layers tokens  rows  measured ms  model ms   error"]
     errors = []
     for shape, seconds in samples:
         predicted = model.step_s(shape)
@@ -53,10 +51,8 @@ def table(samples: Samples, model: CostModel) -> str:
     high = sorted(errors)[int(0.95 * (len(errors) - 1))]
     lines += ["", f"error: median {statistics.median(errors):.1%}, 95th percentile {high:.1%}"]
     for name, line in (("small", model.small), ("large", model.large)):
-        terms = ", ".join(
-            f"{c * 1e6:.3g} us a {n}" for c, n in zip(line, COEFFICIENTS, strict=True)
-        )
-        lines.append(f"{name} steps: {terms}")
+        terms = (f"{c * 1e6:.3g} us a {n}" for c, n in zip(line, COEFFICIENTS, strict=True))
+        lines.append(f"{name} steps: {', '.join(terms)}")
     return "\n".join(lines)
 
 
@@ -68,12 +64,8 @@ def chart(samples: Samples, model: CostModel, title: str) -> str:
             ((shape, s) for shape, s in samples if shape.num_layers == layers),
             key=lambda sample: sample[0].num_tokens,
         )
-        series += [
-            Series(
-                f"{layers} layers",
-                [(x.num_tokens, 1e3 * model.step_s(x)) for x, _ in own],
-                colour=i,
-            ),
-            Series("measured", [(x.num_tokens, 1e3 * s) for x, s in own], dots=True, colour=i),
-        ]
+        modelled = [(shape.num_tokens, 1e3 * model.step_s(shape)) for shape, _ in own]
+        measured = [(shape.num_tokens, 1e3 * seconds) for shape, seconds in own]
+        series.append(Series(f"{layers} layers", modelled, colour=i))
+        series.append(Series("measured", measured, dots=True, colour=i))
     return line_chart(f"{title}: time of a step", "tokens in the step", "ms", series)

@@ -28,10 +28,10 @@ def machine_name() -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        lines = cpuinfo.read_text(errors="replace").splitlines()
-        model = next(
-            (x.partition(":")[2].strip() for x in lines if x.startswith("model name")), model
-        )
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
     has_affinity = hasattr(os, "sched_getaffinity")
     num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
     return f"{model} x {num_cores}"
