@@ -60,7 +60,7 @@ def test_a_calibrated_server_can_estimate_and_the_next_start_takes_its_word(
     monkeypatch.setenv("SORTSERVE_CACHE_DIR", str(tmp_path / "cache"))
     checkpoint = make_tiny_checkpoint(tmp_path, "llama-tied", exits=(2, 6))
 
-    settings = load_settings({"model": str(checkpoint), "max_model_len": 64})
+    settings = load_settings({"model": str(checkpoint), "max_model_len": 64, "max_num_seqs": 4})
     for start in ("first", "second"):
         serving = build(settings)
         serving.worker.start(serving.prepare)

@@ -45,8 +45,16 @@ def test_another_machine_dtype_or_thread_count_has_its_own(
 
 @pytest.mark.parametrize(
     "text",
-    ["", "no json", "[]", "{}", '{"format_version": 0}', '{"format_version": 1}']
-    + ['{"format_version": 1, "samples": []}', '{"format_version": 1, "samples": [[[1], 2]]}'],
+    [
+        "",
+        "no json",
+        "[]",
+        "{}",
+        '{"format_version": 0}',
+        '{"format_version": 1}',
+        '{"format_version": 1, "samples": []}',
+        '{"format_version": 1, "samples": [[[1], 2]]}',
+    ],
 )
 def test_a_file_that_cannot_be_used_counts_as_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / "broken.json"
@@ -84,7 +92,9 @@ def test_a_profile_is_printed_drawn_and_used_by_the_next_start(
     checkpoint = make_tiny_checkpoint(tmp_path, "llama-tied", exits=(2, 6))
     plot = tmp_path / "profile.svg"
 
-    code = main(["profile", str(checkpoint), "--max-model-len", "64", "--plot", str(plot)])
+    small = ["--max-model-len=64", "--max-num-seqs=4", "--max-num-batched-tokens=64"]
+
+    code = main(["profile", str(checkpoint), *small, "--plot", str(plot)])
 
     assert code == 0
     assert "95th percentile" in capsys.readouterr().out

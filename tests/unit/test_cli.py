@@ -196,7 +196,7 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["sreve"], "'sreve' is not a command: choose one of serve, generate, version"),
+        (["sreve"], "'sreve' is not a command: choose one of serve, generate, profile, version"),
         (["serve", "--prot=1"], "unrecognized arguments: --prot=1. Did you mean --port?"),
         (["serve", "--port", "x"], "--port: 'x' is not allowed"),
         (["generate"], "PROMPT"),
