@@ -92,7 +92,9 @@ def test_a_profile_is_printed_drawn_and_used_by_the_next_start(
     checkpoint = make_tiny_checkpoint(tmp_path, "llama-tied", exits=(2, 6))
     plot = tmp_path / "profile.svg"
 
-    small = ["--max-model-len=64", "--max-num-seqs=4", "--max-num-batched-tokens=64"]
+    for name, value in (("REPEATS", 1), ("DECODE_ROWS", (1, 2)), ("PREFILL_TOKENS", (16, 60))):
+        monkeypatch.setattr(f"sortserve.engine.calibration.{name}", value)
+    small = ["--max-model-len=64", "--max-num-seqs=4"]
 
     code = main(["profile", str(checkpoint), *small, "--plot", str(plot)])
 
