@@ -1,11 +1,11 @@
 """How well is the time of a step foretold? Random mixes of depth, batch, context and prefill.
 
 The cost model is calibrated as at start-up (every time anew here). Then random steps run that no
-calibration has seen: up to `--max-rows` decoding rows of random exits and contexts, and in two steps
-of five a chunk of a prompt beside them. Each is predicted before it runs, by the calibration alone
-(`static`) and by the model that learns from the steps before (`online`). The promise: a median error
-of at most 10 %, a 95th percentile of at most 30 %. Needs a quiet machine. The last line is one JSON
-document.
+calibration has seen: up to `--max-rows` decoding rows of random exits and contexts, and in two
+steps of five a chunk of a prompt beside them. Each is predicted before it runs, by the calibration
+alone (`static`) and by the model that learns from the steps before (`online`). The promise: a
+median error of at most 10 %, a 95th percentile of at most 30 %. Needs a quiet machine. The last
+line is one JSON document.
 
     python -m benchmarks.cost_model --steps 300 --plot errors.svg
 """
