@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
 from sortserve import __version__
 from sortserve.checkpoint import LoadedCheckpoint, load_checkpoint
 from sortserve.config import ServeSettings
-from sortserve.engine.calibration import calibrate
+from sortserve.engine.calibration import calibrate, spot_check
+from sortserve.engine.calibration_cache import (
+    cache_path,
+    machine_name,
+    read_samples,
+    write_samples,
+)
 from sortserve.engine.engine import Engine, EngineConfig
 from sortserve.engine.runner import ModelRunner
 from sortserve.engine.worker import EngineWorker
@@ -22,10 +30,17 @@ from sortserve.metrics import Metrics
 from sortserve.model.attention import KVCache
 from sortserve.model.decoder import Decoder
 from sortserve.model.tokenizer import TextStream, Tokenizer
+from sortserve.model.user_cache import user_cache_dir
 from sortserve.outputs import GenerationRequest
+from sortserve.scheduling.cost_learner import CostLearner
+from sortserve.scheduling.cost_model import CostModel, StepShape
 
 __all__ = ["Serving", "available_memory_bytes", "build", "num_kv_pages"]
 
+logger = logging.getLogger(__name__)
+
+MAX_DRIFT = 1.5
+"""An earlier calibration that is further off than this factor is made anew."""
 MEMORY_SHARE = 0.25
 """Share of the free memory that the KV cache takes unless told."""
 
@@ -40,6 +55,8 @@ class Serving:
     worker: EngineWorker
     prepare: Callable[[], None]
     """What the engine's thread does before the first request (``EngineWorker.start``)."""
+    measure: Callable[[], list[tuple[StepShape, float]]]
+    """Time steps afresh, for ``sortserve profile``; only before the worker is started."""
     metrics: Metrics
     cache: CacheShape
 
@@ -104,6 +121,7 @@ def build(settings: ServeSettings) -> Serving:
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             policy=settings.policy,
+            overload_delay_s=settings.overload_delay,
             enable_prefix_caching=settings.enable_prefix_caching,
             seed=settings.seed,
         ),
@@ -115,9 +133,11 @@ def build(settings: ServeSettings) -> Serving:
         max_num_queued_tokens=settings.max_num_queued_tokens,
     )
 
+    calibrator = _Calibrator(engine, runner, settings, checkpoint, decoder)
+
     def prepare() -> None:
         if settings.calibrate:
-            _calibrate(engine, runner, settings, vocab_size=checkpoint.config.vocab_size)
+            engine.learn_from(CostLearner(calibrator.samples()))
 
     metrics.watch(worker.stats)
     metrics.set_cache_config(
@@ -134,6 +154,7 @@ def build(settings: ServeSettings) -> Serving:
         tokenizer=tokenizer,
         worker=worker,
         prepare=prepare,
+        measure=calibrator.measure,
         metrics=metrics,
         cache=cache,
     )
@@ -150,19 +171,75 @@ def _max_model_len(settings: ServeSettings, checkpoint: LoadedCheckpoint) -> int
     return wanted if wanted is not None else limit
 
 
-def _calibrate(
-    engine: Engine, runner: ModelRunner, settings: ServeSettings, *, vocab_size: int
-) -> None:
-    engine.cost_model = calibrate(
-        runner,
-        exits=engine.exits.layers,
-        vocab_size=vocab_size,
-        policy=settings.policy,
-        max_model_len=engine.config.max_model_len,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        max_num_seqs=settings.max_num_seqs,
-        clock=engine.clock,
-    )
+class _Calibrator:
+    """Times the steps of an engine that serves nobody yet, or finds that it has been done."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        runner: ModelRunner,
+        settings: ServeSettings,
+        checkpoint: LoadedCheckpoint,
+        decoder: Decoder,
+    ) -> None:
+        self._runner = runner
+        self._clock = engine.clock
+        self._shapes = _Shapes(
+            exits=engine.exits.layers,
+            vocab_size=checkpoint.config.vocab_size,
+            max_model_len=engine.config.max_model_len,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_num_seqs=settings.max_num_seqs,
+        )
+        self._key = _calibration_key(settings, checkpoint, decoder)
+        self._path = cache_path(user_cache_dir(), self._key)
+
+    def samples(self) -> list[tuple[StepShape, float]]:
+        """Those of an earlier start, at the machine's present speed; else new ones."""
+        kept = read_samples(self._path)
+        if kept is None:
+            return self.measure()
+        ratio = spot_check(self._runner, CostModel.fit(kept), clock=self._clock, **self._shapes)
+        logger.info("calibration of an earlier start: steps take %.2f times as long now", ratio)
+        if not 1 / MAX_DRIFT <= ratio <= MAX_DRIFT:
+            return self.measure()
+        return [(shape, seconds * ratio) for shape, seconds in kept]
+
+    def measure(self) -> list[tuple[StepShape, float]]:
+        """New ones, kept for the next start."""
+        samples = calibrate(self._runner, clock=self._clock, **self._shapes)
+        write_samples(self._path, samples, self._key)
+        return samples
+
+
+class _Shapes(TypedDict):
+    """What steps are possible."""
+
+    exits: Sequence[int]
+    vocab_size: int
+    max_model_len: int
+    max_num_batched_tokens: int
+    max_num_seqs: int
+
+
+def _calibration_key(
+    settings: ServeSettings, checkpoint: LoadedCheckpoint, decoder: Decoder
+) -> dict[str, object]:
+    """All that step times depend on."""
+    device = decoder.device
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "machine": machine_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "model": checkpoint.config,
+        "exits": checkpoint.exits.layers,
+        "dtype": decoder.dtype,
+        "backends": (settings.attention_backend, settings.linear_backend),
+        "block_size": settings.block_size,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+    }
 
 
 # The size of the KV cache

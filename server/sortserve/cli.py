@@ -102,6 +102,27 @@ def _serve(arguments: Sequence[str]) -> int:
     return serve(settings)
 
 
+def _profile(arguments: Sequence[str]) -> int:
+    from pathlib import Path
+
+    from sortserve.config import load_settings
+    from sortserve.flags import add_flags
+
+    parser = Parser(
+        prog="sortserve profile",
+        description="Time the steps of a model on this machine, keep the times for the next start "
+        "of a server, and print the cost model. Takes the flags of `serve`.",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it as an SVG")
+    add_flags(parser)
+    flags = vars(parser.parse_args(arguments))
+    plot = flags.pop("plot")
+    settings = load_settings(flags)
+    from sortserve.profiling import profile
+
+    return profile(settings, plot)
+
+
 def _generate(arguments: Sequence[str]) -> int:
     from sortserve_client import BadRequestError, Client
     from sortserve_client import SortserveError as ClientError
@@ -257,5 +278,6 @@ COMMANDS = {
         "train",
         _trainer("export_command", "export_command"),
     ),
+    "profile": _Command("time a model's steps, and print their cost", "server", _profile),
     "version": _Command("print the version", None, _version),
 }

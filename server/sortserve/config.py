@@ -114,8 +114,12 @@ class ServeSettings(BaseSettings):
     """File with one key a line; empty lines and lines that start with # are skipped."""
 
     # Scheduling
-    policy: Literal["fair", "lockstep"] = "fair"
-    """How deep each step goes: fair gives every depth the same time, lockstep is the baseline."""
+    policy: Literal["deadline", "fair", "lockstep"] = "deadline"
+    """What each step runs: deadline keeps the promised times, fair gives every depth the same
+    time, lockstep is the baseline."""
+    overload_delay: Seconds = 2.0
+    """Predicted seconds in the queue beyond which requests without a budget get shallower exits,
+    one at a time. 0: never."""
     max_num_seqs: Count = 256
     """Most sequences that run at once."""
     max_num_batched_tokens: Count = 1024

@@ -228,6 +228,8 @@ class Metrics:
         """Count one step. Called on the engine's thread."""
         self._stats = stats
         self._step_duration[()].observe(record.duration_s)
+        if record.predicted_s:
+            self._error_ratio["step"].observe(record.duration_s / record.predicted_s)
         self._depth_cap[()].observe(record.depth_cap)
         self._layers_run[()].inc(record.layers_run)
         self._layers_full[()].inc(record.layers_full)

@@ -13,13 +13,26 @@ the work left, and a row samples when a step brings it to zero.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 
 from sortserve.budget import Deadlines
 from sortserve.outputs import Estimate, GenerationRequest
 from sortserve.sampling_params import SamplingRow
 
-__all__ = ["Sequence", "Status"]
+__all__ = ["Promise", "Sequence", "Status"]
+
+
+@dataclass(frozen=True)
+class Promise:
+    """The times that admission found can be kept, and how they are spread over the request."""
+
+    pace: Deadlines
+    """The budget's deadlines, or a little earlier."""
+    first_due_s: float
+    """When the first token should be out; infinite if only later tokens were promised a time."""
+    gap_s: float
+    """The mean time between tokens that was planned for; infinite likewise."""
 
 
 class Status(Enum):
@@ -52,9 +65,13 @@ class Sequence:
         seed: int,
         stop_token_ids: frozenset[int],
         estimate: Estimate | None = None,
+        floor_layer: int | None = None,
+        promise: Promise | None = None,
     ) -> None:
         self.request = request
         self.exit_layer = exit_layer
+        self.floor_layer = exit_layer if floor_layer is None else floor_layer
+        self.promise = promise
         self.seed = seed
         self.stop_token_ids = stop_token_ids
         self.estimate = estimate
@@ -66,6 +83,7 @@ class Sequence:
         self.num_preemptions = 0
         self.tokens_by_exit: dict[int, int] = {}
 
+        self.last_scheduled_s = request.arrival_s
         self.first_scheduled_s: float | None = None
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None

@@ -25,7 +25,7 @@ def cost_model() -> CostModel:
         for tokens in (1, 8, 64)
     ]
     samples = [(shape, 1e-3 * shape.num_layers) for shape in shapes]
-    return CostModel.fit(samples, policy="fair", max_num_batched_tokens=512)
+    return CostModel.fit(samples)
 
 
 async def test_a_service_is_healthy_from_start_to_drain(
@@ -186,6 +186,23 @@ async def test_a_budget_that_cannot_be_met_is_refused_with_a_time_to_come_back(
     assert (error["code"], error["param"]) == ("budget_unattainable", "budget.latency_ms")
     assert by_header.json()["error"]["param"] == "x-slo-e2e-ms"
     assert service.runner.plans == []
+
+
+async def test_a_refusal_does_not_wait_for_the_step_under_way(service: HttpService) -> None:
+    service.engine.cost_model = cost_model()
+    service.runner.gated = True
+    busy = Connection(service.app, "/generate", as_json({"prompt": "a", "max_tokens": 100}))
+    task = busy.open()
+    while not service.engine.has_work:  # its first step stands still from here on
+        await asyncio.sleep(0)
+    body = {"prompt": "a", "max_tokens": 100, "budget": {"latency_ms": 100, "on_miss": "reject"}}
+
+    reply = await service.post("/generate", body)
+
+    assert reply.status_code == 429
+    assert service.runner.plans == []
+    service.runner.open()
+    await task
 
 
 async def test_a_full_queue_refuses_before_it_tokenises(make: Callable[..., HttpService]) -> None:

@@ -47,7 +47,7 @@ def alone(prompt: str, max_tokens: int, exit_layer: int) -> list[int]:
 
 @given(
     workload=workloads(),
-    policy=st.sampled_from(["fair", "lockstep"]),
+    policy=st.sampled_from(["deadline", "fair", "lockstep"]),
     num_pages=st.sampled_from([36, 48, 512]),
     chunk=st.sampled_from([5, 16, 256]),
     caching=st.booleans(),

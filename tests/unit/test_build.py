@@ -54,17 +54,22 @@ def test_settings_reach_the_parts_they_are_for(tmp_path: Path) -> None:
     assert (info.labels["block_size"], info.labels["num_gpu_blocks"]) == ("8", "72")
 
 
-def test_a_calibrated_server_can_estimate(tmp_path: Path) -> None:
+def test_a_calibrated_server_can_estimate_and_the_next_start_takes_its_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SORTSERVE_CACHE_DIR", str(tmp_path / "cache"))
     checkpoint = make_tiny_checkpoint(tmp_path, "llama-tied", exits=(2, 6))
 
-    serving = build(load_settings({"model": str(checkpoint), "max_model_len": 64}))
+    settings = load_settings({"model": str(checkpoint), "max_model_len": 64, "max_num_seqs": 4})
+    for start in ("first", "second"):
+        serving = build(settings)
+        serving.worker.start(serving.prepare)
+        estimate = serving.worker.estimate(2, 8, 8)
+        serving.worker.stop()
 
-    serving.worker.start(serving.prepare)
-
-    estimate = serving.worker.estimate(2, 8, 8)
-    serving.worker.stop()
-    assert estimate is not None
-    assert estimate.e2e_s > 0
+        assert estimate is not None, start
+        assert estimate.e2e_s > 0
+        assert len(list((tmp_path / "cache" / "calibration").iterdir())) == 1
 
 
 def test_a_context_longer_than_the_checkpoints_is_refused(tmp_path: Path) -> None:

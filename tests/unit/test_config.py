@@ -50,7 +50,7 @@ def test_nothing_given_means_the_defaults() -> None:
     settings = load_settings()
 
     assert settings.model == "sorted-smollm2-135m"
-    assert (settings.host, settings.port, settings.policy) == ("127.0.0.1", 8000, "fair")
+    assert (settings.host, settings.port, settings.policy) == ("127.0.0.1", 8000, "deadline")
     assert settings.max_body_size == 4 * 2**20
 
 
@@ -106,7 +106,7 @@ def test_null_in_the_file_and_an_empty_variable_count_as_unset(
 
     settings = load_settings({"config": str(write(tmp_path, "port:\n"))})
 
-    assert (settings.port, settings.policy) == (8000, "fair")
+    assert (settings.port, settings.policy) == (8000, "deadline")
 
 
 # Values
@@ -214,7 +214,7 @@ def test_a_wrong_flag_is_named_with_its_value_and_what_is_allowed() -> None:
         "--port: '99999' is not allowed: it should be less than or equal to 65535."
     )
     assert message_of(parse("--policy", "edf")) == (
-        "--policy: 'edf' is not allowed: it should be 'fair' or 'lockstep'."
+        "--policy: 'edf' is not allowed: it should be 'deadline', 'fair' or 'lockstep'."
     )
 
 

@@ -1,4 +1,4 @@
-"""Predicted times, and the exit chosen from them."""
+"""The time of a step: fitted to measurements, and kept true while it is used."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import random
 
 import pytest
 
-from sortserve.budget import Budget, OnMiss
-from sortserve.errors import BudgetUnattainableError
-from sortserve.outputs import Estimate
-from sortserve.scheduling.admission import choose_exit
-from sortserve.scheduling.cost_model import CostModel, Load, RowShape, StepShape
+from sortserve.scheduling.cost_learner import SAFETY_BOUNDS, CostLearner
+from sortserve.scheduling.cost_model import CostModel, RowShape, StepShape
 
 
 def true_seconds(shape: StepShape) -> float:
@@ -35,9 +32,8 @@ def shapes(seed: int, count: int) -> list[StepShape]:
     return result
 
 
-def make_model(policy: str = "fair") -> CostModel:
-    samples = [(shape, true_seconds(shape)) for shape in shapes(1, 80)]
-    return CostModel.fit(samples, policy=policy, max_num_batched_tokens=512)
+def make_model() -> CostModel:
+    return CostModel.fit([(shape, true_seconds(shape)) for shape in shapes(1, 80)])
 
 
 def test_a_fit_predicts_steps_that_it_has_not_seen() -> None:
@@ -51,71 +47,77 @@ def test_no_coefficient_is_negative_however_noisy_the_measurements() -> None:
     rng = random.Random(3)
     noisy = [(s, true_seconds(s) * rng.uniform(0.5, 2.0)) for s in shapes(4, 30)]
 
-    model = CostModel.fit(noisy, policy="fair", max_num_batched_tokens=512)
+    model = CostModel.fit(noisy)
 
     assert min(model.small + model.large) >= 0
 
 
-def test_a_shallower_exit_is_predicted_faster_and_a_loaded_engine_slower() -> None:
+def test_the_prediction_of_a_prompt_is_that_of_its_chunks() -> None:
     model = make_model()
-    idle, busy = Load({}), Load({30: 16}, num_waiting_tokens=1000)
 
-    def e2e(exit_layer: int, load: Load) -> float:
-        return model.estimate(exit_layer, num_prompt_tokens=100, max_tokens=50, load=load).e2e_s
+    chunks = [RowShape(15, 100, done, samples=done == 300) for done in (100, 200, 300)]
+    steps = sum(model.step_s(StepShape.of([chunk])) for chunk in chunks)
 
-    assert e2e(9, idle) < e2e(15, idle) < e2e(30, idle)
-    assert e2e(9, busy) > e2e(9, idle)
-    assert e2e(30, busy) > e2e(30, idle)
+    assert model.prefill_s(15, 300, chunk=100) == pytest.approx(steps, rel=0.01)
+    assert model.prefill_s(15, 0) == 0.0
 
 
-def test_in_lockstep_a_shallow_exit_beside_deep_rows_gains_no_tpot() -> None:
-    load = Load({30: 8})
-
-    def tpot(policy: str) -> float:
-        model = make_model(policy)
-        return model.estimate(9, num_prompt_tokens=10, max_tokens=10, load=load).tpot_s
-
-    assert tpot("fair") < 0.7 * tpot("lockstep")
+# ---- refit ----
 
 
-def predict(exit_layer: int) -> Estimate:
-    return Estimate(ttft_s=0.01 * exit_layer, tpot_s=0.001 * exit_layer, e2e_s=0.02 * exit_layer)
+def learner() -> CostLearner:
+    return CostLearner([(shape, true_seconds(shape)) for shape in shapes(1, 80)])
 
 
-@pytest.mark.parametrize(
-    ("budget", "chosen"),
-    [
-        (Budget(), 30),
-        (Budget(latency_ms=1000), 30),
-        (Budget(latency_ms=599), 15),
-        (Budget(ttft_ms=100), 9),
-        (Budget(tpot_ms=16, ttft_ms=5000), 15),
-    ],
-)
-def test_the_deepest_exit_that_fits_is_chosen(budget: Budget, chosen: int) -> None:
-    assert choose_exit(budget, (9, 15, 30), predict).exit_layer == chosen
+def errors_of(model: CostModel, speed: float, seed: int) -> list[float]:
+    tests = shapes(seed, 60)
+    return sorted(abs(model.step_s(s) / (speed * true_seconds(s)) - 1) for s in tests)
 
 
-def test_when_nothing_fits_degrade_serves_the_shallowest_and_says_so() -> None:
-    choice = choose_exit(Budget(latency_ms=1), (9, 15, 30), predict)
+def test_a_machine_that_slows_down_is_followed() -> None:
+    learned = learner()
 
-    assert choice.exit_layer == 9
-    assert not choice.fits
+    for shape in shapes(5, 300):
+        learned.observe(shape, 1.7 * true_seconds(shape))
 
-
-def test_when_nothing_fits_reject_answers_with_a_time_to_come_back() -> None:
-    budget = Budget(latency_ms=1, on_miss=OnMiss.REJECT)
-
-    with pytest.raises(BudgetUnattainableError, match="exit 9, needs 180 ms") as error:
-        choose_exit(budget, (9, 15, 30), predict)
-
-    assert error.value.param == "budget.latency_ms"
-    assert error.value.retry_after_s is not None
-    assert error.value.retry_after_s >= 1
+    assert errors_of(learned.model, 1.7, seed=6)[30] < 0.05
 
 
-def test_without_calibration_the_deepest_exit_is_taken_on_trust() -> None:
-    choice = choose_exit(Budget(latency_ms=1), (9, 30), lambda exit_layer: None)
+def test_one_kind_of_step_for_minutes_does_not_unlearn_the_others() -> None:
+    learned = learner()
+    steady = StepShape.of([RowShape(30, 1, 300, samples=True)] * 8)
 
-    assert choice.exit_layer == 30
-    assert choice.estimate is None
+    for _ in range(2000):
+        learned.observe(steady, 1.5 * true_seconds(steady))
+
+    errors = errors_of(learned.model, 1.5, seed=7)
+    assert learned.model.step_s(steady) == pytest.approx(1.5 * true_seconds(steady), rel=0.02)
+    small = StepShape.of([RowShape(9, 1, 300, samples=True)])
+    assert learned.model.step_s(small) == pytest.approx(1.5 * true_seconds(small), rel=0.1)
+    assert errors[30] < 0.6  # the large regime has seen nothing, and keeps the calibration
+
+
+def test_noise_shows_in_the_safety_factor_and_a_suspended_process_does_not_ruin_the_fit() -> None:
+    learned, rng = learner(), random.Random(8)
+    calm = learner()
+
+    for shape in shapes(9, 400):
+        learned.observe(shape, true_seconds(shape) * rng.lognormvariate(0.0, 0.25))
+        calm.observe(shape, true_seconds(shape))
+    learned.observe(shapes(10, 1)[0], 3600.0)
+
+    low, high = SAFETY_BOUNDS
+    assert calm.model.safety == low
+    assert 1.2 < learned.model.safety < high
+    assert errors_of(learned.model, 1.0, seed=11)[30] < 0.1
+
+
+def test_a_step_without_time_or_tokens_teaches_nothing() -> None:
+    learned = learner()
+    before = learned.model
+
+    for _ in range(20):
+        learned.observe(shapes(12, 1)[0], 0.0)
+        learned.observe(StepShape.of([]), 1.0)
+
+    assert learned.model is before

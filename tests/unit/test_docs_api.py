@@ -131,7 +131,7 @@ def example_service() -> Iterator[HttpService]:
     clock = FakeClock()
     service = make_service(rule=spelling(clock), engine_options={"clock": clock})
     line = (0.0, 1e-3, 0.0, 0.0, 0.0)
-    service.engine.cost_model = CostModel(line, line, policy="fair", max_num_batched_tokens=512)
+    service.engine.cost_model = CostModel(line, line)
     try:
         yield service
     finally:

@@ -76,6 +76,7 @@ def test_a_step_is_counted_by_exit(metrics: Metrics) -> None:
     metrics.on_step(STEP, EngineStats())
 
     assert read(metrics, "generation_tokens_total", exit_layer="9") == 3
+    assert read(metrics, "prediction_error_ratio_count", kind="step") == 1
     assert read(metrics, "generation_tokens_total", exit_layer="30") == 1
     assert read(metrics, "batch_rows_sum", exit_layer="9") == 3
     assert read(metrics, "time_to_first_token_seconds_count", exit_layer="30") == 1

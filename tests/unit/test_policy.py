@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,6 @@ from hypothesis import strategies as st
 from sortserve.errors import ConfigError
 from sortserve.scheduling.policy import (
     DepthClass,
-    Policy,
     fair,
     get_policy,
     lockstep,
@@ -19,7 +19,9 @@ from sortserve.scheduling.policy import (
 )
 
 
-def play(policy: Policy, costs: dict[int, float], num_steps: int) -> tuple[list[int], Counter[int]]:
+def play(
+    policy: Callable[[Sequence[DepthClass]], int], costs: dict[int, float], num_steps: int
+) -> tuple[list[int], Counter[int]]:
     """Caps chosen over some steps while every class stays busy, and steps each took part in."""
     service = dict.fromkeys(costs, 0.0)
     caps: list[int] = []
@@ -80,5 +82,5 @@ def test_predicted_rates_of_lockstep_are_the_deepest_ones() -> None:
 
 
 def test_an_unknown_policy_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"fastest.*choose one of fair, lockstep"):
+    with pytest.raises(ConfigError, match=r"fastest.*choose one of deadline, fair, lockstep"):
         get_policy("fastest")

@@ -14,7 +14,7 @@ from sortserve.budget import Budget
 from sortserve.engine.worker import EngineWorker
 from sortserve.errors import EngineError, InvalidRequestError, OverloadedError, UnavailableError
 from sortserve.outputs import RequestOutput
-from sortserve.scheduling.cost_model import CostModel, RowShape, StepShape
+from sortserve.scheduling.cost_model import CostModel
 from sortserve.scheduling.plan import StepPlan
 from support.scripted import ScriptedRunner, make_engine, make_request
 
@@ -182,8 +182,8 @@ async def test_outputs_that_are_here_already_can_be_taken_without_waiting(
 
 async def test_a_budget_without_a_limit_is_planned_for_the_expected_tokens() -> None:
     engine = make_engine(exits=(2, 6))
-    shape = StepShape.of([RowShape(6, 1, 1, samples=True)])
-    engine.cost_model = CostModel.fit([(shape, 0.006)], policy="fair", max_num_batched_tokens=64)
+    line = (0.0, 1e-3, 0.0, 0.0, 0.0)  # a millisecond a layer
+    engine.cost_model = CostModel(line, line)
     worker = EngineWorker(engine)
     worker.start()
     budget = Budget(latency_ms=500)

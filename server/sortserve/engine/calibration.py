@@ -15,7 +15,7 @@ from sortserve.sampling_params import SamplingParams, SamplingRow
 from sortserve.scheduling.cost_model import CostModel, StepShape
 from sortserve.scheduling.plan import RowPlan, StepPlan
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "spot_check"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,21 +30,20 @@ def calibrate(
     *,
     exits: Sequence[int],
     vocab_size: int,
-    policy: str,
     max_model_len: int,
     max_num_batched_tokens: int,
     max_num_seqs: int,
     clock: Callable[[], float],
     budget_s: float = 8.0,
-) -> CostModel:
-    """Time synthetic steps on the empty KV pool and fit the cost model.
+) -> list[tuple[StepShape, float]]:
+    """Time synthetic steps on the empty KV pool; the samples to fit a cost model to.
 
     Runs the shallowest, a middle and the deepest exit over batches of 1 to 32 decode rows and
     prompts of 64 to 512 tokens, at two context lengths, as far as ``budget_s`` seconds go. The
     pages written are free ones: call it before the first request, and on the engine's thread, whose
     thread pool and memory it warms up.
     """
-    chosen = sorted({exits[0], exits[len(exits) // 2], exits[-1]}, reverse=True)
+    chosen = _three_of(exits)
     plans = _Plans(runner, vocab_size, min(max_model_len, 4096))
     start = clock()
     runner.execute(plans.prefill(chosen[0], min(64, max_num_batched_tokens)))  # warm-up
@@ -53,13 +52,8 @@ def calibrate(
         if clock() - start > budget_s and len(samples) >= 8:
             logger.info("calibration stopped after %d shapes: %.1f s", len(samples), budget_s)
             break
-        seconds = []
-        for _ in range(REPEATS):
-            before = clock()
-            runner.execute(plan)
-            seconds.append(clock() - before)
-        samples.append((step_shape(plan), max(statistics.median(seconds), 1e-6)))
-    model = CostModel.fit(samples, policy=policy, max_num_batched_tokens=max_num_batched_tokens)
+        samples.append((step_shape(plan), _time_of(runner, plan, clock)))
+    model = CostModel.fit(samples)
     errors = sorted(abs(model.step_s(shape) / seconds - 1) for shape, seconds in samples)
     logger.info(
         "cost model: %d shapes in %.1f s, median error %.1f %%, 95th percentile %.1f %%",
@@ -68,7 +62,47 @@ def calibrate(
         100 * statistics.median(errors),
         100 * errors[int(0.95 * (len(errors) - 1))],
     )
-    return model
+    return samples
+
+
+def spot_check(
+    runner: Runner,
+    model: CostModel,
+    *,
+    exits: Sequence[int],
+    vocab_size: int,
+    max_model_len: int,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    clock: Callable[[], float],
+) -> float:
+    """How much slower the machine is than a model says: the median ratio over a few steps.
+
+    Takes less than a second, and warms up what the first request needs warm.
+    """
+    plans = _Plans(runner, vocab_size, min(max_model_len, 4096))
+    chosen = [plan for e in (exits[-1], exits[0]) for plan in plans.few(e, max_num_seqs)]
+    chosen += [plans.prefill(exits[-1], min(128, max_num_batched_tokens, max_model_len // 2))]
+    runner.execute(chosen[-1])
+    ratios = [
+        _time_of(runner, plan, clock) / max(model.step_s(step_shape(plan)), 1e-9) for plan in chosen
+    ]
+    return statistics.median(ratios)
+
+
+def _three_of(exits: Sequence[int]) -> list[int]:
+    """The shallowest, a middle and the deepest exit, deepest first."""
+    return sorted({exits[0], exits[len(exits) // 2], exits[-1]}, reverse=True)
+
+
+def _time_of(runner: Runner, plan: StepPlan, clock: Callable[[], float]) -> float:
+    """The median seconds of a step."""
+    seconds = []
+    for _ in range(REPEATS):
+        before = clock()
+        runner.execute(plan)
+        seconds.append(clock() - before)
+    return max(statistics.median(seconds), 1e-6)
 
 
 class _Plans:
@@ -91,6 +125,12 @@ class _Plans:
             for exit_layer in exits:
                 if num_tokens <= max_tokens and self._fits(exit_layer, 1, num_tokens):
                     yield self.prefill(exit_layer, num_tokens)
+
+    def few(self, exit_layer: int, max_seqs: int) -> Iterator[StepPlan]:
+        """A small and a larger decode step."""
+        for num_rows in (1, 16):
+            if num_rows <= max_seqs and self._fits(exit_layer, num_rows, CONTEXTS[0]):
+                yield self._decode(exit_layer, num_rows, CONTEXTS[0])
 
     def _fits(self, exit_layer: int, num_rows: int, context: int) -> bool:
         pages = num_rows * self._num_pages(exit_layer, context)

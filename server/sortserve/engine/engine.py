@@ -27,8 +27,11 @@ from sortserve.outputs import (
 )
 from sortserve.sampling_params import SampledToken
 from sortserve.scheduling.admission import ExitChoice
+from sortserve.scheduling.cost_learner import CostLearner
 from sortserve.scheduling.cost_model import CostModel
+from sortserve.scheduling.demand import Demand
 from sortserve.scheduling.kv_cache import KVCacheManager
+from sortserve.scheduling.lengths import LengthEstimator, expected_tokens
 from sortserve.scheduling.plan import StepPlan
 from sortserve.scheduling.policy import get_policy
 from sortserve.scheduling.scheduler import Scheduler
@@ -68,7 +71,9 @@ class EngineConfig:
     """Most tokens of prompt and output together."""
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 1024
-    policy: str = "fair"
+    policy: str = "deadline"
+    overload_delay_s: float = 2.0
+    """Predicted wait beyond which requests without a budget start shallower; 0: never."""
     enable_prefix_caching: bool = True
     seed: int | None = None
     """Of the generator that draws seeds for requests without one."""
@@ -111,7 +116,9 @@ class Engine:
         self.config = config
         self.clock = clock
         self.observer = observer
-        self.cost_model: CostModel | None = None
+        self.learner: CostLearner | None = None
+        """Owns the cost model where it is learned from the steps."""
+        self.lengths = LengthEstimator()
         self._runner = runner
         self._eos_token_ids = eos_token_ids
         self._make_text = make_text
@@ -125,14 +132,31 @@ class Engine:
         self.scheduler = Scheduler(
             self.kv_cache,
             policy=get_policy(config.policy),
+            exits=exits.layers,
             cost_of={info.exit_layer: info.compute for info in exits.exits}.__getitem__,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            expect=lambda s: expected_tokens(s.request, s.num_output_tokens, self.lengths),
         )
         self._live: dict[str, _Live] = {}
         # Sequences whose budget may end them while they wait or run.
         self._timed: dict[str, Sequence] = {}
-        self._exit_changes: list[tuple[int, int, str]] = []
+        # When the last step ended, if it left work: the next one's time counts from there.
+        self._busy_since_s: float | None = None
+
+    @property
+    def cost_model(self) -> CostModel | None:
+        """What steps cost; None: nobody knows, and every budget counts as possible."""
+        return self.scheduler.cost_model
+
+    @cost_model.setter
+    def cost_model(self, model: CostModel | None) -> None:
+        self.scheduler.cost_model = model
+
+    def learn_from(self, learner: CostLearner) -> None:
+        """Use a learner's cost model, and let it learn from every step."""
+        self.learner = learner
+        self.cost_model = learner.model
 
     # ---- the main loop's body ----
 
@@ -213,6 +237,8 @@ class Engine:
             seed=seed + request.sample_index,
             stop_token_ids=eos | frozenset(sampling.stop_token_ids),
             estimate=choice.estimate,
+            floor_layer=choice.floor_layer,
+            promise=choice.promise,
         )
         live = _Live(sequence, self._make_text(request), choice.fits)
         self._live[request.request_id] = live
@@ -232,8 +258,7 @@ class Engine:
         sequence = self._live[request_id].sequence
         assert exit_layer in self.exits.layers
         assert exit_layer < sequence.exit_layer
-        self._exit_changes.append((sequence.exit_layer, exit_layer, reason))
-        self.scheduler.go_shallower(sequence, exit_layer)
+        self.scheduler.go_shallower(sequence, exit_layer, reason)
 
     # ---- parts of a step ----
 
@@ -269,6 +294,8 @@ class Engine:
         sequences = {row.request_id: self._live[row.request_id].sequence for row in plan.rows}
         previous = {id_: s.last_token_s for id_, s in sequences.items()}
         self.scheduler.commit(plan, sequences)
+        predicted_s = self._predict(plan)
+        self._learn(plan, started if self._busy_since_s is None else self._busy_since_s, now)
         tokens = iter(sampled)
         outputs = [
             self._accept(self._live[row.request_id], next(tokens), now)
@@ -283,13 +310,20 @@ class Engine:
                 previous_token_s=previous,
                 started_s=started,
                 now=now,
-                predicted_s=self._predict(plan),
+                predicted_s=predicted_s,
                 num_preemptions=self.scheduler.num_preemptions - num_preemptions,
-                exit_changes=tuple(self._exit_changes),
+                exit_changes=tuple(self.scheduler.exit_changes),
             )
             self.observer.on_step(record, self.stats())
-        self._exit_changes.clear()
+        self.scheduler.exit_changes.clear()
+        self._busy_since_s = now if self.has_work else None
         return outputs
+
+    def _learn(self, plan: StepPlan, begun_s: float, now: float) -> None:
+        """Refit the cost model; between two steps of a busy engine no time is lost from sight."""
+        if self.learner is not None:
+            self.learner.observe(step_shape(plan), now - begun_s)
+            self.cost_model = self.learner.model
 
     def _accept(self, live: _Live, token: SampledToken, now: float) -> RequestOutput:
         """Add one token to its request and see whether it ends there."""
@@ -341,6 +375,8 @@ class Engine:
     ) -> RequestOutput:
         sequence = live.sequence
         self.scheduler.finish(sequence)
+        if reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.DEADLINE):
+            self.lengths.observe(sequence.num_output_tokens, cut=reason is not FinishReason.STOP)
         del self._live[sequence.request_id]
         self._timed.pop(sequence.request_id, None)
         report = make_report(sequence, reason, exits=self.exits, now=now, promised=live.promised)
@@ -387,6 +423,14 @@ class Engine:
             kv_pages_cached=self.kv_cache.pool.num_kept,
             kv_pages_total=self.kv_cache.pool.num_pages,
         )
+
+    def demands(self) -> tuple[Demand, ...]:
+        """What every live request still needs; nothing without a cost model."""
+        return tuple(self.scheduler.demands(self.clock()))
+
+    def expect(self, request: GenerationRequest) -> int:
+        """The output tokens to plan a newcomer for."""
+        return expected_tokens(request, 0, self.lengths)
 
     def _predict(self, plan: StepPlan) -> float | None:
         return None if self.cost_model is None else self.cost_model.step_s(step_shape(plan))

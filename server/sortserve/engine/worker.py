@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sortserve.budget import ExitTable
+from sortserve.engine.desk import AdmissionDesk
 from sortserve.engine.engine import Engine
 from sortserve.engine.queue_limits import QueueLimits, Reservation
 from sortserve.errors import BudgetUnattainableError, EngineError, OverloadedError, UnavailableError
 from sortserve.outputs import EngineStats, Estimate, GenerationRequest, RequestOutput
-from sortserve.scheduling.admission import ExitChoice, choose_exit
-from sortserve.scheduling.cost_model import Load
+from sortserve.scheduling.admission import ExitChoice
 
 __all__ = ["EngineWorker", "RequestStream"]
 
@@ -114,9 +114,15 @@ class EngineWorker:
         self._state: State = "loading"
         self._inbox: queue.SimpleQueue[_Submission | _Abort | None] = queue.SimpleQueue()
         self._stats = engine.stats()
-        # Prompt tokens that have entered and left the inbox: each is written by one thread.
-        self._submitted_tokens = 0
-        self._taken_tokens = 0
+        self._desk = AdmissionDesk(
+            exits=engine.exits,
+            policy=engine.config.policy,
+            max_num_batched_tokens=engine.config.max_num_batched_tokens,
+            overload_delay_s=engine.config.overload_delay_s,
+            clock=engine.clock,
+            expect=engine.expect,
+            get_model=lambda: engine.cost_model,
+        )
         # Requests that have come and gone, likewise.
         self._num_submitted = 0
         self._num_ended = 0
@@ -206,13 +212,8 @@ class EngineWorker:
         self._require_accepting()
         allowed = self._engine.validate(request)
         num_prompt = len(request.prompt_token_ids)
-        num_expected = request.expected_tokens or request.sampling.max_tokens
-
-        def predict(exit_layer: int) -> Estimate | None:
-            return self.estimate(exit_layer, num_prompt, num_expected)
-
         try:
-            choice = choose_exit(request.budget, allowed, predict)
+            choice = self._desk.choose(request, allowed)
         except BudgetUnattainableError:
             self._rejected("budget_unattainable", request)
             raise
@@ -220,27 +221,14 @@ class EngineWorker:
             reservation = self.reserve(1, num_prompt)
         place = reservation.take_one(num_prompt)
         stream = RequestStream(request.request_id, self._request_abort)
-        self._submitted_tokens += num_prompt
         self._num_submitted += 1
+        self._desk.enter(request, choice)
         self._inbox.put(_Submission(request, choice, stream, place))
         return stream
 
     def estimate(self, exit_layer: int, num_prompt_tokens: int, max_tokens: int) -> Estimate | None:
         """Predicted times of a newcomer at an exit now; None before calibration."""
-        model = self._engine.cost_model
-        if model is None:
-            return None
-        stats = self._stats
-        load = Load(
-            running_by_exit=stats.running_by_exit,
-            mean_context=stats.mean_context,
-            num_waiting_tokens=(
-                stats.num_pending_tokens + self._submitted_tokens - self._taken_tokens
-            ),
-        )
-        return model.estimate(
-            exit_layer, num_prompt_tokens=num_prompt_tokens, max_tokens=max_tokens, load=load
-        )
+        return self._desk.estimate(exit_layer, num_prompt_tokens, max_tokens)
 
     def stats(self) -> EngineStats:
         """The engine's state after its last step."""
@@ -261,10 +249,7 @@ class EngineWorker:
 
     def _drain_s(self) -> float:
         """Predicted seconds until the queue has moved on; at least one."""
-        model = self._engine.cost_model
-        if model is None:
-            return 1.0
-        return max(1.0, model.prefill_s(self.exits.full, self._stats.num_pending_tokens))
+        return max(1.0, self._desk.queue_delay_s())
 
     def _request_abort(self, request_id: str) -> None:
         self._inbox.put(_Abort(request_id))
@@ -311,7 +296,7 @@ class EngineWorker:
         self._reservations[request_id] = submission.reservation
 
     def _drain_inbox(self, *, wait: bool) -> None:
-        num_tokens = 0
+        taken: list[str] = []
         while True:
             try:
                 message = self._inbox.get(timeout=IDLE_POLL_S) if wait else self._inbox.get_nowait()
@@ -321,21 +306,27 @@ class EngineWorker:
             if isinstance(message, _Submission):
                 self._register(message)
                 self._engine.add_request(message.request, message.choice)
-                num_tokens += len(message.request.prompt_token_ids)
+                taken.append(message.request.request_id)
             elif isinstance(message, _Abort):
                 output = self._engine.abort(message.request_id)
                 if output is not None:
                     self._publish([output])
-        if num_tokens:  # they count as the engine's from here on
-            self._stats = self._engine.stats()
-            self._taken_tokens += num_tokens
+        if taken:  # they count as the engine's from here on
+            self._see()
+            for request_id in taken:
+                self._desk.taken(request_id)
+
+    def _see(self) -> None:
+        """Make the engine's present state visible to the event loop."""
+        self._stats = self._engine.stats()
+        self._desk.see(self._engine.demands())
 
     def _publish(self, outputs: list[RequestOutput]) -> None:
         """Hand outputs to their streams, with one wake-up per event loop.
 
         The new state is visible first: who sees a request end also sees its pages free.
         """
-        self._stats = self._engine.stats()
+        self._see()
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, RequestOutput]]] = {}
         for output in outputs:
             stream = self._streams[output.request_id]

@@ -10,17 +10,25 @@ arithmetic, so two lines are fitted, split at ``REGIME_TOKENS`` (Niyama splits a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sortserve.outputs import Estimate
-from sortserve.scheduling.policy import mean_step_rates
-
-__all__ = ["REGIME_TOKENS", "CostModel", "Load", "RowShape", "StepShape"]
+__all__ = [
+    "REGIME_TOKENS",
+    "CostModel",
+    "Line",
+    "RowShape",
+    "StepShape",
+    "solve_non_negative",
+]
 
 REGIME_TOKENS = 48
+
+Line = tuple[float, float, float, float, float]
+"""Seconds per step, layer, layer-token, layer-KV-token and sampled row."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class StepShape:
         )
 
     @property
-    def features(self) -> tuple[float, ...]:
+    def features(self) -> tuple[float, float, float, float, float]:
         """What the coefficients multiply."""
         return (
             1.0,
@@ -72,104 +80,70 @@ class StepShape:
 
 
 @dataclass(frozen=True)
-class Load:
-    """What the engine has promised already."""
-
-    running_by_exit: Mapping[int, int]
-    mean_context: float = 256.0
-    num_waiting_tokens: int = 0
-    """Prompt tokens queued before a newcomer."""
-
-
-@dataclass(frozen=True)
 class CostModel:
-    """Coefficients (seconds per unit of each feature) for small and for large steps."""
+    """Coefficients for small and for large steps: one frozen answer, safe to read anywhere."""
 
-    small: tuple[float, ...]
-    large: tuple[float, ...]
-    policy: str
-    max_num_batched_tokens: int
+    small: Line
+    large: Line
     safety: float = 1.2
-    """Factor on every promised time; Niyama's, until residuals are tracked."""
+    """Factor on every promised time: a high quantile of actual over predicted once steps have been
+    seen, Niyama's 1.2 before."""
 
     @classmethod
-    def fit(
-        cls,
-        samples: Sequence[tuple[StepShape, float]],
-        *,
-        policy: str,
-        max_num_batched_tokens: int,
-    ) -> CostModel:
+    def fit(cls, samples: Sequence[tuple[StepShape, float]]) -> CostModel:
         """Least relative squares over measured (shape, seconds), no coefficient negative."""
         assert samples, "nothing was measured"
         small = [s for s in samples if s[0].num_tokens <= REGIME_TOKENS] or list(samples)
         large = [s for s in samples if s[0].num_tokens > REGIME_TOKENS] or list(samples)
-        return cls(
-            small=_fit_line(small),
-            large=_fit_line(large),
-            policy=policy,
-            max_num_batched_tokens=max_num_batched_tokens,
-        )
+        return cls(small=_fit_line(small), large=_fit_line(large))
+
+    def line(self, num_tokens: int) -> Line:
+        """The coefficients for steps of so many tokens."""
+        return self.small if num_tokens <= REGIME_TOKENS else self.large
 
     def step_s(self, shape: StepShape) -> float:
         """Predicted seconds of one step."""
-        line = self.small if shape.num_tokens <= REGIME_TOKENS else self.large
-        return float(sum(c * f for c, f in zip(line, shape.features, strict=True)))
+        c0, a, b, d, h = self.line(shape.num_tokens)
+        return (
+            c0
+            + a * shape.num_layers
+            + b * shape.layer_tokens
+            + d * shape.layer_kv_tokens
+            + h * shape.num_sampled
+        )
 
-    def prefill_s(self, exit_layer: int, num_tokens: int) -> float:
-        """Predicted seconds of a prompt alone, in chunks of the token budget."""
-        total, done = 0.0, 0
-        while done < num_tokens:
-            chunk = min(num_tokens - done, self.max_num_batched_tokens)
-            done += chunk
-            row = RowShape(exit_layer, chunk, done, samples=done == num_tokens)
-            total += self.step_s(StepShape.of([row]))
-        return total
-
-    def estimate(
-        self, exit_layer: int, *, num_prompt_tokens: int, max_tokens: int, load: Load
-    ) -> Estimate:
-        """Predicted times of a newcomer at one exit, given what runs and waits now."""
-        context = num_prompt_tokens + max_tokens // 2
-        counts = dict(load.running_by_exit)
-        counts[exit_layer] = counts.get(exit_layer, 0) + 1
-        costs = {e: self._decode_s(e, counts, load, exit_layer, context) for e in counts}
-        tpot = 1.0 / mean_step_rates(self.policy, costs)[exit_layer]
-        # A newcomer waits for half a step, then for the prompts before it; its own prompt shares
-        # the steps with the decoding rows.
-        wait = max(costs.values()) / 2 if load.running_by_exit else 0.0
-        deepest = max(costs)
-        queue = self.prefill_s(deepest, load.num_waiting_tokens) if load.num_waiting_tokens else 0.0
-        shared = tpot if load.running_by_exit else 0.0
-        ttft = wait + queue + shared + self.prefill_s(exit_layer, num_prompt_tokens)
-        ttft, tpot = ttft * self.safety, tpot * self.safety
-        return Estimate(ttft_s=ttft, tpot_s=tpot, e2e_s=ttft + (max_tokens - 1) * tpot)
-
-    def _decode_s(
-        self, cap: int, counts: Mapping[int, int], load: Load, exit_layer: int, context: int
+    def prefill_s(
+        self, exit_layer: int, num_tokens: int, *, start: int = 0, chunk: int = 1024
     ) -> float:
-        rows = []
-        for e, count in counts.items():
-            if e <= cap:
-                mean = round(load.mean_context)
-                rows += [RowShape(e, 1, mean, samples=True)] * (count - (e == exit_layer))
-        if exit_layer <= cap:
-            rows.append(RowShape(exit_layer, 1, context, samples=True))
-        return self.step_s(StepShape.of(rows))
+        """Predicted seconds of a prompt alone, in chunks, after ``start`` tokens in the cache."""
+        if num_tokens <= 0:
+            return 0.0
+        c0, a, b, d, h = self.line(min(num_tokens, chunk))
+        num_steps = -(-num_tokens // chunk)
+        kv_tokens = num_tokens * (start + num_tokens / 2)
+        return num_steps * (c0 + a * exit_layer) + exit_layer * (b * num_tokens + d * kv_tokens) + h
 
 
-def _fit_line(samples: Sequence[tuple[StepShape, float]]) -> tuple[float, ...]:
-    """Non-negative least squares on relative errors, by dropping the most negative column."""
+def _fit_line(samples: Sequence[tuple[StepShape, float]]) -> Line:
+    """Relative errors count: a millisecond is much of a small step and little of a large one."""
     times = np.array([seconds for _, seconds in samples])
     features = np.array([shape.features for shape, _ in samples])
-    scale = np.maximum(features.max(axis=0), 1e-12)
-    weighted = features / scale / times[:, None]
-    active = list(range(features.shape[1]))
-    while True:
-        solution, *_ = np.linalg.lstsq(weighted[:, active], np.ones(len(times)), rcond=None)
-        if len(active) == 1 or solution.min() >= 0:
+    weighted = features / times[:, None]
+    return solve_non_negative(weighted.T @ weighted, weighted.sum(axis=0))
+
+
+def solve_non_negative(matrix: NDArray[np.float64], vector: NDArray[np.float64]) -> Line:
+    """Minimise x'Ax / 2 - b'x over x >= 0, by dropping the most negative unknown until none is."""
+    scale = np.sqrt(np.maximum(np.diag(matrix), 1e-300))
+    scaled, target = matrix / np.outer(scale, scale), vector / scale
+    active = [i for i in range(len(vector)) if matrix[i, i] > 0]
+    solution = np.zeros(0)
+    while active:
+        solution, *_ = np.linalg.lstsq(scaled[np.ix_(active, active)], target[active], rcond=1e-9)
+        if solution.min() >= 0:
             break
         active.pop(int(solution.argmin()))
-    line = np.zeros(features.shape[1])
-    line[active] = np.maximum(solution, 0.0)
-    return tuple(float(c) for c in line / scale)
+    unknowns = np.zeros(len(vector))
+    unknowns[active] = solution[: len(active)] if active else 0.0
+    c0, a, b, d, h = (float(value) for value in unknowns / scale)
+    return c0, a, b, d, h

@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 
+from sortserve.scheduling.cost_model import CostModel
+from sortserve.scheduling.demand import SOFT_GAP_S, Demand, StepCosts, demand_of
 from sortserve.scheduling.kv_cache import KVCacheManager
 from sortserve.scheduling.plan import RowPlan, StepPlan
-from sortserve.scheduling.policy import DepthClass, Policy
+from sortserve.scheduling.policy import (
+    DepthClass,
+    Policy,
+    Situation,
+    StepChoice,
+    least_slack_first,
+    most_slack_last_admitted,
+)
 from sortserve.sequence import Sequence, Status
 
 __all__ = ["Scheduler"]
 
+IN_FLIGHT_PRESSURE = 1.0
+"""Requests go shallower in flight when the promises need more of the machine than this."""
+
 
 class Scheduler:
-    """Owns the two queues and decides each step from plain values.
+    """Owns the two queues; carries out what the policy decides from plain values.
 
-    * ``waiting``: first come, first served; a preempted sequence returns to the front.
-    * ``running``: in order of admission. Pages are taken away from the last admitted first, so the
-      first one always gets on: nobody starves.
+    * ``waiting``: in order of arrival; a preempted sequence returns to the front. Who enters first
+      is the policy's choice where it knows times, else first come, first served.
+    * ``running``: in order of admission. The first one's pages are never taken away, so it always
+      gets on: nobody starves.
+
+    Args:
+        kv_cache: all pages.
+        policy: what decides.
+        exits: all exit layers, ascending.
+        cost_of: relative cost of a step to an exit.
+        max_num_seqs: most sequences that run at once.
+        max_num_batched_tokens: most tokens of one step.
+        expect: the output tokens to plan for, of a sequence.
     """
 
     def __init__(
@@ -26,14 +50,21 @@ class Scheduler:
         kv_cache: KVCacheManager,
         *,
         policy: Policy,
+        exits: SequenceOf[int],
         cost_of: Callable[[int], float],
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        expect: Callable[[Sequence], int] = lambda sequence: sequence.request.sampling.max_tokens,
     ) -> None:
         assert max_num_seqs > 0
         assert max_num_batched_tokens > 0
         self.kv_cache = kv_cache
+        self.cost_model: CostModel | None = None
+        """Without one the policy knows no times: it sets a cap, and all else is first come first
+        served."""
         self._policy = policy
+        self._exits = tuple(exits)
+        self._expect = expect
         self._cost_of = cost_of
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -41,7 +72,12 @@ class Scheduler:
         self._running: list[Sequence] = []
         # Compute time each busy exit has had a part in (see policy.fair).
         self._service: dict[int, float] = {}
+        self._soft_admitted_s = -math.inf
+        # What the sequences needed when the last step was chosen; empty where no times are known.
+        self._demands: dict[str, Demand] = {}
         self.num_preemptions = 0
+        self.exit_changes: list[tuple[int, int, str]] = []
+        """(from, to, reason) since somebody took them."""
 
     # ---- views ----
 
@@ -84,9 +120,10 @@ class Scheduler:
             self._waiting.remove(sequence)
         sequence.move_to(Status.FINISHED)
 
-    def go_shallower(self, sequence: Sequence, exit_layer: int) -> None:
+    def go_shallower(self, sequence: Sequence, exit_layer: int, reason: str) -> None:
         """Continue a sequence at a shallower exit; its deep pages are free at once."""
         assert exit_layer < sequence.exit_layer
+        self.exit_changes.append((sequence.exit_layer, exit_layer, reason))
         if sequence.status is Status.RUNNING:
             self.kv_cache.go_shallower(sequence, exit_layer)
         sequence.exit_layer = exit_layer
@@ -99,14 +136,68 @@ class Scheduler:
         Args:
             now: the engine's clock, in seconds.
         """
-        self._admit()
+        costs = self._step_costs()
+        self._look(self.sequences(), costs, now)
+        if costs is not None:
+            self._lower(costs, now)
+        self._admit(costs, now)
         while self._running:
-            cap = self._choose_cap()
-            rows = self._make_room([s for s in self._running if s.exit_layer <= cap])
+            choice = self._choose(costs, now)
+            chosen = {request_id: i for i, request_id in enumerate(choice.request_ids)}
+            rows = self._make_room([s for s in self._running if s.request_id in chosen])
             if rows:
-                return self._plan(rows, cap, now)
-            # All rows up to the cap gave up their pages: others have room now.
+                rows.sort(key=lambda s: chosen[s.request_id])
+                return self._plan(rows, choice, now)
+            # All rows of the step gave up their pages: others have room now.
         return None
+
+    def demands(self, now: float) -> list[Demand]:
+        """What every live sequence still needed when the last step was chosen, or needs now."""
+        if self.cost_model is None:
+            return []
+        unseen = [s for s in self.sequences() if s.request_id not in self._demands]
+        costs = StepCosts(self.cost_model, chunk=self._max_num_batched_tokens)
+        self._look_at(unseen, costs, now)
+        return [self._demands[sequence.request_id] for sequence in self.sequences()]
+
+    def _look(self, sequences: Iterable[Sequence], costs: StepCosts | None, now: float) -> None:
+        """See afresh what the sequences need, and forget all others."""
+        self._demands = {}
+        if costs is not None:
+            self._look_at(sequences, costs, now)
+
+    def _look_at(self, sequences: Iterable[Sequence], costs: StepCosts, now: float) -> None:
+        soft_gap_s = SOFT_GAP_S * max(1, sum(s.promise is None for s in self._running))
+        for sequence in sequences:
+            self._demands[sequence.request_id] = demand_of(
+                sequence, now=now, expect=self._expect, costs=costs, soft_gap_s=soft_gap_s
+            )
+
+    def _demands_of(self, sequences: Iterable[Sequence]) -> list[Demand]:
+        return [self._demands[sequence.request_id] for sequence in sequences]
+
+    def _step_costs(self) -> StepCosts | None:
+        """What steps cost now; None if the policy does without times."""
+        if self.cost_model is None or not self._policy.uses_times:
+            return None
+        num_decoding = sum(s.num_pending_tokens == 1 for s in self._running)
+        return StepCosts(self.cost_model, num_rows=num_decoding, chunk=self._max_num_batched_tokens)
+
+    def _lower(self, costs: StepCosts, now: float) -> None:
+        """Let the policy take sequences to shallower exits, so that the promises can be kept."""
+        if self._policy.lower is None:
+            return
+        demands = list(self._demands.values())
+        lowerings = self._policy.lower(
+            demands, self._exits, costs, now=now, limit=IN_FLIGHT_PRESSURE
+        )
+        if lowerings:
+            by_id = {sequence.request_id: sequence for sequence in self.sequences()}
+            for request_id, exit_layer in lowerings:
+                sequence = by_id[request_id]
+                reason = "unpromised" if sequence.promise is None else "behind"
+                self.go_shallower(sequence, exit_layer, reason)
+                self._look_at([sequence], costs, now)
 
     def commit(self, plan: StepPlan, sequences: dict[str, Sequence]) -> None:
         """The plan has run: its tokens have KV now. Call before appending the sampled tokens."""
@@ -117,37 +208,69 @@ class Scheduler:
         for exit_layer in {row.exit_layer for row in plan.rows}:
             self._service[exit_layer] += self._cost_of(exit_layer)
 
-    def _admit(self) -> None:
-        while self._waiting and len(self._running) < self._max_num_seqs:
-            sequence = self._waiting[0]
-            # Leave every running sequence room to grow by a block, or a newcomer would be
-            # preempted as soon as it is admitted.
-            spare = sum(self.kv_cache.num_pages_needed(1, s.exit_layer) for s in self._running)
-            if not self.kv_cache.can_admit(sequence, num_spare_pages=spare):
-                break
-            self._waiting.popleft()
-            sequence.move_to(Status.RUNNING)
-            sequence.num_computed_tokens = self.kv_cache.admit(sequence)
-            if sequence.first_scheduled_s is None:
-                sequence.num_cached_tokens = sequence.num_computed_tokens
-            self._running.append(sequence)
+    def _admit(self, costs: StepCosts | None, now: float) -> None:
+        if len(self._running) < self._max_num_seqs:
+            for sequence in self._entry_order(costs, now):
+                if len(self._running) == self._max_num_seqs or not self._try_admit(sequence, now):
+                    break
+                if costs is not None:
+                    self._look_at([sequence], costs, now)
         assert self._running or not self._waiting, "the engine admits only what fits the pool alone"
 
-    def _choose_cap(self) -> int:
+    def _entry_order(self, costs: StepCosts | None, now: float) -> list[Sequence]:
+        """The waiting sequences in the order in which they should enter."""
+        if costs is None or len(self._waiting) < 2:
+            return list(self._waiting)
+        by_id = {sequence.request_id: sequence for sequence in self._waiting}
+        ordered = least_slack_first(
+            self._demands_of(self._waiting),
+            costs,
+            soft_is_due=now - self._soft_admitted_s >= SOFT_GAP_S,
+        )
+        return [by_id[demand.request_id] for demand in ordered]
+
+    def _try_admit(self, sequence: Sequence, now: float) -> bool:
+        # Leave every running sequence room to grow by a block, or a newcomer would be
+        # preempted as soon as it is admitted.
+        spare = sum(self.kv_cache.num_pages_needed(1, s.exit_layer) for s in self._running)
+        if not self.kv_cache.can_admit(sequence, num_spare_pages=spare):
+            return False
+        self._waiting.remove(sequence)
+        sequence.move_to(Status.RUNNING)
+        sequence.num_computed_tokens = self.kv_cache.admit(sequence)
+        if sequence.first_scheduled_s is None:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+        if sequence.promise is None:
+            self._soft_admitted_s = now
+        self._running.append(sequence)
+        return True
+
+    def _choose(self, costs: StepCosts | None, now: float) -> StepChoice:
+        """Ask the policy for the next step."""
+        classes = self._depth_classes()
+        if costs is not None and self._policy.step is not None:
+            demands = self._demands_of(self._running)
+            most = self._max_num_batched_tokens
+            return self._policy.step(Situation(now, demands, classes, costs, most))
+        cap = self._policy.cap(classes)
+        # The rows one token from a sample come first, then prompts in order of admission.
+        rows = [s for s in self._running if s.exit_layer <= cap]
+        ids = tuple(s.request_id for s in sorted(rows, key=lambda s: s.num_pending_tokens > 1))
+        return StepChoice(cap, ids, self._max_num_batched_tokens)
+
+    def _depth_classes(self) -> list[DepthClass]:
         counts = self.running_by_exit()
         # A class that becomes busy starts level with the least served: idleness earns no credit.
         level = min((self._service[e] for e in counts if e in self._service), default=0.0)
         self._service = {e: max(self._service.get(e, level), level) for e in counts}
-        return self._policy(
-            [
-                DepthClass(e, counts[e], self._cost_of(e), self._service[e])
-                for e in sorted(counts, reverse=True)
-            ]
-        )
+        return [
+            DepthClass(e, counts[e], self._cost_of(e), self._service[e])
+            for e in sorted(counts, reverse=True)
+        ]
 
     def _make_room(self, rows: list[Sequence]) -> list[Sequence]:
-        """Grow each row to hold its known tokens, preempting the last admitted if need be."""
-        kept = []
+        """Grow each row to hold its known tokens, preempting others if need be."""
+        kept: list[Sequence] = []
         for sequence in rows:
             if sequence.status is not Status.RUNNING:
                 continue  # preempted for a row before it
@@ -157,11 +280,21 @@ class Scheduler:
                     self.kv_cache.grow(sequence, sequence.num_tokens)
                     kept.append(sequence)
                     break
-                victim = self._running[-1]
+                victim = self._victim(sequence, kept)
                 self.preempt(victim)
                 if victim is sequence:
                     break
         return kept
+
+    def _victim(self, needy: Sequence, kept: list[Sequence]) -> Sequence:
+        """Whose pages to take: never those of the first admitted, unless it is the needy one."""
+        candidates = [s for s in self._running[1:] if s not in kept]
+        if not candidates:
+            return needy
+        if not self._demands:
+            return candidates[-1]
+        victim_id = most_slack_last_admitted(self._demands_of(candidates))
+        return next(s for s in candidates if s.request_id == victim_id)
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's pages; it recomputes them when it is admitted again."""
@@ -173,21 +306,29 @@ class Scheduler:
         self._waiting.appendleft(sequence)
         self.num_preemptions += 1
 
-    def _plan(self, rows: list[Sequence], cap: int, now: float) -> StepPlan:
-        """Share the token budget: first the rows one token from a sample, then by admission."""
-        left = self._max_num_batched_tokens
+    def _plan(self, rows: list[Sequence], choice: StepChoice, now: float) -> StepPlan:
+        """Share the token budget in the order of the rows; prompts share what they were allowed."""
+        left, left_for_prompts = self._max_num_batched_tokens, choice.num_prompt_tokens
         plans, first_scheduled = [], []
-        for sequence in sorted(rows, key=lambda s: s.num_pending_tokens > 1):
-            num_tokens = min(sequence.num_pending_tokens, left)
+        for sequence in rows:
+            pending = sequence.num_pending_tokens
+            num_tokens = min(pending, left)
+            if pending > 1:
+                num_tokens = min(num_tokens, left_for_prompts)
+                left_for_prompts -= num_tokens
             if num_tokens == 0:
-                break
+                continue
             left -= num_tokens
             plans.append(self._row(sequence, num_tokens))
+            sequence.last_scheduled_s = now
             if sequence.first_scheduled_s is None:
                 sequence.first_scheduled_s = now
                 first_scheduled.append(sequence.request_id)
+        assert plans, "a step has at least one row"
         plans.sort(key=lambda row: -row.exit_layer)
-        return StepPlan(rows=tuple(plans), depth_cap=cap, first_scheduled=tuple(first_scheduled))
+        return StepPlan(
+            rows=tuple(plans), depth_cap=choice.cap, first_scheduled=tuple(first_scheduled)
+        )
 
     def _row(self, sequence: Sequence, num_tokens: int) -> RowPlan:
         start = sequence.num_computed_tokens

@@ -1,0 +1,76 @@
+"""Calibrations kept between starts: one small file per machine, model, dtype and thread count."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
+from pathlib import Path
+
+from sortserve.scheduling.cost_model import StepShape
+
+__all__ = ["cache_path", "machine_name", "read_samples", "write_samples"]
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+MAX_SAMPLES = 10_000
+
+Samples = Sequence[tuple[StepShape, float]]
+
+
+def machine_name() -> str:
+    """The processor and how many of its cores this process may use."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    has_affinity = hasattr(os, "sched_getaffinity")
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    return f"{model} x {num_cores}"
+
+
+def cache_path(folder: Path, key: Mapping[str, object]) -> Path:
+    """The file of a key: all that step times depend on."""
+    text = json.dumps({name: str(value) for name, value in key.items()}, sort_keys=True)
+    name = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+    return folder / "calibration" / f"{name}.json"
+
+
+def read_samples(path: Path) -> list[tuple[StepShape, float]] | None:
+    """The samples of an earlier calibration; None if there is none that can be used."""
+    try:
+        document = json.loads(path.read_text())
+        if document["format_version"] != FORMAT_VERSION:
+            return None
+        rows = document["samples"][:MAX_SAMPLES]
+        samples = [(StepShape(*map(int, shape)), float(seconds)) for shape, seconds in rows]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("the calibration in %s cannot be used: %s", path, error)
+        return None
+    return samples if samples and all(seconds > 0 for _, seconds in samples) else None
+
+
+def write_samples(path: Path, samples: Samples, key: Mapping[str, object]) -> None:
+    """Keep a calibration. A folder that cannot be written costs the next start its seconds."""
+    document = {
+        "format_version": FORMAT_VERSION,
+        "key": {name: str(value) for name, value in key.items()},
+        "samples": [[astuple(shape), seconds] for shape, seconds in samples],
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(document))
+        unfinished.replace(path)
+    except OSError as error:
+        logger.warning("the calibration cannot be kept in %s: %s", path, error)

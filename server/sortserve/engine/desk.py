@@ -1,0 +1,155 @@
+"""Where requests are judged on arrival: which exit, and whether at all (no torch, no queue).
+
+The desk works on the event loop's thread, from the engine's state after its last step and from what
+it has let in since, so a refusal never waits for a step. The engine's thread replaces the state
+(``see``) and tells which requests it has taken (``taken``); both are single assignments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sortserve.budget import ExitTable
+from sortserve.outputs import Estimate, GenerationRequest
+from sortserve.scheduling.admission import ExitChoice, choose_exit
+from sortserve.scheduling.cost_model import CostModel
+from sortserve.scheduling.demand import Demand
+from sortserve.scheduling.forecast import (
+    Forecast,
+    Load,
+    Newcomer,
+    forecast,
+    newcomer_demand,
+    predicted_drain_s,
+)
+from sortserve.scheduling.overload import DepthLevel, next_level
+
+__all__ = ["AdmissionDesk"]
+
+
+@dataclass
+class AdmissionDesk:
+    """Judges newcomers by the load they would meet."""
+
+    exits: ExitTable
+    policy: str
+    max_num_batched_tokens: int
+    overload_delay_s: float
+    """Predicted wait beyond which unbudgeted newcomers start shallower; 0: never."""
+    clock: Callable[[], float]
+    expect: Callable[[GenerationRequest], int]
+    """The output tokens to plan a request for."""
+    get_model: Callable[[], CostModel | None]
+    _demands: tuple[Demand, ...] = ()
+    _unseen: dict[str, Demand] = field(default_factory=dict)
+    _level: DepthLevel = field(default_factory=DepthLevel)
+
+    # ---- the engine's thread ----
+
+    def see(self, demands: tuple[Demand, ...]) -> None:
+        """The state after a step."""
+        self._demands = demands
+
+    def taken(self, request_id: str) -> None:
+        """The engine has the request: from the next state on it is among the others."""
+        self._unseen.pop(request_id, None)
+
+    # ---- the event loop's thread ----
+
+    def choose(self, request: GenerationRequest, allowed: tuple[int, ...]) -> ExitChoice:
+        """The exit a request gets.
+
+        Args:
+            request: validated.
+            allowed: the exits its budget allows, ascending.
+
+        Raises:
+            BudgetUnattainableError: none fits and the budget says reject.
+        """
+        model, load = self.get_model(), self.load()
+        newcomer = self._newcomer(request, allowed[0])
+
+        def predict(exit_layer: int) -> Forecast | None:
+            return None if model is None else forecast(exit_layer, newcomer, load, model)
+
+        def drain_s() -> float | None:
+            assert model is not None
+            return predicted_drain_s(allowed[0], newcomer, load, model)
+
+        if not newcomer.bounds_time and request.budget.exit_layer is None:
+            allowed = self._up_to_level(allowed, load, model)
+        return choose_exit(request.budget, allowed, predict, drain_s=drain_s)
+
+    def enter(self, request: GenerationRequest, choice: ExitChoice) -> None:
+        """The request is on its way to the engine, at the exit chosen for it."""
+        floor = choice.exit_layer if choice.floor_layer is None else choice.floor_layer
+        self._unseen[request.request_id] = newcomer_demand(
+            choice.exit_layer,
+            self._newcomer(request, floor),
+            choice.promise,
+            now=self.clock(),
+            request_id=request.request_id,
+        )
+
+    def load(self) -> Load:
+        """What a newcomer would meet now."""
+        demands = self._demands
+        seen = {demand.request_id for demand in demands}
+        unseen = (d for d in list(self._unseen.values()) if d.request_id not in seen)
+        return Load(
+            now=self.clock(),
+            demands=(*demands, *unseen),
+            policy=self.policy,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+        )
+
+    def estimate(self, exit_layer: int, num_prompt_tokens: int, max_tokens: int) -> Estimate | None:
+        """Predicted times of an unbudgeted newcomer now; None before calibration."""
+        model = self.get_model()
+        if model is None:
+            return None
+        load = self.load()
+        newcomer = Newcomer(
+            num_prompt_tokens=num_prompt_tokens, num_output_tokens=max_tokens, arrival_s=load.now
+        )
+        return forecast(exit_layer, newcomer, load, model).estimate
+
+    def queue_delay_s(self) -> float:
+        """Predicted seconds until all prompts that wait or run now have been read."""
+        model = self.get_model()
+        return 0.0 if model is None else self._queue_delay_s(self.load(), model)
+
+    def _queue_delay_s(self, load: Load, model: CostModel) -> float:
+        chunk = self.max_num_batched_tokens
+        return sum(
+            model.prefill_s(d.exit_layer, d.num_pending, start=d.context_len, chunk=chunk)
+            for d in load.demands
+            if not d.is_decoding
+        )
+
+    def _up_to_level(
+        self, allowed: tuple[int, ...], load: Load, model: CostModel | None
+    ) -> tuple[int, ...]:
+        """The allowed exits that overload leaves to requests without a budget."""
+        if model is None:
+            return allowed
+        layers = self.exits.layers
+        self._level = next_level(
+            self._level,
+            queue_delay_s=self._queue_delay_s(load, model),
+            limit_s=self.overload_delay_s,
+            num_exits=len(layers),
+            now=load.now,
+        )
+        deepest = self._level.exit_layer(layers)
+        return tuple(e for e in allowed if e <= deepest) or allowed[:1]
+
+    def _newcomer(self, request: GenerationRequest, floor_layer: int) -> Newcomer:
+        return Newcomer(
+            num_prompt_tokens=len(request.prompt_token_ids),
+            num_output_tokens=self.expect(request),
+            arrival_s=request.arrival_s,
+            deadlines=request.budget.deadlines(request.arrival_s),
+            floor_layer=floor_layer,
+        )

@@ -1,0 +1,125 @@
+"""The cost model kept true while it is used: refit with forgetting, residuals as safety (no torch).
+
+A running server sees few kinds of steps, often the same one for minutes, and a fit to those alone
+would forget what the others cost. So a regime's line minimises two sums of squared relative
+errors: over the calibration's samples, as an anchor that is never forgotten, and over the steps
+that run, each worth ``FORGET`` times less with every later one. The anchor's times follow the
+machine's present speed: they are multiplied by the mean ratio of late steps to what the anchor
+alone says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from sortserve.scheduling.cost_model import (
+    REGIME_TOKENS,
+    CostModel,
+    Line,
+    StepShape,
+    solve_non_negative,
+)
+
+__all__ = ["CostLearner"]
+
+FORGET = 0.99
+"""The weight of a step after each later one of its regime: about a hundred steps count."""
+ANCHOR_STEPS = 25.0
+"""How many running steps the calibration is worth."""
+REFIT_STEPS = 8
+"""Steps between two refits."""
+DRIFT_SHARE = 0.05
+"""Share of the newest step in the machine's present speed."""
+MAX_RATIO = 4.0
+"""A step further off than this factor (a suspended process, a page fault storm) counts as this."""
+WINDOW_STEPS = 256
+MIN_STEPS_FOR_SAFETY = 64
+SAFETY_QUANTILE = 0.9
+SAFETY_BOUNDS = (1.05, 2.0)
+
+
+class CostLearner:
+    """Owns the cost model: told of each step, it has a better one every few steps.
+
+    Args:
+        samples: the calibration's (shape, seconds).
+    """
+
+    def __init__(self, samples: Sequence[tuple[StepShape, float]]) -> None:
+        self.model = CostModel.fit(samples)
+        small = [s for s in samples if s[0].num_tokens <= REGIME_TOKENS] or list(samples)
+        large = [s for s in samples if s[0].num_tokens > REGIME_TOKENS] or list(samples)
+        self._small = _Regime(self.model.small, small)
+        self._large = _Regime(self.model.large, large)
+        self._ratios: deque[float] = deque(maxlen=WINDOW_STEPS)
+        self._num_steps = 0
+
+    @property
+    def ratios(self) -> Sequence[float]:
+        """Actual over predicted of the latest steps, oldest first."""
+        return tuple(self._ratios)
+
+    def observe(self, shape: StepShape, seconds: float) -> None:
+        """Learn from one executed step."""
+        if seconds <= 0.0 or shape.num_tokens == 0:
+            return
+        predicted = max(self.model.step_s(shape), 1e-9)
+        ratio = min(max(seconds / predicted, 1 / MAX_RATIO), MAX_RATIO)
+        self._ratios.append(ratio)
+        regime = self._small if shape.num_tokens <= REGIME_TOKENS else self._large
+        regime.observe(shape, predicted * ratio)
+        self._num_steps += 1
+        if self._num_steps % REFIT_STEPS == 0:
+            self.model = replace(
+                self.model,
+                small=self._small.solve(),
+                large=self._large.solve(),
+                safety=self._safety(),
+            )
+
+    def _safety(self) -> float:
+        if len(self._ratios) < MIN_STEPS_FOR_SAFETY:
+            return self.model.safety
+        low, high = SAFETY_BOUNDS
+        return min(max(float(np.quantile(self._ratios, SAFETY_QUANTILE)), low), high)
+
+
+class _Regime:
+    """The sums of one regime's least squares."""
+
+    def __init__(self, line: Line, samples: Sequence[tuple[StepShape, float]]) -> None:
+        self._line = line
+        self._anchor_line = line
+        times = np.array([seconds for _, seconds in samples])
+        weighted = np.array([shape.features for shape, _ in samples]) / times[:, None]
+        weight = ANCHOR_STEPS / len(samples)
+        self._anchor_matrix = weight * (weighted.T @ weighted)
+        self._anchor_vector = weight * weighted.sum(axis=0)
+        self._matrix = np.zeros_like(self._anchor_matrix)
+        self._vector = np.zeros_like(self._anchor_vector)
+        self._log_drift = 0.0
+        self._changed = False
+
+    def observe(self, shape: StepShape, seconds: float) -> None:
+        features = np.array(shape.features)
+        weighted = features / seconds
+        self._matrix = FORGET * self._matrix + np.outer(weighted, weighted)
+        self._vector = FORGET * self._vector + weighted
+        anchor_s = max(float(features @ self._anchor_line), 1e-9)
+        self._log_drift += DRIFT_SHARE * (math.log(seconds / anchor_s) - self._log_drift)
+        self._changed = True
+
+    def solve(self) -> Line:
+        if self._changed:
+            speed = math.exp(self._log_drift)
+            self._line = solve_non_negative(
+                self._matrix + self._anchor_matrix / speed**2,
+                self._vector + self._anchor_vector / speed,
+            )
+            self._changed = False
+        return self._line

@@ -1,0 +1,255 @@
+"""What each live request still needs, and by when: all that policies see (no torch).
+
+A promise is kept by pacing. The time that a budget leaves is spread over the work in proportion:
+the prompt gets its share (``first_due_s``, fixed when the request is admitted), each token its own
+(``gap_s``, worked out again after every token). A request that nobody was promised a time for is
+*soft*: it is due so seldom that it can only not starve.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from sortserve.budget import Deadlines
+from sortserve.scheduling.cost_model import CostModel, Line
+from sortserve.sequence import Sequence, Status
+
+__all__ = [
+    "SOFT_GAP_S",
+    "Demand",
+    "Pace",
+    "StepCosts",
+    "demand_of",
+    "paced",
+    "plan_pace",
+]
+
+SOFT_GAP_S = 1.0
+"""All soft requests together get at least a step in so many seconds."""
+PACE_SHARE = 0.92
+"""Times are paced to this share of what the budget allows: what is left covers the noise."""
+NO_GAP_S = 1e-6
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """A cost model taken apart: a step costs ``base_s`` of its depth and ``row_s`` of each row."""
+
+    model: CostModel
+    num_rows: int = 1
+    """Rows that steps will have, which says whether they are small or large."""
+    chunk: int = 1024
+    """Most tokens of one step."""
+    safety: float = 1.0
+
+    @cached_property
+    def _decode_line(self) -> Line:
+        c0, a, b, d, h = self.model.line(self.num_rows)
+        safety = self.safety
+        return safety * c0, safety * a, safety * b, safety * d, safety * h
+
+    def base_s(self, exit_layer: int) -> float:
+        """Of any step down to that layer, however many rows."""
+        c0, a, _, _, _ = self._decode_line
+        return c0 + a * exit_layer
+
+    def row_s(self, exit_layer: int, context_len: int) -> float:
+        """Of one more row that decodes."""
+        _, _, b, d, h = self._decode_line
+        return exit_layer * (b + d * context_len) + h
+
+    def token_s(self, exit_layer: int, context_len: int) -> float:
+        """Of one more token of a prompt in a large step."""
+        _, _, b, d, _ = self.model.large
+        return self.safety * exit_layer * (b + d * context_len)
+
+    def prefill_s(self, exit_layer: int, num_tokens: int, start: int = 0) -> float:
+        """Of a prompt by itself."""
+        model, chunk = self.model, self.chunk
+        return self.safety * model.prefill_s(exit_layer, num_tokens, start=start, chunk=chunk)
+
+    def decode_s(self, exit_layer: int, context_len: int) -> float:
+        """Of a step with one decoding row."""
+        c0, a, b, d, h = self._decode_line
+        return c0 + exit_layer * (a + b + d * context_len) + h
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a policy sees of one live request."""
+
+    request_id: str
+    exit_layer: int
+    floor_layer: int
+    """It may not go shallower than this."""
+    order: float
+    """When it came."""
+    num_pending: int
+    """Known tokens without KV; one means that it decodes."""
+    context_len: int
+    """Tokens whose KV exists."""
+    is_waiting: bool
+    is_promised: bool
+    """Its times were promised and can still be kept."""
+    is_hard: bool
+    """The next token is due by a promise."""
+    due_s: float
+    """When its next token should be out."""
+    gap_s: float
+    """The mean time between two tokens after it."""
+    end_s: float
+    """When it should be over, at this pace."""
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether one more step gives a token."""
+        return self.num_pending == 1 and self.context_len > 0
+
+    def work_s(self, costs: StepCosts) -> float:
+        """Predicted seconds to its next token if it were alone."""
+        if self.is_decoding:
+            return costs.decode_s(self.exit_layer, self.context_len)
+        return costs.prefill_s(self.exit_layer, self.num_pending, self.context_len)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How the time of a budget is spread."""
+
+    first_due_s: float
+    gap_s: float
+
+
+def plan_pace(
+    deadlines: Deadlines,
+    *,
+    now: float,
+    num_tokens: int,
+    prefill_s: float,
+    decode_s: float,
+    ease: float = 1.0,
+) -> Pace:
+    """Spread the time from ``now`` over a prompt and the tokens after the first.
+
+    Args:
+        deadlines: absolute times; none at all gives infinities.
+        now: when work could start.
+        num_tokens: output tokens to plan for.
+        prefill_s: predicted seconds of the prompt alone.
+        decode_s: predicted seconds of a decode step alone.
+        ease: 1 stretches prompt and tokens alike; less lets the tokens hurry, and leaves more time
+            for a prompt that must wait for others.
+    """
+    num_gaps = num_tokens - 1
+    first_due, gap = math.inf, math.inf
+    if deadlines.e2e_s is not None:
+        stretch = (deadlines.e2e_s - now) / max(prefill_s + num_gaps * decode_s, NO_GAP_S)
+        wanted_gap = decode_s * max(stretch, NO_GAP_S) ** (ease if stretch > 1.0 else 1.0)
+        if deadlines.tpot_s is not None:  # decoding so fast leaves the rest for the prompt
+            wanted_gap = min(wanted_gap, deadlines.tpot_s)
+        first_due = deadlines.e2e_s - num_gaps * wanted_gap
+    if deadlines.ttft_s is not None:
+        first_due = min(first_due, deadlines.ttft_s)
+    if deadlines.e2e_s is not None and num_gaps:
+        gap = (deadlines.e2e_s - first_due) / num_gaps
+    if deadlines.tpot_s is not None:
+        gap = min(gap, deadlines.tpot_s)
+    return Pace(first_due, max(gap, NO_GAP_S))
+
+
+def paced(deadlines: Deadlines, arrival_s: float) -> Deadlines:
+    """Deadlines a little earlier than the client's, to pace by."""
+
+    def earlier(deadline_s: float | None) -> float | None:
+        return None if deadline_s is None else arrival_s + PACE_SHARE * (deadline_s - arrival_s)
+
+    tpot_s = deadlines.tpot_s
+    return Deadlines(
+        ttft_s=earlier(deadlines.ttft_s),
+        e2e_s=earlier(deadlines.e2e_s),
+        tpot_s=None if tpot_s is None else PACE_SHARE * tpot_s,
+    )
+
+
+def demand_of(
+    sequence: Sequence,
+    *,
+    now: float,
+    expect: Callable[[Sequence], int],
+    costs: StepCosts,
+    soft_gap_s: float,
+) -> Demand:
+    """The demand of a live sequence.
+
+    Args:
+        sequence: waiting or running.
+        now: the engine's clock.
+        expect: the output tokens to plan for.
+        costs: to see whether its promise can still be kept.
+        soft_gap_s: what a soft request waits at most between two steps.
+    """
+    soft_due_s = sequence.last_scheduled_s + soft_gap_s
+    due_s = gap_s = end_s = math.inf
+    promised = sequence.promise is not None
+    if promised:
+        num_left = max(1, expect(sequence) - sequence.num_output_tokens)
+        due_s, gap_s, end_s = _promise(sequence, num_left)
+        gap_s = max(gap_s, costs.decode_s(sequence.floor_layer, sequence.num_tokens))
+        promised = math.isfinite(end_s) and not _is_hopeless(sequence, num_left, end_s, now, costs)
+    if not promised:
+        due_s = gap_s = end_s = math.inf
+    is_hard = math.isfinite(due_s)
+    return Demand(
+        request_id=sequence.request_id,
+        exit_layer=sequence.exit_layer,
+        floor_layer=sequence.floor_layer,
+        order=sequence.request.arrival_s,
+        num_pending=sequence.num_pending_tokens,
+        context_len=sequence.num_computed_tokens,
+        is_waiting=sequence.status is Status.WAITING,
+        is_promised=promised,
+        is_hard=is_hard,
+        due_s=due_s if is_hard else soft_due_s,
+        gap_s=min(gap_s, soft_gap_s),
+        end_s=end_s,
+    )
+
+
+def _promise(sequence: Sequence, num_left: int) -> tuple[float, float, float]:
+    """When the next token, each token after it, and the end are due; infinite where nothing is."""
+    promise, first_s, last_s = sequence.promise, sequence.first_token_s, sequence.last_token_s
+    assert promise is not None
+    if first_s is None or last_s is None:
+        end_s = promise.first_due_s
+        if math.isfinite(promise.gap_s):
+            start_s = end_s if math.isfinite(end_s) else sequence.last_scheduled_s
+            end_s = start_s + (num_left - 1) * promise.gap_s
+        return promise.first_due_s, promise.gap_s, end_s
+    deadlines = promise.pace
+    end_s = math.inf if deadlines.e2e_s is None else deadlines.e2e_s
+    if deadlines.tpot_s is not None:
+        num_gaps = sequence.num_output_tokens - 1 + num_left
+        end_s = min(end_s, first_s + num_gaps * deadlines.tpot_s)
+    gap_s = max((end_s - last_s) / num_left, NO_GAP_S)
+    return last_s + gap_s, gap_s, end_s
+
+
+def _is_hopeless(
+    sequence: Sequence, num_left: int, end_s: float, now: float, costs: StepCosts
+) -> bool:
+    """Whether even the floor alone on the machine would be late for the client's own deadlines.
+
+    Such a request is relegated: it costs others their promises and can no longer keep its own.
+    """
+    deadlines, floor = sequence.deadlines, sequence.floor_layer
+    if sequence.first_token_s is None:
+        ready_s = now + costs.prefill_s(floor, sequence.num_pending_tokens)
+        if deadlines.ttft_s is not None and ready_s > deadlines.ttft_s:
+            return True
+        rest_s = (num_left - 1) * costs.decode_s(floor, sequence.num_tokens)
+        return deadlines.e2e_s is not None and ready_s + rest_s > deadlines.e2e_s
+    ready_s = now + num_left * costs.decode_s(floor, sequence.num_tokens)
+    return ready_s > end_s + (1.0 / PACE_SHARE - 1.0) * (end_s - sequence.request.arrival_s)

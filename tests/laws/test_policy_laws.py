@@ -1,0 +1,178 @@
+"""Whatever the workload, under every policy: nobody starves, no page is lost, promises are real.
+
+Steps take time here (see `support.timed`), so budgets, downgrades, refusals and preemptions happen.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sortserve.outputs import FinishReason, GenerationRequest
+from sortserve.scheduling.policy import POLICIES
+from support.timed import MODEL, Timed, make_timed, timed_request
+
+EXITS = (2, 4, 6)
+MILLISECONDS = st.sampled_from([5, 30, 80, 200, 700, 5000])
+
+
+@st.composite
+def budgets(draw: st.DrawFn) -> dict[str, Any]:
+    budget: dict[str, Any] = {}
+    for name in ("latency_ms", "ttft_ms", "tpot_ms"):
+        if draw(st.booleans()):
+            budget[name] = draw(MILLISECONDS)
+    if "ttft_ms" in budget and budget["ttft_ms"] > budget.get("latency_ms", math.inf):
+        del budget["ttft_ms"]
+    depth = draw(st.sampled_from(["none", "exit_layer", "min_exit_layer"]))
+    if depth != "none":
+        budget[depth] = draw(st.sampled_from(EXITS))
+    budget["on_miss"] = draw(st.sampled_from(["degrade", "truncate", "reject"]))
+    return budget
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> list[GenerationRequest]:
+    count = draw(st.integers(1, 14))
+    return [
+        timed_request(
+            str(i),
+            draw(st.sampled_from([1, 4, 30, 90])),
+            max_tokens=draw(st.integers(1, 25)),
+            at=draw(st.floats(0.0, 0.3)),
+            **draw(budgets()),
+        )
+        for i in range(count)
+    ]
+
+
+@given(
+    workload=workloads(),
+    policy=st.sampled_from(sorted(POLICIES)),
+    num_pages=st.sampled_from([90, 150, 800]),
+    chunk=st.sampled_from([16, 64, 1024]),
+    max_num_seqs=st.sampled_from([1, 3, 64]),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=60, deadline=None)
+def test_everybody_is_answered_and_no_page_is_lost(
+    workload: list[GenerationRequest],
+    policy: str,
+    num_pages: int,
+    chunk: int,
+    max_num_seqs: int,
+    seed: int,
+) -> None:
+    timed = make_timed(
+        policy=policy,
+        num_pages=num_pages,
+        max_num_batched_tokens=chunk,
+        max_num_seqs=max_num_seqs,
+        seed=seed,
+    )
+    timed.check_every = 1
+
+    timed.run(workload)
+
+    assert set(timed.reports) | set(timed.refusals) == {r.request_id for r in workload}
+    assert timed.engine.stats().kv_pages_used == 0
+    for request in workload:
+        if request.request_id in timed.reports:
+            check_report(timed, request)
+
+
+def check_report(timed: Timed, request: GenerationRequest) -> None:
+    """Every token at an allowed exit, never deeper again; all of them unless a deadline cut it."""
+    report, budget = timed.reports[request.request_id], request.budget
+    exits = list(report.tokens_by_exit)
+    assert exits == sorted(exits, reverse=True)
+    assert all(e in timed.engine.exits.allowed(budget) for e in exits)
+    if report.finish_reason is FinishReason.LENGTH:
+        assert report.num_output_tokens == request.sampling.max_tokens
+    else:
+        assert budget.on_miss != "degrade"
+    if report.finish_reason is FinishReason.DEADLINE:
+        assert budget.latency_ms is not None
+        assert report.e2e_s <= budget.latency_ms / 1e3 + 0.2
+
+
+@given(workload=workloads(), seed=st.integers(0, 3))
+@settings(max_examples=30, deadline=None)
+def test_no_promise_is_made_that_the_model_says_cannot_be_kept(
+    workload: list[GenerationRequest], seed: int
+) -> None:
+    timed = make_timed(seed=seed)
+
+    timed.run(workload)
+
+    for request in workload:
+        choice = timed.choices.get(request.request_id)
+        if choice is None or choice.promise is None:
+            continue
+        budget, exit_layer = request.budget, choice.exit_layer
+        prompt_s = MODEL.prefill_s(exit_layer, len(request.prompt_token_ids))
+        token_s = sum(MODEL.small[:1]) + MODEL.small[1] * exit_layer
+        end_s = prompt_s + (request.sampling.max_tokens - 1) * token_s
+        assert budget.has_latency
+        assert prompt_s * 1e3 <= (budget.ttft_ms or math.inf)
+        assert end_s * 1e3 <= (budget.latency_ms or math.inf)
+        if request.sampling.max_tokens > 1:
+            assert token_s * 1e3 <= (budget.tpot_ms or math.inf)
+
+
+@given(workload=workloads(), seed=st.integers(0, 3))
+@settings(max_examples=30, deadline=None)
+def test_due_times_never_go_back_and_never_pass_the_deadline(
+    workload: list[GenerationRequest], seed: int
+) -> None:
+    timed = make_timed(seed=seed)
+    due_s: dict[str, float] = {}
+    step = timed.step
+
+    def watched() -> None:
+        step()
+        for demand in timed.engine.demands():
+            if not (demand.is_hard and demand.is_decoding):
+                continue
+            request = workload[int(demand.request_id)]
+            end_s = request.budget.deadlines(request.arrival_s).e2e_s or math.inf
+            deep_step_s = MODEL.small[0] + MODEL.small[1] * EXITS[-1]
+            assert demand.due_s >= due_s.get(demand.request_id, -math.inf) - 1e-9
+            assert demand.due_s <= end_s + deep_step_s
+            due_s[demand.request_id] = demand.due_s
+
+    timed.step = watched  # type: ignore[method-assign]
+
+    timed.run(workload)
+
+
+@pytest.mark.parametrize("exit_layer", EXITS)
+@given(
+    num_prompt=st.sampled_from([1, 30, 150]),
+    max_tokens=st.integers(1, 40),
+    stretch=st.floats(1.25, 5.0),
+    kind=st.sampled_from(["latency_ms", "ttft_ms", "tpot_ms"]),
+)
+@settings(max_examples=20, deadline=None)
+def test_alone_on_a_steady_machine_what_is_promised_is_kept(
+    exit_layer: int, num_prompt: int, max_tokens: int, stretch: float, kind: str
+) -> None:
+    prompt_s = MODEL.prefill_s(exit_layer, num_prompt)
+    token_s = MODEL.small[0] + MODEL.small[1] * exit_layer + 1e-4
+    limit_s = {
+        "latency_ms": prompt_s + (max_tokens - 1) * token_s,
+        "ttft_ms": prompt_s,
+        "tpot_ms": token_s,
+    }[kind]
+    timed = make_timed()
+
+    budget = {kind: limit_s * stretch * 1e3}
+    timed.run([timed_request("0", num_prompt, max_tokens=max_tokens, **budget)])
+
+    report = timed.reports["0"]
+    assert report.met is True
+    assert report.exit_layer >= exit_layer
