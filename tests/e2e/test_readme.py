@@ -66,7 +66,7 @@ def test_the_serve_commands_are_accepted_as_written(
 def test_the_make_targets_of_the_first_screen_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
 
-    targets = re.findall(r"^make (\w+)", "\n".join(blocks("")), re.MULTILINE)
+    targets = re.findall(r"^make ([\w-]+)", "\n".join(blocks("")), re.MULTILINE)
 
     assert targets[:2] == ["serve", "test"]
     assert all(f"\n{target}:" in makefile for target in targets)

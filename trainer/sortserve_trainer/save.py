@@ -48,7 +48,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     check_output(folder)
     draft = folder.parent / f".{folder.name}.draft"
     try:
-        with disk_errors(folder):
+        with disk_errors(f"--output {folder}"):
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
             yield draft
@@ -63,8 +63,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a disk that is full or cannot be written into one line.
+def disk_errors(place: str) -> Iterator[None]:
+    """Turn a disk that is full or cannot be written into one line, which begins with ``place``.
 
     Raises:
         ConfigError: what is done in the block could not be written.
@@ -72,12 +72,12 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _cannot_write(folder, error.strerror or str(error)) from error
+        raise _cannot_write(place, error.strerror or str(error)) from error
     except Exception as error:
         # safetensors and torch.save report a full disk in types of their own.
         reason = " ".join(str(error).split())[:200]
         if type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in reason:
-            raise _cannot_write(folder, reason) from error
+            raise _cannot_write(place, reason) from error
         raise
 
 
@@ -152,8 +152,8 @@ def portable_base(base: str, folder: Path) -> str:
     return os.path.relpath(base, folder.resolve()) if Path(base).is_absolute() else base
 
 
-def _cannot_write(folder: Path, reason: str) -> ConfigError:
-    return ConfigError(f"{folder} cannot be written: {reason}.", param="output")
+def _cannot_write(place: str, reason: str) -> ConfigError:
+    return ConfigError(f"{place} cannot be written: {reason}.", param="output")
 
 
 def _sync(path: Path) -> None:

@@ -131,7 +131,7 @@ def _train_phase(
         _warm_start(loaded, data.mixture)
         if data.held_out:
             trainer.evaluate()
-    with disk_errors(states):
+    with disk_errors(str(states)):
         trainer.train(resume_from_checkpoint=None if state is None else str(state))
     return trainer
 
