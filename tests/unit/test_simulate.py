@@ -41,7 +41,8 @@ def number(value: object) -> float:
 
 def test_a_trace_is_scaled_to_lengths_and_rate() -> None:
     specs = [
-        RequestSpec(num_prompt_tokens=100, num_output_tokens=9, due_s=10.0 * i) for i in (1, 2, 3)
+        RequestSpec(num_prompt_tokens=100, num_output_tokens=9, due_s=due_s)
+        for due_s in (10.0, 20.0, 30.0)
     ]
 
     found = scaled(specs, lengths=0.5, rate=2.0, max_prompt_tokens=40)
