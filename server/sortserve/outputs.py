@@ -210,10 +210,6 @@ class EngineStats:
     running_by_exit: Mapping[int, int] = field(default_factory=dict)
     num_waiting: int = 0
     num_waiting_tokens: int = 0
-    num_pending_tokens: int = 0
-    """Known tokens without KV, of waiting and running requests: what prefill has before it."""
-    mean_context: float = 0.0
-    """Mean tokens in the cache of a running request."""
     kv_pages_used: int = 0
     """Pages held by live requests."""
     kv_pages_cached: int = 0

@@ -408,17 +408,10 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The state between two steps."""
-        sequences = list(self.scheduler.sequences())
-        running = self.scheduler.running_by_exit()
-        num_running = sum(running.values())
         return EngineStats(
-            running_by_exit=running,
+            running_by_exit=self.scheduler.running_by_exit(),
             num_waiting=self.scheduler.num_waiting,
             num_waiting_tokens=self.scheduler.num_waiting_tokens,
-            num_pending_tokens=sum(
-                s.num_pending_tokens for s in sequences if s.num_pending_tokens > 1
-            ),
-            mean_context=sum(s.num_computed_tokens for s in sequences) / max(1, num_running),
             kv_pages_used=self.kv_cache.pool.num_used,
             kv_pages_cached=self.kv_cache.pool.num_kept,
             kv_pages_total=self.kv_cache.pool.num_pages,

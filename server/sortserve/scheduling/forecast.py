@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from sortserve.budget import Deadlines
@@ -31,15 +31,6 @@ class Load:
     """Of all live requests, those that the engine has not yet taken included."""
     policy: str = "deadline"
     max_num_batched_tokens: int = 1024
-
-    @property
-    def running_by_exit(self) -> Mapping[int, int]:
-        """Requests that decode or read their prompt now."""
-        counts: dict[int, int] = {}
-        for demand in self.demands:
-            if not demand.is_waiting:
-                counts[demand.exit_layer] = counts.get(demand.exit_layer, 0) + 1
-        return counts
 
 
 @dataclass(frozen=True, kw_only=True)
