@@ -362,6 +362,21 @@ def test_weights_that_give_no_number_are_refused(
     assert (model / "sorted.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "exit_modules.safetensors"])
+@pytest.mark.parametrize("harm", ["cut", "removed"])
+def test_weights_that_are_not_whole_are_refused_and_never_measured(
+    model: Path, data: Path, name: str, harm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, before = model / name, (model / "sorted.json").read_bytes()
+    content = path.read_bytes()
+    path.unlink()
+    if harm == "cut":
+        path.write_bytes(content[: len(content) // 2])
+
+    assert name in refused(capsys, model, "--data", data)
+    assert (model / "sorted.json").read_bytes() == before
+
+
 def test_a_sorted_json_that_cannot_be_written_is_one_line(
     model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from sortserve.checkpoint import CheckpointLayout, open_checkpoint, resolve_device, resolve_dtype
 from sortserve.errors import CheckpointError, ConfigError
+from sortserve.model.adapter import merge_adapter
 from sortserve.model.config import ExitModuleKind, ModelConfig
 from sortserve.model.exit_modules import EXIT_MODULES
 from sortserve.model.families import read_model_config
@@ -124,10 +125,7 @@ def load_for_evaluation(
         chosen = choose_exits(exits or known, config.num_layers)
         trunk = _load_trunk(layout, torch.float32, "none")
         if layout.is_adapter:
-            from peft import PeftModel
-
-            with quiet():
-                trunk = PeftModel.from_pretrained(trunk, str(layout.own)).merge_and_unload()
+            trunk.load_state_dict(merge_adapter(layout.own, layout.model))
         kinds = {e: info.module_kind(e) for e in chosen[:-1] if info is not None}
         modules = ExitModules(kinds, config, _final_norm(trunk))
         _load_modules(modules, layout)
@@ -136,7 +134,10 @@ def load_for_evaluation(
     for exit_layer, head in heads.items():
         if exit_layer in chosen:
             model.exit_heads[str(exit_layer)] = nn.Parameter(head, requires_grad=False)
+    rotary = trunk.model.rotary_emb
+    inv_freq = rotary.inv_freq
     model = model.to(device=torch_device, dtype=torch_dtype).eval()
+    rotary.inv_freq = inv_freq.to(torch_device)  # angles need float32, whatever the weights are in
     model.requires_grad_(False)
     return LoadedModel(
         model=model,

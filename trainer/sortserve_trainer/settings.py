@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from sortserve.config import Count, Layers, Strings, key_name
-from sortserve.errors import ConfigError
+from sortserve.config import Count, Layers, Strings
 from sortserve.model.config import ExitModuleKind
 from sortserve_trainer.methods import DEFAULT_METHOD, METHODS, Method
+from sortserve_trainer.validation import validated
 
 __all__ = ["GROUPS", "TrainSettings", "load_train_settings"]
 
@@ -180,14 +180,4 @@ def load_train_settings(flags: Mapping[str, Any]) -> TrainSettings:
     Raises:
         ConfigError: one line that names the flag, its value and what is allowed.
     """
-    try:
-        return TrainSettings(**flags)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    if not first["loc"]:
-        raise ConfigError(f"{message}.")
-    flag = key_name(str(first["loc"][0]))
-    if first["type"] == "missing":
-        raise ConfigError(f"--{flag} is missing.", param=flag)
-    raise ConfigError(f"--{flag}: {first['input']!r} is not allowed: {message}.", param=flag)
+    return validated(TrainSettings, flags)

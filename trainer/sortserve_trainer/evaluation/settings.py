@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from sortserve.config import Count, Layers, key_name
-from sortserve.errors import ConfigError
+from sortserve.config import Count, Layers
+from sortserve_trainer.validation import validated
 
 __all__ = ["GROUPS", "EvalSettings", "load_eval_settings"]
 
@@ -110,15 +110,4 @@ def load_eval_settings(flags: Mapping[str, Any]) -> EvalSettings:
     Raises:
         ConfigError: one line that names the flag, its value and what is allowed.
     """
-    try:
-        return EvalSettings(**flags)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    if not first["loc"]:
-        raise ConfigError(f"{message}.")
-    flag = key_name(str(first["loc"][0]))
-    if first["type"] == "missing":
-        name = "MODEL" if flag == "model" else f"--{flag}"
-        raise ConfigError(f"{name} is missing.", param=flag)
-    raise ConfigError(f"--{flag}: {first['input']!r} is not allowed: {message}.", param=flag)
+    return validated(EvalSettings, flags)
