@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sortserve.errors import ConfigError
@@ -56,11 +56,13 @@ def test_fair_alone_is_lockstep() -> None:
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5, unique=True))
+@example([28, 1])
 def test_fair_slows_no_class_by_more_than_the_number_of_classes(layers: list[int]) -> None:
     costs = {e: float(e) for e in layers}
     caps, steps = play(fair, costs, 400)
 
-    elapsed = sum(costs[cap] for cap in caps)
+    # The last deep step may not have been made up for yet by the shallow ones that follow it.
+    elapsed = sum(costs[cap] for cap in caps) - max(costs.values())
     for e in layers:
         alone = elapsed / costs[e]
         assert steps[e] >= alone / len(layers) - 2
