@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def merge_adapter(folder: Path, base: Path) -> Mapping[str, Tensor]:
     Raises:
         CheckpointError: the adapter does not fit its base, or its weights are missing or bad.
     """
+    # peft imports bitsandbytes where it is installed, which tells of kernels it would download.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
