@@ -40,7 +40,6 @@ from sortserve_trainer.loss import VocabSample
 from sortserve_trainer.methods import Method
 from sortserve_trainer.model import IGNORED
 from sortserve_trainer.settings import load_train_settings
-from sortserve_trainer.trainer import LIKELY_SHARE
 
 __all__ = ["main"]
 
@@ -169,9 +168,7 @@ class _Step:
         self._optimizer = torch.optim.AdamW(
             self._trained, lr=method.learning_rate, weight_decay=0.0, fused=True
         )
-        likely = int(method.vocab_sample * LIKELY_SHARE)
-        drawn = method.vocab_sample - likely
-        self._sample = VocabSample(likely, drawn, seed) if method.vocab_sample else None
+        self._sample = VocabSample.of(method.vocab_sample, seed)
 
     def __call__(self, batch: dict[str, Tensor]) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):

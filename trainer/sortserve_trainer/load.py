@@ -67,7 +67,7 @@ def load_for_training(settings: TrainSettings, method: Method) -> LoadedModel:
         safetensors_files(layout.model)  # a base without weights is refused here, by name
         hf_config = load_hf_config(layout.model)
         config = read_model_config(hf_config)
-        dtype = resolve_dtype(settings.dtype if settings.dtype != "auto" else "auto", device, None)
+        dtype = resolve_dtype(settings.dtype, device, None)
         exits = choose_exits(settings.exits, config.num_layers)
         full = method.lora_rank == 0 and not settings.freeze_trunk
         trunk = _load_trunk(layout, torch.float32 if full else dtype, settings.quantize)

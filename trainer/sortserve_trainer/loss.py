@@ -41,6 +41,12 @@ class VocabSample:
     num_drawn: int
     seed: int
 
+    @classmethod
+    def of(cls, size: int, seed: int) -> VocabSample | None:
+        """``size`` columns, two thirds of them the likely ones; None for 0, which is all."""
+        num_likely = size * 2 // 3
+        return cls(num_likely, size - num_likely, seed) if size else None
+
 
 def exit_losses(
     states: Mapping[int, Tensor],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,9 +76,3 @@ def card_text(
         f"Versions: {', '.join(f'{k} {v}' for k, v in recipe['versions'].items())}.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def typed_arguments() -> list[str]:
-    """The arguments of this process after ``train``, for the record."""
-    argv = sys.argv[1:]
-    return argv[1:] if argv[:1] == ["train"] else argv

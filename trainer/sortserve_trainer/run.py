@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sortserve.errors import ConfigError
-from sortserve_trainer.save import check_output
+from sortserve_trainer.save import check_output, disk_errors
 from sortserve_trainer.settings import TrainSettings
 
 __all__ = ["Run", "plain_settings"]
@@ -34,15 +34,11 @@ class Run:
         if record.is_file():
             _check_same(json.loads(record.read_text(encoding="utf-8")), wanted, run.folder)
             return run
-        try:
+        with disk_errors(f"--output {settings.output}"):
             run.folder.mkdir(parents=True, exist_ok=True)
             draft = record.with_suffix(".tmp")
             draft.write_text(json.dumps(wanted, indent=2), encoding="utf-8")
             os.replace(draft, record)
-        except OSError as error:
-            raise ConfigError(
-                f"--output {settings.output} cannot be written: {error.strerror}.", param="output"
-            ) from error
         return run
 
     def finish(self) -> None:

@@ -28,8 +28,6 @@ __all__ = ["COMPLETE", "SortedTrainer", "newest_state"]
 COMPLETE = "complete"
 """A state folder without this file was cut short, and is not resumed from."""
 WEIGHTS = "trained.safetensors"
-LIKELY_SHARE = 2 / 3
-"""Of a vocabulary sample; the rest is drawn."""
 
 
 class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types here
@@ -110,12 +108,8 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
 
     def _vocab_sample(self, step: int, input_ids: Tensor) -> VocabSample | None:
         """Drawn from the seed, the step and the batch alone, so that a resumed run draws alike."""
-        size = self.method.vocab_sample
-        if not size:
-            return None
-        num_likely = int(size * LIKELY_SHARE)
         seed = (self._seed * 1_000_003 + step * 8_191 + int(input_ids.sum())) % 2**31
-        return VocabSample(num_likely=num_likely, num_drawn=size - num_likely, seed=seed)
+        return VocabSample.of(self.method.vocab_sample, seed)
 
     # ---- what is told ----
 

@@ -14,10 +14,10 @@ from sortserve.errors import CheckpointError
 from sortserve.model.hf import quiet, read_json
 from sortserve.model.loader import SafetensorsReader
 
-__all__ = ["ADAPTER_CONFIG", "adapter_base", "merge_adapter"]
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "adapter_base", "merge_adapter"]
 
 ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def adapter_base(folder: Path) -> str:
@@ -51,7 +51,7 @@ def merge_adapter(folder: Path, base: Path) -> Mapping[str, Tensor]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    with SafetensorsReader([folder / _ADAPTER_WEIGHTS], str(folder)) as reader:
+    with SafetensorsReader([folder / ADAPTER_WEIGHTS], str(folder)) as reader:
         given = set(reader.shapes)
     try:
         with quiet():

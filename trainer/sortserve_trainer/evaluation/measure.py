@@ -19,6 +19,7 @@ from sortserve.checkpoint import (
     open_checkpoint,
 )
 from sortserve.errors import CheckpointError
+from sortserve.model.adapter import ADAPTER_WEIGHTS
 from sortserve.model.config import ModelConfig
 from sortserve.model.exit_modules import load_exit_modules
 from sortserve.model.families import read_model_config, tensor_shapes
@@ -40,8 +41,6 @@ from sortserve_trainer.generation import Answer
 from sortserve_trainer.load import LoadedModel, load_for_evaluation
 
 __all__ = ["Result", "Subject", "measure"]
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
