@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sortserve_trainer.loss import VocabSample, exit_losses, plain_exit_losses
+from sortserve_trainer.loss import Teacher, VocabSample, exit_losses, plain_exit_losses
 from sortserve_trainer.terms import ExitTerm
 
 EXITS = (2, 4, 6)
@@ -14,6 +14,7 @@ NUM_TOKENS, HIDDEN, VOCAB = 23, 16, 97
 
 PAPER = dict.fromkeys(EXITS, ExitTerm(ce=1 / 3))
 OURS = {2: ExitTerm(ce=0.1, kl=0.2), 4: ExitTerm(kl=0.3), 6: ExitTerm(ce=0.4)}
+OURS_BY_THE_BASE = {**OURS, 6: ExitTerm(ce=0.1, kl=0.3)}
 FULL_DEPTH_ONLY = {6: ExitTerm(ce=1.0)}
 
 
@@ -26,6 +27,14 @@ def make_inputs(seed: int = 0) -> tuple[dict[int, Tensor], Tensor, Tensor]:
     return states, head, torch.randint(VOCAB, (NUM_TOKENS,), generator=generator)
 
 
+def make_teacher(seed: int = 7) -> Teacher:
+    generator = torch.Generator().manual_seed(seed)
+    return Teacher(
+        torch.randn(NUM_TOKENS, HIDDEN, generator=generator),
+        torch.randn(VOCAB, HIDDEN, generator=generator),
+    )
+
+
 def gradients(loss: Tensor, states: dict[int, Tensor], head: Tensor) -> list[Tensor]:
     found = torch.autograd.grad(loss, [*states.values(), head], allow_unused=True)
     return [
@@ -34,10 +43,14 @@ def gradients(loss: Tensor, states: dict[int, Tensor], head: Tensor) -> list[Ten
     ]
 
 
-@pytest.mark.parametrize("terms", [PAPER, OURS], ids=["paper", "ours"])
+@pytest.mark.parametrize(
+    ("terms", "teacher"),
+    [(PAPER, None), (OURS, None), (OURS_BY_THE_BASE, make_teacher())],
+    ids=["paper", "ours", "taught by the base"],
+)
 @pytest.mark.parametrize("chunk_tokens", [5, 1024])
 def test_the_lean_loss_and_its_gradients_are_those_of_the_plain_loss(
-    terms: dict[int, ExitTerm], chunk_tokens: int
+    terms: dict[int, ExitTerm], teacher: Teacher | None, chunk_tokens: int
 ) -> None:
     states, head, targets = make_inputs()
 
@@ -47,9 +60,12 @@ def test_the_lean_loss_and_its_gradients_are_those_of_the_plain_loss(
         targets,
         terms,
         num_targets=40,
+        teacher=teacher,
         chunk_tokens=chunk_tokens,
     )
-    plain = plain_exit_losses(states, dict.fromkeys(EXITS, head), targets, terms, num_targets=40)
+    plain = plain_exit_losses(
+        states, dict.fromkeys(EXITS, head), targets, terms, num_targets=40, teacher=teacher
+    )
 
     torch.testing.assert_close(lean, plain, rtol=1e-5, atol=1e-6)
     for lean_grad, plain_grad in zip(

@@ -1,5 +1,7 @@
 """What each method asks of each exit: pure values."""
 
+from dataclasses import replace
+
 import pytest
 
 from sortserve_trainer.methods import METHODS, Method
@@ -49,6 +51,16 @@ def test_ours_keeps_a_share_for_the_full_depth_and_distils_the_rest() -> None:
     for exit_layer in EXITS[:-1]:
         term = terms[exit_layer]
         assert term.kl / (term.ce + term.kl) == pytest.approx(method.distill)
+
+
+def test_a_teacher_of_its_own_teaches_the_full_depth_too() -> None:
+    method = replace(METHODS["soft+kd"], teacher="base")
+    assert method.protect is not None
+
+    full = method.terms(EXITS, step=0, seed=0)[30]
+
+    assert full.ce + full.kl == pytest.approx(method.protect)
+    assert full.kl / (full.ce + full.kl) == pytest.approx(method.distill)
 
 
 def test_weighting_by_depth_gives_an_exit_one_over_the_layers_it_lacks() -> None:

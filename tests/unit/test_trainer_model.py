@@ -103,14 +103,14 @@ def test_bf16_products_attend_like_sdpa() -> None:
     assert error < 0.05
 
 
-def lora_model() -> SortedModel:
+def lora_model(*, untrained: bool = False) -> SortedModel:
     trunk = tiny_hf_model()
     config = read_model_config(trunk.config)
     norm = trunk.model.norm.weight.detach().clone()
     torch.manual_seed(0)
     targets = ["q_proj", "o_proj", "gate_proj", "down_proj"]
     peft_model = get_peft_model(
-        trunk, LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+        trunk, LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=untrained)
     )
     return SortedModel(peft_model, EXITS, ExitModules({}, config, norm))
 
@@ -136,6 +136,22 @@ def test_merged_lora_is_the_same_function_with_the_same_gradients() -> None:
     assert merged_grads.keys() == peft_grads.keys()
     for name, grad in peft_grads.items():
         torch.testing.assert_close(merged_grads[name], grad, rtol=1e-3, atol=1e-5)
+
+
+def test_the_base_teaches_what_it_said_before_it_had_an_adapter() -> None:
+    batch, terms = packed([8, 13]), {EXITS[-1]: ExitTerm(kl=1.0)}
+    fresh = lora_model(untrained=True)
+    merge_in_forward(fresh.trunk)
+    trained = lora_model()
+    merge_in_forward(trained.trunk)
+
+    own, _ = fresh(**batch, terms=terms, teacher="base")
+    moved, _ = trained(**batch, terms=terms, teacher="base")
+    own.backward()
+
+    assert float(own.detach()) == pytest.approx(0.0, abs=1e-5)
+    assert float(moved.detach()) > 0.1
+    assert any(p.requires_grad for p in trained.parameters())
 
 
 def test_lora_with_dropout_stays_with_peft() -> None:

@@ -1,16 +1,17 @@
 """The loss of all exits, without the logits of all exits.
 
-An exit's loss is ``ce * CE(targets, exit) + kl * KL(full depth || exit)``, the full depth detached,
-summed over the target tokens and divided by their number. ``exit_losses`` takes it in chunks of
-tokens and one exit at a time, and computes each chunk's gradient on the spot, so that the logits
-of one chunk and one exit are all that ever exists of [tokens, vocabulary]; backward only scales
-what forward kept, [tokens, hidden] per exit.
+An exit's loss is ``ce * CE(targets, exit) + kl * KL(teacher || exit)``, summed over the target
+tokens and divided by their number. The teacher is the full depth, detached, or another model that
+reads the same tokens (the frozen base). ``exit_losses`` takes it in chunks of tokens and one exit
+at a time, and computes each chunk's gradient on the spot, so that the logits of one chunk and one
+exit are all that ever exists of [tokens, vocabulary]; backward only scales what forward kept,
+[tokens, hidden] per exit.
 
 With a vocabulary sample the sums over the vocabulary run over the columns that matter to this
-chunk: those the full depth finds likely anywhere in it, the targets, and a uniform draw of the
+chunk: those the teacher finds likely anywhere in it, the targets, and a uniform draw of the
 rest whose columns count for all that were not drawn. That is importance sampling of the partition
 function (Bengio and Senecal 2008): unbiased for it, and a sixth of the arithmetic of a head of
-49,152 tokens. The full depth's own logits are always computed whole.
+49,152 tokens. The teacher's own logits are always computed whole.
 
 Shape legend: T target tokens, C tokens of a chunk, D hidden, V vocabulary, K sampled columns.
 """
@@ -28,7 +29,7 @@ from torch.nn.functional import linear
 
 from sortserve_trainer.terms import ExitTerm
 
-__all__ = ["VocabSample", "exit_losses", "plain_exit_losses"]
+__all__ = ["Teacher", "VocabSample", "exit_losses", "plain_exit_losses"]
 
 CHUNK_TOKENS = 1024
 
@@ -48,6 +49,16 @@ class VocabSample:
         return cls(num_likely, size - num_likely, seed) if size else None
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """A model other than the one in training whose distribution all depths learn from."""
+
+    state: Tensor
+    """[T, D], as its head reads it."""
+    head: Tensor
+    """[V, D]."""
+
+
 def exit_losses(
     states: Mapping[int, Tensor],
     heads: Mapping[int, Tensor],
@@ -56,17 +67,19 @@ def exit_losses(
     *,
     num_targets: float,
     sample: VocabSample | None = None,
+    teacher: Teacher | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """The weighted loss, and each exit's cross-entropy for the log.
 
     Args:
-        states: exit layer to [T, D], as the head reads it; the deepest is the teacher of the rest.
+        states: exit layer to [T, D], as the head reads it.
         heads: exit layer to [V, D]; mostly one tensor for all.
         targets: int64 [T].
         terms: exit layer to weights, of exits in ``states``.
         num_targets: what sums are divided by: the target tokens of the whole global batch.
         sample: None computes every column of every exit.
+        teacher: of all exits; None is the deepest of them, which then has no KL of its own.
         chunk_tokens: rows of logits that exist at once.
 
     Returns:
@@ -74,7 +87,8 @@ def exit_losses(
         (an estimate with ``sample``), detached.
     """
     exits = sorted(states)
-    plan = _Plan(tuple(exits), tuple(terms.get(e, ExitTerm()) for e in exits), sample, chunk_tokens)
+    weights = tuple(terms.get(e, ExitTerm()) for e in exits)
+    plan = _Plan(tuple(exits), weights, sample, teacher, chunk_tokens)
     unique = list({id(heads[e]): heads[e] for e in exits}.values())
     which = tuple(next(i for i, h in enumerate(unique) if h is heads[e]) for e in exits)
     loss, sums = _ExitLosses.apply(  # type: ignore[no-untyped-call]
@@ -89,11 +103,18 @@ class _Plan:
     exits: tuple[int, ...]
     terms: tuple[ExitTerm, ...]
     sample: VocabSample | None
+    teacher: Teacher | None
     chunk_tokens: int
+
+    def is_teacher(self, index: int) -> bool:
+        """Whether the exit at this place of ``exits`` is what the others learn from."""
+        return self.teacher is None and index == len(self.exits) - 1
 
     @property
     def needs_teacher(self) -> bool:
-        return self.sample is not None or any(term.kl for term in self.terms[:-1])
+        return self.sample is not None or any(
+            term.kl and not self.is_teacher(i) for i, term in enumerate(self.terms)
+        )
 
 
 class _ExitLosses(torch.autograd.Function):
@@ -125,7 +146,7 @@ class _ExitLosses(torch.autograd.Function):
             for start in range(0, targets.numel(), plan.chunk_tokens):
                 span = slice(start, start + plan.chunk_tokens)
                 chunk = _Chunk(
-                    plan, which, [s[span].to(dtype) for s in states], cast, targets[span]
+                    plan, which, [s[span].to(dtype) for s in states], cast, targets[span], span
                 )
                 for i in range(len(states)):
                     term_loss, ce_sum, dlogits = chunk.loss(i, wants_grad)
@@ -165,24 +186,24 @@ class _Chunk:
         states: Sequence[Tensor],
         heads: Sequence[Tensor],
         targets: Tensor,
+        span: slice,
     ) -> None:
         self.plan, self.which, self.states = plan, which, states
         self.heads, self.targets = list(heads), targets
         self.columns: Tensor | None = None
         self.bias: Tensor | None = None
         self.teacher: Tensor | None = None
-        """Log-probabilities [C, V] or [C, K] of the full depth, detached."""
-        last = len(states) - 1
+        """Log-probabilities [C, V] or [C, K], detached."""
         if plan.needs_teacher:
-            self.teacher = self._log_probs(last)
+            self.teacher = self._teacher_log_probs(span)
         if plan.sample is not None:
             assert self.teacher is not None
             self._choose_columns(plan.sample, self.teacher)
 
     def loss(self, index: int, wants_grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """One exit's weighted loss, its cross-entropy sum, and d loss / d logits if wanted."""
-        term, is_last = self.plan.terms[index], index == len(self.states) - 1
-        if is_last and self.teacher is not None:
+        term, is_teacher = self.plan.terms[index], self.plan.is_teacher(index)
+        if is_teacher and self.teacher is not None:
             log_q = self.teacher
         elif term.ce or term.kl:
             log_q = self._log_probs(index)
@@ -193,7 +214,7 @@ class _Chunk:
         ce = -log_q[rows, self.targets].sum()
         if not (term.ce or term.kl):
             return torch.zeros_like(ce), ce, None
-        distils = bool(term.kl) and not is_last
+        distils = bool(term.kl) and not is_teacher
         kl, p = torch.zeros_like(ce), None
         if distils:
             assert self.teacher is not None
@@ -219,6 +240,14 @@ class _Chunk:
             grad += own
         else:
             grad.index_add_(0, self.columns, own)
+
+    def _teacher_log_probs(self, span: slice) -> Tensor:
+        teacher = self.plan.teacher
+        if teacher is None:
+            return self._log_probs(len(self.states) - 1)
+        dtype = self.states[0].dtype
+        logits = linear(teacher.state[span].to(dtype), teacher.head.to(dtype))
+        return logits.log_softmax(-1, dtype=torch.float32)
 
     def _log_probs(self, index: int) -> Tensor:
         logits = linear(self.states[index], self.heads[self.which[index]])
@@ -258,14 +287,17 @@ def plain_exit_losses(
     terms: Mapping[int, ExitTerm],
     *,
     num_targets: float,
+    teacher: Teacher | None = None,
 ) -> Tensor:
     """The same loss as one writes it down; the reference that ``exit_losses`` is tested against."""
     last = max(states)
-    teacher = linear(states[last], heads[last]).float().log_softmax(-1).detach()
+    source = teacher or Teacher(states[last], heads[last])
+    log_p = linear(source.state, source.head).float().log_softmax(-1).detach()
     loss = torch.zeros((), device=targets.device)
     for exit_layer, term in terms.items():
         log_q = linear(states[exit_layer], heads[exit_layer]).float().log_softmax(-1)
         ce = -log_q.gather(1, targets[:, None]).sum()
-        kl = (teacher.exp() * (teacher - log_q)).sum() if exit_layer != last else 0.0
+        learns = exit_layer != last or teacher is not None
+        kl = (log_p.exp() * (log_p - log_q)).sum() if learns else 0.0
         loss = loss + term.ce * ce + term.kl * kl
     return loss / num_targets

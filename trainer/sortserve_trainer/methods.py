@@ -38,7 +38,10 @@ class Method:
     """How exits share the rest: equally, or each by 1 / (layers it lacks): an exit just below the
     full depth is used most, has least excuse, and its small loss would drown among the others."""
     distill: float = 0.0
-    """Share of an exit's loss that is KL(full depth || exit); the rest is cross-entropy."""
+    """Share of an exit's loss that is KL(teacher || exit); the rest is cross-entropy."""
+    teacher: Literal["full", "base"] = "full"
+    """Whose distribution exits learn from: the full depth's own, detached, or that of the base as
+    it was before training, which then teaches the full depth too and keeps it what it was."""
     exits_per_step: int | None = None
     """Exits below full depth that a step trains, drawn anew each step; None is all."""
     exit_modules: ExitModuleKind = ExitModuleKind.NONE
@@ -71,7 +74,8 @@ class Method:
             e: ExitTerm(ce=unit * part * (1.0 - self.distill), kl=unit * part * self.distill)
             for e, part in parts.items()
         }
-        return {**terms, full: ExitTerm(ce=protect)}
+        own = self.distill if self.teacher == "base" else 0.0
+        return {**terms, full: ExitTerm(ce=protect * (1.0 - own), kl=protect * own)}
 
 
 METHODS = {

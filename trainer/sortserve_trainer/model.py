@@ -10,13 +10,14 @@ Shape legend: T tokens of a packed row (several examples end to end), D hidden, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from sortserve_trainer.attention import PACKED_ATTENTION
 from sortserve_trainer.exit_modules import ExitModules
-from sortserve_trainer.loss import VocabSample, exit_losses
+from sortserve_trainer.loss import Teacher, VocabSample, exit_losses
 from sortserve_trainer.terms import ExitTerm
 
 __all__ = ["SortedModel"]
@@ -77,6 +78,7 @@ class SortedModel(nn.Module):
         terms: Mapping[int, ExitTerm],
         num_targets: float | None = None,
         sample: VocabSample | None = None,
+        teacher: Literal["full", "base"] = "full",
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The weighted loss over the target tokens, and each exit's mean cross-entropy.
 
@@ -88,6 +90,8 @@ class SortedModel(nn.Module):
             terms: exits to read, and the weights of their losses.
             num_targets: of the whole global batch; None counts those of this row.
             sample: see ``exit_losses``.
+            teacher: whose distribution KL terms learn from: the full depth's, or the base's
+                without its adapter.
         """
         is_target = labels[0] != IGNORED
         targets = labels[0][is_target]
@@ -101,7 +105,22 @@ class SortedModel(nn.Module):
             terms,
             num_targets=float(targets.numel()) if num_targets is None else float(num_targets),
             sample=sample,
+            teacher=(
+                self._base_teacher(input_ids, position_ids, lengths, is_target)
+                if teacher == "base" and any(term.kl for term in terms.values())
+                else None
+            ),
         )
+
+    @torch.no_grad()
+    def _base_teacher(
+        self, input_ids: Tensor, position_ids: Tensor, lengths: Tensor, rows: Tensor
+    ) -> Teacher:
+        """The trunk as it was before its adapter."""
+        full = self.exits[-1]
+        with self.trunk.disable_adapter():  # type: ignore[operator]
+            states = self.exit_states(input_ids, position_ids, lengths, (full,), rows)
+        return Teacher(states[full], self.base.get_output_embeddings().weight)
 
     def exit_states(
         self,

@@ -62,7 +62,10 @@ class TrainSettings(BaseModel):
     """How exits share the rest: equally, or by 1 / (layers an exit lacks). Default: the
     method's."""
     distill: Share | None = None
-    """Share of an exit's loss that is KL from the full depth. Default: the method's."""
+    """Share of an exit's loss that is KL from the teacher. Default: the method's."""
+    teacher: Literal["full", "base"] | None = None
+    """Whom exits learn from: the full depth as it learns, or the base as it was, which then
+    teaches the full depth too and keeps it what it was (needs LoRA). Default: the method's."""
     exits_per_step: Count | None = None
     """Exits below full depth that a step trains, drawn anew each step. Default: all."""
     exit_modules: Literal["none", "norm", "affine", "mlp"] | None = None
@@ -147,6 +150,16 @@ class TrainSettings(BaseModel):
             )
         if self.quantize != "none" and self.resolved.lora_rank == 0:
             raise ValueError("--quantize nf4 freezes the base, so it needs --lora-rank 1 or more")
+        if self.teacher == "base" and (self.resolved.lora_rank == 0 or self.freeze_trunk):
+            raise ValueError(
+                "--teacher base is a frozen base under an adapter that is trained: it needs "
+                "--lora-rank 1 or more, and no --freeze-trunk"
+            )
+        if self.teacher == "base" and not (self.resolved.trains_exits and self.resolved.distill):
+            raise ValueError(
+                f"--teacher base needs something to teach: --method {self.method} has no "
+                "--distill above 0"
+            )
         if self.resolved.vocab_sample and self.resolved.has_head_phase:
             raise ValueError("--vocab-sample is not for sft+ict, which is a published baseline")
         if self.freeze_trunk and self.resolved.exit_modules == "none":
@@ -163,6 +176,7 @@ class TrainSettings(BaseModel):
             "protect",
             "weighting",
             "distill",
+            "teacher",
             "exits_per_step",
             "vocab_sample",
             "learning_rate",

@@ -9,7 +9,7 @@ __all__ = ["ExitTerm"]
 
 @dataclass(frozen=True)
 class ExitTerm:
-    """``ce * CE(targets, exit) + kl * KL(full depth || exit)``."""
+    """``ce * CE(targets, exit) + kl * KL(teacher || exit)``."""
 
     ce: float = 0.0
     kl: float = 0.0
