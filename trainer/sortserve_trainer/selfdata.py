@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sortserve_trainer.selfdata")
     parser.add_argument("prompts", nargs="+", type=Path, help="instruction JSONL files")
     parser.add_argument("--model", default=BASE)
+    parser.add_argument("--exit", type=int, help="exit layer that answers; the full depth if left")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--limit", type=int, help="most rows of each file, spread evenly")
     parser.add_argument("--max-tokens", type=int, default=256, help="of an answer")
@@ -130,7 +131,9 @@ def _answer_all(
         seed=seed,
     )
     answers = engine.generate(
-        [prompts[i] for i in chosen], exit_layer=checkpoint.exits.full, sampling=sampling
+        [prompts[i] for i in chosen],
+        exit_layer=options.exit or checkpoint.exits.full,
+        sampling=sampling,
     )
     rows: list[dict[str, Any]] = [{"instruction": m, "input": "", "output": ""} for m in messages]
     for answer in answers:
