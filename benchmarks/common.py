@@ -15,7 +15,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["environment", "percentile", "print_json", "print_table", "summarise"]
+__all__ = [
+    "environment",
+    "metric_total",
+    "percentile",
+    "print_json",
+    "print_table",
+    "summarise",
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
@@ -138,3 +145,13 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def metric_total(text: str, name: str) -> float | None:
+    """The sum of one metric over its labels in Prometheus text; None if it is not there."""
+    values = [
+        float(line.rsplit(" ", 1)[1])
+        for line in text.splitlines()
+        if line.startswith((f"{name} ", f"{name}{{"))
+    ]
+    return sum(values) if values else None

@@ -10,8 +10,10 @@ full depth, which is measured first. Compared, each on a fresh server:
 
 All are graded alike, as the client saw it: due time to last chunk. `goodput_share` is the share of
 all requests that were met, refused ones counted as not met. `met_of_admitted` leaves those out.
-The quality of what was served is the mean `score` over tokens, where the checkpoint has scores. The
-last line is one JSON document.
+The quality of what was served is the mean `score` over tokens, where the checkpoint has scores.
+With `--simulate` the steps of this machine are timed first, and the simulator then runs the same
+requests through the same scheduling with those times: its goodput is printed beside the real one.
+The last line is one JSON document.
 
     python -m benchmarks.goodput trace.jsonl --rates 1 1.5 2 3 --num-requests 300 --plot goodput.svg
 """
@@ -33,6 +35,9 @@ from benchmarks.http_client import HttpClient
 from benchmarks.loadgen import Planned, RequestRecord, Run, run_closed_loop, run_open_loop
 from benchmarks.server_process import ServerStartError, serve
 from benchmarks.serving import detect_model
+from benchmarks.simulate import arrivals_of
+from benchmarks.simulate import figures as simulated_figures
+from benchmarks.simulator import Machine, measured_machine, simulate
 from benchmarks.workload import PromptMaker, RequestMaker, RequestSpec, load_trace
 from sortserve.svg import Series, line_chart
 
@@ -62,6 +67,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-prompt-tokens", type=int, default=1024)
     parser.add_argument("--on-miss", choices=("reject", "degrade"), default="reject")
     parser.add_argument("--vocab-size", type=int, default=32000)
+    parser.add_argument("--simulate", action="store_true", help="the same in the simulator, too")
     parser.add_argument("--plot", type=Path, help="draw goodput over rate as an SVG")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--server-args", default="", help="more flags, separated by spaces")
@@ -164,6 +170,8 @@ def figures(
         "mean_depth_share": _share(sum(e * n for e, n in tokens), num_tokens * exits.layers[-1]),
         "mean_score": _mean_score(tokens, exits),
         "output_tokens_per_s": round(num_output / run.wall_s, 1),
+        "refusal_ms_p50": _refusal_ms(records, 0.5),
+        "refusal_ms_p99": _refusal_ms(records, 0.99),
         "num_failed": sum(r.error is not None and r.status != 429 for r in records),
         "prediction_error_p50": _prediction_error(records),
         "wall_s": round(run.wall_s, 1),
@@ -195,6 +203,16 @@ def _prediction_error(records: Sequence[RequestRecord]) -> float | None:
     return round(percentile(errors, 0.5), 4) if errors else None
 
 
+def _refusal_ms(records: Sequence[RequestRecord], share: float) -> float | None:
+    """From sending to the whole 429, as the client saw it."""
+    times = [
+        1e3 * (r.answered_s - r.sent_s)
+        for r in records
+        if r.status == 429 and r.answered_s is not None
+    ]
+    return round(percentile(times, share), 1) if times else None
+
+
 def _share(part: float, whole: float) -> float | None:
     return round(part / whole, 4) if whole else None
 
@@ -203,11 +221,9 @@ async def measure_system(
     arguments: argparse.Namespace, system: str, unloaded: Unloaded | None
 ) -> tuple[dict[float, dict[str, Any]], Unloaded]:
     """One system at every rate, on a server of its own."""
-    policy = "deadline" if system == "deadline" else "lockstep"
     model = [arguments.model] if arguments.model else []
     opened = ["--exits", arguments.exits] if arguments.exits else []
-    flags = ["--policy", policy, *opened, *arguments.server_args.split()]
-    trace = load_trace(arguments.trace, num_requests=arguments.num_requests)
+    flags = ["--policy", _policy(system), *opened, *arguments.server_args.split()]
     results = {}
     async with serve([*model, *flags]) as client:
         prompts = PromptMaker(random.Random(arguments.seed), vocab_size=arguments.vocab_size)
@@ -217,12 +233,7 @@ async def measure_system(
             unloaded = await measure_unloaded(client, maker, exits.layers[-1])
         for rate in arguments.rates:
             print(f"{system} at {rate:g} a second ...", flush=True)
-            specs = scaled(
-                trace,
-                lengths=arguments.lengths,
-                rate=rate,
-                max_prompt_tokens=arguments.max_prompt_tokens,
-            )
+            specs = specs_at(arguments, rate)
             exit_layer = exits.fixed.get(system)
             planned, classes = plan_requests(specs, maker, unloaded, exit_layer, arguments)
             run = await run_open_loop(client, planned)
@@ -232,16 +243,57 @@ async def measure_system(
 
 async def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
     """All systems, one after the other."""
+    machine = measured_machine(arguments.model, arguments.exits) if arguments.simulate else None
     unloaded: Unloaded | None = None
     found: dict[str, dict[float, dict[str, Any]]] = {}
     for system in arguments.systems:
         found[system], unloaded = await measure_system(arguments, system, unloaded)
     assert unloaded is not None
     alone = {n: round(1e3 * unloaded.prefill_s(n), 2) for n in (64, 512)}
-    return {
+    results: dict[str, Any] = {
         "unloaded": {"ttft_ms": alone, "token_ms": round(1e3 * unloaded.token_s, 3)},
         "systems": found,
     }
+    if machine is not None:
+        results["simulated"] = simulate_all(arguments, machine, unloaded)
+    return results
+
+
+def specs_at(arguments: argparse.Namespace, rate: float) -> list[RequestSpec]:
+    """The trace as it is replayed at a rate."""
+    return scaled(
+        load_trace(arguments.trace, num_requests=arguments.num_requests),
+        lengths=arguments.lengths,
+        rate=rate,
+        max_prompt_tokens=arguments.max_prompt_tokens,
+    )
+
+
+def simulate_all(
+    arguments: argparse.Namespace, machine: Machine, unloaded: Unloaded
+) -> dict[str, dict[float, dict[str, Any]]]:
+    """The requests of every system and rate, with their budgets, on the simulated machine."""
+    own = argparse.Namespace(**vars(arguments), unbudgeted=0.0)
+    return {
+        system: {
+            rate: simulated_figures(
+                simulate(
+                    machine,
+                    arrivals_of(specs_at(arguments, rate), machine, system, own, unloaded),
+                    policy=_policy(system),
+                    seed=arguments.seed,
+                ),
+                machine,
+                unloaded,
+            )
+            for rate in arguments.rates
+        }
+        for system in arguments.systems
+    }
+
+
+def _policy(system: str) -> str:
+    return "deadline" if system == "deadline" else "lockstep"
 
 
 def draw(found: Mapping[str, Mapping[float, Mapping[str, Any]]]) -> str:
@@ -272,6 +324,10 @@ def main(argv: list[str] | None = None) -> int:
         for system, rates in results["systems"].items():
             shares = ", ".join(f"{c} {_cell(v)}" for c, v in rates[rate]["by_class"].items())
             print(f"{system}: met by class: {shares}")
+        for system, simulated in results.get("simulated", {}).items():
+            real = results["systems"][system][rate]["goodput_share"]
+            foretold = simulated[rate]["goodput_share"]
+            print(f"{system}: goodput {_cell(real)}, simulated {_cell(foretold)}")
     if arguments.plot is not None:
         arguments.plot.write_text(draw(results["systems"]))
         print(f"plot: {arguments.plot}")

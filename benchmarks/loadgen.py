@@ -40,6 +40,8 @@ class RequestRecord:
     """When the request should have been sent; latencies count from here, so that a generator
     that falls behind does not flatter the server."""
     sent_s: float
+    answered_s: float | None = None
+    """When the whole response was there; None if there was none."""
     chunk_times_s: list[float] = field(default_factory=list)
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
@@ -187,7 +189,7 @@ async def _send(
     except OSError as error:
         record.error = f"{type(error).__name__}: {error}"
         return record
-    record.status = response.status
+    record.status, record.answered_s = response.status, time.perf_counter()
     if response.status != 200:
         record.error = f"HTTP {response.status}: {response.body[:200].decode(errors='replace')}"
     else:

@@ -71,15 +71,27 @@ def unloaded_times(machine: Machine) -> Unloaded:
 
 
 def arrivals_of(
-    specs: Sequence[RequestSpec], machine: Machine, system: str, arguments: argparse.Namespace
+    specs: Sequence[RequestSpec],
+    machine: Machine,
+    system: str,
+    arguments: argparse.Namespace,
+    unloaded: Unloaded | None = None,
 ) -> list[Arrival]:
-    """The requests as one system gets them: with budgets, or pinned to an exit."""
-    rng, unloaded = random.Random(arguments.seed), unloaded_times(machine)
+    """The requests as one system gets them: with budgets, or pinned to an exit.
+
+    Args:
+        specs: scaled, in order.
+        machine: whose exits they are pinned to.
+        system: one of ``SYSTEMS``.
+        arguments: its ``seed``, ``on_miss`` and ``unbudgeted``.
+        unloaded: what budgets are multiples of; None is what the machine says.
+    """
+    rng, unloaded = random.Random(arguments.seed), unloaded or unloaded_times(machine)
     fixed = {"full": -1, "shallow": 0, "middle": len(machine.exits) // 2}
     arrivals = []
     for spec in specs:
         budget_class = draw_class(rng)
-        is_budgeted = rng.random() >= arguments.unbudgeted
+        is_budgeted = not arguments.unbudgeted or rng.random() >= arguments.unbudgeted
         if system in fixed:
             budget = Budget(exit_layer=machine.exits[fixed[system]])
         elif is_budgeted:
@@ -99,9 +111,9 @@ def arrivals_of(
     return arrivals
 
 
-def figures(run: Simulation, machine: Machine) -> dict[str, Any]:
+def figures(run: Simulation, machine: Machine, unloaded: Unloaded | None = None) -> dict[str, Any]:
     """What a run comes to: goodput, attainment, depth, quality, refusals."""
-    unloaded = unloaded_times(machine)
+    unloaded = unloaded or unloaded_times(machine)
     factors = {c.name: c for c in CLASSES}
     graded = [o for o in run.outcomes if o.arrival.label in factors]
     met = [o for o in graded if _is_met(o, factors[o.arrival.label].latency_ms(unloaded, _spec(o)))]

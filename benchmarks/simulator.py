@@ -40,6 +40,7 @@ __all__ = [
     "Simulation",
     "make_desk",
     "make_engine",
+    "measured_machine",
     "request_of",
     "simulate",
 ]
@@ -125,6 +126,31 @@ MACHINES = {
         flop_per_s=312e12,
     ),
 }
+
+
+def measured_machine(model_name: str | None, exits: str | None) -> Machine:
+    """The machine it runs on, as a server with these flags would time it at its start.
+
+    Raises:
+        SortserveError: an exit is wrong, or the model cannot be served.
+    """
+    from sortserve.build import build
+    from sortserve.config import load_settings
+
+    given = {"model": model_name, "exits": exits}
+    serving = build(load_settings({k: v for k, v in given.items() if v is not None}))
+    model = CostModel.fit(serving.measure())
+    table = serving.checkpoint.exits
+    scores = {e: table[e].score for e in table.layers}
+    return Machine(
+        name="this",
+        source="measured by this run",
+        exits=tuple(table.layers),
+        small=model.small,
+        large=model.large,
+        compute={e: table[e].compute for e in table.layers},
+        score=None if None in scores.values() else {e: s or 0.0 for e, s in scores.items()},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,12 +24,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.common import environment, print_json, print_table
+from benchmarks.common import environment, metric_total, print_json, print_table
 from benchmarks.http_client import HttpClient, HttpConnection, Response, encode_request
 from benchmarks.http_parse import SseReader
 from benchmarks.storm_cases import Case, Hangup, Target, all_cases
 
-__all__ = ["Outcome", "main", "metric_total", "run_case", "violation_of"]
+__all__ = ["Outcome", "main", "run_case", "violation_of"]
 
 IDLE_METRICS = (
     "sortserve_kv_pages_used",
@@ -78,16 +78,6 @@ def violation_of(outcome: Outcome) -> str | None:
     if not case.names_field(outcome.error.get("param")):
         return f"error.param={outcome.error.get('param')!r}, expected {' or '.join(case.params)}"
     return None
-
-
-def metric_total(text: str, name: str) -> float | None:
-    """The sum of one metric over its labels in Prometheus text; None if it is not there."""
-    values = [
-        float(line.rsplit(" ", 1)[1])
-        for line in text.splitlines()
-        if line.startswith((f"{name} ", f"{name}{{"))
-    ]
-    return sum(values) if values else None
 
 
 async def run_case(client: HttpClient, case: Case, rng: random.Random) -> Outcome:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.common import environment, percentile, summarise
+from benchmarks.common import environment, metric_total, percentile, summarise
 from benchmarks.floors import Machine, ModelCost, Work, figure, speedups
 from benchmarks.http_parse import ResponseParser, SseReader
 from benchmarks.serving import parse_arguments
@@ -52,6 +52,13 @@ def in_pieces(data: bytes, size: int) -> Iterator[bytes]:
 )
 def test_percentile(values: list[float], share: float, expected: float) -> None:
     assert percentile(values, share) == pytest.approx(expected)
+
+
+def test_metrics_are_summed_over_their_labels() -> None:
+    text = 'a_b{x="1"} 2.0\na_b{x="2"} 3.0\na_bc 7\nd 1\n'
+
+    assert metric_total(text, "a_b") == 5.0
+    assert metric_total(text, "missing") is None
 
 
 def test_no_values_have_no_summary() -> None:

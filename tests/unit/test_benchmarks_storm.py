@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from benchmarks.http_client import HttpClient
-from benchmarks.storm import Outcome, metric_total, parse_arguments, run_case, violation_of
+from benchmarks.storm import Outcome, parse_arguments, run_case, violation_of
 from benchmarks.storm_cases import Case, Hangup, Target, all_cases
 
 from support.scripted_http import answer, scripted_server, token
@@ -115,13 +115,6 @@ def test_every_kind_of_hang_up_is_in_the_storm() -> None:
     assert {case.hangup for case in cases} == set(Hangup)
     assert len({case.name for case in cases}) > 100
     assert all(case.params for case in cases if case.name.startswith(("prompt: m", "budget.")))
-
-
-def test_metrics_are_summed_over_their_labels() -> None:
-    text = 'a_b{x="1"} 2.0\na_b{x="2"} 3.0\na_bc 7\nd 1\n'
-
-    assert metric_total(text, "a_b") == 5.0
-    assert metric_total(text, "missing") is None
 
 
 @pytest.mark.parametrize("host", ["10.0.0.1", "example.org", "192.168.1.2"])
