@@ -199,6 +199,17 @@ def test_a_checkpoint_tells_how_it_was_made(base: Path, data: Path, tmp_path: Pa
     assert not (tmp_path / "out.run" / "states").exists()
 
 
+def test_a_checkpoint_can_be_read_by_whoever_can_read_its_folder(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+
+    assert main(command(base, data, output)) == 0
+
+    allowed = output.stat().st_mode & 0o666
+    assert {path.stat().st_mode & 0o666 for path in output.iterdir()} == {allowed}
+
+
 def test_a_finished_checkpoint_can_be_trained_further(
     base: Path, data: Path, tmp_path: Path
 ) -> None:

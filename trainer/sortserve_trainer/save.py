@@ -52,8 +52,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
             yield draft
+            mode = draft.stat().st_mode & 0o666
             for path in draft.rglob("*"):
                 if path.is_file():
+                    path.chmod(mode)  # safetensors writes files that only their owner can read
                     _sync(path)
             if folder.is_dir():
                 folder.rmdir()
