@@ -11,9 +11,9 @@ full depth, which is measured first. Compared, each on a fresh server:
 All are graded alike, as the client saw it: due time to last chunk. `goodput_share` is the share of
 all requests that were met, refused ones counted as not met. `met_of_admitted` leaves those out.
 The quality of what was served is the mean `score` over tokens, where the checkpoint has scores.
-With `--simulate` the steps of this machine are timed first, and the simulator then runs the same
-requests through the same scheduling with those times: its goodput is printed beside the real one.
-The last line is one JSON document.
+With `--simulate` the steps of this machine are timed first, and stretched to what requests take
+alone over HTTP. The simulator then runs the same requests through the same scheduling with those
+times, and its goodput is printed beside the real one. The last line is one JSON document.
 
     python -m benchmarks.goodput trace.jsonl --rates 1 1.5 2 3 --num-requests 300 --plot goodput.svg
 """
@@ -35,7 +35,7 @@ from benchmarks.http_client import HttpClient
 from benchmarks.loadgen import Planned, RequestRecord, Run, run_closed_loop, run_open_loop
 from benchmarks.server_process import ServerStartError, serve
 from benchmarks.serving import detect_model
-from benchmarks.simulate import arrivals_of
+from benchmarks.simulate import arrivals_of, stretched
 from benchmarks.simulate import figures as simulated_figures
 from benchmarks.simulator import Machine, measured_machine, simulate
 from benchmarks.workload import PromptMaker, RequestMaker, RequestSpec, load_trace
@@ -272,24 +272,16 @@ def specs_at(arguments: argparse.Namespace, rate: float) -> list[RequestSpec]:
 def simulate_all(
     arguments: argparse.Namespace, machine: Machine, unloaded: Unloaded
 ) -> dict[str, dict[float, dict[str, Any]]]:
-    """The requests of every system and rate, with their budgets, on the simulated machine."""
+    """The same requests with the same budgets, for every system and rate, on the machine."""
     own = argparse.Namespace(**vars(arguments), unbudgeted=0.0)
-    return {
-        system: {
-            rate: simulated_figures(
-                simulate(
-                    machine,
-                    arrivals_of(specs_at(arguments, rate), machine, system, own, unloaded),
-                    policy=_policy(system),
-                    seed=arguments.seed,
-                ),
-                machine,
-                unloaded,
-            )
-            for rate in arguments.rates
-        }
-        for system in arguments.systems
-    }
+    machine = stretched(machine, unloaded, specs_at(arguments, 1.0))
+
+    def run(system: str, rate: float) -> dict[str, Any]:
+        arrivals = arrivals_of(specs_at(arguments, rate), machine, system, own, unloaded)
+        done = simulate(machine, arrivals, policy=_policy(system), seed=arguments.seed)
+        return simulated_figures(done, machine, unloaded)
+
+    return {s: {rate: run(s, rate) for rate in arguments.rates} for s in arguments.systems}
 
 
 def _policy(system: str) -> str:

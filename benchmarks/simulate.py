@@ -21,6 +21,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from benchmarks.simulator import MACHINES, Arrival, Machine, Outcome, Simulation
 from benchmarks.workload import RequestSpec, load_trace
 from sortserve.budget import Budget
 
-__all__ = ["SYSTEMS", "figures", "main"]
+__all__ = ["SYSTEMS", "arrivals_of", "figures", "main", "stretched", "unloaded_times"]
 
 SYSTEMS = ("full", "shallow", "middle", "lockstep", "deadline")
 COLUMNS = (
@@ -68,6 +69,21 @@ def unloaded_times(machine: Machine) -> Unloaded:
         lambda num_tokens: model.prefill_s(full, num_tokens),
         c0 + (a + b + 256 * d) * full + h,
     )
+
+
+def stretched(machine: Machine, unloaded: Unloaded, specs: Sequence[RequestSpec]) -> Machine:
+    """The machine as its clients meet it, HTTP and their own work on the same cores included.
+
+    All its times are multiplied by one factor, with which the requests, each alone at full depth,
+    take what ``unloaded`` says in sum.
+    """
+    own = unloaded_times(machine)
+    factor = sum(map(unloaded.e2e_s, specs)) / sum(map(own.e2e_s, specs))
+    small, large = (
+        (factor * c0, factor * a, factor * b, factor * d, factor * h)
+        for c0, a, b, d, h in (machine.small, machine.large)
+    )
+    return replace(machine, small=small, large=large)
 
 
 def arrivals_of(

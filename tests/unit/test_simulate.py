@@ -7,7 +7,7 @@ import random
 
 import pytest
 from benchmarks.budget_classes import CLASSES, Unloaded, scaled
-from benchmarks.simulate import arrivals_of, figures, unloaded_times
+from benchmarks.simulate import arrivals_of, figures, stretched, unloaded_times
 from benchmarks.simulator import MACHINES, simulate
 from benchmarks.workload import RequestSpec
 
@@ -58,6 +58,16 @@ def test_budgets_are_multiples_of_the_unloaded_time() -> None:
     assert [c.latency_ms(unloaded, spec) for c in CLASSES] == [300.0, 600.0, 1600.0]
     assert sum(c.share for c in CLASSES) == pytest.approx(1.0)
     assert unloaded_times(CPU).e2e_s(spec) > 0.1
+
+
+def test_a_machine_is_stretched_to_what_its_clients_saw() -> None:
+    own, specs = unloaded_times(CPU), trace(10, 1.0)
+    seen = Unloaded(lambda num_tokens: 1.5 * own.prefill_s(num_tokens), 1.5 * own.token_s)
+
+    found = unloaded_times(stretched(CPU, seen, specs))
+
+    assert found.token_s == pytest.approx(seen.token_s)
+    assert found.prefill_s(300) == pytest.approx(seen.prefill_s(300))
 
 
 def test_at_light_load_everything_is_met_at_nearly_full_depth() -> None:
