@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -97,18 +98,34 @@ def test_one_kind_of_step_for_minutes_does_not_unlearn_the_others() -> None:
     assert errors[30] < 0.6  # the large regime has seen nothing, and keeps the calibration
 
 
-def test_noise_shows_in_the_safety_factor_and_a_suspended_process_does_not_ruin_the_fit() -> None:
-    learned, rng = learner(), random.Random(8)
-    calm = learner()
+def safety_after(ratio: Callable[[int], float]) -> float:
+    """What the safety factor is once 400 steps have taken so many times what is true."""
+    learned = learner()
+    for i, shape in enumerate(shapes(9, 400)):
+        learned.observe(shape, true_seconds(shape) * ratio(i))
+    return learned.model.safety
+
+
+def test_the_safety_factor_covers_slow_stretches_more_than_noise_that_evens_out() -> None:
+    low, high = SAFETY_BOUNDS
+    noise, stretches = random.Random(8), random.Random(8)
+    slow = [stretches.lognormvariate(0.0, 0.25) for _ in range(40)]
+
+    calm = safety_after(lambda i: 1.0)
+    noisy = safety_after(lambda i: noise.lognormvariate(0.0, 0.25))
+    uneven = safety_after(lambda i: slow[i // 10])
+
+    assert calm == low
+    assert low < noisy < 1.25 < uneven < high
+
+
+def test_a_suspended_process_does_not_ruin_the_fit() -> None:
+    learned = learner()
 
     for shape in shapes(9, 400):
-        learned.observe(shape, true_seconds(shape) * rng.lognormvariate(0.0, 0.25))
-        calm.observe(shape, true_seconds(shape))
+        learned.observe(shape, true_seconds(shape))
     learned.observe(shapes(10, 1)[0], 3600.0)
 
-    low, high = SAFETY_BOUNDS
-    assert calm.model.safety == low
-    assert 1.2 < learned.model.safety < high
     assert errors_of(learned.model, 1.0, seed=11)[30] < 0.1
 
 

@@ -40,6 +40,9 @@ MAX_RATIO = 4.0
 WINDOW_STEPS = 256
 MIN_STEPS_FOR_SAFETY = 64
 SAFETY_QUANTILE = 0.9
+SAFETY_STEPS = 8
+"""Steps whose times are summed for the safety factor. Promises span many steps, over which the
+noise of single ones evens out while a wrong model does not."""
 SAFETY_BOUNDS = (1.05, 2.0)
 
 
@@ -56,13 +59,9 @@ class CostLearner:
         large = [s for s in samples if s[0].num_tokens > REGIME_TOKENS] or list(samples)
         self._small = _Regime(self.model.small, small)
         self._large = _Regime(self.model.large, large)
-        self._ratios: deque[float] = deque(maxlen=WINDOW_STEPS)
+        self._steps: deque[tuple[float, float]] = deque(maxlen=WINDOW_STEPS)
+        """Predicted and actual seconds of the latest steps."""
         self._num_steps = 0
-
-    @property
-    def ratios(self) -> Sequence[float]:
-        """Actual over predicted of the latest steps, oldest first."""
-        return tuple(self._ratios)
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Learn from one executed step."""
@@ -70,7 +69,7 @@ class CostLearner:
             return
         predicted = max(self.model.step_s(shape), 1e-9)
         ratio = min(max(seconds / predicted, 1 / MAX_RATIO), MAX_RATIO)
-        self._ratios.append(ratio)
+        self._steps.append((predicted, predicted * ratio))
         regime = self._small if shape.num_tokens <= REGIME_TOKENS else self._large
         regime.observe(shape, predicted * ratio)
         self._num_steps += 1
@@ -83,10 +82,13 @@ class CostLearner:
             )
 
     def _safety(self) -> float:
-        if len(self._ratios) < MIN_STEPS_FOR_SAFETY:
+        if len(self._steps) < MIN_STEPS_FOR_SAFETY:
             return self.model.safety
+        num_groups = len(self._steps) // SAFETY_STEPS
+        latest = np.array(self._steps)[-num_groups * SAFETY_STEPS :]
+        predicted, actual = latest.reshape(num_groups, SAFETY_STEPS, 2).sum(axis=1).T
         low, high = SAFETY_BOUNDS
-        return min(max(float(np.quantile(self._ratios, SAFETY_QUANTILE)), low), high)
+        return min(max(float(np.quantile(actual / predicted, SAFETY_QUANTILE)), low), high)
 
 
 class _Regime:

@@ -86,8 +86,8 @@ class CostModel:
     small: Line
     large: Line
     safety: float = 1.2
-    """Factor on every promised time: a high quantile of actual over predicted once steps have been
-    seen, Niyama's 1.2 before."""
+    """Factor on every promised time: a high quantile of actual over predicted, of some steps
+    together, once steps have been seen; Niyama's 1.2 before."""
 
     @classmethod
     def fit(cls, samples: Sequence[tuple[StepShape, float]]) -> CostModel:

@@ -29,7 +29,7 @@ __all__ = [
 
 SOFT_GAP_S = 1.0
 """All soft requests together get at least a step in so many seconds."""
-PACE_SHARE = 0.92
+PACE_SHARE = 0.95
 """Times are paced to this share of what the budget allows: what is left covers the noise."""
 NO_GAP_S = 1e-6
 
