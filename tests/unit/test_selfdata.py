@@ -79,6 +79,16 @@ def test_a_whole_answer_is_kept_unless_it_goes_around_in_circles(
     assert [row["output"] for row in rows] == ["Hello to you.", "", ""]
 
 
+def test_every_answer_can_be_kept_with_how_it_ended(
+    model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    rows = write(model, prompts, tmp_path / "out.jsonl", "--max-tokens", "1", "--keep-all")
+
+    assert [row.get("finish_reason") for row in rows] == ["length", "length", None]
+    assert rows[0]["output"]
+    assert not rows[2]["output"]  # the prompt was too long
+
+
 def test_a_run_that_was_cut_goes_on_after_its_last_whole_row(
     model: Path, prompts: Path, tmp_path: Path
 ) -> None:

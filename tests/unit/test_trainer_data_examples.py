@@ -145,6 +145,46 @@ def test_with_prompts_everything_but_the_first_token_is_learned(load_rows: Any) 
     assert example.is_target[1:].all()
 
 
+# ---- generated answers ----
+
+
+def unwanted(example: Example) -> str:
+    """The text of the tokens to unlearn."""
+    if example.is_unwanted is None:
+        return ""
+    return str(tiny_tokenizer().decode(example.token_ids[example.is_unwanted]))
+
+
+def test_what_a_generated_answer_repeats_is_unlearned_and_all_else_learned(load_rows: Any) -> None:
+    row = {"instruction": "abcdefgh", "output": "abcdefXabcdefY", "finish_reason": "stop"}
+
+    (example,) = load_rows(row)
+
+    assert target_runs(example) == ["abcdefXabc", "Y" + END]
+    assert unwanted(example) == "def"  # each completes four tokens that the answer had before
+
+
+def test_what_anybody_else_repeats_is_learned(load_rows: Any) -> None:
+    (example,) = load_rows({"instruction": "Sing.", "output": "lalalalalalala"})
+
+    assert target_runs(example) == ["lalalalalalala" + END]
+    assert unwanted(example) == ""
+
+
+def test_of_an_answer_that_was_cut_the_end_is_not_learned(load_rows: Any) -> None:
+    row = {"instruction": "Go on.", "output": "and so", "finish_reason": "length"}
+
+    (example,) = load_rows(row)
+
+    assert target_runs(example) == ["and so"]
+    assert text(example).endswith("and so")
+
+
+def test_a_finish_reason_that_is_no_string_is_refused(load_rows: Any) -> None:
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:1.*`finish_reason` is a number"):
+        load_rows({"instruction": "Go on.", "output": "and so", "finish_reason": 1})
+
+
 # ---- length ----
 
 

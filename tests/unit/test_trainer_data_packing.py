@@ -70,16 +70,21 @@ def test_a_batch_is_one_row_with_shifted_labels_and_positions_that_start_anew() 
     first = Example(
         np.array([10, 11, 12, 13], dtype=np.int32), np.array([False, False, True, True])
     )
-    second = Example(np.array([20, 21], dtype=np.int32), np.array([False, True]))
+    second = Example(
+        np.array([20, 21, 22], dtype=np.int32),
+        np.array([False, True, False]),
+        np.array([False, False, True]),
+    )
     third = Example(np.array([30, 31, 32], dtype=np.int32), np.array([False, True, False]))
 
     batch = collate([Pack((first, second)), Pack((third,))])
 
     expected = {
-        "input_ids": [[10, 11, 12, 13, 20, 21, 30, 31, 32]],
-        "labels": [[-100, 12, 13, -100, 21, -100, 31, -100, -100]],
-        "position_ids": [[0, 1, 2, 3, 0, 1, 0, 1, 2]],
-        "lengths": [4, 2, 3],
+        "input_ids": [[10, 11, 12, 13, 20, 21, 22, 30, 31, 32]],
+        "labels": [[-100, 12, 13, -100, 21, -100, -100, 31, -100, -100]],
+        "unwanted": [[-100, -100, -100, -100, -100, 22, -100, -100, -100, -100]],
+        "position_ids": [[0, 1, 2, 3, 0, 1, 2, 0, 1, 2]],
+        "lengths": [4, 3, 3],
     }
     assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
@@ -101,6 +106,12 @@ def test_a_label_is_the_next_token_of_the_same_example(lengths: list[list[int]])
     labels = np.split(batch["labels"][0].numpy(), ends)
     for example_ids, example_labels in zip(ids, labels, strict=True):
         assert example_labels.tolist() == [*example_ids[1:].tolist(), -100]
+
+
+def test_no_token_is_both_a_target_and_unwanted() -> None:
+    both = np.array([False, True])
+    with pytest.raises(AssertionError):
+        Example(np.array([1, 2], dtype=np.int32), both, both)
 
 
 def test_no_example_begins_with_a_target() -> None:

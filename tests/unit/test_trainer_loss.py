@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sortserve_trainer.loss import Teacher, VocabSample, exit_losses, plain_exit_losses
+from sortserve_trainer.loss import (
+    Teacher,
+    VocabSample,
+    exit_losses,
+    plain_exit_losses,
+    unlikelihood_loss,
+)
 from sortserve_trainer.terms import ExitTerm
 
 EXITS = (2, 4, 6)
@@ -169,3 +175,32 @@ def test_a_vocabulary_sample_depends_on_its_seed_alone() -> None:
 
     assert loss(1) == loss(1)
     assert loss(1) != loss(2)
+
+
+def test_unlikelihood_is_minus_log_of_one_minus_p_with_its_gradients() -> None:
+    states, head, unwanted = make_inputs()
+
+    lean = unlikelihood_loss(
+        states, dict.fromkeys(EXITS, head), unwanted, OURS_BY_THE_BASE, num_targets=40
+    )
+    plain = torch.zeros(())
+    for exit_layer, term in OURS_BY_THE_BASE.items():
+        p = (states[exit_layer] @ head.T).softmax(-1).gather(1, unwanted[:, None])
+        plain = plain - (term.ce + term.kl) * (1 - p).log().sum() / 40
+
+    torch.testing.assert_close(lean, plain)
+    for own, expected in zip(
+        gradients(lean, states, head), gradients(plain, states, head), strict=True
+    ):
+        torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_unlikelihood_of_what_a_model_is_sure_of_is_finite() -> None:
+    state = torch.tensor([[100.0, 0.0]], requires_grad=True)
+    heads = {6: torch.eye(2)}
+
+    loss = unlikelihood_loss({6: state}, heads, torch.tensor([0]), FULL_DEPTH_ONLY, num_targets=1)
+    (gradient,) = torch.autograd.grad(loss, state)
+
+    assert loss.isfinite()
+    assert gradient.isfinite().all()

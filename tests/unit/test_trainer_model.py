@@ -154,6 +154,37 @@ def test_the_base_teaches_what_it_said_before_it_had_an_adapter() -> None:
     assert any(p.requires_grad for p in trained.parameters())
 
 
+def test_an_unwanted_token_that_was_known_is_unlearned_and_the_others_are_kept() -> None:
+    model = plain_model()
+    batch = packed([9, 7])
+    terms = dict.fromkeys(EXITS, ExitTerm(ce=1 / 3))
+    optimizer = torch.optim.Adam(model.trunk.parameters(), lr=3e-3)
+    token = batch["labels"][0, 5].item()
+
+    def train(batch: dict[str, torch.Tensor]) -> tuple[dict[int, float], float]:
+        """The probability of the token at each exit, and the worst exit's loss on the targets."""
+        for _ in range(60):
+            loss, means = model(**batch, terms=terms, unlikelihood=1.0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            states = model.exit_states(
+                batch["input_ids"], batch["position_ids"], batch["lengths"], EXITS
+            )
+            probs = {e: (states[e][5] @ model.head(e).T).softmax(-1) for e in EXITS}
+        return {e: float(p[token]) for e, p in probs.items()}, max(map(float, means.values()))
+
+    known, _ = train(batch)
+    batch["unwanted"] = torch.full_like(batch["labels"], -100)
+    batch["unwanted"][0, 5], batch["labels"][0, 5] = token, -100
+    unlearned, loss = train(batch)
+
+    assert min(known.values()) > 0.5
+    assert max(unlearned.values()) < 0.05
+    assert loss < 0.5
+
+
 def test_lora_with_dropout_stays_with_peft() -> None:
     trunk = tiny_hf_model()
     model = get_peft_model(trunk, LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.1))

@@ -26,10 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from sortserve_trainer.terms import ExitTerm
 
-__all__ = ["Teacher", "VocabSample", "exit_losses", "plain_exit_losses"]
+__all__ = ["Teacher", "VocabSample", "exit_losses", "plain_exit_losses", "unlikelihood_loss"]
 
 CHUNK_TOKENS = 1024
 
@@ -278,6 +279,44 @@ class _Chunk:
         self.targets = place_V[self.targets]
         self.heads = [head[self.columns] for head in self.heads]
         self.teacher = (teacher_CV[:, self.columns] + self.bias).log_softmax(-1)
+
+
+def unlikelihood_loss(
+    states: Mapping[int, Tensor],
+    heads: Mapping[int, Tensor],
+    unwanted: Tensor,
+    terms: Mapping[int, ExitTerm],
+    *,
+    num_targets: float,
+) -> Tensor:
+    """-log(1 - p(unwanted token)), each exit by the weight of its term (arXiv 1908.04319, Eq. 4).
+
+    Args:
+        states: exit layer to [U, D], as the head reads it, before each unwanted token.
+        heads: exit layer to [V, D].
+        unwanted: int64 [U]; few beside the targets: they are what a model says in circles.
+        terms: exit layer to weights, of exits in ``states``.
+        num_targets: what sums are divided by, as in ``exit_losses``.
+
+    Returns:
+        A scalar to call backward on.
+    """
+    loss = torch.zeros((), device=unwanted.device)
+    for exit_layer, term in terms.items():
+        # Recomputed in backward, so that the logits of one exit are all that exist at once.
+        own = checkpoint(
+            _unlikelihood, states[exit_layer], heads[exit_layer], unwanted, use_reentrant=False
+        )
+        loss = loss + (term.ce + term.kl) * own
+    return loss / num_targets
+
+
+def _unlikelihood(state: Tensor, head: Tensor, unwanted: Tensor) -> Tensor:
+    dtype = _compute_dtype(state)
+    logits = linear(state.to(dtype), head.to(dtype)).float()
+    log_p = logits.log_softmax(-1).gather(1, unwanted[:, None])
+    # Where the model is certain 1 - p is nothing in fp32, and its logarithm has no slope.
+    return -torch.log1p(-log_p.clamp(max=-1e-4).exp()).sum()
 
 
 def plain_exit_losses(

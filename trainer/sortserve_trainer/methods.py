@@ -42,6 +42,8 @@ class Method:
     teacher: Literal["full", "base"] = "full"
     """Whose distribution exits learn from: the full depth's own, detached, or that of the base as
     it was before training, which then teaches the full depth too and keeps it what it was."""
+    unlikelihood: float = 0.0
+    """Weight of the loss on what generated answers repeat, beside that on targets."""
     exits_per_step: int | None = None
     """Exits below full depth that a step trains, drawn anew each step; None is all."""
     exit_modules: ExitModuleKind = ExitModuleKind.NONE

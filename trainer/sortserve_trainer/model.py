@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sortserve_trainer.attention import PACKED_ATTENTION
 from sortserve_trainer.exit_modules import ExitModules
-from sortserve_trainer.loss import Teacher, VocabSample, exit_losses
+from sortserve_trainer.loss import Teacher, VocabSample, exit_losses, unlikelihood_loss
 from sortserve_trainer.terms import ExitTerm
 
 __all__ = ["SortedModel"]
@@ -79,6 +79,8 @@ class SortedModel(nn.Module):
         num_targets: float | None = None,
         sample: VocabSample | None = None,
         teacher: Literal["full", "base"] = "full",
+        unwanted: Tensor | None = None,
+        unlikelihood: float = 0.0,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The weighted loss over the target tokens, and each exit's mean cross-entropy.
 
@@ -92,18 +94,27 @@ class SortedModel(nn.Module):
             sample: see ``exit_losses``.
             teacher: whose distribution KL terms learn from: the full depth's, or the base's
                 without its adapter.
+            unwanted: int64 [1, T]; the token to unlearn after each position, or -100; where it is
+                one, ``labels`` is not.
+            unlikelihood: weight of the loss on them beside that on targets.
         """
         is_target = labels[0] != IGNORED
+        is_read = is_target
+        if unwanted is not None and unlikelihood:
+            is_read = is_target | (unwanted[0] != IGNORED)
         targets = labels[0][is_target]
+        count = float(targets.numel()) if num_targets is None else float(num_targets)
         # Distillation and vocabulary samples read the full depth, whatever its own weight.
         exits = sorted({*terms, self.exits[-1]}) if _needs_full(terms, sample) else sorted(terms)
-        states = self.exit_states(input_ids, position_ids, lengths, exits, rows=is_target)
-        return exit_losses(
-            states,
-            {e: self.head(e) for e in exits},
+        read = self.exit_states(input_ids, position_ids, lengths, exits, rows=is_read)
+        heads = {e: self.head(e) for e in exits}
+        has_target = is_target[is_read]
+        loss, means = exit_losses(
+            {e: state[has_target] for e, state in read.items()},
+            heads,
             targets,
             terms,
-            num_targets=float(targets.numel()) if num_targets is None else float(num_targets),
+            num_targets=count,
             sample=sample,
             teacher=(
                 self._base_teacher(input_ids, position_ids, lengths, is_target)
@@ -111,6 +122,16 @@ class SortedModel(nn.Module):
                 else None
             ),
         )
+        if unwanted is None or bool(has_target.all()):
+            return loss, means
+        own = unlikelihood_loss(
+            {e: state[~has_target] for e, state in read.items()},
+            heads,
+            unwanted[0][is_read][~has_target],
+            terms,
+            num_targets=count,
+        )
+        return loss + unlikelihood * own, means
 
     @torch.no_grad()
     def _base_teacher(

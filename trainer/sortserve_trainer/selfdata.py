@@ -55,6 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--max-repetition", type=float, default=0.15, help="of 4-grams of words")
+    parser.add_argument(
+        "--keep-all",
+        action="store_true",
+        help="keep answers that were cut or repeat themselves, for training with --unlikelihood",
+    )
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     return parser
@@ -115,7 +120,8 @@ def _answer_all(
     """Write one row per message, so that a killed run can count them.
 
     The answer is empty, and skipped in training, where the prompt was too long, or the answer was
-    cut (it would teach to stop in the middle) or went around in circles.
+    cut (it would teach to stop in the middle) or went around in circles. With ``--keep-all`` these
+    are kept, with the ``finish_reason`` that tells training that they are the model's own words.
     """
     prompts = [
         engine.tokenizer.apply_chat_template(
@@ -137,9 +143,13 @@ def _answer_all(
     )
     rows: list[dict[str, Any]] = [{"instruction": m, "input": "", "output": ""} for m in messages]
     for answer in answers:
+        row = rows[chosen[answer.index]]
+        if options.keep_all:
+            row |= {"output": answer.text, "finish_reason": answer.finish_reason.value}
+            continue
         is_whole = answer.finish_reason is FinishReason.STOP
         if is_whole and repeated_ngrams(answer.text.split()) < options.max_repetition:
-            rows[chosen[answer.index]]["output"] = answer.text
+            row["output"] = answer.text
     for row in rows:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
     file.flush()

@@ -66,6 +66,9 @@ class TrainSettings(BaseModel):
     teacher: Literal["full", "base"] | None = None
     """Whom exits learn from: the full depth as it learns, or the base as it was, which then
     teaches the full depth too and keeps it what it was (needs LoRA). Default: the method's."""
+    unlikelihood: NotNegative | None = None
+    """Weight of -log(1 - p) on tokens that complete a 4-gram said before, in answers that a model
+    generated (rows with a `finish_reason`); they are never learned. Default: the method's."""
     exits_per_step: Count | None = None
     """Exits below full depth that a step trains, drawn anew each step. Default: all."""
     exit_modules: Literal["none", "norm", "affine", "mlp"] | None = None
@@ -177,6 +180,7 @@ class TrainSettings(BaseModel):
             "weighting",
             "distill",
             "teacher",
+            "unlikelihood",
             "exits_per_step",
             "vocab_sample",
             "learning_rate",

@@ -101,6 +101,7 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
             num_targets=float(num_items_in_batch) if num_items_in_batch is not None else None,
             sample=self._vocab_sample(step, inputs["input_ids"]),
             teacher=self.method.teacher,
+            unlikelihood=self.method.unlikelihood,
         )
         self._meter.add(means, inputs)
         # DDP and FSDP average over processes what we have divided by the targets of them all.

@@ -55,6 +55,8 @@ class ChatFormat:
     def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The whole text, and the characters of each answer with the token that ends its turn.
 
+        An answer that was cut has none.
+
         Raises:
             ConfigError: the template refuses the messages, or shows them in a way in which the
                 answers cannot be told from the rest.
@@ -74,15 +76,18 @@ class ChatFormat:
         limits = [*starts[1:], len(text)]
         spans = []
         for turn, start, limit in zip(turns, starts, limits, strict=True):
-            end = self._end_of_answer(text, messages[turn]["content"], start, limit)
+            end = self._end_of_content(text, messages[turn]["content"], start, limit)
             if end is None:
                 problem = f"the base's chat template leaves out or rewrites `messages[{turn}]`"
                 raise bad_data(conversation.place, problem)
-            spans.append((start, end))
+            is_open = conversation.is_cut and turn == turns[-1]
+            match = None if is_open else self._end_of_turn.match(text, end)
+            spans.append((start, match.end() if match else end))
         return text, spans
 
-    def _end_of_answer(self, text: str, content: str, start: int, limit: int) -> int | None:
-        """Where an answer ends, with the end-of-turn token; None if it is not in the text.
+    @staticmethod
+    def _end_of_content(text: str, content: str, start: int, limit: int) -> int | None:
+        """Where an answer ends, before its end-of-turn token; None if it is not in the text.
 
         A template may trim the answer, or put something before it, such as an empty thought.
         """
@@ -90,11 +95,7 @@ class ChatFormat:
         found = (
             start if text.startswith(content, start, limit) else text.find(content, start, limit)
         )
-        if found < 0:
-            return None
-        end = found + len(content)
-        match = self._end_of_turn.match(text, end)
-        return match.end() if match else end
+        return None if found < 0 else found + len(content)
 
     def _render(
         self, place: str, messages: list[dict[str, str]], *, add_generation_prompt: bool

@@ -20,10 +20,16 @@ class Example:
     """[n], n >= 2."""
     is_target: NDArray[np.bool_]
     """[n]; where a token is to be predicted from those before it. The first one never is."""
+    is_unwanted: NDArray[np.bool_] | None = None
+    """[n]; where a token is one to unlearn, and no target; None is nowhere."""
 
     def __post_init__(self) -> None:
         assert len(self.token_ids) == len(self.is_target) >= 2
         assert not self.is_target[0]
+        if self.is_unwanted is not None:
+            assert len(self.is_unwanted) == len(self)
+            assert not self.is_unwanted[0]
+            assert not (self.is_unwanted & self.is_target).any()
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -8,12 +8,13 @@
 | text | ``text`` | a plain document |
 
 The first form whose columns are there counts; other columns are ignored, and null is absent.
+A conversation with a ``finish_reason`` was generated, as ``selfdata --keep-all`` writes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sortserve_trainer.data.rows import Row, json_kind
 from sortserve_trainer.data.source import bad_data
@@ -33,6 +34,18 @@ class Conversation:
     place: str
     messages: list[dict[str, str]]
     """``role`` and ``content`` of each turn."""
+    finish_reason: str | None = None
+    """How the generation of its last answer ended; None if nobody says it was generated."""
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether the answers are a model's own, so that where they repeat is not to be learned."""
+        return self.finish_reason is not None
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the last answer was stopped, so that its end is not to be learned."""
+        return self.finish_reason == "length"
 
     @property
     def answer_turns(self) -> list[int]:
@@ -59,6 +72,13 @@ def parse_row(row: Row, end_tokens: tuple[str, ...]) -> Conversation | Document 
         ConfigError: the row has none of the forms; the message begins with its place.
     """
     row = Row(row.place, {name: v for name, v in row.fields.items() if v is not None})
+    parsed = _parse_form(row, end_tokens)
+    if isinstance(parsed, Conversation) and "finish_reason" in row.fields:
+        return replace(parsed, finish_reason=_text(row, "finish_reason"))
+    return parsed
+
+
+def _parse_form(row: Row, end_tokens: tuple[str, ...]) -> Conversation | Document | None:
     columns = row.fields.keys()
     if "messages" in columns:
         return _parse_chat(row, end_tokens)

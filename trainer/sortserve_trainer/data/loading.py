@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sortserve_trainer.data.chat_format import ChatFormat, Span
 from sortserve_trainer.data.examples import Example
@@ -16,6 +17,7 @@ from sortserve_trainer.data.forms import Conversation, Document, parse_row
 from sortserve_trainer.data.hub import is_hub_id, read_hub_rows
 from sortserve_trainer.data.rows import SUFFIXES, Row, read_rows
 from sortserve_trainer.data.source import DataSource, bad_data
+from sortserve_trainer.evaluation.repetition import repeated_places
 
 __all__ = ["load_examples"]
 
@@ -119,21 +121,23 @@ class _Encoder:
         encodings = self._backend.encode_batch(
             [text for text, _ in rendered], add_special_tokens=self._format.adds_special_tokens
         )
-        conversations = zip(encodings, (spans for _, spans in rendered), strict=True)
+        spans = (spans for _, spans in rendered)
+        conversations = zip(encodings, spans, strict=True)
         examples: list[Example] = []
         for item in batch:
             if isinstance(item, Document):
                 examples += self._cut_document(item.text)
-            elif (example := self._mark_answers(*next(conversations))) is not None:
+            elif (example := self._mark_answers(item, *next(conversations))) is not None:
                 examples.append(example)
         return examples
 
-    def _mark_answers(self, encoding: Any, spans: list[Span]) -> Example | None:
+    def _mark_answers(
+        self, conversation: Conversation, encoding: Any, spans: list[Span]
+    ) -> Example | None:
         """The conversation up to its last answer: what a template writes after it is left out."""
         starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
-        is_target = np.zeros(len(starts), dtype=np.bool_)
-        for start, end in spans:
-            is_target |= (ends > start) & (starts < end)
+        answers = [(ends > start) & (starts < end) for start, end in spans]
+        is_target = np.any(answers, axis=0)
         is_target[:1] = False
         length = int(is_target.nonzero()[0][-1]) + 1 if is_target.any() else 0
         self.num_cut += length > self._max_length
@@ -144,7 +148,12 @@ class _Encoder:
         if self._train_on_prompts:
             is_target[1:] = True
         token_ids = np.array(encoding.ids[:length], dtype=np.int32)
-        return Example(token_ids, is_target[:length].copy())
+        is_target = is_target[:length].copy()
+        if not conversation.is_generated:
+            return Example(token_ids, is_target)
+        is_unwanted = np.any([_repeats(token_ids, a[:length]) for a in answers], axis=0)
+        is_unwanted[0] = False
+        return Example(token_ids, is_target & ~is_unwanted, is_unwanted)
 
     def _cut_document(self, text: str) -> list[Example]:
         first, *others = _chunks(text)
@@ -163,6 +172,14 @@ class _Encoder:
     def _encode_plain(self, texts: list[str]) -> list[Any]:
         encodings: list[Any] = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return encodings
+
+
+def _repeats(token_ids: NDArray[np.int32], is_answer: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Where a token of an answer completes an n-gram that the same answer has had."""
+    found = np.zeros(len(token_ids), dtype=np.bool_)
+    places = is_answer.nonzero()[0]
+    found[places[repeated_places(token_ids[places].tolist())]] = True
+    return found
 
 
 def _chunks(text: str) -> list[str]:

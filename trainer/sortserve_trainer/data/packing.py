@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sortserve_trainer.data.examples import Example
@@ -66,19 +67,30 @@ def collate(packs: Sequence[Pack]) -> dict[str, Tensor]:
         input_ids: int64 [1, T].
         labels: int64 [1, T], shifted: the token to predict after each position, which is the next
             one of the same example, or ``IGNORED``.
+        unwanted: int64 [1, T], in the same way: the token to unlearn after each position, or
+            ``IGNORED``.
         position_ids: int64 [1, T], from 0 in every example.
         lengths: int64 [num_examples], tokens of each example in order; they sum to T.
     """
     examples = [example for pack in packs for example in pack.examples]
     input_ids = np.concatenate([example.token_ids for example in examples]).astype(np.int64)
     is_target = np.concatenate([example.is_target for example in examples])
+    is_unwanted = np.concatenate([_unwanted(example) for example in examples])
     # The first token of an example is no target, so nothing is predicted across two of them.
-    labels = np.full_like(input_ids, IGNORED)
+    labels, unwanted = np.full((2, len(input_ids)), IGNORED, dtype=np.int64)
     labels[:-1] = np.where(is_target[1:], input_ids[1:], IGNORED)
+    unwanted[:-1] = np.where(is_unwanted[1:], input_ids[1:], IGNORED)
     position_ids = np.concatenate([np.arange(len(example)) for example in examples])
     return {
         "input_ids": torch.from_numpy(input_ids)[None],
         "labels": torch.from_numpy(labels)[None],
+        "unwanted": torch.from_numpy(unwanted)[None],
         "position_ids": torch.from_numpy(position_ids)[None],
         "lengths": torch.tensor([len(example) for example in examples]),
     }
+
+
+def _unwanted(example: Example) -> NDArray[np.bool_]:
+    if example.is_unwanted is None:
+        return np.zeros(len(example), dtype=np.bool_)
+    return example.is_unwanted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-__all__ = ["ends_in_loop", "repeated_ngrams"]
+__all__ = ["ends_in_loop", "repeated_ngrams", "repeated_places"]
 
 NGRAM = 4
 MAX_PERIOD = 64
@@ -21,10 +21,19 @@ def repeated_ngrams(tokens: Sequence[Hashable], n: int = NGRAM) -> float:
     than n tokens.
     """
     count = len(tokens) - n + 1
-    if count < 1:
-        return 0.0
-    distinct = {tuple(tokens[start : start + n]) for start in range(count)}
-    return 1.0 - len(distinct) / count
+    return len(repeated_places(tokens, n)) / count if count > 0 else 0.0
+
+
+def repeated_places(tokens: Sequence[Hashable], n: int = NGRAM) -> list[int]:
+    """Where a token completes an n-gram that occurred before in the same text, ascending."""
+    seen: set[tuple[Hashable, ...]] = set()
+    places = []
+    for end in range(n, len(tokens) + 1):
+        ngram = tuple(tokens[end - n : end])
+        if ngram in seen:
+            places.append(end - 1)
+        seen.add(ngram)
+    return places
 
 
 def ends_in_loop(tokens: Sequence[int]) -> bool:
