@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sortserve.budget import ExitTable
@@ -16,15 +15,9 @@ from sortserve.checkpoint import (
     LoadedCheckpoint,
     exit_table,
     load_checkpoint,
-    open_checkpoint,
 )
 from sortserve.errors import CheckpointError
-from sortserve.model.adapter import ADAPTER_WEIGHTS
 from sortserve.model.config import ModelConfig
-from sortserve.model.exit_modules import load_exit_modules
-from sortserve.model.families import read_model_config, tensor_shapes
-from sortserve.model.hf import load_hf_config
-from sortserve.model.loader import SafetensorsReader, check_tensors, safetensors_files
 from sortserve.model.sources import resolve_source
 from sortserve_trainer.evaluation.answering import (
     Answerer,
@@ -90,7 +83,6 @@ def measure(
         CheckpointError: the model is bad or not supported, or a loss is not a number.
         ConfigError: it does not have the exits, a --data file is bad, or a prompt is too long.
     """
-    _check_weights(subject)
     loaded = load_for_evaluation(
         subject.source,
         exits=subject.exits,
@@ -119,19 +111,6 @@ def measure(
         samples = _add_answers(measured, heads, subject, settings, held_out, display)
         result = replace(result, samples=samples)
     return result
-
-
-def _check_weights(subject: Subject) -> None:
-    """Refuse missing, cut and misshapen weights by name, from the headers of the files alone."""
-    with open_checkpoint(subject.source, revision=subject.revision) as layout:
-        config = read_model_config(load_hf_config(layout.model))
-        with SafetensorsReader(safetensors_files(layout.model), str(layout.model)) as trunk:
-            check_tensors(trunk, tensor_shapes(config))
-        if layout.is_adapter:
-            with SafetensorsReader([layout.own / ADAPTER_WEIGHTS], str(layout.own)):
-                pass
-        kinds = layout.sorted_info.exit_modules if layout.sorted_info else {}
-        load_exit_modules(layout.own, kinds, (), config, torch.float32, torch.device("cpu"))
 
 
 def _trained_from(subject: Subject, loaded: LoadedModel) -> str | None:
