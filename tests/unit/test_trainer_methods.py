@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from sortserve_trainer.methods import METHODS, Method
+from sortserve_trainer.methods import METHODS, Method, Weighting
 from sortserve_trainer.terms import ExitTerm
 
 EXITS = (9, 18, 27, 30)
@@ -63,12 +63,15 @@ def test_a_teacher_of_its_own_teaches_the_full_depth_too() -> None:
     assert full.kl / (full.ce + full.kl) == pytest.approx(method.distill)
 
 
-def test_weighting_by_depth_gives_an_exit_one_over_the_layers_it_lacks() -> None:
-    method = Method(name="x", summary="", protect=0.0, weighting="depth")
+@pytest.mark.parametrize(
+    ("weighting", "ratio"), [("equal", 1.0), ("depth", 2.0), ("depth-squared", 4.0)]
+)
+def test_an_exit_weighs_by_the_layers_it_lacks(weighting: Weighting, ratio: float) -> None:
+    method = Method(name="x", summary="", protect=0.0, weighting=weighting)
 
     terms = method.terms((24, 27, 30), step=0, seed=0)
 
-    assert terms[27].ce / terms[24].ce == pytest.approx(2.0)
+    assert terms[27].ce / terms[24].ce == pytest.approx(ratio)
 
 
 def test_exits_of_a_step_are_drawn_anew_each_step_and_alike_in_every_process() -> None:

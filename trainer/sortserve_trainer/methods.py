@@ -19,9 +19,12 @@ from typing import Literal
 from sortserve.model.config import ExitModuleKind
 from sortserve_trainer.terms import ExitTerm
 
-__all__ = ["DEFAULT_METHOD", "METHODS", "Method"]
+__all__ = ["DEFAULT_METHOD", "METHODS", "Method", "Weighting"]
 
 DEFAULT_METHOD = "soft+kd"
+
+Weighting = Literal["equal", "depth", "depth-squared"]
+_POWERS: dict[Weighting, float] = {"equal": 0.0, "depth": 1.0, "depth-squared": 2.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +37,10 @@ class Method:
     """Whether exits below full depth have a loss of their own."""
     protect: float | None = None
     """Share of the loss the full depth keeps; None is the plain mean over all exits."""
-    weighting: Literal["equal", "depth"] = "equal"
-    """How exits share the rest: equally, or each by 1 / (layers it lacks): an exit just below the
-    full depth is used most, has least excuse, and its small loss would drown among the others."""
+    weighting: Weighting = "equal"
+    """How exits share the rest: equally, or each by 1 / (layers it lacks), plain or squared: an
+    exit just below the full depth is used most, has least excuse, and its small loss would drown
+    among the others."""
     distill: float = 0.0
     """Share of an exit's loss that is KL(teacher || exit); the rest is cross-entropy."""
     teacher: Literal["full", "base"] = "full"
@@ -70,7 +74,7 @@ class Method:
             drawn = random.Random(seed * 1_000_003 + step)
             shallow = sorted(drawn.sample(shallow, self.exits_per_step))
         protect = 1.0 / (len(shallow) + 1) if self.protect is None else self.protect
-        parts = {e: 1.0 / (full - e) if self.weighting == "depth" else 1.0 for e in shallow}
+        parts = {e: (full - e) ** -_POWERS[self.weighting] for e in shallow}
         unit = (1.0 - protect) / sum(parts.values())
         terms = {
             e: ExitTerm(ce=unit * part * (1.0 - self.distill), kl=unit * part * self.distill)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from sortserve.config import Count, Layers, Strings
 from sortserve.model.config import ExitModuleKind
-from sortserve_trainer.methods import DEFAULT_METHOD, METHODS, Method
+from sortserve_trainer.methods import DEFAULT_METHOD, METHODS, Method, Weighting
 from sortserve_trainer.validation import validated
 
 __all__ = ["GROUPS", "TrainSettings", "load_train_settings"]
@@ -58,9 +58,9 @@ class TrainSettings(BaseModel):
     """One of soft+kd (ours), soft (as published), sft, sft+ict."""
     protect: Share | None = None
     """Share of the loss that the full depth keeps. Default: the method's."""
-    weighting: Literal["equal", "depth"] | None = None
-    """How exits share the rest: equally, or by 1 / (layers an exit lacks). Default: the
-    method's."""
+    weighting: Weighting | None = None
+    """How exits share the rest: equally, by 1 / (layers an exit lacks), or by that squared.
+    Default: the method's."""
     distill: Share | None = None
     """Share of an exit's loss that is KL from the teacher. Default: the method's."""
     teacher: Literal["full", "base"] | None = None
