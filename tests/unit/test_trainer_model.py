@@ -159,7 +159,7 @@ def test_an_unwanted_token_that_was_known_is_unlearned_and_the_others_are_kept()
     batch = packed([9, 7])
     terms = dict.fromkeys(EXITS, ExitTerm(ce=1 / 3))
     optimizer = torch.optim.Adam(model.trunk.parameters(), lr=3e-3)
-    token = batch["labels"][0, 5].item()
+    token = int(batch["labels"][0, 5])
 
     def train(batch: dict[str, torch.Tensor]) -> tuple[dict[int, float], float]:
         """The probability of the token at each exit, and the worst exit's loss on the targets."""
