@@ -90,7 +90,7 @@ METHODS = {
         Method(
             name="soft+kd",
             summary="ours, the default: protected full depth, distillation, exit modules, LoRA",
-            protect=0.4,
+            protect=0.6,
             weighting="depth",
             distill=0.9,
             exit_modules=ExitModuleKind.AFFINE,
