@@ -35,10 +35,10 @@ from torch import Tensor
 from benchmarks.common import environment, print_json, print_table
 from benchmarks.floors import measure_machine
 from sortserve.model.families import count_layer_parameters
+from sortserve_trainer.data import IGNORED
 from sortserve_trainer.load import LoadedModel, load_for_training
 from sortserve_trainer.loss import VocabSample
 from sortserve_trainer.methods import Method
-from sortserve_trainer.model import IGNORED
 from sortserve_trainer.settings import load_train_settings
 
 __all__ = ["main"]

@@ -7,9 +7,9 @@ import pytest
 from sortserve.outputs import FinishReason
 from sortserve_trainer.evaluation.answering import measure_answers, measure_fluency
 from sortserve_trainer.evaluation.answers import normalise, score_answer
-from sortserve_trainer.evaluation.repetition import ends_in_loop, repeated_ngrams
 from sortserve_trainer.evaluation.rows import Question
 from sortserve_trainer.generation import Answer
+from sortserve_trainer.repetition import ends_in_loop, repeated_ngrams
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from sortserve_trainer.attention import PACKED_ATTENTION
+from sortserve_trainer.data import IGNORED
 from sortserve_trainer.exit_modules import ExitModules
 from sortserve_trainer.loss import Teacher, VocabSample, exit_losses, unlikelihood_loss
 from sortserve_trainer.terms import ExitTerm
 
 __all__ = ["SortedModel"]
-
-IGNORED = -100
 
 
 class SortedModel(nn.Module):
@@ -99,18 +98,14 @@ class SortedModel(nn.Module):
             unlikelihood: weight of the loss on them beside that on targets.
         """
         is_target = labels[0] != IGNORED
-        is_read = is_target
-        if unwanted is not None and unlikelihood:
-            is_read = is_target | (unwanted[0] != IGNORED)
         targets = labels[0][is_target]
         count = float(targets.numel()) if num_targets is None else float(num_targets)
         # Distillation and vocabulary samples read the full depth, whatever its own weight.
         exits = sorted({*terms, self.exits[-1]}) if _needs_full(terms, sample) else sorted(terms)
-        read = self.exit_states(input_ids, position_ids, lengths, exits, rows=is_read)
+        trunk_states = self.trunk_states(input_ids, position_ids, lengths, exits)
         heads = {e: self.head(e) for e in exits}
-        has_target = is_target[is_read]
         loss, means = exit_losses(
-            {e: state[has_target] for e, state in read.items()},
+            self._read_rows(trunk_states, is_target),
             heads,
             targets,
             terms,
@@ -122,12 +117,15 @@ class SortedModel(nn.Module):
                 else None
             ),
         )
-        if unwanted is None or bool(has_target.all()):
+        if unwanted is None or not unlikelihood:
+            return loss, means
+        is_unwanted = unwanted[0] != IGNORED
+        if not is_unwanted.any():
             return loss, means
         own = unlikelihood_loss(
-            {e: state[~has_target] for e, state in read.items()},
+            self._read_rows(trunk_states, is_unwanted),
             heads,
-            unwanted[0][is_read][~has_target],
+            unwanted[0][is_unwanted],
             terms,
             num_targets=count,
         )
@@ -155,12 +153,7 @@ class SortedModel(nn.Module):
 
         ``rows``: bool [T]; only these positions are kept.
         """
-        return {
-            exit_layer: self._read_out(exit_layer, h_TD if rows is None else h_TD[rows])
-            for exit_layer, h_TD in self.trunk_states(
-                input_ids, position_ids, lengths, exits
-            ).items()
-        }
+        return self._read_rows(self.trunk_states(input_ids, position_ids, lengths, exits), rows)
 
     def trunk_states(
         self, input_ids: Tensor, position_ids: Tensor, lengths: Tensor, exits: Iterable[int]
@@ -193,6 +186,14 @@ class SortedModel(nn.Module):
             head: Tensor = self.exit_heads[own]
             return head
         return _effective_weight(self.base.get_output_embeddings())
+
+    def _read_rows(
+        self, trunk_states: Mapping[int, Tensor], rows: Tensor | None
+    ) -> dict[int, Tensor]:
+        return {
+            exit_layer: self._read_out(exit_layer, h_TD if rows is None else h_TD[rows])
+            for exit_layer, h_TD in trunk_states.items()
+        }
 
     def _read_out(self, exit_layer: int, h_TD: Tensor) -> Tensor:
         name = str(exit_layer)

@@ -22,8 +22,8 @@ from sortserve.checkpoint import load_checkpoint
 from sortserve.errors import SortserveError
 from sortserve.outputs import FinishReason
 from sortserve.sampling_params import SamplingParams
-from sortserve_trainer.evaluation.repetition import repeated_ngrams
 from sortserve_trainer.generation import OfflineEngine
+from sortserve_trainer.repetition import repeated_ngrams
 
 __all__ = ["main"]
 

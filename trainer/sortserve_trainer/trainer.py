@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from sortserve_trainer.data import Mixture, Pack, collate
+from sortserve_trainer.data import IGNORED, Mixture, Pack, collate
 from sortserve_trainer.loss import VocabSample
 from sortserve_trainer.methods import Method
-from sortserve_trainer.model import IGNORED, SortedModel
+from sortserve_trainer.model import SortedModel
 from sortserve_trainer.terms import ExitTerm
 
 __all__ = ["COMPLETE", "SortedTrainer", "newest_state"]

@@ -13,10 +13,11 @@ conversation reads as text and which part of it is answer, ``loading`` makes exa
 from sortserve_trainer.data.examples import Example, split_held_out
 from sortserve_trainer.data.loading import load_examples
 from sortserve_trainer.data.mixture import Mixture
-from sortserve_trainer.data.packing import Pack, collate, pack_examples
+from sortserve_trainer.data.packing import IGNORED, Pack, collate, pack_examples
 from sortserve_trainer.data.source import DataSource, file_digest, parse_source
 
 __all__ = [
+    "IGNORED",
     "DataSource",
     "Example",
     "Mixture",

@@ -12,9 +12,9 @@ from sortserve.outputs import FinishReason
 from sortserve.sampling_params import SamplingParams
 from sortserve_trainer.data.chat_format import PLAIN_TEMPLATE
 from sortserve_trainer.evaluation.answers import score_answer
-from sortserve_trainer.evaluation.repetition import ends_in_loop, repeated_ngrams
 from sortserve_trainer.evaluation.rows import Question
 from sortserve_trainer.generation import Answer, OfflineEngine
+from sortserve_trainer.repetition import ends_in_loop, repeated_ngrams
 
 __all__ = ["AnswerQuality", "Answerer", "Fluency", "measure_answers", "measure_fluency"]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from sortserve_trainer.data import Pack, collate
-from sortserve_trainer.model import IGNORED, SortedModel
+from sortserve_trainer.data import IGNORED, Pack, collate
+from sortserve_trainer.model import SortedModel
 
 __all__ = ["Likelihood", "measure_likelihood"]
 
