@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sortserve.cli import main
 from sortserve.model.sorted_json import SortedInfo
@@ -197,6 +198,22 @@ def test_a_checkpoint_tells_how_it_was_made(base: Path, data: Path, tmp_path: Pa
     card = (output / "README.md").read_text()
     assert recipe["command"] in card
     assert not (tmp_path / "out.run" / "states").exists()
+
+
+def test_every_run_draws_the_loss_of_each_exit_in_its_own_tensorboard_log(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+
+    for name in ("first", "second"):
+        arguments = command(base, data, tmp_path / name, "--held-out", "0.1", "--log-every", "1")
+        arguments[arguments.index("--report-to") + 1] = "tensorboard"
+        assert main(arguments) == 0
+
+        drawn = EventAccumulator(str(tmp_path / f"{name}.run" / "tensorboard")).Reload()
+        for exit_layer in (2, 4, 6):
+            assert drawn.Scalars(f"train/loss_exit_{exit_layer}")
+            assert drawn.Scalars(f"eval/loss_exit_{exit_layer}")
 
 
 def test_a_checkpoint_can_be_read_by_whoever_can_read_its_folder(

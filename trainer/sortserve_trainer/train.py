@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,15 +117,16 @@ def _train_phase(
     states: Path,
     logs: Path,
 ) -> SortedTrainer:
-    trainer = SortedTrainer(
-        loaded.model,
-        method,
-        seed=settings.seed,
-        mixture=data.mixture,
-        held_out=data.held_out,
-        args=_training_arguments(settings, method, loaded, data, states, logs),
-        callbacks=[ProgressDisplay()],
-    )
+    with _tensorboard_logs_in(logs / "tensorboard"):
+        trainer = SortedTrainer(
+            loaded.model,
+            method,
+            seed=settings.seed,
+            mixture=data.mixture,
+            held_out=data.held_out,
+            args=_training_arguments(settings, method, loaded, data, states),
+            callbacks=[ProgressDisplay()],
+        )
     state = newest_state(states)
     loaded.model.train()
     if state is None:
@@ -150,7 +152,6 @@ def _training_arguments(
     loaded: LoadedModel,
     data: RunData,
     states: Path,
-    logs: Path,
 ) -> Any:
     from transformers import TrainingArguments
 
@@ -164,7 +165,6 @@ def _training_arguments(
             f"than the {packs_per_step} of one step: give more data or smaller batches.",
             param="data",
         )
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(logs / "tensorboard"))
     trackers = [t for t in settings.report_to if t != "none"]
     return TrainingArguments(
         output_dir=str(states),
@@ -196,6 +196,23 @@ def _training_arguments(
         seed=settings.seed,
         data_seed=settings.seed,
     )
+
+
+@contextmanager
+def _tensorboard_logs_in(folder: Path) -> Iterator[None]:
+    """Where transformers' tracker writes that is made within, unless the user has said.
+
+    The environment is the one way to tell it; a second run of this process must not find it set.
+    """
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _known_trackers(names: Sequence[str]) -> list[str]:
