@@ -296,6 +296,36 @@ async def test_the_openapi_document_describes_bodies_and_the_budget(shared: Http
     assert headers == ["x-slo-ttft-ms", "x-slo-tpot-ms", "x-slo-e2e-ms"]
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "statuses"),
+    [
+        ("post", "/generate", {200, 400, 401, 404, 413, 429, 500, 503, 504}),
+        ("post", "/v1/chat/completions", {200, 400, 401, 404, 413, 429, 500, 503, 504}),
+        ("post", "/tokenize", {200, 400, 401, 404, 413, 500}),
+        ("get", "/v1/models", {200, 401}),
+        ("get", "/v1/models/{model_id}", {200, 401, 404}),
+        ("get", "/health", {200, 503}),
+    ],
+)
+async def test_the_document_says_how_each_route_may_answer(
+    shared: HttpService, method: str, path: str, statuses: set[int]
+) -> None:
+    responses = (await shared.get("/openapi.json")).json()["paths"][path][method]["responses"]
+
+    assert set(responses) == {str(status) for status in statuses}
+    for status in statuses - {200}:
+        schema = responses[str(status)]["content"]["application/json"]["schema"]
+        assert schema["$ref"].endswith("/ErrorReply")
+
+
+async def test_the_document_says_that_answers_may_be_streamed(shared: HttpService) -> None:
+    paths = (await shared.get("/openapi.json")).json()["paths"]
+
+    for path in ("/generate", "/v1/completions", "/v1/chat/completions"):
+        content = paths[path]["post"]["responses"]["200"]["content"]
+        assert set(content) == {"application/json", "text/event-stream"}
+
+
 async def test_the_document_says_which_routes_need_a_key(make: Callable[..., HttpService]) -> None:
     service = make(api_keys=("k",))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -22,7 +23,7 @@ from sortserve.api.schemas import (
 from sortserve.api.security import OPEN_PATHS
 from sortserve.api.settings import ApiSettings
 
-__all__ = ["GENERATION_PARAMETERS", "documented", "install_openapi"]
+__all__ = ["documented", "install_openapi"]
 
 _SCHEMA_REF = "#/components/schemas/{model}"
 _BODIES = (
@@ -38,10 +39,14 @@ _ERRORS = {
     404: "No such model",
     413: "The body is too large",
     429: "The queue is full, or the budget cannot be met; see Retry-After",
-    503: "Loading or draining; see Retry-After",
+    500: "The server failed on this request",
+    503: "Loading, draining or failed; see Retry-After",
+    504: "The request ran longer than this server allows",
 }
+_BODY_ERRORS = (400, 401, 404, 413, 500)
+_GENERATION_ERRORS = (*_BODY_ERRORS, 429, 503, 504)
 
-GENERATION_PARAMETERS: list[dict[str, Any]] = [
+_BUDGET_HEADER_PARAMETERS: list[dict[str, Any]] = [
     {
         "name": header,
         "in": "header",
@@ -54,16 +59,29 @@ GENERATION_PARAMETERS: list[dict[str, Any]] = [
 
 
 def documented(
-    body: type[BaseModel] | None,
     reply: type[BaseModel],
-    parameters: list[dict[str, Any]] | None = None,
+    body: type[BaseModel] | None = None,
+    *,
+    generates: bool = False,
+    errors: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Arguments of a route decorator that describe its body and its replies."""
-    errors = _ERRORS if body is not None else {401: _ERRORS[401]}
+    """Arguments of a route decorator that describe its body and its replies.
+
+    Args:
+        reply: what a 200 carries.
+        body: what the client sends.
+        generates: whether budgets may come as headers, and replies as a stream.
+        errors: the other statuses, where they are not those of every route of its kind.
+    """
+    if errors is None:
+        errors = _GENERATION_ERRORS if generates else (401,) if body is None else _BODY_ERRORS
     responses: dict[int | str, dict[str, Any]] = {200: {"model": reply}}
-    for status, description in errors.items():
-        responses[status] = {"model": ErrorReply, "description": description}
-    extra: dict[str, Any] = {"parameters": parameters} if parameters else {}
+    for status in sorted(errors):
+        responses[status] = {"model": ErrorReply, "description": _ERRORS[status]}
+    extra: dict[str, Any] = {}
+    if generates:
+        responses[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        extra["parameters"] = _BUDGET_HEADER_PARAMETERS
     if body is not None:
         ref = _SCHEMA_REF.format(model=body.__name__)
         content = {"application/json": {"schema": {"$ref": ref}}}

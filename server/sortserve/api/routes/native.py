@@ -10,7 +10,7 @@ from sortserve.api.bodies import read_body
 from sortserve.api.formats import GenerateFormat
 from sortserve.api.jobs import make_job
 from sortserve.api.limits import read_model
-from sortserve.api.openapi import GENERATION_PARAMETERS, documented
+from sortserve.api.openapi import documented
 from sortserve.api.prompts import (
     Prompt,
     check_token_ids,
@@ -45,12 +45,12 @@ def native_routes(service: Service) -> APIRouter:
     """The routes that are ours alone."""
     router = APIRouter(tags=["sortserve"])
 
-    @router.post("/generate", **documented(GenerateRequest, GenerateReply, GENERATION_PARAMETERS))
+    @router.post("/generate", **documented(GenerateReply, GenerateRequest, generates=True))
     async def generate(request: Request) -> Response:
         """Generate text within a budget."""
         return await _generate(service, request)
 
-    @router.get("/exits", **documented(None, ExitsReply))
+    @router.get("/exits", **documented(ExitsReply))
     async def exits() -> dict[str, Any]:
         """The sub-models: what each costs, how good it is, how fast it would be now."""
         num_tokens = _typical_tokens(service)
@@ -59,14 +59,14 @@ def native_routes(service: Service) -> APIRouter:
             "estimate_for": {"prompt_tokens": num_tokens, "max_tokens": num_tokens},
         }
 
-    @router.post("/tokenize", **documented(TokenizeRequest, TokenizeReply))
+    @router.post("/tokenize", **documented(TokenizeReply, TokenizeRequest))
     async def tokenize(request: Request) -> dict[str, Any]:
         """A prompt or messages as token ids, exactly as the generation routes see them."""
         body = await read_body(request, TokenizeRequest)
         read_model(body.model, service.settings.served_model_name, service.worker.exits)
         return await _tokenize(service, body)
 
-    @router.post("/detokenize", **documented(DetokenizeRequest, DetokenizeReply))
+    @router.post("/detokenize", **documented(DetokenizeReply, DetokenizeRequest))
     async def detokenize(request: Request) -> dict[str, Any]:
         """Token ids as text."""
         body = await read_body(request, DetokenizeRequest)

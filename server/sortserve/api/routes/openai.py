@@ -12,7 +12,7 @@ from sortserve.api.formats import ChatFormat, CompletionFormat, GenerateFormat
 from sortserve.api.generation import Generation
 from sortserve.api.jobs import Job, make_job
 from sortserve.api.limits import ModelChoice, read_model
-from sortserve.api.openapi import GENERATION_PARAMETERS, documented
+from sortserve.api.openapi import documented
 from sortserve.api.prompts import TextPrompt, read_messages, read_prompts
 from sortserve.api.replies import ChatReply, CompletionReply, ModelEntry, ModelList
 from sortserve.api.schemas import ChatCompletionRequest, CompletionRequest
@@ -33,7 +33,7 @@ def openai_routes(service: Service) -> APIRouter:
     created = int(time.time())
 
     @router.post(
-        "/v1/completions", **documented(CompletionRequest, CompletionReply, GENERATION_PARAMETERS)
+        "/v1/completions", **documented(CompletionReply, CompletionRequest, generates=True)
     )
     async def completions(request: Request) -> Response:
         """Continue a prompt, or several."""
@@ -41,20 +41,20 @@ def openai_routes(service: Service) -> APIRouter:
 
     @router.post(
         "/v1/chat/completions",
-        **documented(ChatCompletionRequest, ChatReply, GENERATION_PARAMETERS),
+        **documented(ChatReply, ChatCompletionRequest, generates=True),
     )
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         return await _chat(service, request)
 
-    @router.get("/v1/models", **documented(None, ModelList))
+    @router.get("/v1/models", **documented(ModelList))
     async def models() -> dict[str, Any]:
         """The served name, and `NAME@E` for each exit."""
         name, exits = service.settings.served_model_name, service.worker.exits
         names = [name, *(f"{name}@{exit_layer}" for exit_layer in exits.layers)]
         return {"object": "list", "data": [_model_entry(service, n, created) for n in names]}
 
-    @router.get("/v1/models/{model_id:path}", **documented(None, ModelEntry))
+    @router.get("/v1/models/{model_id:path}", **documented(ModelEntry, errors=(401, 404)))
     async def model(model_id: str) -> dict[str, Any]:
         """One of them."""
         choice = read_model(model_id, service.settings.served_model_name, service.worker.exits)

@@ -22,8 +22,8 @@ def operation_routes(service: Service) -> APIRouter:
     """What orchestrators and monitoring ask for."""
     router = APIRouter(tags=["operations"])
 
-    @router.get("/health", **documented(None, StatusReply))
-    @router.get("/readyz", **documented(None, StatusReply))
+    @router.get("/health", **documented(StatusReply, errors=(503,)))
+    @router.get("/readyz", **documented(StatusReply, errors=(503,)))
     async def health() -> Response:
         """200 when requests are taken; 503 while loading, draining or after a failure."""
         state = service.worker.state
@@ -34,14 +34,14 @@ def operation_routes(service: Service) -> APIRouter:
         body = {"status": state, **error.body()}
         return JSONResponse(body, status_code=error.status, headers=headers)
 
-    @router.get("/livez", **documented(None, StatusReply))
+    @router.get("/livez", **documented(StatusReply, errors=(503,)))
     async def livez() -> Response:
         """200 unless the engine has failed, which only a restart can mend."""
         if service.worker.state == "failed":
             return JSONResponse({"status": "failed"}, status_code=503)
         return JSONResponse({"status": "alive"})
 
-    @router.get("/version", **documented(None, VersionReply))
+    @router.get("/version", **documented(VersionReply))
     async def version() -> dict[str, Any]:
         """The server's version."""
         return {"version": __version__}
