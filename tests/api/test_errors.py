@@ -268,6 +268,16 @@ async def test_a_body_that_is_no_request_is_refused(
         problem(await client.post(path, content=content, headers=headers))
 
 
+@pytest.mark.parametrize("path", [GENERATE, "/tokenize", "/detokenize"])
+async def test_of_many_unknown_fields_the_first_is_named(shared: HttpService, path: str) -> None:
+    body = {f"x{i}": i for i in range(100_000)} | BASE.get(path, {})
+
+    error = problem(await shared.post(path, body))
+
+    assert error["param"] == "x0"
+    assert error["message"].startswith("x0 is not a field here")
+
+
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
 async def test_only_json_is_read(shared: HttpService, kind: str | None) -> None:
     async with shared.client() as client:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from starlette.requests import Request
 
-from sortserve.api.problems import invalid_body, shortened
+from sortserve.api.problems import invalid_body, shortened, unknown_field
 from sortserve.errors import InvalidRequestError
 
 __all__ = ["read_body"]
@@ -34,6 +35,19 @@ async def read_body(request: Request, schema: type[T]) -> T:
             code="unsupported_media_type",
         )
     try:
-        return schema.model_validate_json(await request.body())
+        content = from_json(await request.body())
+    except ValueError as error:
+        raise InvalidRequestError(
+            f"The body is not valid JSON: {error}.", code="invalid_json"
+        ) from None
+    if not isinstance(content, dict):
+        raise InvalidRequestError("The body must be a JSON object.", code="invalid_json")
+    if schema.model_config.get("extra") == "forbid":
+        # Pydantic would describe each of them, and a body may hold half a million.
+        for name in content:
+            if name not in schema.model_fields:
+                raise unknown_field(name, schema.model_fields)
+    try:
+        return schema.model_validate(content)
     except ValidationError as error:
-        raise invalid_body(error, schema) from None
+        raise invalid_body(error) from None

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -23,6 +23,7 @@ __all__ = [
     "renamed",
     "shortened",
     "sortserve_error_response",
+    "unknown_field",
 ]
 
 MAX_MESSAGE_CHARS = 1000
@@ -67,21 +68,12 @@ async def http_exception_response(request: Request, error: Exception) -> Respons
     return response
 
 
-def invalid_body(error: ValidationError, schema: type[BaseModel]) -> InvalidRequestError:
+def invalid_body(error: ValidationError) -> InvalidRequestError:
     """One sentence on the first thing that is wrong with a body: field, value, what is allowed."""
-    problems = error.errors(include_url=False, include_context=True)
-    first = problems[0]
-    if first["type"] == "json_invalid":
-        return InvalidRequestError(
-            f"The body is not valid JSON: {first['ctx']['error']}.", code="invalid_json"
-        )
+    first = error.errors(include_url=False)[0]
     param = ".".join(str(part) for part in first["loc"])
-    if not param:
-        return InvalidRequestError("The body must be a JSON object.", code="invalid_json")
     if first["type"] == "missing":
         return InvalidRequestError(f"{param} is missing; it is required.", param=param)
-    if first["type"] == "extra_forbidden":
-        return _unknown_field(param, schema.model_fields)
     allowed = first["msg"].removeprefix("Value error, ")
     allowed = re.sub(r"^Input should ", "it should ", allowed)
     allowed = allowed[0].lower() + allowed[1:]
@@ -90,12 +82,12 @@ def invalid_body(error: ValidationError, schema: type[BaseModel]) -> InvalidRequ
     )
 
 
-def _unknown_field(param: str, known: Mapping[str, Any]) -> InvalidRequestError:
+def unknown_field(param: str, known: Mapping[str, Any]) -> InvalidRequestError:
+    """The field is not one of ``known``; the nearest of them is hinted at."""
+    param = param[:MAX_PARAM_CHARS]
     close = difflib.get_close_matches(param, known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"the fields are {', '.join(known)}."
-    return InvalidRequestError(
-        f"{param[:MAX_PARAM_CHARS]} is not a field here: {hint}", param=param
-    )
+    return InvalidRequestError(f"{param} is not a field here: {hint}", param=param)
 
 
 def renamed(error: SortserveError, names: Mapping[str, str]) -> SortserveError:

@@ -27,19 +27,13 @@ def operation_routes(service: Service) -> APIRouter:
     async def health() -> Response:
         """200 when requests are taken; 503 while loading, draining or after a failure."""
         state = service.worker.state
-        if state == "ready":
-            return JSONResponse({"status": state})
-        error = UnavailableError(f"The server is {state}.", code=state)
-        headers = {"Retry-After": str(RETRY_AFTER_S)}
-        body = {"status": state, **error.body()}
-        return JSONResponse(body, status_code=error.status, headers=headers)
+        return JSONResponse({"status": state}) if state == "ready" else _unavailable(state)
 
     @router.get("/livez", **documented(StatusReply, errors=(503,)))
     async def livez() -> Response:
         """200 unless the engine has failed, which only a restart can mend."""
-        if service.worker.state == "failed":
-            return JSONResponse({"status": "failed"}, status_code=503)
-        return JSONResponse({"status": "alive"})
+        state = service.worker.state
+        return _unavailable(state) if state == "failed" else JSONResponse({"status": "alive"})
 
     @router.get("/version", **documented(VersionReply))
     async def version() -> dict[str, Any]:
@@ -55,3 +49,10 @@ def operation_routes(service: Service) -> APIRouter:
         return Response(content, headers={"Content-Type": content_type})
 
     return router
+
+
+def _unavailable(state: str) -> Response:
+    error = UnavailableError(f"The server is {state}.", code=state)
+    headers = {"Retry-After": str(RETRY_AFTER_S)}
+    body = {"status": state, **error.body()}
+    return JSONResponse(body, status_code=error.status, headers=headers)
