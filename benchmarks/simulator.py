@@ -21,7 +21,6 @@ from sortserve.engine.engine import Engine, EngineConfig, Runner
 from sortserve.engine.steps import step_shape
 from sortserve.errors import SortserveError
 from sortserve.outputs import (
-    EngineStats,
     GenerationRequest,
     Observer,
     RequestReport,
@@ -231,7 +230,7 @@ class _Counts:
         self.num_steps = self.num_lowered = self.num_preemptions = 0
         self.errors: list[float] = []
 
-    def on_step(self, record: StepRecord, stats: EngineStats) -> None:
+    def on_step(self, record: StepRecord) -> None:
         self.num_steps += 1
         self.num_lowered += len(record.exit_changes)
         self.num_preemptions += record.num_preemptions

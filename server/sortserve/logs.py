@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from sortserve.budget import Budget
-from sortserve.outputs import EngineStats, Observer, RequestReport, StepRecord
+from sortserve.outputs import Observer, RequestReport, StepRecord
 
 __all__ = [
     "HumanFormatter",
@@ -123,7 +123,7 @@ class RequestLogger:
     def __init__(self, logger: logging.Logger | None = None) -> None:
         self._log = logger if logger is not None else logging.getLogger("sortserve.requests")
 
-    def on_step(self, record: StepRecord, stats: EngineStats) -> None:
+    def on_step(self, record: StepRecord) -> None:
         """Steps are for the metrics: hundreds a second are no reading matter."""
 
     def on_finished(self, report: RequestReport) -> None:
@@ -144,10 +144,10 @@ class Observers:
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = tuple(observers)
 
-    def on_step(self, record: StepRecord, stats: EngineStats) -> None:
+    def on_step(self, record: StepRecord) -> None:
         """A step is over."""
         for observer in self._observers:
-            observer.on_step(record, stats)
+            observer.on_step(record)
 
     def on_finished(self, report: RequestReport) -> None:
         """A request is over."""

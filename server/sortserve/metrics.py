@@ -101,8 +101,7 @@ class Metrics:
         self._model_name = model_name
         self._exits = tuple(exits)
         self._registry = CollectorRegistry()
-        self._stats = EngineStats()
-        self._read_stats: Callable[[], EngineStats] | None = None
+        self._read_stats: Callable[[], EngineStats] = EngineStats
         ProcessCollector(registry=self._registry)
         self._declare_gauges()
         self._declare_times()
@@ -224,9 +223,8 @@ class Metrics:
 
     # What the engine tells.
 
-    def on_step(self, record: StepRecord, stats: EngineStats) -> None:
+    def on_step(self, record: StepRecord) -> None:
         """Count one step. Called on the engine's thread."""
-        self._stats = stats
         self._step_duration[()].observe(record.duration_s)
         if record.predicted_s:
             self._error_ratio["step"].observe(record.duration_s / record.predicted_s)
@@ -325,7 +323,7 @@ class Metrics:
 
     def render(self, accept: str | None = None) -> tuple[bytes, str]:
         """The exposition text and its content type, as the ``Accept`` header wishes."""
-        self._write_gauges(self._read_stats() if self._read_stats is not None else self._stats)
+        self._write_gauges(self._read_stats())
         encode, content_type = choose_encoder(accept or "")
         return encode(_WithoutCreated(self._registry)), content_type
 

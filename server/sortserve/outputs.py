@@ -225,7 +225,7 @@ class EngineStats:
 class Observer(Protocol):
     """Who is told what the engine does. Called on the engine's thread; must be quick."""
 
-    def on_step(self, record: StepRecord, stats: EngineStats) -> None:
+    def on_step(self, record: StepRecord) -> None:
         """A step is over."""
 
     def on_finished(self, report: RequestReport) -> None:

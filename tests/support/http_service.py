@@ -23,7 +23,7 @@ from sortserve.engine.engine import Engine
 from sortserve.engine.worker import EngineWorker
 from sortserve.errors import InvalidRequestError
 from sortserve.metrics import Metrics
-from sortserve.outputs import EngineStats, RequestReport, StepRecord
+from sortserve.outputs import RequestReport, StepRecord
 from sortserve.sampling_params import SampledToken
 from sortserve.scheduling.plan import StepPlan
 from support.scripted import VOCAB_SIZE, Rule, ScriptedRunner, make_engine, next_letter
@@ -88,8 +88,8 @@ class Ended:
         self.reports: list[RequestReport] = []
         self.rejections: list[str] = []
 
-    def on_step(self, record: StepRecord, stats: EngineStats) -> None:
-        self._metrics.on_step(record, stats)
+    def on_step(self, record: StepRecord) -> None:
+        self._metrics.on_step(record)
 
     def on_finished(self, report: RequestReport) -> None:
         with self._changed:

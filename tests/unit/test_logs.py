@@ -12,7 +12,7 @@ import pytest
 
 from sortserve.budget import Budget, OnMiss
 from sortserve.logs import Observers, RequestLogger, fields, logging_to
-from sortserve.outputs import EngineStats, Estimate, FinishReason, RequestReport, StepRecord
+from sortserve.outputs import Estimate, FinishReason, RequestReport, StepRecord
 
 REPORT = RequestReport(
     request_id="r1",
@@ -168,7 +168,7 @@ def test_observers_are_all_told_in_order() -> None:
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def on_step(self, record: StepRecord, stats: EngineStats) -> None:
+        def on_step(self, record: StepRecord) -> None:
             told.append((self.name, "step"))
 
         def on_finished(self, report: RequestReport) -> None:
@@ -180,7 +180,7 @@ def test_observers_are_all_told_in_order() -> None:
     both = Observers([Recorder("a"), Recorder("b")])
     step: Any = None
 
-    both.on_step(step, EngineStats())
+    both.on_step(step)
     both.on_finished(REPORT)
     both.on_rejected("queue_full", None)
 

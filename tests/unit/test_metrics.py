@@ -73,7 +73,7 @@ def read(metrics: Metrics, series: str, **labels: str) -> float | None:
 
 
 def test_a_step_is_counted_by_exit(metrics: Metrics) -> None:
-    metrics.on_step(STEP, EngineStats())
+    metrics.on_step(STEP)
 
     assert read(metrics, "generation_tokens_total", exit_layer="9") == 3
     assert read(metrics, "prediction_error_ratio_count", kind="step") == 1
@@ -91,23 +91,23 @@ def test_a_step_is_counted_by_exit(metrics: Metrics) -> None:
 
 
 def test_compute_saved_is_one_minus_layers_run_over_layers_full(metrics: Metrics) -> None:
-    metrics.on_step(STEP, EngineStats())
-    metrics.on_step(STEP, EngineStats())
+    metrics.on_step(STEP)
+    metrics.on_step(STEP)
 
     assert read(metrics, "layers_run_total") == 2 * 327
     assert read(metrics, "layers_full_total") == 2 * 390
 
 
 def test_a_step_falls_into_the_bucket_of_its_depth(metrics: Metrics) -> None:
-    metrics.on_step(STEP, EngineStats())
-    metrics.on_step(replace(STEP, depth_cap=9), EngineStats())
+    metrics.on_step(STEP)
+    metrics.on_step(replace(STEP, depth_cap=9))
 
     assert read(metrics, "step_depth_cap_bucket", le="9.0") == 1
     assert read(metrics, "step_depth_cap_bucket", le="30.0") == 2
 
 
 def test_a_change_of_depth_is_counted_with_its_reason(metrics: Metrics) -> None:
-    metrics.on_step(STEP, EngineStats())
+    metrics.on_step(STEP)
 
     labels = {"from": "30", "to": "9", "reason": "late"}
     assert read(metrics, "exit_changes_total", **labels) == 1
@@ -116,7 +116,7 @@ def test_a_change_of_depth_is_counted_with_its_reason(metrics: Metrics) -> None:
 # Gauges
 
 
-def test_gauges_show_the_state_after_the_last_step(metrics: Metrics) -> None:
+def test_gauges_show_the_state_of_the_engine(metrics: Metrics) -> None:
     stats = EngineStats(
         running_by_exit={9: 2},
         num_waiting=5,
@@ -125,7 +125,7 @@ def test_gauges_show_the_state_after_the_last_step(metrics: Metrics) -> None:
         kv_pages_total=40,
     )
 
-    metrics.on_step(STEP, stats)
+    metrics.watch(lambda: stats)
 
     assert read(metrics, "num_requests_running", exit_layer="9") == 2
     assert read(metrics, "num_requests_running", exit_layer="30") == 0
@@ -265,7 +265,7 @@ def test_the_cache_configuration_is_a_set_of_labels(metrics: Metrics) -> None:
 def test_two_servers_in_one_process_do_not_share_series(metrics: Metrics) -> None:
     other = Metrics("tiny", EXITS, version="1.2.3")
 
-    other.on_step(STEP, EngineStats())
+    other.on_step(STEP)
 
     assert read(other, "num_preemptions_total") == 1
     assert read(metrics, "num_preemptions_total") == 0

@@ -314,7 +314,7 @@ class Engine:
                 num_preemptions=self.scheduler.num_preemptions - num_preemptions,
                 exit_changes=tuple(self.scheduler.exit_changes),
             )
-            self.observer.on_step(record, self.stats())
+            self.observer.on_step(record)
         self.scheduler.exit_changes.clear()
         self._busy_since_s = now if self.has_work else None
         return outputs
