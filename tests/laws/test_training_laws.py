@@ -123,6 +123,19 @@ def test_a_frozen_trunk_stays_what_it_was(base: Path, tmp_path: Path) -> None:
     assert {name.partition(":")[0] for name in names} == {"exit_modules.safetensors"}
 
 
+@pytest.mark.parametrize("save_dtype", ["float32", "bfloat16"])
+def test_a_frozen_trunk_keeps_the_adapter_that_it_was_trained_with(
+    base: Path, tmp_path: Path, save_dtype: str
+) -> None:
+    first = run(base, tmp_path / "first", save_dtype=save_dtype)
+
+    then = run(tmp_path / "first", tmp_path / "then", freeze_trunk=True, save_dtype=save_dtype)
+
+    assert first.keys() == then.keys()
+    for name, tensor in then.items():
+        assert torch.equal(tensor, first[name]) is name.startswith("adapter_model"), name
+
+
 COMMAND = (
     "import sys; from sortserve_trainer.train import train_command; train_command(sys.argv[1:])"
 )

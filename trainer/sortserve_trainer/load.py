@@ -195,17 +195,17 @@ def _load_trunk(layout: CheckpointLayout, dtype: torch.dtype, quantize: str) -> 
 def _with_adapter(
     trunk: Any, layout: CheckpointLayout, settings: TrainSettings, method: Method
 ) -> Any:
-    """``trunk`` with the LoRA adapter to train: a new one, or the base's own going on."""
+    """``trunk`` with the LoRA adapter to train or to keep: a new one, or the base's own."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if layout.is_adapter:
         trainable = method.lora_rank > 0 and not settings.freeze_trunk
         with quiet():
             model: Any = PeftModel.from_pretrained(trunk, str(layout.own), is_trainable=trainable)
-        if trainable:
-            _check_rank(model, settings, layout)
-            return _prepare_lora(model)
-        return model.merge_and_unload()
+        if method.lora_rank == 0 and not settings.freeze_trunk:
+            return model.merge_and_unload()  # all weights are trained, and saved
+        _check_rank(model, settings, layout)
+        return _prepare_lora(model)
     if method.lora_rank == 0 or settings.freeze_trunk:
         return trunk
     config = LoraConfig(
@@ -229,7 +229,7 @@ def _check_rank(model: Any, settings: TrainSettings, layout: CheckpointLayout) -
     if settings.lora_rank is not None and settings.lora_rank != rank:
         raise ConfigError(
             f"--lora-rank {settings.lora_rank} does not fit {layout.own}, whose adapter has rank "
-            f"{rank} and is trained further: leave the flag out.",
+            f"{rank} and goes on: leave the flag out.",
             param="lora-rank",
         )
 
