@@ -20,15 +20,16 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sortserve import __version__
 from sortserve.api.app import create_app
+from sortserve.api.problems import unavailable_response
 from sortserve.api.settings import ApiSettings
 from sortserve.banner import banner, base_url
 from sortserve.config import ServeSettings
-from sortserve.errors import ConfigError, UnavailableError
+from sortserve.errors import ConfigError
 from sortserve.logs import fields, logging_to
 
 if TYPE_CHECKING:
@@ -74,12 +75,10 @@ class FrontDoor:
             await _while_loading(scope["path"])(scope, receive, send)
 
 
-def _while_loading(path: str) -> JSONResponse:
+def _while_loading(path: str) -> Response:
     if path.endswith("/livez"):  # a proxy's prefix may stand before it
         return JSONResponse({"status": "alive"})
-    error = UnavailableError("The model is still loading. Come back soon.", code="loading")
-    body = {"status": "loading", **error.body()}
-    return JSONResponse(body, status_code=error.status, headers={"Retry-After": "5"})
+    return unavailable_response("loading", "The model is still loading. Come back soon.")
 
 
 class _HTTPServer(uvicorn.Server):

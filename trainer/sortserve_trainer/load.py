@@ -68,9 +68,9 @@ def load_for_training(settings: TrainSettings, method: Method) -> LoadedModel:
         _check_weights(layout, config)
         dtype = resolve_dtype(settings.dtype, device, None)
         exits = choose_exits(settings.exits, config.num_layers)
-        full = method.lora_rank == 0 and not settings.freeze_trunk
-        trunk = _load_trunk(layout, torch.float32 if full else dtype, settings.quantize)
-        if not full:
+        trunk_dtype = torch.float32 if settings.trains_weights else dtype
+        trunk = _load_trunk(layout, trunk_dtype, settings.quantize)
+        if not settings.trains_weights:
             trunk.requires_grad_(False)
         trunk = _with_adapter(trunk, layout, settings, method)
         kinds = _module_kinds(layout, exits, method)
@@ -87,7 +87,7 @@ def load_for_training(settings: TrainSettings, method: Method) -> LoadedModel:
         sorted_info=layout.sorted_info,
         dtype=dtype,
         device=device,
-        trains_weights=full,
+        trains_weights=settings.trains_weights,
         new_modules=tuple(e for e in modules.kinds(exits) if e not in trained),
     )
 
@@ -199,14 +199,15 @@ def _with_adapter(
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if layout.is_adapter:
-        trainable = method.lora_rank > 0 and not settings.freeze_trunk
         with quiet():
-            model: Any = PeftModel.from_pretrained(trunk, str(layout.own), is_trainable=trainable)
-        if method.lora_rank == 0 and not settings.freeze_trunk:
-            return model.merge_and_unload()  # all weights are trained, and saved
+            model: Any = PeftModel.from_pretrained(
+                trunk, str(layout.own), is_trainable=settings.trains_adapter
+            )
+        if settings.trains_weights:
+            return model.merge_and_unload()  # and saved as weights
         _check_rank(model, settings, layout)
         return _prepare_lora(model)
-    if method.lora_rank == 0 or settings.freeze_trunk:
+    if not settings.trains_adapter:
         return trunk
     config = LoraConfig(
         task_type="CAUSAL_LM",

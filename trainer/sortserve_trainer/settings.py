@@ -153,7 +153,7 @@ class TrainSettings(BaseModel):
             )
         if self.quantize != "none" and self.resolved.lora_rank == 0:
             raise ValueError("--quantize nf4 freezes the base, so it needs --lora-rank 1 or more")
-        if self.teacher == "base" and (self.resolved.lora_rank == 0 or self.freeze_trunk):
+        if self.teacher == "base" and not self.trains_adapter:
             raise ValueError(
                 "--teacher base is a frozen base under an adapter that is trained: it needs "
                 "--lora-rank 1 or more, and no --freeze-trunk"
@@ -171,6 +171,16 @@ class TrainSettings(BaseModel):
                 "choose norm, affine or mlp"
             )
         return self
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether the trunk's own weights are trained."""
+        return self.resolved.lora_rank == 0 and not self.freeze_trunk
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether a LoRA adapter is trained, over weights that are frozen."""
+        return self.resolved.lora_rank > 0 and not self.freeze_trunk
 
     @property
     def resolved(self) -> Method:

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from sortserve.errors import InvalidRequestError, NotFoundError, SortserveError
+from sortserve.errors import InvalidRequestError, NotFoundError, SortserveError, UnavailableError
 
 __all__ = [
     "error_response",
@@ -23,12 +23,15 @@ __all__ = [
     "renamed",
     "shortened",
     "sortserve_error_response",
+    "unavailable_response",
     "unknown_field",
 ]
 
 MAX_MESSAGE_CHARS = 1000
 MAX_PARAM_CHARS = 200
 MAX_VALUE_CHARS = 100
+RETRY_AFTER_S = 5
+"""When to ask again a server that is loading, draining or failed."""
 
 
 def error_response(error: SortserveError, headers: Mapping[str, str] | None = None) -> Response:
@@ -46,6 +49,14 @@ def error_response(error: SortserveError, headers: Mapping[str, str] | None = No
     if error.status == 401:
         all_headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(body, status_code=error.status, headers=all_headers)
+
+
+def unavailable_response(state: str, message: str) -> Response:
+    """A 503 with the ``status`` that probes read beside the error."""
+    error = UnavailableError(message, code=state)
+    headers = {"Retry-After": str(RETRY_AFTER_S)}
+    body = {"status": state, **error.body()}
+    return JSONResponse(body, status_code=error.status, headers=headers)
 
 
 async def sortserve_error_response(request: Request, error: Exception) -> Response:

@@ -9,13 +9,11 @@ from starlette.responses import JSONResponse
 
 from sortserve import __version__
 from sortserve.api.openapi import documented
+from sortserve.api.problems import unavailable_response
 from sortserve.api.replies import StatusReply, VersionReply
 from sortserve.api.service import Service
-from sortserve.errors import UnavailableError
 
 __all__ = ["operation_routes"]
-
-RETRY_AFTER_S = 5
 
 
 def operation_routes(service: Service) -> APIRouter:
@@ -27,13 +25,17 @@ def operation_routes(service: Service) -> APIRouter:
     async def health() -> Response:
         """200 when requests are taken; 503 while loading, draining or after a failure."""
         state = service.worker.state
-        return JSONResponse({"status": state}) if state == "ready" else _unavailable(state)
+        if state == "ready":
+            return JSONResponse({"status": state})
+        return unavailable_response(state, f"The server is {state}.")
 
     @router.get("/livez", **documented(StatusReply, errors=(503,)))
     async def livez() -> Response:
         """200 unless the engine has failed, which only a restart can mend."""
         state = service.worker.state
-        return _unavailable(state) if state == "failed" else JSONResponse({"status": "alive"})
+        if state == "failed":
+            return unavailable_response(state, f"The server is {state}.")
+        return JSONResponse({"status": "alive"})
 
     @router.get("/version", **documented(VersionReply))
     async def version() -> dict[str, Any]:
@@ -49,10 +51,3 @@ def operation_routes(service: Service) -> APIRouter:
         return Response(content, headers={"Content-Type": content_type})
 
     return router
-
-
-def _unavailable(state: str) -> Response:
-    error = UnavailableError(f"The server is {state}.", code=state)
-    headers = {"Retry-After": str(RETRY_AFTER_S)}
-    body = {"status": state, **error.body()}
-    return JSONResponse(body, status_code=error.status, headers=headers)
