@@ -164,7 +164,6 @@ class Engine:
         """Run one step; returns what it added to each request, and the requests it ended."""
         now = self.clock()
         outputs = self._expire(now)
-        num_preemptions = self.scheduler.num_preemptions
         plan = self.scheduler.schedule(now)
         if plan is None:
             return outputs
@@ -173,7 +172,7 @@ class Engine:
         except Exception as error:
             logger.exception("a step failed; its requests are lost")
             return outputs + self._fail(plan, error)
-        outputs += self._commit(plan, sampled, now, num_preemptions)
+        outputs += self._commit(plan, sampled, now)
         return outputs
 
     @property
@@ -287,7 +286,7 @@ class Engine:
         return outputs
 
     def _commit(
-        self, plan: StepPlan, sampled: list[SampledToken], started: float, num_preemptions: int
+        self, plan: StepPlan, sampled: list[SampledToken], started: float
     ) -> list[RequestOutput]:
         """Count what ran, hand out the sampled tokens, tell the observer."""
         now = self.clock()
@@ -311,11 +310,8 @@ class Engine:
                 started_s=started,
                 now=now,
                 predicted_s=predicted_s,
-                num_preemptions=self.scheduler.num_preemptions - num_preemptions,
-                exit_changes=tuple(self.scheduler.exit_changes),
             )
             self.observer.on_step(record)
-        self.scheduler.exit_changes.clear()
         self._busy_since_s = now if self.has_work else None
         return outputs
 

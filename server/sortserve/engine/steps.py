@@ -30,8 +30,6 @@ def step_record(
     started_s: float,
     now: float,
     predicted_s: float | None,
-    num_preemptions: int,
-    exit_changes: tuple[tuple[int, int, str], ...],
 ) -> StepRecord:
     """The record of an executed plan.
 
@@ -44,8 +42,6 @@ def step_record(
         started_s: when the step began.
         now: when it ended.
         predicted_s: what the cost model had said.
-        num_preemptions: sequences preempted to make room for it.
-        exit_changes: (from, to, reason) since the last step.
     """
     ttfts, itls = [], []
     for row in plan.rows:
@@ -71,9 +67,9 @@ def step_record(
         layers_full=full_depth * plan.num_tokens,
         ttfts=tuple(ttfts),
         itls=tuple(itls),
-        num_preemptions=num_preemptions,
+        num_preemptions=plan.num_preemptions,
         num_prompt_tokens=sum(s.num_prompt_tokens for s in first),
         prefix_cache_queries=sum(s.num_prompt_tokens for s in first),
         prefix_cache_hits=sum(s.num_cached_tokens for s in first),
-        exit_changes=exit_changes,
+        exit_changes=plan.exit_changes,
     )

@@ -48,6 +48,10 @@ class StepPlan:
     """No row is deeper; rows of deeper exits sit this step out."""
     first_scheduled: tuple[str, ...] = ()
     """Requests that no step has worked on before."""
+    num_preemptions: int = 0
+    """Requests sent back to the queue since the plan before, to make room."""
+    exit_changes: tuple[tuple[int, int, str], ...] = ()
+    """(from, to, reason) of the requests that went shallower since the plan before."""
 
     @property
     def num_tokens(self) -> int:

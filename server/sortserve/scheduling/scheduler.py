@@ -75,9 +75,9 @@ class Scheduler:
         self._soft_admitted_s = -math.inf
         # What the sequences needed when the last step was chosen; empty where no times are known.
         self._demands: dict[str, Demand] = {}
-        self.num_preemptions = 0
-        self.exit_changes: list[tuple[int, int, str]] = []
-        """(from, to, reason) since somebody took them."""
+        # What has happened since the last plan; the next one carries it.
+        self._num_preemptions = 0
+        self._exit_changes: list[tuple[int, int, str]] = []
 
     # ---- views ----
 
@@ -123,7 +123,7 @@ class Scheduler:
     def go_shallower(self, sequence: Sequence, exit_layer: int, reason: str) -> None:
         """Continue a sequence at a shallower exit; its deep pages are free at once."""
         assert exit_layer < sequence.exit_layer
-        self.exit_changes.append((sequence.exit_layer, exit_layer, reason))
+        self._exit_changes.append((sequence.exit_layer, exit_layer, reason))
         if sequence.status is Status.RUNNING:
             self.kv_cache.go_shallower(sequence, exit_layer)
         sequence.exit_layer = exit_layer
@@ -304,7 +304,7 @@ class Scheduler:
         sequence.num_preemptions += 1
         sequence.move_to(Status.WAITING)
         self._waiting.appendleft(sequence)
-        self.num_preemptions += 1
+        self._num_preemptions += 1
 
     def _plan(self, rows: list[Sequence], choice: StepChoice, now: float) -> StepPlan:
         """Share the token budget in the order of the rows; prompts share what they were allowed."""
@@ -326,9 +326,15 @@ class Scheduler:
                 first_scheduled.append(sequence.request_id)
         assert plans, "a step has at least one row"
         plans.sort(key=lambda row: -row.exit_layer)
-        return StepPlan(
-            rows=tuple(plans), depth_cap=choice.cap, first_scheduled=tuple(first_scheduled)
+        plan = StepPlan(
+            rows=tuple(plans),
+            depth_cap=choice.cap,
+            first_scheduled=tuple(first_scheduled),
+            num_preemptions=self._num_preemptions,
+            exit_changes=tuple(self._exit_changes),
         )
+        self._num_preemptions, self._exit_changes = 0, []
+        return plan
 
     def _row(self, sequence: Sequence, num_tokens: int) -> RowPlan:
         start = sequence.num_computed_tokens
