@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import bisect
 import itertools
+from dataclasses import dataclass
+from functools import cached_property
 
 from sortserve.outputs import GenerationRequest
 
@@ -47,6 +49,9 @@ def expected_tokens(request: GenerationRequest, num_so_far: int, lengths: Length
 class LengthEstimator:
     """Quantiles of the number of output tokens, given how many have come.
 
+    One thread observes; any may ask at the same time. What was learned is one frozen value, and
+    replaced as a whole.
+
     Args:
         quantile: of the answers that are still running, the share that the estimate shall cover.
     """
@@ -55,11 +60,8 @@ class LengthEstimator:
 
     def __init__(self, quantile: float = 0.9) -> None:
         assert 0.0 < quantile < 1.0
-        self._quantile = quantile
-        self._ended = [0.0] * len(self.BOUNDS)
-        self._cut = [0.0] * len(self.BOUNDS)
-        self._weight = 0.0
-        self._totals: list[int] | None = None
+        nothing = (0.0,) * len(self.BOUNDS)
+        self._learned = _Learned(quantile, nothing, nothing, 0.0)
 
     def observe(self, num_tokens: int, *, cut: bool) -> None:
         """Learn from an answer of so many tokens.
@@ -68,45 +70,63 @@ class LengthEstimator:
             num_tokens: its length.
             cut: it did not end of its own accord.
         """
-        if num_tokens < 1:
-            return
-        bucket = bisect.bisect_right(self.BOUNDS, num_tokens) - 1
-        self._ended = [FORGET * weight for weight in self._ended]
-        self._cut = [FORGET * weight for weight in self._cut]
-        (self._cut if cut else self._ended)[bucket] += 1.0
-        self._weight = FORGET * self._weight + (not cut)
-        self._totals = None
+        if num_tokens >= 1:
+            self._learned = self._learned.and_one(num_tokens, cut=cut)
 
     def expect(self, num_so_far: int, max_tokens: int) -> int | None:
         """The total length to plan for: above what has come, at most ``max_tokens``.
 
         None before enough answers have ended.
         """
-        if self._weight < MIN_ENDED:
+        learned = self._learned
+        if learned.weight < MIN_ENDED:
             return None
-        if self._totals is None:
-            self._totals = self._quantiles()
-        bucket = bisect.bisect_right(self.BOUNDS, num_so_far + 1) - 1
-        return min(max(self._totals[bucket], num_so_far + 1), max_tokens)
+        total = learned.totals[_bucket(num_so_far + 1)]
+        return min(max(total, num_so_far + 1), max_tokens)
 
-    def _quantiles(self) -> list[int]:
-        """For each bucket: the length that the wanted share of answers reaching it stays within."""
-        at_risk = list(
-            itertools.accumulate(
-                (e + c for e, c in zip(reversed(self._ended), reversed(self._cut), strict=True))
-            )
-        )[::-1]
+
+def _bucket(num_tokens: int) -> int:
+    """Of a length of at least one."""
+    return bisect.bisect_right(LengthEstimator.BOUNDS, num_tokens) - 1
+
+
+@dataclass(frozen=True)
+class _Learned:
+    """The answers seen so far, by bucket."""
+
+    quantile: float
+    ended: tuple[float, ...]
+    cut: tuple[float, ...]
+    weight: float
+    """Of the answers that ended of their own accord."""
+
+    def and_one(self, num_tokens: int, *, cut: bool) -> _Learned:
+        ended = [FORGET * weight for weight in self.ended]
+        cut_off = [FORGET * weight for weight in self.cut]
+        (cut_off if cut else ended)[_bucket(num_tokens)] += 1.0
+        weight = FORGET * self.weight + (not cut)
+        return _Learned(self.quantile, tuple(ended), tuple(cut_off), weight)
+
+    @cached_property
+    def totals(self) -> list[int]:
+        """For each bucket: the length that the wanted share of answers reaching it stays within.
+
+        Two threads that ask first at the same time both work it out, to the same end.
+        """
+        both = [e + c for e, c in zip(self.ended, self.cut, strict=True)]
+        at_risk = list(itertools.accumulate(reversed(both)))[::-1]
         survival = [1.0]  # at the start of each bucket
-        for ended, risk in zip(self._ended, at_risk, strict=True):
+        for ended, risk in zip(self.ended, at_risk, strict=True):
             survival.append(survival[-1] * (1.0 - ended / risk if risk > 0 else 1.0))
-        return [self._quantile_from(start, survival) for start in range(len(self.BOUNDS))]
+        return [self._quantile_from(start, survival) for start in range(len(self.ended))]
 
     def _quantile_from(self, start: int, survival: list[float]) -> int:
+        bounds = LengthEstimator.BOUNDS
         if survival[start] <= 0.0:
-            return self.BOUNDS[start]
-        left = survival[start] * (1.0 - self._quantile)
-        for bucket in range(start, len(self.BOUNDS)):
+            return bounds[start]
+        left = survival[start] * (1.0 - self.quantile)
+        for bucket in range(start, len(bounds)):
             if survival[bucket + 1] <= left:
-                after = self.BOUNDS[min(bucket + 1, len(self.BOUNDS) - 1)]
-                return max(after - 1, self.BOUNDS[bucket])
+                after = bounds[min(bucket + 1, len(bounds) - 1)]
+                return max(after - 1, bounds[bucket])
         return MAX_TOKENS
