@@ -110,6 +110,8 @@ class Metrics:
         self._build_info[(version, platform.python_version())].set(1)
         for reason in FinishReason:
             self._finished[reason.value]
+        for failure in ("exception", "non_finite", "text"):
+            self._failed_rows[failure]
         for kind in PREDICTED_KINDS:
             self._violations[kind]
         for budget_kind in BUDGET_KINDS:
@@ -167,6 +169,8 @@ class Metrics:
         self._cache_queries = counter("prefix_cache_queries", "Prompt tokens looked up")
         self._cache_hits = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
         self._preemptions = counter("num_preemptions", "Requests sent back to the queue")
+        self._failed_rows = counter("failed_rows", "Rows that gave no token", "reason")
+        self._failed_steps = counter("failed_steps", "Steps whose every row failed")
         self._finished = counter("request_success", "Requests that ended", "finished_reason")
         self._exit_changes = counter(
             "exit_changes", "Changes of depth in flight", "from", "to", "reason"
@@ -225,6 +229,23 @@ class Metrics:
 
     def on_step(self, record: StepRecord) -> None:
         """Count one step. Called on the engine's thread."""
+        for reason, num_rows in record.failed_rows.items():
+            self._failed_rows[reason].inc(num_rows)
+        if record.num_preemptions:
+            self._preemptions[()].inc(record.num_preemptions)
+        for change in record.exit_changes:
+            self._exit_changes[change].inc()
+        if record.num_prompt_tokens:
+            self._prompt_tokens[()].inc(record.num_prompt_tokens)
+            self._cache_queries[()].inc(record.prefix_cache_queries)
+            self._cache_hits[()].inc(record.prefix_cache_hits)
+        if record.rows_by_exit:
+            self._count_work(record)
+        else:
+            self._failed_steps[()].inc()
+
+    def _count_work(self, record: StepRecord) -> None:
+        """Count what the rows of a step did."""
         self._step_duration[()].observe(record.duration_s)
         if record.predicted_s:
             self._error_ratio["step"].observe(record.duration_s / record.predicted_s)
@@ -239,14 +260,6 @@ class Metrics:
             self._ttft[exit_layer].observe(seconds)
         for exit_layer, seconds in record.itls:
             self._itl[exit_layer].observe(seconds)
-        if record.num_prompt_tokens:
-            self._prompt_tokens[()].inc(record.num_prompt_tokens)
-            self._cache_queries[()].inc(record.prefix_cache_queries)
-            self._cache_hits[()].inc(record.prefix_cache_hits)
-        if record.num_preemptions:
-            self._preemptions[()].inc(record.num_preemptions)
-        for change in record.exit_changes:
-            self._exit_changes[change].inc()
 
     def on_finished(self, report: RequestReport) -> None:
         """Count one request that ended. Called on the engine's thread."""

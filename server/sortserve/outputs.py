@@ -201,6 +201,8 @@ class StepRecord:
     prefix_cache_hits: int = 0
     exit_changes: tuple[tuple[int, int, str], ...] = ()
     """(from, to, reason)."""
+    failed_rows: Mapping[str, int] = field(default_factory=dict)
+    """Rows that gave no token, by reason. A step with no other row has failed as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from sortserve.errors import InvalidRequestError
 
-__all__ = ["SampledToken", "SamplingParams", "SamplingRow", "TokenLogprob"]
+__all__ = ["RowFailure", "SampledToken", "SamplingParams", "SamplingRow", "TokenLogprob"]
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
@@ -154,3 +154,14 @@ class SampledToken:
     logprob: float | None = None
     top_logprobs: tuple[TokenLogprob, ...] = ()
     """The k most likely tokens, most likely first."""
+
+
+@dataclass(frozen=True)
+class RowFailure:
+    """A row that gave no token: its request ends with an error, its neighbours go on."""
+
+    reason: str
+    """``exception``, ``non_finite`` (the model's scores were NaN or infinite) or ``text``: a label
+    of the metrics, so never a client's words."""
+    detail: str = ""
+    """What the client is told beside it."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from sortserve.budget import ExitTable, OnMiss
+from sortserve.engine.execution import Execution, Runner, execute
 from sortserve.engine.finish import make_report
+from sortserve.engine.selftest import runs_a_token
 from sortserve.engine.steps import step_record, step_shape
 from sortserve.errors import (
     BudgetUnattainableError,
@@ -25,7 +28,7 @@ from sortserve.outputs import (
     Observer,
     RequestOutput,
 )
-from sortserve.sampling_params import SampledToken
+from sortserve.sampling_params import RowFailure, SampledToken
 from sortserve.scheduling.admission import ExitChoice
 from sortserve.scheduling.cost_learner import CostLearner
 from sortserve.scheduling.cost_model import CostModel
@@ -40,17 +43,6 @@ from sortserve.sequence import Sequence
 __all__ = ["Engine", "EngineConfig", "Runner", "TextStream"]
 
 logger = logging.getLogger(__name__)
-
-
-class Runner(Protocol):
-    """What executes a plan: weights and KV, no queues."""
-
-    num_pages: int
-    block_size: int
-    slab_size: int
-
-    def execute(self, plan: StepPlan) -> list[SampledToken]:
-        """Run the plan; one token for each row that samples, in the plan's order."""
 
 
 class TextStream(Protocol):
@@ -75,6 +67,8 @@ class EngineConfig:
     overload_delay_s: float = 2.0
     """Predicted wait beyond which requests without a budget start shallower; 0: never."""
     enable_prefix_caching: bool = True
+    max_failed_steps: int = 3
+    """So many steps in a row that fail whole, the self-test after each included, end the engine."""
     seed: int | None = None
     """Of the generator that draws seeds for requests without one."""
 
@@ -86,6 +80,32 @@ class _Live:
     sequence: Sequence
     text: TextStream
     promised: bool
+
+
+class _TextError(Exception):
+    """The text of one request could not be made."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+
+def _push(live: _Live, token_id: int) -> tuple[str, bool]:
+    """The text that a token adds, and whether a stop string ended it."""
+    try:
+        return live.text.push(token_id)
+    except Exception as error:
+        logger.exception("the text of request %s failed", live.sequence.request_id)
+        raise _TextError(type(error).__name__) from error
+
+
+def _rest(live: _Live) -> str:
+    """The text held back so far; none if the text stream is what failed."""
+    try:
+        return live.text.finish()
+    except Exception:
+        logger.exception("the text of request %s lacks its end", live.sequence.request_id)
+        return ""
 
 
 class Engine:
@@ -116,6 +136,10 @@ class Engine:
         self.config = config
         self.clock = clock
         self.observer = observer
+        self.num_calls = 0
+        """How often the model has been given something to do: any thread may look."""
+        self.failure: str | None = None
+        """Why the engine must end; its owner looks after each step."""
         self.learner: CostLearner | None = None
         """Owns the cost model where it is learned from the steps."""
         self.lengths = LengthEstimator()
@@ -143,6 +167,8 @@ class Engine:
         self._timed: dict[str, Sequence] = {}
         # When the last step ended, if it left work: the next one's time counts from there.
         self._busy_since_s: float | None = None
+        self._num_failed_steps = 0
+        self._is_suspect = False
 
     @property
     def cost_model(self) -> CostModel | None:
@@ -167,12 +193,11 @@ class Engine:
         plan = self.scheduler.schedule(now)
         if plan is None:
             return outputs
-        try:
-            sampled = self._runner.execute(plan)
-        except Exception as error:
-            logger.exception("a step failed; its requests are lost")
-            return outputs + self._fail(plan, error)
-        outputs += self._commit(plan, sampled, now)
+        execution = execute(self._runner, plan, on_start=self._count_call)
+        outputs += self._commit(plan, execution, now)
+        self._is_suspect = not execution.plan.rows
+        if not self._is_suspect:
+            self._num_failed_steps = 0
         return outputs
 
     @property
@@ -230,6 +255,7 @@ class Engine:
         sampling = request.sampling
         seed = sampling.seed if sampling.seed is not None else self._random.getrandbits(63)
         eos = frozenset() if sampling.ignore_eos else self._eos_token_ids
+        text = self._make_text(request)
         sequence = Sequence(
             request,
             exit_layer=choice.exit_layer,
@@ -239,7 +265,7 @@ class Engine:
             floor_layer=choice.floor_layer,
             promise=choice.promise,
         )
-        live = _Live(sequence, self._make_text(request), choice.fits)
+        live = _Live(sequence, text, choice.fits)
         self._live[request.request_id] = live
         if request.budget.has_latency and request.budget.on_miss is not OnMiss.DEGRADE:
             self._timed[request.request_id] = sequence
@@ -250,7 +276,7 @@ class Engine:
         live = self._live.get(request_id)
         if live is None:
             return None
-        return self._finish(live, FinishReason.ABORT, self.clock(), text=live.text.finish())
+        return self._finish(live, FinishReason.ABORT, self.clock(), text=_rest(live))
 
     def go_shallower(self, request_id: str, exit_layer: int, reason: str) -> None:
         """Continue a live request at a shallower exit: free, since all shallower KV exists."""
@@ -270,8 +296,7 @@ class Engine:
             late_end = deadlines.e2e_s is not None and now >= deadlines.e2e_s
             late_start = deadlines.ttft_s is not None and now >= deadlines.ttft_s
             if budget.on_miss is OnMiss.TRUNCATE and late_end:
-                text = live.text.finish()
-                outputs.append(self._finish(live, FinishReason.DEADLINE, now, text=text))
+                outputs.append(self._finish(live, FinishReason.DEADLINE, now, text=_rest(live)))
             elif (
                 budget.on_miss is OnMiss.REJECT
                 and sequence.first_scheduled_s is None
@@ -285,41 +310,55 @@ class Engine:
                 outputs.append(self._finish(live, FinishReason.ERROR, now, error=error))
         return outputs
 
-    def _commit(
-        self, plan: StepPlan, sampled: list[SampledToken], started: float
-    ) -> list[RequestOutput]:
-        """Count what ran, hand out the sampled tokens, tell the observer."""
+    def _commit(self, plan: StepPlan, execution: Execution, started: float) -> list[RequestOutput]:
+        """Count what ran, hand out tokens, end what failed, tell the observer.
+
+        Args:
+            plan: what the scheduler proposed.
+            execution: what became of it.
+            started: when the step began.
+        """
         now = self.clock()
+        ran, tokens = execution.plan, iter(execution.tokens)
         sequences = {row.request_id: self._live[row.request_id].sequence for row in plan.rows}
         previous = {id_: s.last_token_s for id_, s in sequences.items()}
-        self.scheduler.commit(plan, sequences)
-        predicted_s = self._predict(plan)
-        self._learn(plan, started if self._busy_since_s is None else self._busy_since_s, now)
-        tokens = iter(sampled)
-        outputs = [
-            self._accept(self._live[row.request_id], next(tokens), now)
-            for row in plan.rows
-            if row.sampling is not None
-        ]
-        if self.observer is not None:
-            record = step_record(
-                plan,
-                sequences,
-                full_depth=self.exits.full,
-                previous_token_s=previous,
-                started_s=started,
-                now=now,
-                predicted_s=predicted_s,
-            )
-            self.observer.on_step(record)
+        self.scheduler.commit(ran, sequences)
+        predicted_s = self._predict(ran)
+        if not (execution.was_retried or execution.failures):
+            self._learn(ran, started if self._busy_since_s is None else self._busy_since_s, now)
+        failures = dict(execution.failures)
+        outputs = []
+        for row in ran.rows:
+            if row.sampling is not None:
+                live = self._live[row.request_id]
+                try:
+                    outputs.append(self._accept(live, next(tokens), now))
+                except _TextError as error:
+                    failures[row.request_id] = RowFailure("text", error.detail)
+        outputs += [self._fail(self._live[id_], failure, now) for id_, failure in failures.items()]
+        record = step_record(
+            ran,
+            sequences,
+            full_depth=self.exits.full,
+            previous_token_s=previous,
+            started_s=started,
+            now=now,
+            predicted_s=predicted_s,
+            failed_rows=Counter(failure.reason for failure in failures.values()),
+        )
+        self.tell(lambda observer: observer.on_step(record))
         self._busy_since_s = now if self.has_work else None
         return outputs
 
     def _learn(self, plan: StepPlan, begun_s: float, now: float) -> None:
         """Refit the cost model; between two steps of a busy engine no time is lost from sight."""
-        if self.learner is not None:
+        if self.learner is None:
+            return
+        try:
             self.learner.observe(step_shape(plan), now - begun_s)
             self.cost_model = self.learner.model
+        except Exception:
+            logger.exception("the cost model could not learn from a step and stays as it is")
 
     def _accept(self, live: _Live, token: SampledToken, now: float) -> RequestOutput:
         """Add one token to its request and see whether it ends there."""
@@ -335,7 +374,7 @@ class Engine:
         if token.token_id in sequence.stop_token_ids:
             reason = FinishReason.STOP
         else:
-            text, stopped = live.text.push(token.token_id)
+            text, stopped = _push(live, token.token_id)
             if stopped:
                 reason = FinishReason.STOP
             elif sequence.num_output_tokens >= sequence.request.sampling.max_tokens:
@@ -349,7 +388,7 @@ class Engine:
                 tokens=(token,),
                 exit_layer=sequence.exit_layer,
             )
-        return self._finish(live, reason, now, text=text + live.text.finish(), tokens=(token,))
+        return self._finish(live, reason, now, text=text + _rest(live), tokens=(token,))
 
     def _would_overrun(self, sequence: Sequence, previous_s: float | None, now: float) -> bool:
         """Whether another token would come after the deadline of a request to be truncated."""
@@ -368,19 +407,20 @@ class Engine:
         text: str = "",
         tokens: tuple[SampledToken, ...] = (),
         error: SortserveError | None = None,
+        keep_prefix: bool = True,
     ) -> RequestOutput:
         sequence = live.sequence
-        self.scheduler.finish(sequence)
+        self.scheduler.finish(sequence, keep_prefix=keep_prefix)
         if reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.DEADLINE):
             self.lengths.observe(sequence.num_output_tokens, cut=reason is not FinishReason.STOP)
         del self._live[sequence.request_id]
         self._timed.pop(sequence.request_id, None)
         report = make_report(sequence, reason, exits=self.exits, now=now, promised=live.promised)
-        if self.observer is not None:
-            if isinstance(error, BudgetUnattainableError):
-                self.observer.on_rejected("expired_in_queue", sequence.request.budget)
-            else:
-                self.observer.on_finished(report)
+        if isinstance(error, BudgetUnattainableError):
+            budget = sequence.request.budget
+            self.tell(lambda observer: observer.on_rejected("expired_in_queue", budget))
+        else:
+            self.tell(lambda observer: observer.on_finished(report))
         return RequestOutput(
             request_id=sequence.request_id,
             text=text,
@@ -391,14 +431,52 @@ class Engine:
             error=error,
         )
 
-    def _fail(self, plan: StepPlan, cause: Exception) -> list[RequestOutput]:
-        """The step did not run: end its requests with an error, keep all others."""
-        now = self.clock()
-        error = EngineError(f"The model failed on this request: {type(cause).__name__}.")
-        return [
-            self._finish(self._live[row.request_id], FinishReason.ERROR, now, error=error)
-            for row in plan.rows
-        ]
+    def _fail(self, live: _Live, failure: RowFailure, now: float) -> RequestOutput:
+        """End a request that the step could not serve."""
+        detail = f" ({failure.detail})" if failure.detail else ""
+        error = EngineError(f"The model failed on this request: {failure.reason}{detail}.")
+        # Scores that are not finite may come from keys and values that are not.
+        keep_prefix = failure.reason != "non_finite"
+        return self._finish(live, FinishReason.ERROR, now, error=error, keep_prefix=keep_prefix)
+
+    # ---- failures of whole steps ----
+
+    def check_health(self) -> None:
+        """Tell a broken engine from requests that no engine can serve; call it after each step.
+
+        A step whose every row failed is followed by one of a plain token: as long as that runs, the
+        requests were to blame, and however many of them come, they end nobody but themselves.
+        Otherwise the step counts, and ``failure`` is set when there are too many in a row.
+        """
+        if not self._is_suspect:
+            return
+        self._is_suspect = False
+        if self._self_test():
+            self._num_failed_steps = 0
+            return
+        self._num_failed_steps += 1
+        if self._num_failed_steps >= self.config.max_failed_steps:
+            self.failure = f"{self._num_failed_steps} steps in a row failed, self-tests included"
+
+    def _self_test(self) -> bool:
+        num_pages = self.exits.full // self._runner.slab_size
+        if num_pages > self.kv_cache.pool.num_free:
+            return False
+        with self.kv_cache.borrowed(num_pages) as pages:
+            self._count_call()
+            return runs_a_token(self._runner, self.exits.full, pages)
+
+    def _count_call(self) -> None:
+        self.num_calls += 1
+
+    def tell(self, event: Callable[[Observer], None]) -> None:
+        """Tell the observer something, on any thread; if it fails, nobody else does."""
+        if self.observer is None:
+            return
+        try:
+            event(self.observer)
+        except Exception:
+            logger.exception("an observer failed")
 
     # ---- views ----
 

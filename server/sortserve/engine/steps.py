@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from sortserve.outputs import StepRecord
 from sortserve.scheduling.cost_model import RowShape, StepShape
@@ -30,11 +31,12 @@ def step_record(
     started_s: float,
     now: float,
     predicted_s: float | None,
+    failed_rows: Mapping[str, int] = MappingProxyType({}),
 ) -> StepRecord:
     """The record of an executed plan.
 
     Args:
-        plan: what ran.
+        plan: what ran, without the rows that failed.
         sequences: its sequences, after the tokens were handed out.
         full_depth: layers of the full model.
         previous_token_s: when each sequence's token before this step's came; None: this is its
@@ -42,6 +44,7 @@ def step_record(
         started_s: when the step began.
         now: when it ended.
         predicted_s: what the cost model had said.
+        failed_rows: rows that gave no token, by reason.
     """
     ttfts, itls = [], []
     for row in plan.rows:
@@ -72,4 +75,5 @@ def step_record(
         prefix_cache_queries=sum(s.num_prompt_tokens for s in first),
         prefix_cache_hits=sum(s.num_cached_tokens for s in first),
         exit_changes=plan.exit_changes,
+        failed_rows=failed_rows,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,10 +171,24 @@ class KVCacheManager:
         )
         table.num_slabs = num_slabs
 
+    def distrust(self, sequence: Sequence) -> None:
+        """Let nobody reuse the blocks of a sequence: their content may be what made it fail."""
+        for digest in self._tables[sequence.request_id].digests:
+            self.prefix_cache.drop(digest)
+
     def free(self, sequence: Sequence) -> None:
         """Drop all pages of a sequence."""
         table = self._tables.pop(sequence.request_id)
         self.pool.release(list(table.pages_deepest_first()), keep=self.prefix_cache.holds)
+
+    @contextmanager
+    def borrowed(self, num_pages: int) -> Iterator[list[int]]:
+        """Free pages to write to for a moment; the caller has checked that there are so many."""
+        pages = self.pool.allocate(num_pages)
+        try:
+            yield pages
+        finally:
+            self.pool.release(pages, keep=lambda page: False)
 
     # ---- checks ----
 

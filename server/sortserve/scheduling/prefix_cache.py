@@ -65,6 +65,11 @@ class PrefixCache:
         if not entry:
             del self._entries[digest]
 
+    def drop(self, digest: bytes) -> None:
+        """Forget a block at every depth: what its pages hold is not to be used again."""
+        for page in self._entries.pop(digest, ()):
+            del self._digest_of[page]
+
     def check_invariants(self) -> None:
         """Assert that the two maps are each other's inverse."""
         listed = [page for entry in self._entries.values() for page in entry]

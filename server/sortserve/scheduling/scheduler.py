@@ -111,10 +111,17 @@ class Scheduler:
         """Queue a new sequence."""
         self._waiting.append(sequence)
 
-    def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and free its pages."""
+    def finish(self, sequence: Sequence, *, keep_prefix: bool = True) -> None:
+        """Take a sequence out, wherever it is, and free its pages.
+
+        Args:
+            sequence: waiting or running.
+            keep_prefix: whether others may reuse the blocks that it has computed.
+        """
         if sequence.status is Status.RUNNING:
             self._running.remove(sequence)
+            if not keep_prefix:
+                self.kv_cache.distrust(sequence)
             self.kv_cache.free(sequence)
         elif sequence.status is Status.WAITING:
             self._waiting.remove(sequence)
