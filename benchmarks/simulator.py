@@ -384,8 +384,7 @@ def _arrive(
         return Outcome(arrival=arrival, report=None, error=error.message)
     desk.enter(request, choice)
     engine.add_request(request, choice)
-    desk.see(engine.demands())
-    desk.taken(request_id)
+    desk.see(engine.demands(), [request_id])
     return None
 
 

@@ -123,6 +123,7 @@ def build(settings: ServeSettings) -> Serving:
             policy=settings.policy,
             overload_delay_s=settings.overload_delay,
             enable_prefix_caching=settings.enable_prefix_caching,
+            max_failed_steps=settings.max_failed_steps,
             seed=settings.seed,
         ),
         observer=Observers([metrics, RequestLogger()]),
@@ -131,6 +132,8 @@ def build(settings: ServeSettings) -> Serving:
         engine,
         max_num_queued_reqs=settings.max_num_queued_reqs,
         max_num_queued_tokens=settings.max_num_queued_tokens,
+        step_timeout_s=settings.step_timeout or None,
+        debug=settings.debug,
     )
 
     calibrator = _Calibrator(engine, runner, settings, checkpoint, decoder)

@@ -148,6 +148,15 @@ class ServeSettings(BaseSettings):
     shutdown_timeout: Seconds = 30.0
     """Seconds that running requests get to finish after SIGTERM."""
 
+    # Failures
+    max_failed_steps: Count = 3
+    """Steps in a row that may fail whole, with a self-test after each, before the process ends."""
+    step_timeout: Seconds = 300.0
+    """Seconds after which an engine that does not get on has failed, and the process ends. The
+    longest step must fit in. 0: never."""
+    debug: bool = False
+    """Check the engine's books whenever it is idle; a mistake in them ends the process."""
+
     # Logs
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe messages to write."""

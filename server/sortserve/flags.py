@@ -21,6 +21,7 @@ GROUPS = {
     "policy": "Scheduling",
     "kv_cache_memory": "KV cache",
     "max_num_queued_reqs": "Limits",
+    "max_failed_steps": "Failures",
     "log_level": "Logs",
     "config": "File",
 }

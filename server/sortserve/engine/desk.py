@@ -1,13 +1,15 @@
 """Where requests are judged on arrival: which exit, and whether at all (no torch, no queue).
 
 The desk works on the event loop's thread, from the engine's state after its last step and from what
-it has let in since, so a refusal never waits for a step. The engine's thread replaces the state
-(``see``) and tells which requests it has taken (``taken``); both are single assignments.
+it has let in since, so a refusal never waits for a step. The engine's thread replaces the state and
+tells which requests it has taken (``see``). Both halves change under one lock, or a request on its
+way from one to the other could be counted twice, or not at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from sortserve.budget import ExitTable
@@ -41,19 +43,26 @@ class AdmissionDesk:
     expect: Callable[[GenerationRequest], int]
     """The output tokens to plan a request for."""
     get_model: Callable[[], CostModel | None]
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    # Under the lock:
     _demands: tuple[Demand, ...] = ()
     _unseen: dict[str, Demand] = field(default_factory=dict)
+    # Event loop only:
     _level: DepthLevel = field(default_factory=DepthLevel)
 
     # ---- the engine's thread ----
 
-    def see(self, demands: tuple[Demand, ...]) -> None:
-        """The state after a step."""
-        self._demands = demands
+    def see(self, demands: tuple[Demand, ...], taken: Iterable[str] = ()) -> None:
+        """The engine's present state.
 
-    def taken(self, request_id: str) -> None:
-        """The engine has the request: from the next state on it is among the others."""
-        self._unseen.pop(request_id, None)
+        Args:
+            demands: of all its live requests.
+            taken: requests that it has taken since the state before: they are among the others now.
+        """
+        with self._lock:
+            self._demands = demands
+            for request_id in taken:
+                self._unseen.pop(request_id, None)
 
     # ---- the event loop's thread ----
 
@@ -84,22 +93,23 @@ class AdmissionDesk:
     def enter(self, request: GenerationRequest, choice: ExitChoice) -> None:
         """The request is on its way to the engine, at the exit chosen for it."""
         floor = choice.exit_layer if choice.floor_layer is None else choice.floor_layer
-        self._unseen[request.request_id] = newcomer_demand(
+        demand = newcomer_demand(
             choice.exit_layer,
             self._newcomer(request, floor),
             choice.promise,
             now=self.clock(),
             request_id=request.request_id,
         )
+        with self._lock:
+            self._unseen[request.request_id] = demand
 
     def load(self) -> Load:
         """What a newcomer would meet now."""
-        demands = self._demands
-        seen = {demand.request_id for demand in demands}
-        unseen = (d for d in list(self._unseen.values()) if d.request_id not in seen)
+        with self._lock:
+            demands = (*self._demands, *self._unseen.values())
         return Load(
             now=self.clock(),
-            demands=(*demands, *unseen),
+            demands=demands,
             policy=self.policy,
             max_num_batched_tokens=self.max_num_batched_tokens,
         )

@@ -12,7 +12,10 @@ __all__ = ["QueueLimits", "Reservation"]
 
 
 class Reservation:
-    """A place in the queue. Given back once, by whoever comes first: ``release`` is idempotent."""
+    """A place in the queue. Given back once, by whoever comes first: ``release`` is idempotent.
+
+    Any thread may call; the counts lie under the lock of ``QueueLimits``.
+    """
 
     def __init__(self, limits: QueueLimits, num_requests: int, num_tokens: int) -> None:
         self._limits = limits
@@ -21,18 +24,19 @@ class Reservation:
 
     def take_one(self, num_tokens: int) -> Reservation:
         """Move one request, with its true number of tokens now, to a reservation of its own."""
-        share = self._num_tokens // max(1, self._num_requests)
-        self._limits._move(requests=0, tokens=num_tokens - share)
-        self._num_requests -= 1
-        self._num_tokens -= share
-        assert self._num_requests >= 0
+        with self._limits.lock:
+            assert self._num_requests > 0
+            share = self._num_tokens // self._num_requests
+            self._num_requests -= 1
+            self._num_tokens -= share
+            self._limits.move(requests=0, tokens=num_tokens - share)
         return Reservation(self._limits, 1, num_tokens)
 
     def release(self) -> None:
         """Give the place back."""
-        requests, self._num_requests = self._num_requests, 0
-        tokens, self._num_tokens = self._num_tokens, 0
-        self._limits._move(requests=-requests, tokens=-tokens)
+        with self._limits.lock:
+            self._limits.move(requests=-self._num_requests, tokens=-self._num_tokens)
+            self._num_requests = self._num_tokens = 0
 
     def __enter__(self) -> Reservation:
         return self
@@ -57,7 +61,7 @@ class QueueLimits:
         self._max_tokens = max_tokens
         self._num_requests = 0
         self._num_tokens = 0
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def reserve(
         self, num_requests: int, num_tokens: int, *, retry_after_s: Callable[[], float]
@@ -76,7 +80,7 @@ class QueueLimits:
                 "may wait at once. Ask for fewer.",
                 param="n",
             )
-        with self._lock:
+        with self.lock:
             requests = self._num_requests + num_requests
             tokens = self._num_tokens + num_tokens
             full = requests > self._max_requests
@@ -94,8 +98,8 @@ class QueueLimits:
             self._num_requests, self._num_tokens = requests, tokens
         return Reservation(self, num_requests, num_tokens)
 
-    def _move(self, *, requests: int, tokens: int) -> None:
-        with self._lock:
-            self._num_requests += requests
-            self._num_tokens += tokens
-            assert self._num_requests >= 0
+    def move(self, *, requests: int, tokens: int) -> None:
+        """Change the counts; the caller, a reservation, holds the lock."""
+        self._num_requests += requests
+        self._num_tokens += tokens
+        assert self._num_requests >= 0

@@ -3,6 +3,22 @@
 The event loop never waits for the engine and the engine never waits for a client: requests and
 aborts go in through a queue, a step's outputs come out through one ``call_soon_threadsafe`` per
 event loop, and each stream buffers only its own tokens.
+
+What two threads touch, and what makes it safe:
+
+* the worker's state, counts, streams and reservations: ``EngineWorker._gate``. A request is
+  accepted and a failure is declared under it, so each accepted request gets an end;
+* the inbox: a ``SimpleQueue``;
+* what the event loop sees of the engine (``EngineStats``, the cost model): frozen values, replaced
+  as a whole;
+* what the engine still needs to do, as the desk sees it: the desk's lock;
+* places in the queue: the lock of ``QueueLimits``;
+* the learned lengths of answers: one frozen value in ``LengthEstimator``;
+* how far the engine has come (``Engine.num_calls``): an integer that one thread writes;
+* a stream's outputs: its own event loop alone, reached through ``call_soon_threadsafe``;
+* metrics and logs: their libraries' locks. The tokenizer: see ``sortserve.model.tokenizer``.
+
+``tests/unit/test_threads.py`` races each of them.
 """
 
 from __future__ import annotations
@@ -11,8 +27,9 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
@@ -21,9 +38,17 @@ from sortserve.budget import ExitTable
 from sortserve.engine.desk import AdmissionDesk
 from sortserve.engine.engine import Engine
 from sortserve.engine.queue_limits import QueueLimits, Reservation
-from sortserve.errors import BudgetUnattainableError, EngineError, OverloadedError, UnavailableError
+from sortserve.engine.stall import StallDetector
+from sortserve.errors import (
+    BudgetUnattainableError,
+    EngineError,
+    OverloadedError,
+    SortserveError,
+    UnavailableError,
+)
 from sortserve.outputs import EngineStats, Estimate, GenerationRequest, RequestOutput
 from sortserve.scheduling.admission import ExitChoice
+from sortserve.scheduling.demand import Demand
 
 __all__ = ["EngineWorker", "RequestStream"]
 
@@ -31,6 +56,10 @@ logger = logging.getLogger(__name__)
 
 State = Literal["loading", "ready", "draining", "failed", "stopped"]
 IDLE_POLL_S = 0.5
+WATCH_POLL_S = 1.0
+"""Seconds between two looks at whether the engine's thread gets on, at most."""
+STOP_TIMEOUT_S = 5.0
+"""Seconds that the step under way gets to end when the server does."""
 
 
 class RequestStream:
@@ -47,6 +76,12 @@ class RequestStream:
     def deliver(self, output: RequestOutput) -> None:
         """Add an output (on the event loop)."""
         self._outputs.append(output)
+        self._arrived.set()
+
+    def fail(self) -> None:
+        """End the stream with an error (on the event loop): an output could not be delivered."""
+        error = EngineError("The server failed on this request.")
+        self._outputs.append(RequestOutput(request_id=self.request_id, error=error))
         self._arrived.set()
 
     def abort(self) -> None:
@@ -95,7 +130,15 @@ class _Abort:
 
 
 class EngineWorker:
-    """Runs an engine on its own thread. All public methods are for the event loop's thread."""
+    """Runs an engine on its own thread. All public methods are for the event loop's thread.
+
+    Args:
+        engine: nobody else may touch it once the worker runs.
+        max_num_queued_reqs: most requests that wait.
+        max_num_queued_tokens: most prompt tokens that wait.
+        step_timeout_s: an engine that does not get on for so long has failed; None: never.
+        debug: check the engine's invariants whenever it has nothing left to do.
+    """
 
     def __init__(
         self,
@@ -103,6 +146,8 @@ class EngineWorker:
         *,
         max_num_queued_reqs: int = 512,
         max_num_queued_tokens: int = 200_000,
+        step_timeout_s: float | None = None,
+        debug: bool = False,
     ) -> None:
         self._engine = engine
         self.clock = engine.clock
@@ -111,7 +156,8 @@ class EngineWorker:
         self._limits = QueueLimits(
             max_requests=max_num_queued_reqs, max_tokens=max_num_queued_tokens
         )
-        self._state: State = "loading"
+        self._step_timeout_s = step_timeout_s
+        self._debug = debug
         self._inbox: queue.SimpleQueue[_Submission | _Abort | None] = queue.SimpleQueue()
         self._stats = engine.stats()
         self._desk = AdmissionDesk(
@@ -123,14 +169,22 @@ class EngineWorker:
             expect=engine.expect,
             get_model=lambda: engine.cost_model,
         )
-        # Requests that have come and gone, likewise.
+        self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._gate = threading.Lock()
+        # Under the gate:
+        self._state: State = "loading"
+        self._failure: str | None = None
         self._num_submitted = 0
         self._num_ended = 0
-        self._thread: threading.Thread | None = None
-        self._stop = False
-        # Engine thread only:
         self._streams: dict[str, RequestStream] = {}
         self._reservations: dict[str, Reservation] = {}
+        # Engine thread only:
+        self._taken: list[str] = []
+        self._is_blind = False
+        # Written by the engine's thread, read by the watchdog:
+        self._num_turns = 0
+        self._is_working = False
 
     # ---- life ----
 
@@ -138,6 +192,11 @@ class EngineWorker:
     def state(self) -> State:
         """loading, ready, draining, failed or stopped."""
         return self._state
+
+    @property
+    def failure(self) -> str | None:
+        """Why the worker has failed; None as long as it has not."""
+        return self._failure
 
     def start(self, prepare: Callable[[], None] | None = None) -> None:
         """Start the thread; returns when the worker is ready.
@@ -152,28 +211,50 @@ class EngineWorker:
         )
         self._thread.start()
         ready.result()
+        if self._step_timeout_s is not None:
+            watch = threading.Thread(
+                target=self._watch, args=(self._step_timeout_s,), name="watchdog", daemon=True
+            )
+            watch.start()
 
     async def drain(self, timeout_s: float) -> bool:
-        """Take no new work, let live requests finish, abort the rest; True if none was aborted."""
-        if self._state == "ready":
-            self._state = "draining"
-        deadline = self.clock() + timeout_s
-        while not self._is_idle() and self.clock() < deadline:
-            await asyncio.sleep(0.02)
-        clean = self._is_idle()
-        await asyncio.to_thread(self.stop)
-        return clean
+        """Take no new work, let live requests finish, end the rest; True if none had to be.
 
-    def stop(self) -> None:
-        """Abort what lives (each gets its last output), end the thread. Idempotent."""
-        if self._state != "failed":
-            self._state = "draining"
-        self._stop = True
+        Takes ``timeout_s`` and ``STOP_TIMEOUT_S`` at most, whatever the engine does.
+        """
+        with self._gate:
+            if self._state == "ready":
+                self._state = "draining"
+        deadline = self.clock() + timeout_s
+        while not self._is_idle() and self._state != "failed" and self.clock() < deadline:
+            await asyncio.sleep(0.02)
+        clean = self._is_idle() and self._state != "failed"
+        return await asyncio.to_thread(self.stop, STOP_TIMEOUT_S) and clean
+
+    def stop(self, timeout_s: float | None = None) -> bool:
+        """Abort what lives (each request gets its last output) and end the thread. Idempotent.
+
+        Args:
+            timeout_s: how long the step under way may take to end; None: as long as it likes.
+
+        Returns:
+            Whether the thread has ended. If not, its requests have been answered with an error, and
+            only the end of the process ends it.
+        """
+        with self._gate:
+            if self._state != "failed":
+                self._state = "draining"
+        self._stopping.set()
         self._inbox.put(None)
         if self._thread is not None:
-            self._thread.join()
-        if self._state != "failed":
-            self._state = "stopped"
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                self._fail(f"the step under way did not end within {timeout_s:g} s of the stop")
+                return False
+        with self._gate:
+            if self._state != "failed":
+                self._state = "stopped"
+        return True
 
     def _is_idle(self) -> bool:
         return self._num_ended == self._num_submitted
@@ -221,9 +302,15 @@ class EngineWorker:
             reservation = self.reserve(1, num_prompt)
         place = reservation.take_one(num_prompt)
         stream = RequestStream(request.request_id, self._request_abort)
-        self._num_submitted += 1
-        self._desk.enter(request, choice)
-        self._inbox.put(_Submission(request, choice, stream, place))
+        try:
+            with self._gate:
+                self._require_accepting()  # or the request would wait for an engine that is gone
+                self._desk.enter(request, choice)
+                self._num_submitted += 1
+                self._inbox.put(_Submission(request, choice, stream, place))
+        except BaseException:
+            place.release()
+            raise
         return stream
 
     def estimate(self, exit_layer: int, num_prompt_tokens: int, max_tokens: int) -> Estimate | None:
@@ -243,9 +330,8 @@ class EngineWorker:
             )
 
     def _rejected(self, reason: str, request: GenerationRequest | None = None) -> None:
-        observer = self._engine.observer
-        if observer is not None:
-            observer.on_rejected(reason, request.budget if request else None)
+        budget = request.budget if request else None
+        self._engine.tell(lambda observer: observer.on_rejected(reason, budget))
 
     def _drain_s(self) -> float:
         """Predicted seconds until the queue has moved on; at least one."""
@@ -263,89 +349,178 @@ class EngineWorker:
         except BaseException as error:
             ready.set_exception(error)
             return
-        self._state = "ready"
+        with self._gate:
+            if self._state == "loading":
+                self._state = "ready"
         ready.set_result(None)
         try:
-            while not self._stop:
-                self._drain_inbox(wait=not self._engine.has_work)
-                if self._engine.has_work:
-                    self._publish(self._engine.step())
-        except Exception:
+            while not self._stopping.is_set():
+                self._turn()
+            self._abort_all()
+        except BaseException as error:  # whatever it is, nobody may wait for this thread any more
             logger.exception("the engine stopped on an error of its own")
-            self._state = "failed"
-            self._fail_all()
-        else:
-            self._drain_inbox(wait=False)
-            aborted = [self._engine.abort(request_id) for request_id in list(self._streams)]
-            self._publish([output for output in aborted if output is not None])
+            self._fail(f"{type(error).__name__}: {error}")
 
-    def _fail_all(self) -> None:
-        """Answer every live and every queued request with the engine's failure."""
-        error = EngineError("The engine has failed; the server must be restarted.")
-        while not self._inbox.empty():
-            message = self._inbox.get_nowait()
-            if isinstance(message, _Submission):
-                self._register(message)
-        for request_id in list(self._streams):
-            self._publish([RequestOutput(request_id=request_id, error=error)])
+    def _turn(self) -> None:
+        """Take what has come, and run a step if there is anything to run."""
+        if self._debug and not self._engine.has_work:
+            self._engine.check_invariants()
+        self._drain_inbox(wait=not self._engine.has_work)
+        self._num_turns += 1
+        if self._engine.has_work:
+            self._publish(self._engine.step())
+            self._engine.check_health()
+        if self._engine.failure is not None:
+            self._fail(self._engine.failure)
 
-    def _register(self, submission: _Submission) -> None:
-        request_id = submission.request.request_id
-        assert request_id not in self._streams, "request ids are unique"
-        self._streams[request_id] = submission.stream
-        self._reservations[request_id] = submission.reservation
+    def _abort_all(self) -> None:
+        """The last turn: every request that lives gets its last output."""
+        self._drain_inbox(wait=False)
+        aborted = [self._engine.abort(request_id) for request_id in list(self._streams)]
+        self._publish([output for output in aborted if output is not None])
 
     def _drain_inbox(self, *, wait: bool) -> None:
-        taken: list[str] = []
         while True:
+            self._is_working = not wait
             try:
                 message = self._inbox.get(timeout=IDLE_POLL_S) if wait else self._inbox.get_nowait()
             except queue.Empty:
                 break
+            finally:
+                self._is_working = True
             wait = False
             if isinstance(message, _Submission):
-                self._register(message)
-                self._engine.add_request(message.request, message.choice)
-                taken.append(message.request.request_id)
+                self._take(message)
             elif isinstance(message, _Abort):
                 output = self._engine.abort(message.request_id)
                 if output is not None:
                     self._publish([output])
-        if taken:  # they count as the engine's from here on
+        if self._taken:  # they count as the engine's from here on
             self._see()
-            for request_id in taken:
-                self._desk.taken(request_id)
+
+    def _take(self, submission: _Submission) -> None:
+        """Give a request to the engine; one that it cannot take is answered, and harms no other."""
+        request_id = submission.request.request_id
+        with self._gate:
+            assert request_id not in self._streams, "request ids are unique"
+            self._streams[request_id] = submission.stream
+            self._reservations[request_id] = submission.reservation
+        self._taken.append(request_id)
+        try:
+            self._engine.add_request(submission.request, submission.choice)
+        except Exception:
+            logger.exception("the engine could not take request %s", request_id)
+            error = EngineError("The engine could not take this request.")
+            self._publish([RequestOutput(request_id=request_id, error=error)])
 
     def _see(self) -> None:
         """Make the engine's present state visible to the event loop."""
-        self._stats = self._engine.stats()
-        self._desk.see(self._engine.demands())
+        demands: tuple[Demand, ...] = ()
+        try:
+            self._stats = self._engine.stats()
+            demands = self._engine.demands()
+            self._is_blind = False
+        except Exception:  # a view that is old harms nobody
+            if not self._is_blind:
+                logger.exception("the engine's state cannot be seen: admission works without it")
+            self._is_blind = True
+        self._desk.see(demands, self._taken)
+        self._taken.clear()
 
     def _publish(self, outputs: list[RequestOutput]) -> None:
-        """Hand outputs to their streams, with one wake-up per event loop.
+        """Hand outputs to their streams.
 
-        The new state is visible first: who sees a request end also sees its pages free.
+        The new state is visible first: who sees a request end also sees its pages free. Outputs of
+        requests that are gone (the worker failed during the step) are dropped.
         """
         self._see()
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, RequestOutput]]] = {}
-        for output in outputs:
-            stream = self._streams[output.request_id]
-            by_loop.setdefault(stream.loop, []).append((stream, output))
-            ended = output.finish_reason is not None or output.error is not None
-            if ended:
-                del self._streams[output.request_id]
-                self._num_ended += 1
-            if ended or output.tokens:
-                reservation = self._reservations.pop(output.request_id, None)
-                if reservation is not None:
-                    reservation.release()
-        for loop, batch in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_deliver, batch)
-            except RuntimeError:  # the loop is closed: nobody is left to read
-                logger.debug("dropped %d outputs of a closed event loop", len(batch))
+        with self._gate:
+            pairs = []
+            for output in outputs:
+                stream = self._streams.get(output.request_id)
+                if stream is not None:
+                    pairs.append((stream, output))
+                    self._account(output)
+            _send(pairs)
+
+    def _account(self, output: RequestOutput) -> None:
+        """Under the gate: what an output ends, and what it gives back."""
+        ended = output.finish_reason is not None or output.error is not None
+        if ended:
+            del self._streams[output.request_id]
+            self._num_ended += 1
+        if ended or output.tokens:
+            reservation = self._reservations.pop(output.request_id, None)
+            if reservation is not None:
+                reservation.release()
+
+    # ---- failure ----
+
+    def _fail(self, reason: str) -> None:
+        """End the worker: every live and every queued request is answered. Any thread.
+
+        The engine is not touched: it is what failed, or another thread is inside it.
+        """
+        error: SortserveError = EngineError(
+            "The engine has failed; the server must be restarted.", code="engine_failed"
+        )
+        with self._gate:
+            if self._state == "failed":
+                return
+            logger.error("the engine has failed: %s", reason)
+            self._state, self._failure = "failed", reason
+            self._stopping.set()
+            streams = list(self._streams.values())
+            places = list(self._reservations.values())
+            for message in _emptied(self._inbox):
+                if isinstance(message, _Submission):
+                    streams.append(message.stream)
+                    places.append(message.reservation)
+            self._streams.clear()
+            self._reservations.clear()
+            self._num_ended = self._num_submitted
+            for place in places:
+                place.release()
+            _send([(s, RequestOutput(request_id=s.request_id, error=error)) for s in streams])
+
+    def _watch(self, timeout_s: float) -> None:
+        """The watchdog's thread: a step that hangs is a failure like any other."""
+        poll_s = min(WATCH_POLL_S, timeout_s / 4)
+        detector = StallDetector(timeout_s, poll_s)
+        while not self._stopping.wait(poll_s):
+            pulse = self._num_turns + self._engine.num_calls if self._is_working else None
+            if detector.look(pulse, time.monotonic()):
+                self._fail(f"the engine has not got on for {timeout_s:g} s")
+
+
+def _emptied(
+    inbox: queue.SimpleQueue[_Submission | _Abort | None],
+) -> Iterable[_Submission | _Abort | None]:
+    """All messages that wait."""
+    while True:
+        try:
+            yield inbox.get_nowait()
+        except queue.Empty:
+            return
+
+
+def _send(pairs: Iterable[tuple[RequestStream, RequestOutput]]) -> None:
+    """Outputs to their streams, with one wake-up per event loop."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, RequestOutput]]] = {}
+    for stream, output in pairs:
+        by_loop.setdefault(stream.loop, []).append((stream, output))
+    for loop, batch in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_deliver, batch)
+        except RuntimeError:  # the loop is closed: nobody is left to read
+            logger.debug("dropped %d outputs of a closed event loop", len(batch))
 
 
 def _deliver(batch: list[tuple[RequestStream, RequestOutput]]) -> None:
     for stream, output in batch:
-        stream.deliver(output)
+        try:
+            stream.deliver(output)
+        except Exception:
+            logger.exception("an output of request %s was lost", stream.request_id)
+            stream.abort()
+            stream.fail()
