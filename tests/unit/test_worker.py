@@ -137,15 +137,21 @@ async def test_a_drain_that_times_out_aborts_the_rest_with_a_proper_end() -> Non
     worker.start()
     stream = worker.submit(make_request("r", max_tokens=200))
     runner.permits.release()
+    outputs = aiter(stream)
+    texts = [(await anext(outputs)).text]
 
     drained = asyncio.create_task(worker.drain(timeout_s=-1.0))
-    for _ in range(300):
-        runner.permits.release()
-    outputs = [output async for output in stream]
+    await asyncio.to_thread(worker._stopping.wait, 30)
+    runner.permits.release()  # the step under way
+    async for output in outputs:
+        texts.append(output.text)
+        last = output
 
-    assert outputs[-1].finish_reason in ("abort", "length")
-    assert worker.stats().kv_pages_used == 0 or not drained.done()
-    await drained
+    assert "".join(texts) == "bc"
+    assert last.finish_reason == "abort"
+    assert last.report is not None
+    assert last.report.num_output_tokens == 2
+    assert not await drained
     assert worker.stats().kv_pages_used == 0
 
 

@@ -43,7 +43,6 @@ from sortserve.errors import (
     BudgetUnattainableError,
     EngineError,
     OverloadedError,
-    SortserveError,
     UnavailableError,
 )
 from sortserve.outputs import EngineStats, Estimate, GenerationRequest, RequestOutput
@@ -352,11 +351,13 @@ class EngineWorker:
         with self._gate:
             if self._state == "loading":
                 self._state = "ready"
+        self._is_working = True
         ready.set_result(None)
         try:
             while not self._stopping.is_set():
                 self._turn()
-            self._abort_all()
+            if self._state != "failed":
+                self._abort_all()
         except BaseException as error:  # whatever it is, nobody may wait for this thread any more
             logger.exception("the engine stopped on an error of its own")
             self._fail(f"{type(error).__name__}: {error}")
@@ -402,6 +403,10 @@ class EngineWorker:
         """Give a request to the engine; one that it cannot take is answered, and harms no other."""
         request_id = submission.request.request_id
         with self._gate:
+            if self._state == "failed":  # after it left the inbox, before it got here
+                _send([(submission.stream, _engine_failed(request_id))])
+                submission.reservation.release()
+                return
             assert request_id not in self._streams, "request ids are unique"
             self._streams[request_id] = submission.stream
             self._reservations[request_id] = submission.reservation
@@ -461,9 +466,6 @@ class EngineWorker:
 
         The engine is not touched: it is what failed, or another thread is inside it.
         """
-        error: SortserveError = EngineError(
-            "The engine has failed; the server must be restarted.", code="engine_failed"
-        )
         with self._gate:
             if self._state == "failed":
                 return
@@ -481,7 +483,7 @@ class EngineWorker:
             self._num_ended = self._num_submitted
             for place in places:
                 place.release()
-            _send([(s, RequestOutput(request_id=s.request_id, error=error)) for s in streams])
+            _send([(stream, _engine_failed(stream.request_id)) for stream in streams])
 
     def _watch(self, timeout_s: float) -> None:
         """The watchdog's thread: a step that hangs is a failure like any other."""
@@ -491,6 +493,14 @@ class EngineWorker:
             pulse = self._num_turns + self._engine.num_calls if self._is_working else None
             if detector.look(pulse, time.monotonic()):
                 self._fail(f"the engine has not got on for {timeout_s:g} s")
+
+
+def _engine_failed(request_id: str) -> RequestOutput:
+    """The last output of a request that the engine left behind."""
+    error = EngineError(
+        "The engine has failed; the server must be restarted.", code="engine_failed"
+    )
+    return RequestOutput(request_id=request_id, error=error)
 
 
 def _emptied(
