@@ -12,7 +12,7 @@ import pytest
 
 from sortserve.engine.desk import AdmissionDesk
 from sortserve.engine.queue_limits import QueueLimits, Reservation
-from sortserve.engine.worker import EngineWorker
+from sortserve.engine.worker import EngineWorker, RequestStream
 from sortserve.errors import EngineError, OverloadedError, UnavailableError
 from sortserve.metrics import Metrics
 from sortserve.outputs import StepRecord
@@ -142,7 +142,7 @@ async def test_every_request_that_was_accepted_while_the_engine_failed_is_answer
     for _ in range(30):
         worker = EngineWorker(make_engine(max_model_len=256))
         worker.start()
-        streams = []
+        streams: list[RequestStream] = []
         failing = threading.Timer(0.001, worker._fail, ["a scripted fault"])
         failing.start()
         try:

@@ -360,6 +360,12 @@ class Engine:
         except Exception:
             logger.exception("the cost model could not learn from a step and stays as it is")
 
+    def _learn_length(self, sequence: Sequence, *, cut: bool) -> None:
+        try:
+            self.lengths.observe(sequence.num_output_tokens, cut=cut)
+        except Exception:
+            logger.exception("nothing was learned of the length of an answer")
+
     def _accept(self, live: _Live, token: SampledToken, now: float) -> RequestOutput:
         """Add one token to its request and see whether it ends there."""
         sequence = live.sequence
@@ -412,7 +418,7 @@ class Engine:
         sequence = live.sequence
         self.scheduler.finish(sequence, keep_prefix=keep_prefix)
         if reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.DEADLINE):
-            self.lengths.observe(sequence.num_output_tokens, cut=reason is not FinishReason.STOP)
+            self._learn_length(sequence, cut=reason is not FinishReason.STOP)
         del self._live[sequence.request_id]
         self._timed.pop(sequence.request_id, None)
         report = make_report(sequence, reason, exits=self.exits, now=now, promised=live.promised)
