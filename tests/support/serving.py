@@ -44,9 +44,9 @@ class Served:
 
 
 @cache
-def serve(path: Path, *, attention_backend: str = "auto") -> Served:
+def serve(path: Path, *, attention_backend: str = "auto", device: str = "cpu") -> Served:
     """Load a checkpoint once."""
-    checkpoint = load_checkpoint(str(path), dtype="float32", device="cpu")
+    checkpoint = load_checkpoint(str(path), dtype="float32", device=device)
     decoder = Decoder(
         checkpoint.config,
         checkpoint.weights,
