@@ -1,0 +1,354 @@
+"""What a client may send and hold before its key is looked at: bytes on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from sortserve.api.http_protocol import MAX_PIPELINED, RESERVED_CONNECTIONS, HttpProtocol
+from support.raw_http import RawServer, raw_server
+
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n"
+POST = b"POST / HTTP/1.1\r\nHost: x\r\n"
+SOON_S = 0.02
+"""A time-out that a test waits out."""
+
+
+def protocol_of(server: RawServer) -> HttpProtocol:
+    [connection] = server.state.connections
+    assert isinstance(connection, HttpProtocol)
+    return connection
+
+
+# ---- size ----
+
+
+async def test_a_request_within_all_limits_is_answered_and_the_connection_lives_on() -> None:
+    async with raw_server(max_num_headers=4) as server, server.client() as client:
+        for _ in range(2):
+            client.send(POST + b"A: 1\r\nB: 2\r\nContent-Length: 2\r\n\r\nhi")
+            reply = await client.reply()
+
+            assert (reply.status, reply.body) == (200, b"hi")
+            assert "connection" not in reply.headers
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        GET + b"A: 1\r\n" * 200_000,
+        GET + b"A: " + b"x" * 1_000_000,
+        GET + b"x" * 1_000_000,
+        b"GET /" + b"x" * 1_000_000,
+        b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n",
+        GET + b"A: " + b"x" * 70_000 + b"\r\n\r\n",
+        GET + b"A: 1\r\n" * 200 + b"\r\n",
+    ],
+    ids=["fields", "endless value", "endless name", "endless url", "url", "value", "many"],
+)
+async def test_headers_over_a_limit_are_refused_before_the_application_sees_them(
+    head: bytes,
+) -> None:
+    async with raw_server() as server, server.client() as client:
+        client.send(head)
+        reply = await client.reply()
+        await client.rest()
+
+    assert reply.status == 431
+    assert reply.headers["connection"] == "close"
+    assert reply.error["code"] == "headers_too_large"
+    assert "200 fields and 65536 bytes" in reply.error["message"]
+    assert server.app.num_asked == 0
+
+
+async def test_no_more_of_an_endless_header_is_held_than_the_limit_and_one_read() -> None:
+    async with raw_server() as server, server.client() as client:
+        client.send(GET + b"A: ")
+        await server.connected(1)
+        protocol = protocol_of(server)
+        num_read = 0
+        while not protocol._is_refused:
+            protocol.data_received(b"x" * 65536)
+            num_read += 65536
+
+    assert num_read <= 3 * 65536
+
+
+async def test_a_client_that_sends_on_can_still_read_why_it_was_refused() -> None:
+    async with raw_server() as server, server.client() as client:
+        client.send(GET + b"A: 1\r\n" * 300)
+        await server.connected(1)
+        for _ in range(50):
+            client.send(b"A: 1\r\n" * 10_000)
+            await client.writer.drain()
+
+        assert (await client.reply()).status == 431
+        client.writer.write_eof()
+        await server.connected(0)
+
+
+async def test_headers_after_the_body_count_too_and_are_no_headers() -> None:
+    chunked = POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n"
+    async with raw_server() as server, server.client() as client:
+        client.send(chunked + b"Authorization: Bearer k\r\n\r\n")
+        reply = await client.reply()
+        client.send(chunked + b"A: 1\r\n" * 200_000)
+        await client.rest()
+
+    assert (reply.status, reply.body) == (200, b"hi")
+    assert [name for name, _ in server.app.scopes[0]["headers"]] == [b"host", b"transfer-encoding"]
+
+
+async def test_an_endless_chunk_extension_is_refused() -> None:
+    async with raw_server() as server, server.client() as client:
+        client.send(POST + b"Transfer-Encoding: chunked\r\n\r\n1;" + b"x" * 1_000_000)
+
+        assert (await client.reply()).status == 431
+        await client.rest()
+        await server.app.left.wait()
+
+
+async def test_what_is_not_http_is_refused_in_the_error_format() -> None:
+    async with raw_server() as server, server.client() as client:
+        client.send(b"\x16\x03\x01\x02\x00\r\n\r\n")
+        reply = await client.reply()
+        await client.rest()
+
+    assert (reply.status, reply.error["code"]) == (400, "invalid_http")
+
+
+# ---- time ----
+
+
+@pytest.mark.parametrize("sent", [b"G", GET, GET + b"A: 1"])
+async def test_headers_that_do_not_end_are_given_up(sent: bytes) -> None:
+    async with raw_server(header_timeout_s=SOON_S) as server, server.client() as client:
+        client.send(sent)
+        reply = await client.reply()
+        await client.rest()
+
+    assert (reply.status, reply.error["code"]) == (408, "headers_timeout")
+    assert server.app.num_asked == 0
+
+
+async def test_a_trickle_of_headers_does_not_buy_time() -> None:
+    async with raw_server(header_timeout_s=SOON_S) as server, server.client() as client:
+        client.send(GET)
+        await server.connected(1)
+        while protocol_of(server)._receipt_timer is None:
+            await asyncio.sleep(0)
+        timer = protocol_of(server)._receipt_timer
+
+        for _ in range(10):
+            client.send(b"A: 1\r\n")
+            await asyncio.sleep(0)
+            assert protocol_of(server)._receipt_timer is timer
+
+        assert (await client.reply()).status == 408
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        POST + b"Content-Length: 5\r\n\r\nab",
+        POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n",
+        POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\nA: 1\r\n",
+    ],
+)
+async def test_a_body_that_does_not_end_is_given_up(sent: bytes) -> None:
+    async with raw_server(body_timeout_s=SOON_S) as server, server.client() as client:
+        client.send(sent)
+        reply = await client.reply()
+        await client.rest()
+        await server.app.left.wait()
+
+    assert (reply.status, reply.error["code"]) == (408, "body_timeout")
+
+
+async def test_a_body_that_goes_on_after_its_answer_ends_with_the_connection() -> None:
+    async def refuse(scope: object, receive: object, send: object) -> None:
+        await send({"type": "http.response.start", "status": 413, "headers": []})  # type: ignore[operator]
+        await send({"type": "http.response.body", "body": b""})  # type: ignore[operator]
+
+    async with raw_server(refuse, body_timeout_s=SOON_S) as server, server.client() as client:
+        client.send(POST + b"Content-Length: 1000000\r\n\r\nab")
+
+        assert (await client.reply()).status == 413
+        await client.rest()
+
+
+async def test_an_idle_connection_is_closed_without_a_word() -> None:
+    async with raw_server(keep_alive_s=SOON_S) as server, server.client() as client:
+        assert await client.rest() == b""
+        async with server.client() as used:
+            used.send(GET + b"\r\n")
+            assert (await used.reply()).status == 200
+            assert await used.rest() == b""
+        async with server.client() as blank:
+            blank.send(b"\r\n")
+            assert await blank.rest() == b""
+
+
+async def test_a_request_that_waits_behind_another_is_not_late() -> None:
+    limits = {"header_timeout_s": SOON_S, "body_timeout_s": SOON_S, "keep_alive_s": SOON_S}
+    async with raw_server(**limits) as server, server.client() as client:
+        server.app.held = True
+        client.send(GET + b"\r\n" + POST + b"Content-Length: 70000\r\n\r\n")
+        await server.app.asked.wait()
+        await asyncio.sleep(3 * SOON_S)
+        server.app.may_answer.set()
+        first = await client.reply()
+        client.send(b"x" * 70_000)
+        second = await client.reply()
+
+    assert (first.status, second.status, len(second.body)) == (200, 200, 70_000)
+
+
+async def test_half_a_request_behind_another_does_not_end_the_first_ones_answer() -> None:
+    async with raw_server(header_timeout_s=SOON_S) as server, server.client() as client:
+        server.app.held = True
+        client.send(GET + b"\r\n" + b"GET / HT")
+        await server.app.asked.wait()
+        await asyncio.sleep(3 * SOON_S)
+        server.app.may_answer.set()
+
+        assert (await client.reply()).status == 200
+        assert (await client.reply()).status == 408
+
+
+async def test_a_client_that_does_not_read_is_cut_off() -> None:
+    async with raw_server(write_timeout_s=SOON_S) as server, server.client() as client:
+        server.app.answer = b"x" * 20_000_000
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        client.send(GET + b"\r\n")
+
+        await server.connected(1)
+        await server.connected(0)
+
+
+async def test_a_closed_connection_whose_last_bytes_nobody_takes_is_cut_off() -> None:
+    async with raw_server(write_timeout_s=SOON_S) as server, server.client() as client:
+        server.app.answer = b"x" * 20_000_000
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        client.send(GET + b"Connection: close\r\n\r\n")
+
+        await server.connected(1)
+        await server.connected(0)
+
+
+async def test_a_slow_reader_that_reads_on_gets_it_all() -> None:
+    async with raw_server(write_timeout_s=1) as server, server.client() as client:
+        server.app.answer = b"x" * 10_000_000
+        client.send(GET + b"\r\n")
+
+        assert len((await client.reply()).body) == 10_000_000
+        assert protocol_of(server)._write_timer is None
+
+
+# ---- number ----
+
+
+async def test_beyond_the_cap_only_probes_are_answered_and_connections_closed() -> None:
+    async with raw_server(max_connections=1) as server, server.client() as first:
+        await server.connected(1)
+        async with server.client() as second, server.client() as third:
+            second.send(GET + b"\r\n")
+            refused = await second.reply()
+            third.send(b"GET /livez HTTP/1.1\r\n\r\n")
+            probed = await third.reply()
+            await second.rest()
+            await third.rest()
+        first.send(GET + b"\r\n")
+
+        assert (await first.reply()).status == 200
+    assert (refused.status, refused.error["code"]) == (503, "too_many_connections")
+    assert refused.headers["retry-after"] == "1"
+    assert probed.status == 200
+    assert refused.headers["connection"] == probed.headers["connection"] == "close"
+
+
+async def test_beyond_the_reserve_for_probes_nothing_is_read() -> None:
+    async with raw_server(max_connections=1) as server:
+        clients = [server.client() for _ in range(1 + RESERVED_CONNECTIONS)]
+        for client in clients:
+            await client.__aenter__()
+        await server.connected(1 + RESERVED_CONNECTIONS)
+
+        async with server.client() as last:
+            reply = await last.reply()
+            await last.rest()
+        for client in clients:
+            await client.__aexit__(None, None, None)
+
+    assert (reply.status, reply.error["code"]) == (503, "too_many_connections")
+
+
+async def test_an_idle_connection_over_the_cap_is_closed_sooner() -> None:
+    limits = {"max_connections": 1, "header_timeout_s": SOON_S}
+    async with raw_server(**limits) as server, server.client() as first:
+        await server.connected(1)
+        async with server.client() as second:
+            assert await second.rest() == b""
+        assert not first.reader.at_eof()
+
+
+async def test_a_connection_that_ends_makes_room() -> None:
+    async with raw_server(max_connections=1) as server:
+        async with server.client():
+            await server.connected(1)
+        await server.connected(0)
+        async with server.client() as client:
+            client.send(GET + b"\r\n")
+            assert (await client.reply()).status == 200
+
+
+async def test_a_connection_queues_only_so_many_requests() -> None:
+    async with raw_server() as server, server.client() as client:
+        server.app.held = True
+        client.send((GET + b"\r\n") * 10_000)
+        await client.rest()
+
+    assert server.app.num_asked == 1
+    assert MAX_PIPELINED < 100
+
+
+# ---- half-closed clients ----
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+async def test_a_client_that_has_finished_sending_gets_its_answer(version: bytes) -> None:
+    async with raw_server() as server, server.client() as client:
+        server.app.held = True
+        client.send(b"POST / HTTP/" + version + b"\r\nContent-Length: 2\r\n\r\nhi")
+        client.writer.write_eof()
+        await server.app.asked.wait()
+        await asyncio.sleep(SOON_S)
+        server.app.may_answer.set()
+        reply = await client.reply()
+
+        assert (reply.status, reply.body) == (200, b"hi")
+        assert await client.rest() == b""
+    assert server.app.num_left == 0
+
+
+async def test_a_client_that_leaves_is_noticed_without_a_word_from_it() -> None:
+    async with raw_server() as server:
+        server.app.held = True
+        async with server.client() as client:
+            client.send(GET + b"\r\n")
+            await server.app.asked.wait()
+            client.writer.close()
+            await client.writer.wait_closed()
+            async with asyncio.timeout(5):
+                await server.app.left.wait()
+
+
+async def test_a_client_that_leaves_in_the_middle_of_its_request_is_gone() -> None:
+    async with raw_server() as server:
+        for part in (GET, POST + b"Content-Length: 5\r\n\r\nab"):
+            async with server.client() as client:
+                client.send(part)
+                client.writer.write_eof()
+                assert await client.rest() == b""
+        await server.connected(0)
