@@ -1,16 +1,15 @@
 """Structured logs: one line an event, for people or as JSON, written off the engine's thread.
 
 An event is ``log.info("model loaded", extra=fields(layers=30))``. The root logger hands records to
-a queue and one thread writes them, so that a full pipe behind stderr never holds up a step.
-Prompts and answers are no part of any line, unless the operator asked for them.
+one thread that writes them, so that a full pipe behind stderr never holds up a step or a signal.
+Prompts and answers are no part of any line, unless the operator asked for them; what a client sends
+can neither begin a line nor move a terminal's cursor.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import logging.handlers
-import queue
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from sortserve.budget import Budget
+from sortserve.log_writer import LogWriter
 from sortserve.outputs import Observer, RequestReport, StepRecord
 
 __all__ = [
@@ -32,6 +32,8 @@ __all__ = [
 
 PROBES = ("/health", "/readyz", "/livez", "/metrics")
 """Paths that machines ask for every few seconds: not worth a line each."""
+LAST_LINES_S = 2.0
+"""Seconds that the last lines get to be read."""
 
 
 def fields(**values: object) -> dict[str, dict[str, object]]:
@@ -45,10 +47,10 @@ class HumanFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line, except for tracebacks."""
         time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
-        parts = [time, f"{record.levelname:<7}", _one_line(record.getMessage())]
-        parts += [f"{name}={_plain(value)}" for name, value in _fields_of(record).items()]
-        line = " ".join(parts)
-        return f"{line}\n{record.exc_text}" if record.exc_text else line
+        parts = [time, f"{record.levelname:<7}", _printable(record.getMessage())]
+        parts += [f"{_plain(name)}={_plain(value)}" for name, value in _fields_of(record).items()]
+        traceback = (record.exc_text or "").splitlines()
+        return "\n".join([" ".join(parts), *(f"  {_printable(line)}" for line in traceback)])
 
 
 class JsonFormatter(logging.Formatter):
@@ -65,17 +67,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_text:
             event["traceback"] = record.exc_text
-        return json.dumps(event, default=str, ensure_ascii=False)
-
-
-class _ToQueue(logging.handlers.QueueHandler):
-    """Hands records over as they are; the traceback is rendered here, where it still exists."""
-
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        if record.exc_info and not record.exc_text:
-            record.exc_text = logging.Formatter().formatException(record.exc_info)
-            record.exc_info = None
-        return record
+        return _printable(json.dumps(event, default=str, ensure_ascii=False))
 
 
 class _NoProbes(logging.Filter):
@@ -89,32 +81,33 @@ class _NoProbes(logging.Filter):
 
 
 @contextmanager
-def logging_to(stream: TextIO | None = None, *, level: str, log_format: str) -> Iterator[None]:
+def logging_to(stream: TextIO | None = None, *, level: str, log_format: str) -> Iterator[LogWriter]:
     """Send every logger's lines to a stream (stderr by default) while the block runs.
+
+    Python's warnings are lines too: printed as usual, they would block whoever meets one.
 
     Args:
         stream: where to.
         level: the least severe level to write, by name.
         log_format: ``human`` or ``json``.
     """
-    writer = logging.StreamHandler(stream if stream is not None else sys.stderr)
-    writer.setFormatter(JsonFormatter() if log_format == "json" else HumanFormatter())
-    records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-    listener = logging.handlers.QueueListener(records, writer)
-    handler = _ToQueue(records)
+    formatter = JsonFormatter() if log_format == "json" else HumanFormatter()
+    writer = LogWriter(stream if stream is not None else sys.stderr, formatter)
     root, access, no_probes = logging.getLogger(), logging.getLogger("uvicorn.access"), _NoProbes()
     level_before = root.level
     root.setLevel(level.upper())
-    root.addHandler(handler)
+    root.addHandler(writer)
     access.addFilter(no_probes)
-    listener.start()
+    logging.captureWarnings(True)
+    writer.start()
     try:
-        yield
+        yield writer
     finally:
-        root.removeHandler(handler)
+        logging.captureWarnings(False)
+        root.removeHandler(writer)
         access.removeFilter(no_probes)
         root.setLevel(level_before)
-        listener.stop()  # after the last line is out
+        writer.finish(LAST_LINES_S)  # after the last line is out
 
 
 class RequestLogger:
@@ -206,7 +199,7 @@ def _plain(value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if isinstance(value, Mapping):
-        return ",".join(f"{k}:{_plain(v)}" for k, v in value.items()) or "-"
+        return ",".join(f"{_plain(k)}:{_plain(v)}" for k, v in value.items()) or "-"
     if isinstance(value, list | tuple):
         return ",".join(map(_plain, value)) or "-"
     text = str(value)
@@ -214,5 +207,8 @@ def _plain(value: object) -> str:
     return text if is_plain and text else json.dumps(text)
 
 
-def _one_line(text: str) -> str:
-    return text.replace("\r", "\\r").replace("\n", "\\n")
+def _printable(text: str) -> str:
+    """The text with everything escaped, as in JSON, that would not print as a character."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)

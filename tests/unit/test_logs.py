@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -115,6 +116,56 @@ def test_a_clients_string_cannot_forge_a_line_or_a_field() -> None:
 
     assert human(id=forged) == f"INFO    happened id={json.dumps(forged)}\n"
     assert human(id="") == 'INFO    happened id=""\n'
+
+
+ODD = "a\nb\rc\x1b[2Jd\x9b1me\x7ff\x85g\u2028h\u202ei\ud800j\0k"
+"""Line ends and escape sequences of every kind, and a lone surrogate."""
+
+
+@pytest.mark.parametrize("log_format", ["human", "json"])
+def test_nothing_that_a_client_sends_ends_a_line_or_commands_a_terminal(log_format: str) -> None:
+    stream = io.StringIO()
+
+    with logging_to(stream, level="info", log_format=log_format):
+        LOG.info("asked for %s", ODD, extra=fields(id=ODD, **{ODD: 1}, nested={ODD: [ODD]}))
+
+    line = stream.getvalue()
+    assert line.count("\n") == 1
+    assert line[:-1].isprintable()
+    if log_format == "json":
+        assert json.loads(line)["id"] == ODD
+        assert json.loads(line)["message"] == f"asked for {ODD}"
+
+
+@pytest.mark.parametrize("log_format", ["human", "json"])
+def test_an_error_that_quotes_a_client_forges_no_line(log_format: str) -> None:
+    stream = io.StringIO()
+
+    with logging_to(stream, level="info", log_format=log_format):
+        try:
+            raise RuntimeError("bad value: x\n12:00:00 ERROR all is lost\x1b[2J")
+        except RuntimeError:
+            LOG.exception("failed")
+
+    first, *others = stream.getvalue().splitlines()
+    assert "failed" in first
+    assert all(line.startswith("  ") for line in others)
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_letters_of_every_language_stay_readable() -> None:
+    assert human(answer="đêm-夜") == "INFO    happened answer=đêm-夜\n"
+
+
+def test_a_warning_of_python_is_a_line_too() -> None:
+    stream = io.StringIO()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with logging_to(stream, level="info", log_format="human"):
+            warnings.warn("beware", UserWarning, stacklevel=1)
+
+    assert "UserWarning: beware" in stream.getvalue()
 
 
 def test_messages_below_the_level_are_not_written() -> None:
