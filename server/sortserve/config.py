@@ -9,6 +9,7 @@ docstring are written once (``flags.py`` turns them into flags and pages).
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ def _split_commas(value: object) -> object:
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Size = Annotated[ByteSize, Field(ge=1)]
 Layers = Annotated[tuple[Count, ...], BeforeValidator(_split_commas), Field(min_length=1)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
@@ -105,6 +107,13 @@ class ServeSettings(BaseSettings):
     """Origins that browsers may call from, separated by commas. Default: none."""
     enable_docs: bool = True
     """Serve /docs and /openapi.json."""
+    forwarded_allow_ips: Strings = ()
+    """Addresses or networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed,
+    separated by commas; `*` is everybody. Default: none, the log shows who is connected."""
+    allowed_hosts: Strings = ()
+    """Names that requests may give as their Host, beside localhost and --host, separated by commas;
+    `*` is any. Default: any, but on a loopback address without keys no other name is answered, so
+    that no web page can reach the server under a name of its own."""
 
     # Security
     api_key: Secrets = ()
@@ -143,6 +152,20 @@ class ServeSettings(BaseSettings):
     """Most prompt tokens waiting; more are answered 429."""
     max_body_size: Size = ByteSize(4 << 20)
     """Largest request body; larger ones are answered 413."""
+    max_header_size: Size = ByteSize(64 << 10)
+    """Most bytes of a request's first line and headers; more are answered 431."""
+    max_num_headers: Count = 200
+    """Most header fields of a request; more are answered 431."""
+    max_connections: Count = 1000
+    """Most open connections. Beyond them only probes are answered, all else gets 503."""
+    keep_alive: PositiveSeconds = 75.0
+    """Seconds that a connection without a request stays open."""
+    header_timeout: PositiveSeconds = 10.0
+    """Seconds from a request's first byte to the end of its headers; slower ones get 408."""
+    body_timeout: PositiveSeconds = 60.0
+    """Seconds from the end of a request's headers to the end of its body; slower ones get 408."""
+    write_timeout: PositiveSeconds = 60.0
+    """Seconds that a client may leave its answer unread before its connection is cut."""
     request_timeout: Seconds | None = None
     """Seconds after which any request is cut off and answered 504. Default: never."""
     shutdown_timeout: Seconds = 30.0
@@ -199,6 +222,11 @@ class ServeSettings(BaseSettings):
                 raise ValueError(f"--{key_name(name)} {path} is not a file that can be read")
         if self.api_key_file is not None and not self.api_keys:
             raise ValueError(f"--api-key-file {self.api_key_file} has no key in it")
+        for proxy in self.forwarded_allow_ips:
+            if proxy != "*" and not _is_network(proxy):
+                raise ValueError(
+                    f"--forwarded-allow-ips {proxy!r} is not an address, a network or *"
+                )
         return self
 
     @property
@@ -217,6 +245,14 @@ class ServeSettings(BaseSettings):
             if isinstance(value, ByteSize):
                 values[name] = value.human_readable().replace(".0", "")
         return values
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        return False
+    return True
 
 
 # Sources

@@ -3,7 +3,8 @@
 The socket opens first, so that probes get an answer while the model loads. On SIGTERM or SIGINT
 ``/health`` turns 503, new work is refused, running requests finish up to ``--shutdown-timeout``,
 the rest end with ``finish_reason: "abort"``, and the process ends with 0. A second signal ends it
-now.
+now. Whatever hangs meanwhile, a step, the event loop or the reader of the log, the process ends:
+``signals.py`` sees to that.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import asyncio
 import logging
 import os
 import socket
+import ssl
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import Future
-from pathlib import Path
-from types import FrameType
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -25,12 +28,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sortserve import __version__
 from sortserve.api.app import create_app
+from sortserve.api.hosts import HostCheckMiddleware
+from sortserve.api.http_protocol import ConnectionLimits, HttpProtocol
 from sortserve.api.problems import unavailable_response
 from sortserve.api.settings import ApiSettings
 from sortserve.banner import banner, base_url
 from sortserve.config import ServeSettings
-from sortserve.errors import ConfigError
+from sortserve.listening import BACKLOG, allow_open_files, is_loopback, listening, tls_context
+from sortserve.log_writer import LogWriter
 from sortserve.logs import fields, logging_to
+from sortserve.signals import SignalGuard
 
 if TYPE_CHECKING:
     from sortserve.build import Serving
@@ -39,9 +46,18 @@ __all__ = ["FrontDoor", "serve"]
 
 logger = logging.getLogger(__name__)
 
-LAST_EVENTS_S = 5
+LAST_EVENTS_S = 3
 """Seconds that connections get to take the end of their answers after the engine has stopped."""
-HEALTH_POLL_S = 1.0
+HEALTH_POLL_S = 0.2
+STEP_END_S = 1.0
+"""Seconds that the step under way gets to end after a second signal or a failure."""
+MAX_END_S = 9.0
+"""Seconds after ``--shutdown-timeout``, or after a failure, at which the process is gone: the
+engine's last step and the last events take less unless something hangs."""
+MAX_FORCED_END_S = 3.0
+"""The same after a second signal."""
+LAST_WORDS_S = 0.5
+"""Seconds that the log gets to say that the process was ended by force."""
 
 
 def serve(settings: ServeSettings) -> int:
@@ -51,13 +67,15 @@ def serve(settings: ServeSettings) -> int:
         CheckpointError: the checkpoint cannot be served.
         ConfigError: the address cannot be listened on, or settings do not fit the checkpoint.
     """
-    with logging_to(level=settings.log_level, log_format=settings.log_format):
+    with logging_to(level=settings.log_level, log_format=settings.log_format) as log:
         given = {k: v for k, v in settings.masked().items() if v not in (None, "", [])}
         logger.info("configuration", extra=fields(version=__version__, **given))
-        process = ServerProcess(settings)
-        exit_code = asyncio.run(process.run())
-    if process.is_loading:
-        os._exit(exit_code)  # a thread inside a download or a compiler cannot be cancelled
+        process = ServerProcess(settings, log)
+        exit_code = process.run()
+    if not (process.has_ended and log.is_complete):
+        # A thread that is stuck, in a download, a compiler, a step or a write to a pipe, cannot be
+        # cancelled, and the interpreter's own end would wait for it or change the exit code.
+        os._exit(exit_code)
     return exit_code
 
 
@@ -82,63 +100,78 @@ def _while_loading(path: str) -> Response:
 
 
 class _HTTPServer(uvicorn.Server):
-    """uvicorn, but a signal is told to us and does not close the socket: we drain first."""
+    """uvicorn without its signal handlers: a signal does not close the socket, we drain first."""
 
-    def __init__(self, config: uvicorn.Config, on_signal: Callable[[int], None]) -> None:
-        super().__init__(config)
-        self._on_signal = on_signal
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._on_signal(sig)
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 class ServerProcess:
     """One server from its socket to its exit code."""
 
-    def __init__(self, settings: ServeSettings) -> None:
+    def __init__(self, settings: ServeSettings, log: LogWriter) -> None:
         self.settings = settings
-        self.is_loading = False
+        self.has_ended = True
+        """Whether no thread of ours is left that may be stuck."""
+        self._log = log
         self._signals: list[int] = []
         self._door = FrontDoor()
+        self._guard = SignalGuard(self._hear, last_words=self._say_last_words)
 
-    async def run(self) -> int:
-        """Listen, load, serve, drain."""
-        self._signalled = asyncio.Event()
-        self._signalled_twice = asyncio.Event()
-        with listen(self.settings) as listener:
-            http = self._http_server()
-            serving_http = asyncio.create_task(http.serve(sockets=[listener]))
-            try:
-                return await self._load_and_serve(listener)
-            finally:
-                http.force_exit = self._signalled_twice.is_set()
-                http.should_exit = True
-                await serving_http
-                if self.settings.uds is not None:
-                    Path(self.settings.uds).unlink(missing_ok=True)
+    def run(self) -> int:
+        """Listen, load, serve, drain; returns the exit code."""
+        tls = tls_context(self.settings)
+        with listening(self.settings) as listener, self._guard, asyncio.Runner() as runner:
+            self._loop = runner.get_loop()
+            self._signalled = asyncio.Event()
+            self._signalled_twice = asyncio.Event()
+            return runner.run(self._run(listener, tls))
 
-    async def _load_and_serve(self, listener: socket.socket) -> int:
-        serving = await self._load()
+    async def _run(self, listener: socket.socket, tls: ssl.SSLContext | None) -> int:
+        http = _http_server(self.settings, self._door, listener, tls)
+        serving_http = asyncio.create_task(http.serve(sockets=[listener]))
+        exit_code = 1
+        try:
+            exit_code = await self._load_and_serve(listener, serving_http)
+        finally:
+            self._guard.end_within(MAX_END_S, self._exit_code(exit_code))
+            http.force_exit = self._signalled_twice.is_set()
+            http.should_exit = True
+            await asyncio.wait([serving_http])
+        return self._exit_code(exit_code)
+
+    def _exit_code(self, otherwise: int) -> int:
+        return 128 + self._signals[1] if len(self._signals) > 1 else otherwise
+
+    async def _load_and_serve(self, listener: socket.socket, serving_http: _Task) -> int:
+        serving = await self._load(serving_http)
         if serving is None:
-            return 0
-        self._door.app = create_app(
-            serving.worker,
-            serving.tokenizer,
-            _api_settings(self.settings, serving),
-            serving.metrics,
-        )
-        _announce(self.settings, serving, listener)
-        while not self._signalled.is_set() and serving.worker.state != "failed":
-            await _wait(self._signalled, HEALTH_POLL_S)
-        if serving.worker.state == "failed":
-            logger.error("the engine has failed: ending, so that a supervisor can start anew")
-            return 1
-        return await self._drain(serving)
+            return _report_http(serving_http) if serving_http.done() else 0
+        worker = serving.worker
+        api = _api_settings(self.settings, serving)
+        self._door.app = create_app(worker, serving.tokenizer, api, serving.metrics)
+        self._announce(serving, listener)
+        while not (self._signalled.is_set() or serving_http.done() or worker.state == "failed"):
+            await _first(self._signalled, serving_http, timeout_s=HEALTH_POLL_S)
+        if worker.state == "failed":
+            reason = worker.failure
+            logger.error(
+                "the engine has failed: ending, so that a supervisor can start anew",
+                extra=fields(reason=reason),
+            )
+            exit_code = 1
+        elif serving_http.done():
+            exit_code = _report_http(serving_http)
+        else:
+            exit_code = await self._drain(serving)
+        self.has_ended = await asyncio.to_thread(worker.stop, STEP_END_S)
+        return exit_code
 
-    async def _load(self) -> Serving | None:
-        """The loaded model; None if a signal came first."""
+    async def _load(self, serving_http: _Task) -> Serving | None:
+        """The loaded model; None if a signal or the end of the HTTP server came first."""
         loaded: Future[Serving] = Future()
-        self.is_loading = True
+        self.has_ended = False
 
         def load() -> None:
             try:
@@ -152,11 +185,11 @@ class ServerProcess:
 
         threading.Thread(target=load, name="load", daemon=True).start()
         loading = asyncio.ensure_future(asyncio.wrap_future(loaded))
-        await _first(loading, self._signalled)
+        await _first(self._signalled, loading, serving_http)
         if not loading.done():
             logger.info("stopped while loading")
             return None
-        self.is_loading = False
+        self.has_ended = True
         return loading.result()
 
     async def _drain(self, serving: Serving) -> int:
@@ -167,35 +200,123 @@ class ServerProcess:
             extra=fields(running=stats.num_running, waiting=stats.num_waiting, timeout_s=timeout_s),
         )
         draining = asyncio.create_task(worker.drain(timeout_s))
-        await _first(draining, self._signalled_twice)
-        if not draining.done():
-            await asyncio.to_thread(worker.stop)
-        clean = await draining
+        await _first(self._signalled_twice, draining)
+        if draining.done():
+            clean = draining.result()
+        else:
+            draining.cancel()
+            clean = False
+            await asyncio.to_thread(worker.stop, STEP_END_S)
+        if worker.state == "failed":
+            logger.error("the engine failed while it drained", extra=fields(reason=worker.failure))
+            return 1
         logger.info("stopped", extra=fields(all_requests_finished=clean))
-        return 128 + self._signals[1] if len(self._signals) > 1 else 0
+        return 0
 
-    def _http_server(self) -> _HTTPServer:
+    def _announce(self, serving: Serving, listener: socket.socket) -> None:
+        """Say where the server listens, what it serves, and one command to try."""
         settings = self.settings
-        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-        config = uvicorn.Config(
-            self._door,
-            ssl_certfile=settings.ssl_certfile,
-            ssl_keyfile=settings.ssl_keyfile,
-            log_config=None,
-            access_log=settings.access_log,
-            lifespan="off",
-            timeout_graceful_shutdown=LAST_EVENTS_S,
+        port = None if settings.uds is not None else listener.getsockname()[1]
+        cache, exits = serving.cache, serving.checkpoint.exits
+        logger.info(
+            "ready",
+            extra=fields(
+                url=settings.uds or base_url(settings, port),
+                model=serving.model_name,
+                exits=exits.layers,
+                max_model_len=serving.worker.max_model_len,
+                kv_pages=cache.num_pages,
+                kv_cache_mib=round(cache.num_bytes / 2**20),
+            ),
         )
-        loop = asyncio.get_running_loop()
+        if settings.log_format == "human":
+            text = banner(settings, serving, port)
+            threading.Thread(target=_print, args=(text,), name="banner", daemon=True).start()
 
-        def on_signal(sig: int) -> None:
-            loop.call_soon_threadsafe(self._take_signal, sig)
+    # ---- on the guard's thread ----
 
-        return _HTTPServer(config, on_signal)
-
-    def _take_signal(self, sig: int) -> None:
+    def _hear(self, sig: int) -> None:
+        """Take a signal: the first drains, the second ends, the third does not even ask."""
         self._signals.append(sig)
-        (self._signalled_twice if self._signalled.is_set() else self._signalled).set()
+        if len(self._signals) == 1:
+            self._guard.end_within(self.settings.shutdown_timeout + MAX_END_S, exit_code=1)
+            self._tell(self._signalled)
+        else:
+            max_end_s = MAX_FORCED_END_S if len(self._signals) == 2 else 0.0
+            self._guard.end_within(max_end_s, self._exit_code(1))
+            self._tell(self._signalled_twice)
+
+    def _tell(self, event: asyncio.Event) -> None:
+        try:
+            self._loop.call_soon_threadsafe(event.set)
+        except RuntimeError:  # the loop is closed: the end is near
+            return
+
+    def _say_last_words(self, exit_code: int) -> None:
+        logger.error(
+            "the process did not end in time: ended by force", extra=fields(exit_code=exit_code)
+        )
+        self._log.wait(LAST_WORDS_S)
+
+
+_Task = asyncio.Task[None]
+
+
+def _http_server(
+    settings: ServeSettings, door: ASGIApp, listener: socket.socket, tls: ssl.SSLContext | None
+) -> _HTTPServer:
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    proxies = list(settings.forwarded_allow_ips)
+    config = uvicorn.Config(
+        _with_host_check(settings, door, listener),
+        http=partial(HttpProtocol, limits=_limits(settings)),  # type: ignore[arg-type]
+        ws="none",
+        log_config=None,
+        access_log=settings.access_log,
+        proxy_headers=bool(proxies),
+        forwarded_allow_ips="*" if "*" in proxies else proxies,
+        lifespan="off",
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=LAST_EVENTS_S,
+    )
+    config.load()
+    config.ssl = tls
+    return _HTTPServer(config)
+
+
+def _with_host_check(settings: ServeSettings, app: ASGIApp, listener: socket.socket) -> ASGIApp:
+    """Guard a server that any page in a local browser could otherwise reach, or that is told to."""
+    names, on_loopback = settings.allowed_hosts, is_loopback(listener)
+    is_needed = bool(names) or (on_loopback and not settings.api_keys)
+    if "*" in names or not is_needed:
+        return app
+    return HostCheckMiddleware(app, names=[*names, settings.host], any_address=not on_loopback)
+
+
+def _limits(settings: ServeSettings) -> ConnectionLimits:
+    max_connections = allow_open_files(settings.max_connections)
+    if max_connections < settings.max_connections:
+        logger.warning(
+            "fewer connections than --max-connections: the system allows too few open files",
+            extra=fields(max_connections=max_connections),
+        )
+    return ConnectionLimits(
+        max_connections=max_connections,
+        max_num_headers=settings.max_num_headers,
+        max_header_bytes=int(settings.max_header_size),
+        keep_alive_s=settings.keep_alive,
+        header_timeout_s=settings.header_timeout,
+        body_timeout_s=settings.body_timeout,
+        write_timeout_s=settings.write_timeout,
+    )
+
+
+def _report_http(serving_http: _Task) -> int:
+    logger.error(
+        "the HTTP server has ended: ending, so that a supervisor can start anew",
+        exc_info=serving_http.exception(),
+    )
+    return 1
 
 
 def _api_settings(settings: ServeSettings, serving: Serving) -> ApiSettings:
@@ -212,73 +333,16 @@ def _api_settings(settings: ServeSettings, serving: Serving) -> ApiSettings:
     )
 
 
-async def _first(work: asyncio.Future[Any], event: asyncio.Event) -> None:
-    """Wait for work or an event, whichever comes first; the work goes on."""
+async def _first(
+    event: asyncio.Event, *work: asyncio.Future[Any], timeout_s: float | None = None
+) -> None:
+    """Wait for an event, work or a time, whichever comes first; the work goes on."""
     waiting = asyncio.create_task(event.wait())
-    await asyncio.wait([work, waiting], return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait([*work, waiting], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     waiting.cancel()
 
 
-async def _wait(event: asyncio.Event, timeout_s: float) -> None:
-    try:
-        await asyncio.wait_for(event.wait(), timeout_s)
-    except TimeoutError:
-        return
-
-
-def listen(settings: ServeSettings) -> socket.socket:
-    """A bound socket.
-
-    Raises:
-        ConfigError: the address is taken, or not ours.
-    """
-    host, port, uds = settings.host, settings.port, settings.uds
-    try:
-        if uds is not None:
-            return _listen_unix(Path(uds))
-        return _bound(socket.AF_INET6 if ":" in host else socket.AF_INET, (host, port))
-    except OSError as error:
-        where = f"--uds {uds}" if uds is not None else f"--host {host} --port {port}"
-        reason = error.strerror or str(error)
-        raise ConfigError(f"cannot listen on {where}: {reason}. Choose another.") from error
-
-
-def _listen_unix(path: Path) -> socket.socket:
-    if path.is_socket():
-        with socket.socket(socket.AF_UNIX) as probe:
-            if probe.connect_ex(str(path)) != 0:
-                path.unlink()  # left behind by a server that was killed
-    return _bound(socket.AF_UNIX, str(path))
-
-
-def _bound(family: socket.AddressFamily, address: tuple[str, int] | str) -> socket.socket:
-    # With the protocol named, asyncio switches Nagle's algorithm off for every connection; without,
-    # small events wait for the client's delayed acknowledgements, some 40 ms.
-    protocol = 0 if family == socket.AF_UNIX else socket.IPPROTO_TCP
-    listener = socket.socket(family, socket.SOCK_STREAM, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def _announce(settings: ServeSettings, serving: Serving, listener: socket.socket) -> None:
-    """Say where the server listens, what it serves, and one command to try."""
-    port = None if settings.uds is not None else listener.getsockname()[1]
-    cache, exits = serving.cache, serving.checkpoint.exits
-    logger.info(
-        "ready",
-        extra=fields(
-            url=settings.uds or base_url(settings, port),
-            model=serving.model_name,
-            exits=exits.layers,
-            max_model_len=serving.worker.max_model_len,
-            kv_pages=cache.num_pages,
-            kv_cache_mib=round(cache.num_bytes / 2**20),
-        ),
-    )
-    if settings.log_format == "human":
-        print(banner(settings, serving, port), flush=True)
+def _print(text: str) -> None:
+    """Print on a thread that may wait for its reader, and past a buffer that would outlive it."""
+    with suppress(OSError, ValueError, AttributeError):  # no reader, no file, no standard output
+        os.write(sys.stdout.fileno(), f"{text}\n".encode())

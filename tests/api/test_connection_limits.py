@@ -6,7 +6,12 @@ import asyncio
 
 import pytest
 
-from sortserve.api.http_protocol import MAX_PIPELINED, RESERVED_CONNECTIONS, HttpProtocol
+from sortserve.api.http_protocol import (
+    MAX_PIPELINED,
+    RESERVED_CONNECTIONS,
+    ConnectionLimits,
+    HttpProtocol,
+)
 from support.raw_http import RawServer, raw_server
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n"
@@ -25,7 +30,10 @@ def protocol_of(server: RawServer) -> HttpProtocol:
 
 
 async def test_a_request_within_all_limits_is_answered_and_the_connection_lives_on() -> None:
-    async with raw_server(max_num_headers=4) as server, server.client() as client:
+    async with (
+        raw_server(limits=ConnectionLimits(max_num_headers=4)) as server,
+        server.client() as client,
+    ):
         for _ in range(2):
             client.send(POST + b"A: 1\r\nB: 2\r\nContent-Length: 2\r\n\r\nhi")
             reply = await client.reply()
@@ -123,7 +131,10 @@ async def test_what_is_not_http_is_refused_in_the_error_format() -> None:
 
 @pytest.mark.parametrize("sent", [b"G", GET, GET + b"A: 1"])
 async def test_headers_that_do_not_end_are_given_up(sent: bytes) -> None:
-    async with raw_server(header_timeout_s=SOON_S) as server, server.client() as client:
+    async with (
+        raw_server(limits=ConnectionLimits(header_timeout_s=SOON_S)) as server,
+        server.client() as client,
+    ):
         client.send(sent)
         reply = await client.reply()
         await client.rest()
@@ -133,7 +144,10 @@ async def test_headers_that_do_not_end_are_given_up(sent: bytes) -> None:
 
 
 async def test_a_trickle_of_headers_does_not_buy_time() -> None:
-    async with raw_server(header_timeout_s=SOON_S) as server, server.client() as client:
+    async with (
+        raw_server(limits=ConnectionLimits(header_timeout_s=SOON_S)) as server,
+        server.client() as client,
+    ):
         client.send(GET)
         await server.connected(1)
         while protocol_of(server)._receipt_timer is None:
@@ -157,7 +171,10 @@ async def test_a_trickle_of_headers_does_not_buy_time() -> None:
     ],
 )
 async def test_a_body_that_does_not_end_is_given_up(sent: bytes) -> None:
-    async with raw_server(body_timeout_s=SOON_S) as server, server.client() as client:
+    async with (
+        raw_server(limits=ConnectionLimits(body_timeout_s=SOON_S)) as server,
+        server.client() as client,
+    ):
         client.send(sent)
         reply = await client.reply()
         await client.rest()
@@ -171,7 +188,10 @@ async def test_a_body_that_goes_on_after_its_answer_ends_with_the_connection() -
         await send({"type": "http.response.start", "status": 413, "headers": []})  # type: ignore[operator]
         await send({"type": "http.response.body", "body": b""})  # type: ignore[operator]
 
-    async with raw_server(refuse, body_timeout_s=SOON_S) as server, server.client() as client:
+    async with (
+        raw_server(refuse, limits=ConnectionLimits(body_timeout_s=SOON_S)) as server,
+        server.client() as client,
+    ):
         client.send(POST + b"Content-Length: 1000000\r\n\r\nab")
 
         assert (await client.reply()).status == 413
@@ -179,7 +199,10 @@ async def test_a_body_that_goes_on_after_its_answer_ends_with_the_connection() -
 
 
 async def test_an_idle_connection_is_closed_without_a_word() -> None:
-    async with raw_server(keep_alive_s=SOON_S) as server, server.client() as client:
+    async with (
+        raw_server(limits=ConnectionLimits(keep_alive_s=SOON_S)) as server,
+        server.client() as client,
+    ):
         assert await client.rest() == b""
         async with server.client() as used:
             used.send(GET + b"\r\n")
@@ -191,8 +214,8 @@ async def test_an_idle_connection_is_closed_without_a_word() -> None:
 
 
 async def test_a_request_that_waits_behind_another_is_not_late() -> None:
-    limits = {"header_timeout_s": SOON_S, "body_timeout_s": SOON_S, "keep_alive_s": SOON_S}
-    async with raw_server(**limits) as server, server.client() as client:
+    limits = ConnectionLimits(header_timeout_s=SOON_S, body_timeout_s=SOON_S, keep_alive_s=SOON_S)
+    async with raw_server(limits=limits) as server, server.client() as client:
         server.app.held = True
         client.send(GET + b"\r\n" + POST + b"Content-Length: 70000\r\n\r\n")
         await server.app.asked.wait()
@@ -206,7 +229,10 @@ async def test_a_request_that_waits_behind_another_is_not_late() -> None:
 
 
 async def test_half_a_request_behind_another_does_not_end_the_first_ones_answer() -> None:
-    async with raw_server(header_timeout_s=SOON_S) as server, server.client() as client:
+    async with (
+        raw_server(limits=ConnectionLimits(header_timeout_s=SOON_S)) as server,
+        server.client() as client,
+    ):
         server.app.held = True
         client.send(GET + b"\r\n" + b"GET / HT")
         await server.app.asked.wait()
@@ -218,7 +244,10 @@ async def test_half_a_request_behind_another_does_not_end_the_first_ones_answer(
 
 
 async def test_a_client_that_does_not_read_is_cut_off() -> None:
-    async with raw_server(write_timeout_s=SOON_S) as server, server.client() as client:
+    async with (
+        raw_server(limits=ConnectionLimits(write_timeout_s=SOON_S)) as server,
+        server.client() as client,
+    ):
         server.app.answer = b"x" * 20_000_000
         client.writer.transport.pause_reading()  # type: ignore[attr-defined]
         client.send(GET + b"\r\n")
@@ -228,7 +257,10 @@ async def test_a_client_that_does_not_read_is_cut_off() -> None:
 
 
 async def test_a_closed_connection_whose_last_bytes_nobody_takes_is_cut_off() -> None:
-    async with raw_server(write_timeout_s=SOON_S) as server, server.client() as client:
+    async with (
+        raw_server(limits=ConnectionLimits(write_timeout_s=SOON_S)) as server,
+        server.client() as client,
+    ):
         server.app.answer = b"x" * 20_000_000
         client.writer.transport.pause_reading()  # type: ignore[attr-defined]
         client.send(GET + b"Connection: close\r\n\r\n")
@@ -238,7 +270,10 @@ async def test_a_closed_connection_whose_last_bytes_nobody_takes_is_cut_off() ->
 
 
 async def test_a_slow_reader_that_reads_on_gets_it_all() -> None:
-    async with raw_server(write_timeout_s=1) as server, server.client() as client:
+    async with (
+        raw_server(limits=ConnectionLimits(write_timeout_s=1)) as server,
+        server.client() as client,
+    ):
         server.app.answer = b"x" * 10_000_000
         client.send(GET + b"\r\n")
 
@@ -250,7 +285,10 @@ async def test_a_slow_reader_that_reads_on_gets_it_all() -> None:
 
 
 async def test_beyond_the_cap_only_probes_are_answered_and_connections_closed() -> None:
-    async with raw_server(max_connections=1) as server, server.client() as first:
+    async with (
+        raw_server(limits=ConnectionLimits(max_connections=1)) as server,
+        server.client() as first,
+    ):
         await server.connected(1)
         async with server.client() as second, server.client() as third:
             second.send(GET + b"\r\n")
@@ -269,7 +307,7 @@ async def test_beyond_the_cap_only_probes_are_answered_and_connections_closed() 
 
 
 async def test_beyond_the_reserve_for_probes_nothing_is_read() -> None:
-    async with raw_server(max_connections=1) as server:
+    async with raw_server(limits=ConnectionLimits(max_connections=1)) as server:
         clients = [server.client() for _ in range(1 + RESERVED_CONNECTIONS)]
         for client in clients:
             await client.__aenter__()
@@ -282,11 +320,12 @@ async def test_beyond_the_reserve_for_probes_nothing_is_read() -> None:
             await client.__aexit__(None, None, None)
 
     assert (reply.status, reply.error["code"]) == (503, "too_many_connections")
+    assert (reply.headers["retry-after"], reply.error["type"]) == ("1", "unavailable_error")
 
 
 async def test_an_idle_connection_over_the_cap_is_closed_sooner() -> None:
-    limits = {"max_connections": 1, "header_timeout_s": SOON_S}
-    async with raw_server(**limits) as server, server.client() as first:
+    limits = ConnectionLimits(max_connections=1, header_timeout_s=SOON_S)
+    async with raw_server(limits=limits) as server, server.client() as first:
         await server.connected(1)
         async with server.client() as second:
             assert await second.rest() == b""
@@ -294,7 +333,7 @@ async def test_an_idle_connection_over_the_cap_is_closed_sooner() -> None:
 
 
 async def test_a_connection_that_ends_makes_room() -> None:
-    async with raw_server(max_connections=1) as server:
+    async with raw_server(limits=ConnectionLimits(max_connections=1)) as server:
         async with server.client():
             await server.connected(1)
         await server.connected(0)

@@ -10,44 +10,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from sortserve.cli import main
 from sortserve_client import Client, SamplingOptions
+from support.server_process import Server
 from support.tiny_models import make_tiny_checkpoint
 
 LONG: SamplingOptions = {"max_tokens": 200, "temperature": 0.0, "ignore_eos": True}
-
-
-class Server:
-    """A running ``sortserve serve`` and its log."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        self.events: list[dict[str, Any]] = []
-        self.url: str = self.wait_for("ready")["url"]
-
-    def wait_for(self, message: str) -> dict[str, Any]:
-        """Read the log up to an event."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.events.append(json.loads(line))
-            if self.events[-1]["message"] == message:
-                return self.events[-1]
-        raise AssertionError(f"the log ended without {message!r}: {self.events}")
-
-    def end(self) -> int:
-        """Read the rest of the log; returns the exit code."""
-        assert self.process.stderr is not None
-        self.events += [json.loads(line) for line in self.process.stderr]
-        return self.process.wait(60)
-
-    def finished(self) -> list[dict[str, Any]]:
-        """The log's events of finished requests."""
-        return [event for event in self.events if event["message"] == "request finished"]
 
 
 @contextmanager

@@ -141,13 +141,15 @@ class RawServer:
 
 
 @asynccontextmanager
-async def raw_server(asgi: ASGIApp | None = None, **limits: Any) -> AsyncIterator[RawServer]:
+async def raw_server(
+    asgi: ASGIApp | None = None, *, limits: ConnectionLimits | None = None
+) -> AsyncIterator[RawServer]:
     app, state = App(), ServerState()
     config = uvicorn.Config(
         app if asgi is None else asgi, log_config=None, lifespan="off", ws="none"
     )
     config.load()
-    values = ConnectionLimits(**limits)
+    values = limits or ConnectionLimits()
 
     def protocol() -> HttpProtocol:
         return HttpProtocol(config, state, {}, limits=values)

@@ -251,6 +251,26 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     assert "cannot be read" in message_of({"config": str(tmp_path / "none.yaml")})
 
 
+@pytest.mark.parametrize("name", ["keep_alive", "header_timeout", "body_timeout", "write_timeout"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "soon"])
+def test_a_time_that_a_connection_cannot_have_is_refused(name: str, value: str) -> None:
+    flag = "--" + name.replace("_", "-")
+
+    assert message_of({name: value}).startswith(f"{flag}: {value!r} is not allowed")
+
+
+@pytest.mark.parametrize("name", ["max_connections", "max_num_headers", "max_header_size"])
+def test_a_limit_that_lets_nothing_through_is_refused(name: str) -> None:
+    assert "is not allowed" in message_of({name: "0"})
+
+
+@pytest.mark.parametrize("value", ["localhost", "10.0.0.1/8", "10.0.0.0/33", "10.0.0.1 10.0.0.2"])
+def test_a_proxy_that_is_no_address_is_refused(value: str) -> None:
+    assert message_of({"forwarded_allow_ips": f"127.0.0.1,{value}"}) == (
+        f"--forwarded-allow-ips {value!r} is not an address, a network or *."
+    )
+
+
 def test_half_of_a_certificate_is_refused(tmp_path: Path) -> None:
     assert "go together" in message_of({"ssl_certfile": str(write(tmp_path, ""))})
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import shlex
 import socket
 from pathlib import Path
 
 import httpx
 import pytest
-from starlette.responses import PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sortserve.banner import base_url, curl
-from sortserve.config import ServeSettings, load_settings
-from sortserve.errors import ConfigError
-from sortserve.serve import FrontDoor, listen
+from sortserve.config import load_settings
+from sortserve.listening import listening
+from sortserve.serve import FrontDoor, _http_server
 
 
 def client_of(door: FrontDoor) -> httpx.AsyncClient:
@@ -55,6 +55,7 @@ async def test_a_loaded_server_answers_itself() -> None:
         ({"host": "0.0.0.0"}, "http://127.0.0.1:81"),
         ({"host": "::1"}, "http://[::1]:81"),
         ({"host": "::"}, "http://[::1]:81"),
+        ({"host": "[::1]"}, "http://[::1]:81"),
         ({"host": "box.lan"}, "http://box.lan:81"),
     ],
 )
@@ -83,46 +84,79 @@ def test_the_command_to_try_is_one_that_a_shell_understands() -> None:
     assert "secret" not in command
 
 
-def test_port_0_takes_a_free_one() -> None:
-    with listen(load_settings({"port": 0})) as listener:
-        assert listener.getsockname()[1] > 0
+# ---- what stands before the application ----
 
 
-async def test_small_packets_leave_at_once() -> None:
-    accepted: asyncio.Future[asyncio.StreamWriter] = asyncio.Future()
-
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        accepted.set_result(writer)
-
-    with listen(load_settings({"port": 0})) as listener:
-        address = listener.getsockname()
-        async with await asyncio.start_server(accept, sock=listener):
-            _, client = await asyncio.open_connection(*address)
-            server = (await accepted).get_extra_info("socket")
-
-            assert server.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
-
-            for writer in (client, accepted.result()):
-                writer.close()
-                await writer.wait_closed()
+async def tell_client(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with what the access log would say of the client."""
+    client, scheme = scope["client"], scope["scheme"]
+    await JSONResponse({"client": client[0], "scheme": scheme})(scope, receive, send)
 
 
-def test_an_address_that_is_taken_is_refused_by_name() -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-
-        with pytest.raises(ConfigError, match=f"cannot listen on --host 127.0.0.1 --port {port}"):
-            listen(load_settings({"port": port}))
+def front(flags: dict[str, object]) -> ASGIApp:
+    """What a server started with these flags puts before its application."""
+    settings = load_settings({"port": 0, **flags})
+    with listening(settings) as listener:
+        app: ASGIApp = _http_server(settings, tell_client, listener, None).config.loaded_app
+    return app
 
 
-def test_a_socket_file_left_behind_is_replaced_but_a_live_one_is_not(tmp_path: Path) -> None:
-    settings = ServeSettings(uds=str(tmp_path / "server.sock"))
-    with listen(settings):
-        pass  # ends without removing its file, as a killed server does
+async def ask(app: ASGIApp, **headers: str) -> httpx.Response:
+    transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        return await client.get("/", headers={k.replace("_", "-"): v for k, v in headers.items()})
 
-    with listen(settings) as listener:
-        listener.listen()
-        with pytest.raises(ConfigError, match="cannot listen on --uds"):
-            listen(settings)
+
+@pytest.mark.parametrize(
+    ("flags", "client", "scheme"),
+    [
+        ({}, "127.0.0.1", "http"),
+        ({"forwarded_allow_ips": "10.0.0.0/8"}, "127.0.0.1", "http"),
+        ({"forwarded_allow_ips": "127.0.0.1"}, "6.6.6.6", "https"),
+        ({"forwarded_allow_ips": "10.0.0.1,127.0.0.0/8"}, "6.6.6.6", "https"),
+        ({"forwarded_allow_ips": "*"}, "6.6.6.6", "https"),
+    ],
+)
+async def test_only_a_proxy_that_is_named_may_say_who_asks(
+    flags: dict[str, object], client: str, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")  # uvicorn's own variable is not one of ours
+
+    reply = await ask(front(flags), x_forwarded_for="6.6.6.6", x_forwarded_proto="https")
+
+    assert reply.json() == {"client": client, "scheme": scheme}
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_guarded"),
+    [
+        ({}, True),
+        ({"host": "localhost"}, True),
+        ({"host": "127.0.0.2"}, True),
+        ({"api_key": ["k"]}, False),
+        ({"host": "0.0.0.0"}, False),
+        ({"host": "0.0.0.0", "allowed_hosts": "box.lan"}, True),
+        ({"api_key": ["k"], "allowed_hosts": "box.lan"}, True),
+        ({"allowed_hosts": "*"}, False),
+    ],
+)
+async def test_a_server_that_only_this_machine_reaches_answers_to_no_foreign_name(
+    flags: dict[str, object], is_guarded: bool
+) -> None:
+    app = front(flags)
+
+    assert (await ask(app, host="evil.example:8000")).status_code == (421 if is_guarded else 200)
+    assert (await ask(app, host="localhost:8000")).status_code == 200
+    if "allowed_hosts" in flags:
+        assert (await ask(app, host="box.lan:8000")).status_code == 200
+
+
+async def test_a_unix_socket_answers_to_any_name(tmp_path: Path) -> None:
+    assert (await ask(front({"uds": str(tmp_path / "s")}), host="evil.example")).status_code == 200
+
+
+async def test_a_server_under_a_name_answers_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = socket.getaddrinfo("127.0.0.1", 0, type=socket.SOCK_STREAM)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+
+    assert (await ask(front({"host": "box.lan"}), host="box.lan")).status_code == 200

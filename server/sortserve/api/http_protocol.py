@@ -102,7 +102,7 @@ class HttpProtocol(HttpToolsProtocol):
         cap = self._limits.max_connections
         self._is_over_cap = len(self.connections) > cap
         if self._is_over_cap:
-            self.app = _probes_only(self.app, cap)  # type: ignore[assignment,arg-type]
+            self.app = _probes_only(self.app, cap)
             self.timeout_keep_alive = self._limits.header_timeout_s  # type: ignore[assignment]
         if len(self.connections) > cap + RESERVED_CONNECTIONS:
             self._refuse(_too_many_connections(cap))
@@ -161,14 +161,16 @@ class HttpProtocol(HttpToolsProtocol):
         return self._is_answering
 
     def _reply(self, refusal: _Refusal) -> bytes:
-        body = json.dumps(InvalidRequestError(refusal.message, code=refusal.code).body()).encode()
+        is_ours = refusal.status == HTTPStatus.SERVICE_UNAVAILABLE
+        kind = UnavailableError if is_ours else InvalidRequestError
+        body = json.dumps(kind(refusal.message, code=refusal.code).body()).encode()
         headers = [
             *self.server_state.default_headers,
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),
             (b"connection", b"close"),
         ]
-        if refusal.status == HTTPStatus.SERVICE_UNAVAILABLE:
+        if is_ours:
             headers.append((b"retry-after", b"1"))
         lines = [f"HTTP/1.1 {refusal.status.value} {refusal.status.phrase}".encode()]
         lines += [name + b": " + value for name, value in headers]
