@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from sortserve.scheduling.cost_learner import SAFETY_BOUNDS, CostLearner
-from sortserve.scheduling.cost_model import CostModel, RowShape, StepShape
+from sortserve.scheduling.cost_model import (
+    LEAST,
+    MOST_S,
+    CostModel,
+    Line,
+    RowShape,
+    StepShape,
+    solve_non_negative,
+)
+from sortserve.scheduling.demand import StepCosts
+
+NOTHING: Line = (0.0, 0.0, 0.0, 0.0, 0.0)
+NO_TIMES = (0.0, -1.0, math.nan, math.inf, -math.inf, 1e-300, 1e300)
 
 
 def true_seconds(shape: StepShape) -> float:
@@ -61,6 +76,66 @@ def test_the_prediction_of_a_prompt_is_that_of_its_chunks() -> None:
 
     assert model.prefill_s(15, 300, chunk=100) == pytest.approx(steps, rel=0.01)
     assert model.prefill_s(15, 0) == 0.0
+
+
+# ---- whatever was fitted, times can be divided by ----
+
+
+def test_a_model_of_zeros_still_says_that_everything_takes_some_time() -> None:
+    costs = StepCosts(CostModel(NOTHING, NOTHING))
+
+    assert costs.model.small == costs.model.large == LEAST
+    assert costs.token_s(1, 0) == 1e-12
+    assert costs.row_s(1, 0) == 1e-12
+    assert costs.base_s(1) == 1e-9
+    assert costs.prefill_s(1, 1) > 0.0
+
+
+def test_infinite_and_negative_coefficients_are_brought_within_bounds() -> None:
+    model = CostModel((math.inf, -1.0, 1e300, 0.5, -math.inf), NOTHING, safety=math.inf)
+
+    assert model.small == (MOST_S, 0.0, MOST_S, 0.5, 0.0)
+    assert model.safety == 100.0
+    assert math.isfinite(model.step_s(StepShape(1000, 10**7, 10**10, 10**16, 10**5)))
+
+
+@pytest.mark.parametrize("field", ["small", "large", "safety"])
+def test_a_model_that_is_not_made_of_numbers_is_refused(field: str) -> None:
+    value = math.nan if field == "safety" else (1e-3, math.nan, 0.0, 0.0, 0.0)
+
+    with pytest.raises(ValueError, match="made of numbers"):
+        dataclasses.replace(make_model(), **{field: value})
+
+
+def test_samples_that_are_no_times_do_not_spoil_a_fit() -> None:
+    good = [(shape, true_seconds(shape)) for shape in shapes(1, 80)]
+    bad = list(zip(shapes(2, 7), NO_TIMES, strict=True))
+
+    assert CostModel.fit(good + bad) == CostModel.fit(good)
+    assert CostLearner(good + bad).model == CostModel.fit(good)
+
+
+def test_without_a_finite_answer_there_is_no_line() -> None:
+    ones = np.ones(5)
+
+    assert solve_non_negative(np.full((5, 5), math.inf), ones) is None
+    assert solve_non_negative(np.eye(5), np.full(5, math.nan)) is None
+
+
+def test_a_decomposition_that_does_not_converge_gives_no_line_and_a_fit_the_median(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(np.linalg, "lstsq", no_answer)
+    shape = StepShape.of([RowShape(6, 1, 10, samples=True)])
+
+    assert solve_non_negative(np.eye(5), np.ones(5)) is None
+    assert CostModel.fit([(shape, s) for s in (0.01, 0.02, 0.5)]).step_s(shape) == pytest.approx(
+        0.02
+    )
+
+
+def no_answer(*args: object, **kwargs: object) -> None:
+    raise np.linalg.LinAlgError("SVD did not converge in Linear Least Squares")
 
 
 # ---- refit ----
@@ -129,12 +204,32 @@ def test_a_suspended_process_does_not_ruin_the_fit() -> None:
     assert errors_of(learned.model, 1.0, seed=11)[30] < 0.1
 
 
-def test_a_step_without_time_or_tokens_teaches_nothing() -> None:
+@pytest.mark.parametrize("seconds", NO_TIMES)
+def test_a_step_without_time_or_tokens_teaches_nothing(seconds: float) -> None:
     learned = learner()
     before = learned.model
 
     for _ in range(20):
-        learned.observe(shapes(12, 1)[0], 0.0)
+        learned.observe(shapes(12, 1)[0], seconds)
         learned.observe(StepShape.of([]), 1.0)
 
     assert learned.model is before
+
+
+def test_where_nothing_fits_the_last_good_line_stays_and_learning_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    learned = learner()
+    for shape in shapes(5, 80):
+        learned.observe(shape, true_seconds(shape))
+    good = learned.model
+    with monkeypatch.context() as patched:
+        patched.setattr(np.linalg, "lstsq", no_answer)
+        for shape in shapes(6, 80):
+            learned.observe(shape, 3.0 * true_seconds(shape))
+        assert (learned.model.small, learned.model.large) == (good.small, good.large)
+
+    for shape in shapes(7, 300):
+        learned.observe(shape, 1.7 * true_seconds(shape))
+
+    assert errors_of(learned.model, 1.7, seed=8)[30] < 0.05

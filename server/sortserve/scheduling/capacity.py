@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from sortserve.scheduling.demand import Demand, StepCosts
+from sortserve.scheduling.demand import NO_GAP_S, Demand, StepCosts
 
 __all__ = ["Lowering", "lower", "pressure", "shallowest"]
 
@@ -42,7 +42,7 @@ class _DecodeLoad:
         self._rows = 0.0
 
     def add(self, demand: Demand) -> None:
-        rate, exit_layer = 1.0 / demand.gap_s, demand.exit_layer
+        rate, exit_layer = 1.0 / max(demand.gap_s, NO_GAP_S), demand.exit_layer
         self._rates[exit_layer] = max(self._rates.get(exit_layer, 0.0), rate)
         context_len = demand.context_len + demand.num_pending
         self._rows += rate * self._costs.row_s(exit_layer, context_len)
@@ -170,5 +170,5 @@ def _next_group(
 def _share(demand: Demand, costs: StepCosts, now: float) -> float:
     """What a promised request asks of the machine by itself."""
     if demand.is_decoding:
-        return demand.work_s(costs) / demand.gap_s
-    return demand.work_s(costs) / max(demand.due_s - now, 1e-3)
+        return demand.work_s(costs) / max(demand.gap_s, NO_GAP_S)
+    return demand.work_s(costs) / max(demand.due_s - now, LEAST_TIME_S)

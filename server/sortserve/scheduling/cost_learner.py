@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +20,10 @@ from sortserve.scheduling.cost_model import (
     REGIME_TOKENS,
     CostModel,
     Line,
+    Samples,
     StepShape,
+    by_regime,
+    is_time,
     solve_non_negative,
 )
 
@@ -53,10 +55,10 @@ class CostLearner:
         samples: the calibration's (shape, seconds).
     """
 
-    def __init__(self, samples: Sequence[tuple[StepShape, float]]) -> None:
-        self.model = CostModel.fit(samples)
-        small = [s for s in samples if s[0].num_tokens <= REGIME_TOKENS] or list(samples)
-        large = [s for s in samples if s[0].num_tokens > REGIME_TOKENS] or list(samples)
+    def __init__(self, samples: Samples) -> None:
+        usable = [sample for sample in samples if is_time(sample[1])]
+        self.model = CostModel.fit(usable)
+        small, large = by_regime(usable)
         self._small = _Regime(self.model.small, small)
         self._large = _Regime(self.model.large, large)
         self._steps: deque[tuple[float, float]] = deque(maxlen=WINDOW_STEPS)
@@ -64,8 +66,8 @@ class CostLearner:
         self._num_steps = 0
 
     def observe(self, shape: StepShape, seconds: float) -> None:
-        """Learn from one executed step."""
-        if seconds <= 0.0 or shape.num_tokens == 0:
+        """Learn from one executed step, if it took a time at all (``is_time``)."""
+        if not is_time(seconds) or shape.num_tokens == 0:
             return
         predicted = max(self.model.step_s(shape), 1e-9)
         ratio = min(max(seconds / predicted, 1 / MAX_RATIO), MAX_RATIO)
@@ -94,7 +96,7 @@ class CostLearner:
 class _Regime:
     """The sums of one regime's least squares."""
 
-    def __init__(self, line: Line, samples: Sequence[tuple[StepShape, float]]) -> None:
+    def __init__(self, line: Line, samples: Samples) -> None:
         self._line = line
         self._anchor_line = line
         times = np.array([seconds for _, seconds in samples])
@@ -102,10 +104,14 @@ class _Regime:
         weight = ANCHOR_STEPS / len(samples)
         self._anchor_matrix = weight * (weighted.T @ weighted)
         self._anchor_vector = weight * weighted.sum(axis=0)
+        self._forget()
+        self._changed = False
+
+    def _forget(self) -> None:
+        """Unlearn all but the calibration."""
         self._matrix = np.zeros_like(self._anchor_matrix)
         self._vector = np.zeros_like(self._anchor_vector)
         self._log_drift = 0.0
-        self._changed = False
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         features = np.array(shape.features)
@@ -117,11 +123,16 @@ class _Regime:
         self._changed = True
 
     def solve(self) -> Line:
+        """The line that fits best now; where there is none the last good one, and a new start."""
         if self._changed:
             speed = math.exp(self._log_drift)
-            self._line = solve_non_negative(
+            line = solve_non_negative(
                 self._matrix + self._anchor_matrix / speed**2,
                 self._vector + self._anchor_vector / speed,
             )
+            if line is None:
+                self._forget()
+            else:
+                self._line = line
             self._changed = False
         return self._line

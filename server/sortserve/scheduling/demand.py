@@ -18,6 +18,7 @@ from sortserve.scheduling.cost_model import CostModel, Line
 from sortserve.sequence import Sequence, Status
 
 __all__ = [
+    "NO_GAP_S",
     "SOFT_GAP_S",
     "Demand",
     "Pace",
@@ -32,6 +33,7 @@ SOFT_GAP_S = 1.0
 PACE_SHARE = 0.95
 """Times are paced to this share of what the budget allows: what is left covers the noise."""
 NO_GAP_S = 1e-6
+"""No gap between two tokens counts as shorter, and no time to spread as less."""
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,8 @@ def fair(classes: Sequence[DepthClass]) -> int:
 
 MIN_CHUNK = 32
 """Tokens of a prompt that must get on, whoever waits for it."""
+LEAST_STEP_S = 1e-9
+"""A step that costs nothing counts as this."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,8 @@ def _rescue(situation: Situation, urgent: Demand) -> StepChoice:
     step_s += sum(costs.row_s(d.exit_layer, d.context_len) for d in due)
     token_s = costs.token_s(cap, urgent.context_len + urgent.num_pending // 2)
     num_tokens = min(situation.max_num_tokens - len(due), _hurried_tokens(step_s, token_s))
-    return StepChoice(cap, tuple(d.request_id for d in (*due, urgent)), max(0, num_tokens))
+    # At least one: it may be all that is left, once those who are due have lost their pages.
+    return StepChoice(cap, tuple(d.request_id for d in (*due, urgent)), max(1, num_tokens))
 
 
 def least_slack_first(
@@ -289,6 +292,7 @@ def mean_step_rates(policy: str, costs: dict[int, float]) -> dict[int, float]:
     deepest exit takes one step, exit e takes cost(deepest) / cost(e); those beyond the next deeper
     exit's have their cap at e.
     """
+    costs = {e: max(seconds, LEAST_STEP_S) for e, seconds in costs.items()}
     exits = sorted(costs, reverse=True)
     deepest = costs[exits[0]]
     if policy == "lockstep":
