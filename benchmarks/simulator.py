@@ -243,6 +243,9 @@ class _Counts:
     def on_rejected(self, reason: str, budget: Budget | None) -> None:
         """Nor these."""
 
+    def on_forecast_failed(self) -> None:
+        """Nor these."""
+
 
 def calibration_samples(machine: Machine) -> list[tuple[StepShape, float]]:
     """What the server would have measured at start-up."""

@@ -22,6 +22,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 __all__ = [
+    "MAX_RETRY_AFTER_S",
     "AuthenticationError",
     "BudgetUnattainableError",
     "CheckpointError",
@@ -37,8 +38,15 @@ __all__ = [
 ]
 
 
+MAX_RETRY_AFTER_S = 3600.0
+"""Nobody is told to come back later than in an hour: no forecast reaches further."""
+
+
 class SortserveError(Exception):
-    """Base of all errors meant for a user. ``status`` is the HTTP status it is answered with."""
+    """Base of all errors meant for a user. ``status`` is the HTTP status it is answered with.
+
+    ``retry_after_s`` is never longer than ``MAX_RETRY_AFTER_S``, whatever was predicted.
+    """
 
     status: ClassVar[int] = 500
     error_type: ClassVar[str] = "internal_error"
@@ -57,6 +65,8 @@ class SortserveError(Exception):
         self.param = param
         self.code = code if code is not None else self.default_code
         self.retry_after_s = retry_after_s
+        if retry_after_s is not None:  # what is not a number becomes 0 in this order
+            self.retry_after_s = min(MAX_RETRY_AFTER_S, max(0.0, retry_after_s))
 
     def body(self) -> dict[str, Any]:
         """The OpenAI error body: ``{"error": {"message", "type", "param", "code"}}``."""

@@ -130,6 +130,9 @@ class RequestLogger:
             extra=fields(reason=reason, budget=_given(budget) if budget is not None else None),
         )
 
+    def on_forecast_failed(self) -> None:
+        """The desk writes it down itself, now and then."""
+
 
 class Observers:
     """Tells several observers, in order, what the engine tells one."""
@@ -151,6 +154,11 @@ class Observers:
         """A request was refused before it entered the queue."""
         for observer in self._observers:
             observer.on_rejected(reason, budget)
+
+    def on_forecast_failed(self) -> None:
+        """No times could be foretold for a request."""
+        for observer in self._observers:
+            observer.on_forecast_failed()
 
 
 def report_fields(report: RequestReport) -> dict[str, object]:

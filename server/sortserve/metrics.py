@@ -171,6 +171,9 @@ class Metrics:
         self._preemptions = counter("num_preemptions", "Requests sent back to the queue")
         self._failed_rows = counter("failed_rows", "Rows that gave no token", "reason")
         self._failed_steps = counter("failed_steps", "Steps whose every row failed")
+        self._policy_failures = counter(
+            "policy_failures", "Decisions of the policy or the forecast replaced by a plain rule"
+        )
         self._finished = counter("request_success", "Requests that ended", "finished_reason")
         self._exit_changes = counter(
             "exit_changes", "Changes of depth in flight", "from", "to", "reason"
@@ -235,6 +238,8 @@ class Metrics:
             self._preemptions[()].inc(record.num_preemptions)
         for change in record.exit_changes:
             self._exit_changes[change].inc()
+        if record.policy_failed:
+            self._policy_failures[()].inc()
         if record.num_prompt_tokens:
             self._prompt_tokens[()].inc(record.num_prompt_tokens)
             self._cache_queries[()].inc(record.prefix_cache_queries)
@@ -285,6 +290,10 @@ class Metrics:
         self._rejected[reason].inc()
         for kind in budget.kinds if budget is not None else ():
             self._budgets[(kind, "rejected")].inc()
+
+    def on_forecast_failed(self) -> None:
+        """Count a request that was let in although nothing could be foretold."""
+        self._policy_failures[()].inc()
 
     def _count_budget(self, report: RequestReport) -> None:
         if report.finish_reason is FinishReason.ABORT:

@@ -203,6 +203,8 @@ class StepRecord:
     """(from, to, reason)."""
     failed_rows: Mapping[str, int] = field(default_factory=dict)
     """Rows that gave no token, by reason. A step with no other row has failed as a whole."""
+    policy_failed: bool = False
+    """The policy failed, and a plain rule stood in for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,3 +237,6 @@ class Observer(Protocol):
 
     def on_rejected(self, reason: str, budget: Budget | None) -> None:
         """A request was refused before it entered the queue."""
+
+    def on_forecast_failed(self) -> None:
+        """No times could be foretold for a request; it was let in without a promise."""

@@ -99,6 +99,9 @@ class Ended:
     def on_rejected(self, reason: str, budget: Budget | None) -> None:
         self.rejections.append(reason)
 
+    def on_forecast_failed(self) -> None:
+        self._metrics.on_forecast_failed()
+
     async def wait_for(self, count: int) -> list[RequestReport]:
         """The reports, once there are so many."""
 

@@ -228,11 +228,16 @@ def test_observers_are_all_told_in_order() -> None:
         def on_rejected(self, reason: str, budget: Budget | None) -> None:
             told.append((self.name, reason))
 
+        def on_forecast_failed(self) -> None:
+            told.append((self.name, "forecast failed"))
+
     both = Observers([Recorder("a"), Recorder("b")])
     step: Any = None
 
     both.on_step(step)
     both.on_finished(REPORT)
     both.on_rejected("queue_full", None)
+    both.on_forecast_failed()
 
-    assert told == [(name, event) for event in ("step", "r1", "queue_full") for name in ("a", "b")]
+    events = ("step", "r1", "queue_full", "forecast failed")
+    assert told == [(name, event) for event in events for name in ("a", "b")]

@@ -8,15 +8,20 @@ way from one to the other could be counted twice, or not at all.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 from sortserve.budget import ExitTable
+from sortserve.errors import SortserveError
 from sortserve.outputs import Estimate, GenerationRequest
 from sortserve.scheduling.admission import ExitChoice, choose_exit
 from sortserve.scheduling.cost_model import CostModel
 from sortserve.scheduling.demand import Demand
+from sortserve.scheduling.failures import FailureLog
 from sortserve.scheduling.forecast import (
     Forecast,
     Load,
@@ -29,10 +34,18 @@ from sortserve.scheduling.overload import DepthLevel, next_level
 
 __all__ = ["AdmissionDesk"]
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 
 @dataclass
 class AdmissionDesk:
-    """Judges newcomers by the load they would meet."""
+    """Judges newcomers by the load they would meet.
+
+    A forecast that raises refuses nobody: the request gets the deepest exit that its budget allows,
+    and no promise, as if nothing had been calibrated.
+    """
 
     exits: ExitTable
     policy: str
@@ -43,12 +56,19 @@ class AdmissionDesk:
     expect: Callable[[GenerationRequest], int]
     """The output tokens to plan a request for."""
     get_model: Callable[[], CostModel | None]
+    on_failure: Callable[[], None] = lambda: None
+    """Told of each forecast that raised."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     # Under the lock:
     _demands: tuple[Demand, ...] = ()
     _unseen: dict[str, Demand] = field(default_factory=dict)
     # Event loop only:
     _level: DepthLevel = field(default_factory=DepthLevel)
+    _failures: FailureLog = field(
+        default_factory=lambda: FailureLog(
+            logger, "a forecast failed: nothing was promised where it was asked for"
+        )
+    )
 
     # ---- the engine's thread ----
 
@@ -76,6 +96,12 @@ class AdmissionDesk:
         Raises:
             BudgetUnattainableError: none fits and the budget says reject.
         """
+        unpromised = ExitChoice(
+            allowed[-1], None, fits=not request.budget.has_latency, floor_layer=allowed[0]
+        )
+        return self._attempt(lambda: self._judge(request, allowed), unpromised)
+
+    def _judge(self, request: GenerationRequest, allowed: tuple[int, ...]) -> ExitChoice:
         model, load = self.get_model(), self.load()
         newcomer = self._newcomer(request, allowed[0])
 
@@ -84,22 +110,39 @@ class AdmissionDesk:
 
         def drain_s() -> float | None:
             assert model is not None
-            return predicted_drain_s(allowed[0], newcomer, load, model)
+            drain = partial(predicted_drain_s, allowed[0], newcomer, load, model)
+            return self._attempt(drain, None)
 
         if not newcomer.bounds_time and request.budget.exit_layer is None:
             allowed = self._up_to_level(allowed, load, model)
         return choose_exit(request.budget, allowed, predict, drain_s=drain_s)
 
+    def _attempt(self, foretell: Callable[[], T], otherwise: T) -> T:
+        """What a forecast says; if it fails, what can be said without one."""
+        try:
+            return foretell()
+        except SortserveError:
+            raise  # a refusal is an answer
+        except Exception as error:
+            self._failures.add(error, self.clock())
+            self.on_failure()
+            return otherwise
+
     def enter(self, request: GenerationRequest, choice: ExitChoice) -> None:
         """The request is on its way to the engine, at the exit chosen for it."""
         floor = choice.exit_layer if choice.floor_layer is None else choice.floor_layer
-        demand = newcomer_demand(
-            choice.exit_layer,
-            self._newcomer(request, floor),
-            choice.promise,
-            now=self.clock(),
-            request_id=request.request_id,
+        demand = self._attempt(
+            lambda: newcomer_demand(
+                choice.exit_layer,
+                self._newcomer(request, floor),
+                choice.promise,
+                now=self.clock(),
+                request_id=request.request_id,
+            ),
+            None,
         )
+        if demand is None:
+            return
         with self._lock:
             self._unseen[request.request_id] = demand
 
@@ -119,16 +162,24 @@ class AdmissionDesk:
         model = self.get_model()
         if model is None:
             return None
-        load = self.load()
-        newcomer = Newcomer(
-            num_prompt_tokens=num_prompt_tokens, num_output_tokens=max_tokens, arrival_s=load.now
-        )
-        return forecast(exit_layer, newcomer, load, model).estimate
+
+        def foretell() -> Estimate:
+            load = self.load()
+            newcomer = Newcomer(
+                num_prompt_tokens=num_prompt_tokens,
+                num_output_tokens=max_tokens,
+                arrival_s=load.now,
+            )
+            return forecast(exit_layer, newcomer, load, model).estimate
+
+        return self._attempt(foretell, None)
 
     def queue_delay_s(self) -> float:
         """Predicted seconds until all prompts that wait or run now have been read."""
         model = self.get_model()
-        return 0.0 if model is None else self._queue_delay_s(self.load(), model)
+        if model is None:
+            return 0.0
+        return self._attempt(lambda: self._queue_delay_s(self.load(), model), 0.0)
 
     def _queue_delay_s(self, load: Load, model: CostModel) -> float:
         chunk = self.max_num_batched_tokens

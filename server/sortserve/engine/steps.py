@@ -76,4 +76,5 @@ def step_record(
         prefix_cache_hits=sum(s.num_cached_tokens for s in first),
         exit_changes=plan.exit_changes,
         failed_rows=failed_rows,
+        policy_failed=plan.policy_failed,
     )

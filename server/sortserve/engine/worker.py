@@ -167,6 +167,7 @@ class EngineWorker:
             clock=engine.clock,
             expect=engine.expect,
             get_model=lambda: engine.cost_model,
+            on_failure=self._forecast_failed,
         )
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
@@ -331,6 +332,9 @@ class EngineWorker:
     def _rejected(self, reason: str, request: GenerationRequest | None = None) -> None:
         budget = request.budget if request else None
         self._engine.tell(lambda observer: observer.on_rejected(reason, budget))
+
+    def _forecast_failed(self) -> None:
+        self._engine.tell(lambda observer: observer.on_forecast_failed())
 
     def _drain_s(self) -> float:
         """Predicted seconds until the queue has moved on; at least one."""

@@ -96,6 +96,8 @@ def _has_room(
 ) -> bool:
     """Whether a promise can be kept beside those to others, and theirs beside it."""
     demand = newcomer_demand(exit_layer, newcomer, promise, now=load.now)
+    if demand.is_hard and demand.due_s <= load.now:  # however fast the machine
+        return False
     needed = pressure(
         [*others, demand],
         costs,

@@ -52,6 +52,8 @@ class StepPlan:
     """Requests sent back to the queue since the plan before, to make room."""
     exit_changes: tuple[tuple[int, int, str], ...] = ()
     """(from, to, reason) of the requests that went shallower since the plan before."""
+    policy_failed: bool = False
+    """The policy raised, or chose what cannot be run, and a plain rule stood in for it."""
 
     @property
     def num_tokens(self) -> int:

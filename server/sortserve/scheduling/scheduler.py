@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
+from typing import TypeVar
 
 from sortserve.scheduling.cost_model import CostModel
 from sortserve.scheduling.demand import SOFT_GAP_S, Demand, StepCosts, demand_of
+from sortserve.scheduling.failures import FailureLog
 from sortserve.scheduling.kv_cache import KVCacheManager
 from sortserve.scheduling.plan import RowPlan, StepPlan
 from sortserve.scheduling.policy import (
@@ -16,12 +19,17 @@ from sortserve.scheduling.policy import (
     Policy,
     Situation,
     StepChoice,
+    fair,
     least_slack_first,
     most_slack_last_admitted,
 )
 from sortserve.sequence import Sequence, Status
 
 __all__ = ["Scheduler"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 IN_FLIGHT_PRESSURE = 1.0
 """Requests go shallower in flight when the promises need more of the machine than this."""
@@ -34,6 +42,9 @@ class Scheduler:
       is the policy's choice where it knows times, else first come, first served.
     * ``running``: in order of admission. The first one's pages are never taken away, so it always
       gets on: nobody starves.
+
+    A policy that raises, or that chooses what cannot be run, costs nobody an answer: for that step
+    ``fair`` stands in for it, first come, first served, and the plan says so.
 
     Args:
         kv_cache: all pages.
@@ -78,6 +89,10 @@ class Scheduler:
         # What has happened since the last plan; the next one carries it.
         self._num_preemptions = 0
         self._exit_changes: list[tuple[int, int, str]] = []
+        self._policy_failed = False
+        self._failures = FailureLog(
+            logger, f"the policy {policy.name} failed: fair stood in for this step"
+        )
 
     # ---- views ----
 
@@ -143,15 +158,14 @@ class Scheduler:
         Args:
             now: the engine's clock, in seconds.
         """
-        costs = self._step_costs()
-        self._look(self.sequences(), costs, now)
+        costs = self._see(now)
         if costs is not None:
             self._lower(costs, now)
         self._admit(costs, now)
         while self._running:
             choice = self._choose(costs, now)
             chosen = {request_id: i for i, request_id in enumerate(choice.request_ids)}
-            rows = self._make_room([s for s in self._running if s.request_id in chosen])
+            rows = self._make_room([s for s in self._running if s.request_id in chosen], now)
             if rows:
                 rows.sort(key=lambda s: chosen[s.request_id])
                 return self._plan(rows, choice, now)
@@ -164,14 +178,41 @@ class Scheduler:
             return []
         unseen = [s for s in self.sequences() if s.request_id not in self._demands]
         costs = StepCosts(self.cost_model, chunk=self._max_num_batched_tokens)
-        self._look_at(unseen, costs, now)
-        return [self._demands[sequence.request_id] for sequence in self.sequences()]
+        self._look_again(unseen, costs, now)
+        seen = (self._demands.get(sequence.request_id) for sequence in self.sequences())
+        return [demand for demand in seen if demand is not None]
 
-    def _look(self, sequences: Iterable[Sequence], costs: StepCosts | None, now: float) -> None:
-        """See afresh what the sequences need, and forget all others."""
+    def _decide(self, decision: Callable[[], T], stand_in: Callable[[], T], now: float) -> T:
+        """What the policy decides; if it fails, what stands in for it."""
+        try:
+            return decision()
+        except Exception as error:
+            self._policy_failed = True
+            self._failures.add(error, now)
+            return stand_in()
+
+    def _see(self, now: float) -> StepCosts | None:
+        """See afresh what the sequences need; None if the policy does without times."""
         self._demands = {}
-        if costs is not None:
+        if self.cost_model is None or not self._policy.uses_times:
+            return None
+        num_decoding = sum(s.num_pending_tokens == 1 for s in self._running)
+        costs = StepCosts(
+            self.cost_model, num_rows=num_decoding, chunk=self._max_num_batched_tokens
+        )
+        if self._look_again(self.sequences(), costs, now):
+            return costs
+        self._demands = {}
+        return None
+
+    def _look_again(self, sequences: Iterable[Sequence], costs: StepCosts, now: float) -> bool:
+        """Look at sequences; False if that failed: what was known of them stays."""
+
+        def look() -> bool:
             self._look_at(sequences, costs, now)
+            return True
+
+        return self._decide(look, lambda: False, now)
 
     def _look_at(self, sequences: Iterable[Sequence], costs: StepCosts, now: float) -> None:
         soft_gap_s = SOFT_GAP_S * max(1, sum(s.promise is None for s in self._running))
@@ -183,28 +224,30 @@ class Scheduler:
     def _demands_of(self, sequences: Iterable[Sequence]) -> list[Demand]:
         return [self._demands[sequence.request_id] for sequence in sequences]
 
-    def _step_costs(self) -> StepCosts | None:
-        """What steps cost now; None if the policy does without times."""
-        if self.cost_model is None or not self._policy.uses_times:
-            return None
-        num_decoding = sum(s.num_pending_tokens == 1 for s in self._running)
-        return StepCosts(self.cost_model, num_rows=num_decoding, chunk=self._max_num_batched_tokens)
-
     def _lower(self, costs: StepCosts, now: float) -> None:
         """Let the policy take sequences to shallower exits, so that the promises can be kept."""
+        lowered: list[Sequence] = []
+        for sequence, exit_layer in self._decide(lambda: self._lowerings(costs, now), list, now):
+            reason = "unpromised" if sequence.promise is None else "behind"
+            self.go_shallower(sequence, exit_layer, reason)
+            lowered.append(sequence)
+        if lowered:
+            self._look_again(lowered, costs, now)
+
+    def _lowerings(self, costs: StepCosts, now: float) -> list[tuple[Sequence, int]]:
+        """Who goes shallower, and how far; each of them may."""
         if self._policy.lower is None:
-            return
+            return []
         demands = list(self._demands.values())
-        lowerings = self._policy.lower(
-            demands, self._exits, costs, now=now, limit=IN_FLIGHT_PRESSURE
-        )
-        if lowerings:
-            by_id = {sequence.request_id: sequence for sequence in self.sequences()}
-            for request_id, exit_layer in lowerings:
-                sequence = by_id[request_id]
-                reason = "unpromised" if sequence.promise is None else "behind"
-                self.go_shallower(sequence, exit_layer, reason)
-                self._look_at([sequence], costs, now)
+        chosen = self._policy.lower(demands, self._exits, costs, now=now, limit=IN_FLIGHT_PRESSURE)
+        if not chosen:
+            return []
+        by_id = {sequence.request_id: sequence for sequence in self.sequences()}
+        lowerings = [(by_id[request_id], exit_layer) for request_id, exit_layer in chosen]
+        for sequence, exit_layer in lowerings:
+            assert exit_layer in self._exits
+            assert sequence.floor_layer <= exit_layer < sequence.exit_layer
+        return lowerings
 
     def commit(self, plan: StepPlan, sequences: dict[str, Sequence]) -> None:
         """The plan has run: its tokens have KV now. Call before appending the sampled tokens."""
@@ -221,20 +264,23 @@ class Scheduler:
                 if len(self._running) == self._max_num_seqs or not self._try_admit(sequence, now):
                     break
                 if costs is not None:
-                    self._look_at([sequence], costs, now)
+                    self._look_again([sequence], costs, now)
         assert self._running or not self._waiting, "the engine admits only what fits the pool alone"
 
     def _entry_order(self, costs: StepCosts | None, now: float) -> list[Sequence]:
         """The waiting sequences in the order in which they should enter."""
         if costs is None or len(self._waiting) < 2:
             return list(self._waiting)
+        return self._decide(lambda: self._by_slack(costs, now), lambda: list(self._waiting), now)
+
+    def _by_slack(self, costs: StepCosts, now: float) -> list[Sequence]:
         by_id = {sequence.request_id: sequence for sequence in self._waiting}
         ordered = least_slack_first(
             self._demands_of(self._waiting),
             costs,
             soft_is_due=now - self._soft_admitted_s >= SOFT_GAP_S,
         )
-        return [by_id[demand.request_id] for demand in ordered]
+        return [by_id.pop(demand.request_id) for demand in ordered]
 
     def _try_admit(self, sequence: Sequence, now: float) -> bool:
         # Leave every running sequence room to grow by a block, or a newcomer would be
@@ -253,14 +299,32 @@ class Scheduler:
         return True
 
     def _choose(self, costs: StepCosts | None, now: float) -> StepChoice:
-        """Ask the policy for the next step."""
+        """Ask the policy for the next step; ``fair`` stands in for one that fails."""
         classes = self._depth_classes()
-        if costs is not None and self._policy.step is not None:
-            demands = self._demands_of(self._running)
-            most = self._max_num_batched_tokens
-            return self._policy.step(Situation(now, demands, classes, costs, most))
-        cap = self._policy.cap(classes)
-        # The rows one token from a sample come first, then prompts in order of admission.
+        return self._decide(
+            lambda: self._policys_choice(classes, costs, now),
+            lambda: self._all_up_to(fair(classes)),
+            now,
+        )
+
+    def _policys_choice(
+        self, classes: list[DepthClass], costs: StepCosts | None, now: float
+    ) -> StepChoice:
+        """What the policy chooses, if a step can be made of it."""
+        if costs is None or self._policy.step is None:
+            choice = self._all_up_to(self._policy.cap(classes))
+        else:
+            demands, most = self._demands_of(self._running), self._max_num_batched_tokens
+            choice = self._policy.step(Situation(now, demands, classes, costs, most))
+        chosen = set(choice.request_ids)
+        rows = [s for s in self._running if s.request_id in chosen]
+        assert rows, "a step has at least one row"
+        assert all(s.exit_layer <= choice.cap for s in rows), "no row is deeper than the step"
+        assert choice.num_prompt_tokens > 0 or all(s.num_pending_tokens == 1 for s in rows)
+        return choice
+
+    def _all_up_to(self, cap: int) -> StepChoice:
+        """All rows that a cap reaches: those one token from a sample first, then prompts."""
         rows = [s for s in self._running if s.exit_layer <= cap]
         ids = tuple(s.request_id for s in sorted(rows, key=lambda s: s.num_pending_tokens > 1))
         return StepChoice(cap, ids, self._max_num_batched_tokens)
@@ -275,7 +339,7 @@ class Scheduler:
             for e in sorted(counts, reverse=True)
         ]
 
-    def _make_room(self, rows: list[Sequence]) -> list[Sequence]:
+    def _make_room(self, rows: list[Sequence], now: float) -> list[Sequence]:
         """Grow each row to hold its known tokens, preempting others if need be."""
         kept: list[Sequence] = []
         for sequence in rows:
@@ -287,21 +351,25 @@ class Scheduler:
                     self.kv_cache.grow(sequence, sequence.num_tokens)
                     kept.append(sequence)
                     break
-                victim = self._victim(sequence, kept)
+                victim = self._victim(sequence, kept, now)
                 self.preempt(victim)
                 if victim is sequence:
                     break
         return kept
 
-    def _victim(self, needy: Sequence, kept: list[Sequence]) -> Sequence:
+    def _victim(self, needy: Sequence, kept: list[Sequence], now: float) -> Sequence:
         """Whose pages to take: never those of the first admitted, unless it is the needy one."""
         candidates = [s for s in self._running[1:] if s not in kept]
         if not candidates:
             return needy
         if not self._demands:
             return candidates[-1]
-        victim_id = most_slack_last_admitted(self._demands_of(candidates))
-        return next(s for s in candidates if s.request_id == victim_id)
+        by_id = {sequence.request_id: sequence for sequence in candidates}
+        return self._decide(
+            lambda: by_id[most_slack_last_admitted(self._demands_of(candidates))],
+            lambda: candidates[-1],
+            now,
+        )
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's pages; it recomputes them when it is admitted again."""
@@ -339,8 +407,9 @@ class Scheduler:
             first_scheduled=tuple(first_scheduled),
             num_preemptions=self._num_preemptions,
             exit_changes=tuple(self._exit_changes),
+            policy_failed=self._policy_failed,
         )
-        self._num_preemptions, self._exit_changes = 0, []
+        self._num_preemptions, self._exit_changes, self._policy_failed = 0, [], False
         return plan
 
     def _row(self, sequence: Sequence, num_tokens: int) -> RowPlan:
