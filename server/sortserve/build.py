@@ -14,7 +14,7 @@ import torch
 from sortserve import __version__
 from sortserve.checkpoint import LoadedCheckpoint, load_checkpoint
 from sortserve.config import ServeSettings
-from sortserve.engine.calibration import calibrate, spot_check
+from sortserve.engine.calibration import calibrate, fault_of, slowed, spot_check
 from sortserve.engine.calibration_cache import (
     cache_path,
     machine_name,
@@ -33,12 +33,13 @@ from sortserve.model.tokenizer import TextStream, Tokenizer
 from sortserve.model.user_cache import user_cache_dir
 from sortserve.outputs import GenerationRequest
 from sortserve.scheduling.cost_learner import CostLearner
-from sortserve.scheduling.cost_model import CostModel, StepShape
+from sortserve.scheduling.cost_model import CostModel, Samples, StepShape
 
 __all__ = ["Serving", "available_memory_bytes", "build", "num_kv_pages"]
 
 logger = logging.getLogger(__name__)
 
+CALIBRATION_ATTEMPTS = 2
 MAX_DRIFT = 1.5
 """An earlier calibration that is further off than this factor is made anew."""
 MEMORY_SHARE = 0.25
@@ -200,19 +201,41 @@ class _Calibrator:
     def samples(self) -> list[tuple[StepShape, float]]:
         """Those of an earlier start, at the machine's present speed; else new ones."""
         kept = read_samples(self._path)
+        if kept is not None and (fault := self._fault_of(kept)) is not None:
+            logger.warning("the calibration in %s is not used: %s", self._path, fault)
+            kept = None
         if kept is None:
-            return self.measure()
+            return self._new_samples()
         ratio = spot_check(self._runner, CostModel.fit(kept), clock=self._clock, **self._shapes)
         logger.info("calibration of an earlier start: steps take %.2f times as long now", ratio)
         if not 1 / MAX_DRIFT <= ratio <= MAX_DRIFT:
-            return self.measure()
+            return self._new_samples()
         return [(shape, seconds * ratio) for shape, seconds in kept]
 
     def measure(self) -> list[tuple[StepShape, float]]:
-        """New ones, kept for the next start."""
-        samples = calibrate(self._runner, clock=self._clock, **self._shapes)
-        write_samples(self._path, samples, self._key)
+        """New ones, kept for the next start if they can be believed, else tried once more."""
+        for _ in range(CALIBRATION_ATTEMPTS):
+            samples = calibrate(self._runner, clock=self._clock, **self._shapes)
+            fault = self._fault_of(samples)
+            if fault is None:
+                write_samples(self._path, samples, self._key)
+                break
+            logger.warning("this calibration is not kept: %s", fault)
         return samples
+
+    def _new_samples(self) -> list[tuple[StepShape, float]]:
+        """New ones to serve with: made slower where they cannot be believed."""
+        samples = self.measure()
+        if self._fault_of(samples) is None:
+            return samples
+        logger.warning(
+            "no calibration that can be believed: times are foretold with caution until the steps "
+            "that run have shown better, and the next start measures again"
+        )
+        return slowed(samples)
+
+    def _fault_of(self, samples: Samples) -> str | None:
+        return fault_of(samples, self._runner, **self._shapes)
 
 
 class _Shapes(TypedDict):

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 
 from sortserve.build import build
 from sortserve.config import ServeSettings
 from sortserve.errors import ConfigError
-from sortserve.scheduling.cost_model import CostModel, StepShape
+from sortserve.scheduling.cost_model import CostModel, Samples
 from sortserve.svg import Series, line_chart
 
 __all__ = ["chart", "profile", "table"]
 
 COEFFICIENTS = ("step", "layer", "layer-token", "layer-KV-token", "sampled row")
-Samples = Sequence[tuple[StepShape, float]]
 
 
 def profile(settings: ServeSettings, plot: Path | None = None) -> int:

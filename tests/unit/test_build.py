@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sortserve.build import available_memory_bytes, build, num_kv_pages
 from sortserve.config import load_settings
+from sortserve.engine.calibration_cache import read_samples, write_samples
 from sortserve.errors import ConfigError
+from sortserve.scheduling.cost_model import RowShape, StepShape
 from support.tiny_models import NUM_LAYERS, make_tiny_checkpoint
 
 
@@ -70,6 +74,85 @@ def test_a_calibrated_server_can_estimate_and_the_next_start_takes_its_word(
         assert estimate is not None, start
         assert estimate.e2e_s > 0
         assert len(list((tmp_path / "cache" / "calibration").iterdir())) == 1
+
+
+Step = tuple[StepShape, float]
+
+
+def steps(*num_tokens: int, seconds: Callable[[StepShape], float]) -> list[Step]:
+    """Steps of two depths and so many tokens, as if they had been timed."""
+    shapes = [
+        StepShape.of([RowShape(layers, n, n, samples=True)])
+        for layers in (2, 6)
+        for n in num_tokens
+    ]
+    return [(shape, seconds(shape)) for shape in shapes]
+
+
+def steady(shape: StepShape) -> float:
+    return 1e-3 + 1e-4 * shape.num_layers + 1e-5 * shape.layer_tokens
+
+
+def wild(shape: StepShape) -> float:
+    return 0.001 if shape.num_tokens % 2 else 1.0
+
+
+@pytest.mark.parametrize(
+    ("found", "num_attempts", "is_kept"),
+    [
+        (steps(1, 8, 64, 128, seconds=steady), 1, True),
+        (steps(1, 8, seconds=steady), 2, False),
+        (steps(64, 128, seconds=steady), 2, False),
+        (steps(1, 2, 3, 4, 63, 64, 65, 66, seconds=wild), 2, False),
+    ],
+    ids=["good", "no large step", "no small step", "noise"],
+)
+def test_a_calibration_that_cannot_be_believed_is_made_again_and_never_kept(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    found: list[Step],
+    num_attempts: int,
+    is_kept: bool,
+) -> None:
+    attempts = []
+
+    def timed(*args: Any, **kwargs: Any) -> list[Step]:
+        attempts.append(1)
+        return found
+
+    monkeypatch.setenv("SORTSERVE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("sortserve.build.calibrate", timed)
+    checkpoint = make_tiny_checkpoint(tmp_path, "llama-tied", exits=(2, 6))
+    serving = build(load_settings({"model": str(checkpoint), "max_num_seqs": 4}))
+
+    serving.worker.start(serving.prepare)
+    estimate = serving.worker.estimate(6, 100, 8)
+    serving.worker.stop()
+
+    assert len(attempts) == num_attempts
+    assert len(list(tmp_path.glob("cache/calibration/*.json"))) == is_kept
+    assert ("foretold with caution" in caplog.text) is not is_kept
+    assert estimate is not None
+    assert estimate.ttft_s > 0
+
+
+def test_a_kept_calibration_that_lacks_a_regime_is_not_used_but_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SORTSERVE_CACHE_DIR", str(tmp_path / "cache"))
+    good, bad = (steps(*n, seconds=steady) for n in ((1, 8, 64, 128), (1, 8)))
+    monkeypatch.setattr("sortserve.build.calibrate", lambda *args, **kwargs: good)
+    checkpoint = make_tiny_checkpoint(tmp_path, "llama-tied", exits=(2, 6))
+    serving = build(load_settings({"model": str(checkpoint), "max_num_seqs": 4}))
+    serving.measure()
+    (kept,) = tmp_path.glob("cache/calibration/*.json")
+    write_samples(kept, bad, {})
+
+    serving.worker.start(serving.prepare)
+    serving.worker.stop()
+
+    assert read_samples(kept) == good
 
 
 def test_a_context_longer_than_the_checkpoints_is_refused(tmp_path: Path) -> None:

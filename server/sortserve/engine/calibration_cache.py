@@ -7,11 +7,11 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import astuple
 from pathlib import Path
 
-from sortserve.scheduling.cost_model import StepShape
+from sortserve.scheduling.cost_model import Samples, StepShape, is_time
 
 __all__ = ["cache_path", "machine_name", "read_samples", "write_samples"]
 
@@ -19,8 +19,9 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MAX_SAMPLES = 10_000
-
-Samples = Sequence[tuple[StepShape, float]]
+MAX_BYTES = 4 * 2**20
+MAX_COUNT = 2**53
+"""No number of a step's shape is larger."""
 
 
 def machine_name() -> str:
@@ -47,17 +48,26 @@ def cache_path(folder: Path, key: Mapping[str, object]) -> Path:
 def read_samples(path: Path) -> list[tuple[StepShape, float]] | None:
     """The samples of an earlier calibration; None if there is none that can be used."""
     try:
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+            return None
         document = json.loads(path.read_text())
         if document["format_version"] != FORMAT_VERSION:
             return None
-        rows = document["samples"][:MAX_SAMPLES]
-        samples = [(StepShape(*map(int, shape)), float(seconds)) for shape, seconds in rows]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        samples = [_sample(shape, seconds) for shape, seconds in document["samples"][:MAX_SAMPLES]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         logger.warning("the calibration in %s cannot be used: %s", path, error)
         return None
-    return samples if samples and all(seconds > 0 for _, seconds in samples) else None
+    return samples or None
+
+
+def _sample(shape: list[object], seconds: object) -> tuple[StepShape, float]:
+    """A sample as it was written; ValueError or TypeError if it was not."""
+    if not isinstance(seconds, int | float) or not is_time(seconds):
+        raise ValueError(f"{seconds!r} is no time of a step")
+    counts = [count for count in shape if isinstance(count, int) and 0 <= count <= MAX_COUNT]
+    if len(counts) != len(shape) or 0 in counts[:3]:
+        raise ValueError(f"{shape!r} is no shape of a step")
+    return StepShape(*counts), float(seconds)
 
 
 def write_samples(path: Path, samples: Samples, key: Mapping[str, object]) -> None:
