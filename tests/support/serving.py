@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from sortserve.checkpoint import LoadedCheckpoint, load_checkpoint
-from sortserve.engine.engine import Engine, EngineConfig
+from sortserve.engine.engine import Engine, EngineConfig, Runner
 from sortserve.engine.runner import ModelRunner
 from sortserve.model.decoder import Decoder
 from sortserve.model.tokenizer import TextStream, Tokenizer
 from sortserve.sampling_params import SamplingParams, SamplingRow
+from sortserve.scheduling.cost_model import CostModel
 from support.reference_sampling import sample_reference
 from support.scripted import FakeClock
+from support.timed import Timed, TimedModel, make_desk
 from support.tiny_models import hf_logits, load_hf, read_exit_module
 
 
@@ -30,16 +32,37 @@ class Served:
 
     def engine(self, *, num_pages: int = 600, block_size: int = 4, **config: Any) -> Engine:
         """A fresh engine with an empty cache."""
+        runner = ModelRunner(self.decoder, num_pages=num_pages, block_size=block_size)
+        return self._engine_of(runner, FakeClock(), config)
+
+    def timed(
+        self,
+        *,
+        truth: CostModel,
+        believed: CostModel,
+        num_pages: int = 600,
+        block_size: int = 4,
+        **config: Any,
+    ) -> Timed:
+        """A server whose steps take the time of one cost model, and that reckons with another."""
+        clock = FakeClock(now=0.0)
+        model = ModelRunner(self.decoder, num_pages=num_pages, block_size=block_size)
+        runner = TimedModel(model, clock, truth)
+        engine = self._engine_of(runner, clock, config)
+        engine.cost_model = believed
+        return Timed(engine, runner, clock, make_desk(engine))
+
+    def _engine_of(self, runner: Runner, clock: FakeClock, config: dict[str, Any]) -> Engine:
         settings = {"max_num_seqs": 64, "seed": 0, **config}
         return Engine(
-            ModelRunner(self.decoder, num_pages=num_pages, block_size=block_size),
+            runner,
             self.checkpoint.exits,
             eos_token_ids=self.tokenizer.eos_token_ids,
             make_text=lambda request: TextStream(
                 self.tokenizer, request.sampling, request.prompt_token_ids
             ),
             config=EngineConfig(max_model_len=self.checkpoint.max_model_len, **settings),
-            clock=FakeClock(),
+            clock=clock,
         )
 
 
@@ -90,3 +113,28 @@ def offline_tokens(
         if output[-1] in stop:
             break
     return output
+
+
+def offline_next_tokens(
+    path: Path,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    params: SamplingParams,
+    exits: Sequence[int],
+) -> list[int]:
+    """What transformers gives after each beginning of an answer, at the exit of each token.
+
+    If that is the answer itself, it is what ``offline_tokens`` gives, by induction: at the price of
+    one whole forward pass a depth, not one a token.
+    """
+    ids = [*prompt, *output]
+    logits = {
+        e: hf_logits(_hf(path), ids, e, read_exit_module(path, e)) for e in sorted(set(exits))
+    }
+    return [
+        sample_reference(
+            logits[exit_layer][len(prompt) + i - 1],
+            SamplingRow(params, params.seed or 0, tuple(prompt), tuple(output[:i]), frozenset()),
+        )
+        for i, exit_layer in enumerate(exits)
+    ]

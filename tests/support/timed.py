@@ -9,7 +9,7 @@ from typing import Any
 
 from sortserve.budget import Budget
 from sortserve.engine.desk import AdmissionDesk
-from sortserve.engine.engine import Engine
+from sortserve.engine.engine import Engine, Runner
 from sortserve.engine.steps import step_shape
 from sortserve.errors import BudgetUnattainableError
 from sortserve.outputs import GenerationRequest, RequestReport
@@ -18,7 +18,14 @@ from sortserve.scheduling.admission import ExitChoice
 from sortserve.scheduling.cost_model import CostModel, Line
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.plan import StepPlan
-from support.scripted import FakeClock, ScriptedRunner, make_engine, make_request
+from support.scripted import (
+    Collected,
+    FakeClock,
+    ScriptedRunner,
+    collect,
+    make_engine,
+    make_request,
+)
 
 LINE: Line = (1e-3, 1e-3, 1e-5, 1e-8, 1e-5)
 """A step takes a millisecond, one more a layer, and little for each token."""
@@ -46,18 +53,35 @@ class TimedRunner(ScriptedRunner):
         return super().execute(plan)
 
 
+class TimedModel:
+    """A real model whose steps move the clock by what a cost model says."""
+
+    def __init__(self, runner: Runner, clock: FakeClock, truth: CostModel) -> None:
+        self.num_pages, self.block_size = runner.num_pages, runner.block_size
+        self.slab_size = runner.slab_size
+        self.plans: list[StepPlan] = []
+        self._runner, self._clock, self._truth = runner, clock, truth
+
+    def execute(self, plan: StepPlan) -> list[SampledToken]:
+        self.plans.append(plan)
+        self._clock.now += self._truth.step_s(step_shape(plan))
+        return self._runner.execute(plan)
+
+
 @dataclass
 class Timed:
     """A server without threads: requests arrive at their times, one step follows the other."""
 
     engine: Engine
-    runner: TimedRunner
+    runner: TimedRunner | TimedModel
     clock: FakeClock
     desk: AdmissionDesk
     choices: dict[str, ExitChoice] = field(default_factory=dict)
     refusals: dict[str, BudgetUnattainableError] = field(default_factory=dict)
     reports: dict[str, RequestReport] = field(default_factory=dict)
     errors: dict[str, Exception] = field(default_factory=dict)
+    results: dict[str, Collected] = field(default_factory=dict)
+    """The tokens of each request, and the exits that they were made at."""
     check_every: int = 16
     """Steps between two looks at all invariants."""
     _num_steps: int = 0
@@ -73,7 +97,9 @@ class Timed:
         self.engine.add_request(request, choice)
 
     def step(self) -> None:
-        for output in self.engine.step():
+        outputs = self.engine.step()
+        collect(outputs, self.results)
+        for output in outputs:
             if output.report is not None:
                 self.reports[output.request_id] = output.report
             if output.error is not None:
@@ -117,16 +143,20 @@ def make_timed(
         **config,
     )
     engine.cost_model = MODEL
-    desk = AdmissionDesk(
+    return Timed(engine, runner, clock, make_desk(engine))
+
+
+def make_desk(engine: Engine) -> AdmissionDesk:
+    """The desk that judges newcomers of an engine."""
+    return AdmissionDesk(
         exits=engine.exits,
         policy=engine.config.policy,
         max_num_batched_tokens=engine.config.max_num_batched_tokens,
-        overload_delay_s=overload_delay_s,
-        clock=clock,
+        overload_delay_s=engine.config.overload_delay_s,
+        clock=engine.clock,
         expect=engine.expect,
         get_model=lambda: engine.cost_model,
     )
-    return Timed(engine, runner, clock, desk)
 
 
 def timed_request(
