@@ -68,15 +68,13 @@ def test_where_no_step_keeps_all_the_least_slack_goes_first() -> None:
 
     choice = choose(deep, shallow, hurried)
 
-    assert choice.cap == 2  # slack 0.3 ms against 0.7 ms
-    assert choice.request_ids[0] == "hurried"
+    assert (choice.cap, choice.request_ids) == (2, ("hurried",))  # slack 0.3 ms against 0.7 ms
 
 
 def test_a_row_that_is_late_rides_in_every_step_that_reaches_it() -> None:
     choice = choose(make_demand("late", 4, due_s=-0.01), make_demand("deep", 6, due_s=0.1))
 
-    assert "late" in choice.request_ids
-    assert choice.cap >= 4
+    assert (choice.cap, choice.request_ids) == (6, ("late", "deep"))
 
 
 def test_rows_with_time_are_held_back_where_they_would_make_others_late() -> None:
@@ -108,7 +106,7 @@ def test_a_soft_row_that_was_left_out_for_long_is_as_urgent_as_a_promise() -> No
     choice = choose(starved, *tight)
 
     assert choice.cap == 6
-    assert "starved" in choice.request_ids
+    assert choice.request_ids == ("tight0", "tight1", "tight2", "starved")
 
 
 # ---- prompts ----
@@ -138,8 +136,9 @@ def test_a_prompt_that_is_due_gets_on_beside_rows_that_are() -> None:
 
     choice = choose(decoding, prompt)
 
-    assert "prompt" in choice.request_ids
-    assert choice.num_prompt_tokens >= MIN_CHUNK
+    assert choice.request_ids == ("decoding", "prompt")
+    half = int(DEEP_S / COSTS.token_s(6, 150))
+    assert choice.num_prompt_tokens == half > MIN_CHUNK
 
 
 def test_alone_a_prompt_fills_the_step() -> None:
@@ -282,7 +281,8 @@ def test_nobody_goes_below_the_floor_even_where_that_breaks_the_promise() -> Non
     tight = make_demand("tight", 6, floor_layer=4, due_s=0.1, gap_s=0.1 * DEEP_S)
     fixed = make_demand("fixed", 6, floor_layer=6, due_s=0.1, gap_s=0.1 * DEEP_S)
 
-    assert lower([tight, fixed], EXITS, COSTS, now=0.0) in ([("tight", 4)], [])
+    assert lower([tight, fixed], EXITS, COSTS, now=0.0) == [("tight", 4)]
+    assert lower([tight], EXITS, COSTS, now=0.0) == [("tight", 4)]
     assert lower([fixed], EXITS, COSTS, now=0.0) == []
 
 
@@ -292,5 +292,4 @@ def test_requests_without_a_promise_go_shallower_before_those_with_one() -> None
 
     lowered = lower([soft, kept], EXITS, COSTS, now=0.0)
 
-    assert lowered
-    assert lowered[0][0] == "soft"
+    assert lowered == [("soft", 4)]
