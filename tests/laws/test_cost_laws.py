@@ -45,7 +45,7 @@ NOTHING: Line = (0.0, 0.0, 0.0, 0.0, 0.0)
 ODD = (0.0, -0.0, 5e-324, 1e-300, 1e-12, 1e-3, 1.0, 1e6, 1e300, math.inf, -1.0, -math.inf)
 
 COEFFICIENTS = st.sampled_from(ODD) | st.floats(0.0, 1e-2)
-LINES: st.SearchStrategy[Line] = st.tuples(*[COEFFICIENTS] * 5)  # type: ignore[arg-type]
+LINES: st.SearchStrategy[Line] = st.tuples(*[COEFFICIENTS] * 5)
 MODELS = st.builds(CostModel, LINES, LINES, safety=st.sampled_from(ODD) | st.floats(1.0, 2.0))
 COUNTS = st.sampled_from([1, 2, 31, 32, 33, 500, 100_000])
 

@@ -13,7 +13,7 @@ from sortserve.engine.engine import Engine, Runner
 from sortserve.engine.steps import step_shape
 from sortserve.errors import BudgetUnattainableError
 from sortserve.outputs import GenerationRequest, RequestReport
-from sortserve.sampling_params import SampledToken
+from sortserve.sampling_params import RowFailure, SampledToken
 from sortserve.scheduling.admission import ExitChoice
 from sortserve.scheduling.cost_model import CostModel, Line
 from sortserve.scheduling.demand import Demand, StepCosts
@@ -62,7 +62,7 @@ class TimedModel:
         self.plans: list[StepPlan] = []
         self._runner, self._clock, self._truth = runner, clock, truth
 
-    def execute(self, plan: StepPlan) -> list[SampledToken]:
+    def execute(self, plan: StepPlan) -> Sequence[SampledToken | RowFailure]:
         self.plans.append(plan)
         self._clock.now += self._truth.step_s(step_shape(plan))
         return self._runner.execute(plan)

@@ -149,7 +149,8 @@ def test_a_profile_is_printed_drawn_and_used_by_the_next_start(
     checkpoint = make_tiny_checkpoint(tmp_path, "llama-tied", exits=(2, 6))
     plot = tmp_path / "profile.svg"
 
-    for name, value in (("REPEATS", 1), ("DECODE_ROWS", (1, 2)), ("PREFILL_TOKENS", (16, 60))):
+    quick = {"REPEATS": 1, "DECODE_ROWS": (1, 2), "PREFILL_TOKENS": (16, 60)}
+    for name, value in {**quick, "MAX_MEDIAN_ERROR": math.inf}.items():  # however busy the machine
         monkeypatch.setattr(f"sortserve.engine.calibration.{name}", value)
     small = ["--max-model-len=64", "--max-num-seqs=4"]
 

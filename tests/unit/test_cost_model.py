@@ -6,6 +6,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def test_infinite_and_negative_coefficients_are_brought_within_bounds() -> None:
 
 @pytest.mark.parametrize("field", ["small", "large", "safety"])
 def test_a_model_that_is_not_made_of_numbers_is_refused(field: str) -> None:
-    value = math.nan if field == "safety" else (1e-3, math.nan, 0.0, 0.0, 0.0)
+    value: Any = math.nan if field == "safety" else (1e-3, math.nan, 0.0, 0.0, 0.0)
 
     with pytest.raises(ValueError, match="made of numbers"):
         dataclasses.replace(make_model(), **{field: value})

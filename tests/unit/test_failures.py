@@ -34,6 +34,9 @@ class Records:
     def on_rejected(self, reason: str, budget: Budget | None) -> None:
         raise AssertionError("nothing is refused here")
 
+    def on_forecast_failed(self) -> None:
+        raise AssertionError("nothing is foretold here")
+
 
 def run_three(runner: FaultyRunner, **options: Any) -> tuple[dict[str, Collected], Records]:
     """The results of a request called guilty between two neighbours."""

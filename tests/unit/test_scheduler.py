@@ -98,7 +98,7 @@ def test_admission_is_first_come_first_served() -> None:
 
     # The small one has room beside the big one, and waits all the same for the one before it.
     rows = [[row.request_id for row in plan.rows] for plan in runner.plans]
-    assert rows == [["big"]] * 2 + [["also big", "small"]] * 2
+    assert rows == [["big"], ["big"], ["also big", "small"], ["small"], ["also big"]]
 
 
 def test_pages_are_exactly_proportional_to_depth() -> None:

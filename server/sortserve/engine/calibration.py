@@ -219,12 +219,11 @@ class _Plans:
         return [plan for plan in _once(chain(*pairs)) if step_shape(plan) not in told]
 
     def few(self) -> list[StepPlan]:
-        """A small and a larger decode step at either end of the exits, and a prompt."""
-        rows = sorted({self._rows[0], self._rows[min(2, len(self._rows) - 1)]})
-        ends = (self._exits[0], self._exits[-1])
-        chosen = [self._decode(e, num_rows, self._contexts[0]) for e in ends for num_rows in rows]
-        num_tokens = self._prompts[min(1, len(self._prompts) - 1)]
-        return _once([*chosen, self._prompt(self._exits[0], num_tokens)])
+        """Some of the telling ones: the least and the most rows at either depth, and a prompt."""
+        telling = self.telling()
+        prompts = [plan for plan in telling if plan.num_tokens > REGIME_TOKENS]
+        decodes = [plan for plan in telling if plan.num_tokens <= REGIME_TOKENS]
+        return decodes[:4] + prompts[:1]
 
     def _prompt(self, exit_layer: int, num_tokens: int, num_rows: int = 1) -> StepPlan | None:
         """So many tokens of prompts, of more than told where one cannot be so long."""

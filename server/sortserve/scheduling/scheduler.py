@@ -227,7 +227,9 @@ class Scheduler:
     def _lower(self, costs: StepCosts, now: float) -> None:
         """Let the policy take sequences to shallower exits, so that the promises can be kept."""
         lowered: list[Sequence] = []
-        for sequence, exit_layer in self._decide(lambda: self._lowerings(costs, now), list, now):
+        for sequence, exit_layer in self._decide(
+            lambda: self._lowerings(costs, now), lambda: [], now
+        ):
             reason = "unpromised" if sequence.promise is None else "behind"
             self.go_shallower(sequence, exit_layer, reason)
             lowered.append(sequence)
