@@ -312,6 +312,23 @@ def test_nothing_that_is_learned_makes_a_time_that_is_none(
 # ---- through the whole engine ----
 
 
+def test_two_plain_requests_beside_each_other_after_a_calibration_without_prompts() -> None:
+    """What ended servers: steps that all took as long, so a token of a prompt seemed to be free."""
+    rows = [StepShape.of([RowShape(e, 1, 16, samples=True)] * n) for e in EXITS for n in (1, 4)]
+    timed = make_timed()
+    timed.engine.cost_model = CostModel.fit([(shape, 0.05) for shape in rows])
+    first = timed_request("Hello there", 2, max_tokens=100)
+
+    timed.run([first, timed_request("hi", 1, max_tokens=2, at=0.2), timed_request("or", 9, at=0.3)])
+
+    assert {i: r.num_output_tokens for i, r in timed.reports.items()} == {
+        "Hello there": 100,
+        "hi": 2,
+        "or": 10,
+    }
+    assert not any(plan.policy_failed for plan in timed.runner.plans)
+
+
 @given(
     model=MODELS,
     policy=st.sampled_from(sorted(POLICIES)),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from typing import Any
 
 import pytest
 
 from sortserve.budget import Budget, Deadlines, OnMiss
-from sortserve.errors import BudgetUnattainableError
+from sortserve.errors import MAX_RETRY_AFTER_S, BudgetUnattainableError, OverloadedError
 from sortserve.outputs import Estimate
 from sortserve.scheduling.admission import choose_exit
+from sortserve.scheduling.cost_model import LEAST, CostModel
 from sortserve.scheduling.forecast import Forecast, Load, Newcomer, forecast, predicted_drain_s
 from sortserve.sequence import Promise
 from support.timed import MODEL, Timed, make_demand, make_timed, timed_request
@@ -82,6 +84,28 @@ def test_when_nothing_fits_reject_answers_with_the_time_until_it_would(
 
     assert error.value.param == "budget.latency_ms"
     assert error.value.retry_after_s == retry_after_s
+
+
+@pytest.mark.parametrize(
+    ("predicted_s", "told_s"),
+    [(1e300, MAX_RETRY_AFTER_S), (math.inf, MAX_RETRY_AFTER_S), (math.nan, 0.0), (-5.0, 0.0)],
+)
+def test_whatever_was_predicted_nobody_is_told_to_stay_away_for_more_than_an_hour(
+    predicted_s: float, told_s: float
+) -> None:
+    assert OverloadedError("full", retry_after_s=predicted_s).retry_after_s == told_s
+
+
+def test_a_time_that_is_past_is_promised_to_nobody_however_fast_the_machine() -> None:
+    fast = CostModel(LEAST, LEAST)
+    late = dataclasses.replace(
+        newcomer(latency_ms=10), arrival_s=-1.0, deadlines=Deadlines(e2e_s=-0.9)
+    )
+
+    found = forecast(2, late, load(), fast)
+
+    assert not found.keeps
+    assert not found.keeps_lowered
 
 
 def test_a_refusal_for_the_sake_of_others_says_so() -> None:

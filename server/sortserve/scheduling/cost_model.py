@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "LEAST",
+    "MOST_S",
     "REGIME_TOKENS",
     "CostModel",
     "Line",
