@@ -141,6 +141,16 @@ def test_a_prompt_that_is_due_gets_on_beside_rows_that_are() -> None:
     assert choice.num_prompt_tokens == half > MIN_CHUNK
 
 
+def test_an_urgent_prompt_is_left_a_token_where_those_who_are_due_fill_the_step() -> None:
+    """They may lose their pages before the step is made, and it must not be empty then."""
+    hurried = make_demand("hurried", 2, due_s=1.1 * SHALLOW_S)
+    prompt = make_demand("prompt", 6, due_s=0.001, num_pending=300)
+
+    choice = choose(hurried, prompt, max_num_tokens=1)
+
+    assert choice == StepChoice(6, ("hurried", "prompt"), 1)
+
+
 def test_alone_a_prompt_fills_the_step() -> None:
     choice = choose(make_demand("prompt", 6, due_s=5.0, num_pending=3000), max_num_tokens=512)
 

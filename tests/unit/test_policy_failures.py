@@ -163,21 +163,6 @@ def test_a_lowering_that_is_not_allowed_counts_as_a_failure_and_is_not_made(
     assert recorder.num_failed == 3
 
 
-def test_a_prompt_gets_on_where_those_who_were_due_lose_their_pages() -> None:
-    """A step of as many tokens as rows are due leaves the most urgent prompt one, not none."""
-    recorder = Recorder()
-    timed = make_timed(max_num_batched_tokens=1, max_num_seqs=4, observer=recorder)
-    timed.check_every = 1
-    arrivals = [
-        timed_request(f"r{i}", 9, max_tokens=6, latency_ms=40, at=0.003 * i) for i in range(4)
-    ]
-
-    timed.run(arrivals)
-
-    assert len(timed.reports) == 4
-    assert recorder.num_failed == 0
-
-
 def test_failures_are_counted_in_the_metrics() -> None:
     metrics = Metrics("tiny", (2, 4, 6), version="1")
     timed = make_timed(observer=metrics)
