@@ -84,6 +84,21 @@ async def test_the_bytes_of_the_logprobs_are_the_text(app: FastAPI) -> None:
     assert all(entry["logprob"] <= 0 for entry in choice["logprobs"])
 
 
+async def test_completions_name_every_rival_though_most_are_halves_of_characters(
+    app: FastAPI,
+) -> None:
+    body = {"prompt": "the", "max_tokens": 30, "logprobs": 20, "ignore_eos": True, "seed": 1}
+
+    [choice] = (await post(app, "/v1/completions", body)).json()["choices"]
+    [exact] = (await post(app, "/generate", body)).json()["choices"]
+
+    tops = choice["logprobs"]["top_logprobs"]
+    for top, entry in zip(tops, exact["logprobs"], strict=True):
+        rivals = {e["token_id"]: e["logprob"] for e in (*entry["top_logprobs"], entry)}
+        assert sorted(top.values()) == sorted(rivals.values())
+    assert any(name.startswith("bytes:\\x") for top in tops for name in top)
+
+
 async def test_mixed_depths_at_once_answer_as_each_alone(app: FastAPI) -> None:
     bodies = [
         {"prompt": f"the {i}", "max_tokens": 12, "seed": i, "model": f"m@{exit_layer}"}

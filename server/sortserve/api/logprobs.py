@@ -59,7 +59,9 @@ class CompletionLogprobs:
         """``tokens``, ``token_logprobs``, ``top_logprobs`` and ``text_offset`` of more tokens.
 
         As in OpenAI's API the sampled token is always among ``top_logprobs``, which may therefore
-        have one entry more than was asked for.
+        have one entry more than was asked for. The likeliest token of a text has the text as its
+        key; others of the same text (two halves of characters, say) have their bytes after
+        ``bytes:``, and where these are taken as well their id, ``token_id:7``.
         """
         texts, offsets, tops = [], [], []
         for token in tokens:
@@ -67,14 +69,32 @@ class CompletionLogprobs:
             texts.append(text)
             offsets.append(self._offset)
             self._offset += len(text)
-            top = {self._text(t.token_id): _finite(t.logprob) for t in token.top_logprobs}
-            tops.append({**top, text: _finite(token.logprob)})
+            tops.append(self._top(token))
         return {
             "tokens": texts,
             "token_logprobs": [_finite(token.logprob) for token in tokens],
             "top_logprobs": tops,
             "text_offset": offsets,
         }
+
+    def _top(self, token: SampledToken) -> dict[str, float]:
+        """The sampled token and its rivals, the likeliest first; none hides another."""
+        logprobs = {top.token_id: _finite(top.logprob) for top in token.top_logprobs}
+        logprobs[token.token_id] = _finite(token.logprob)
+        ranked = sorted(logprobs, key=lambda i: (-logprobs[i], i != token.token_id))
+        plain: dict[str, int] = {}
+        for token_id in ranked:
+            plain.setdefault(self._text(token_id), token_id)
+        named: dict[str, float] = {}
+        for token_id in ranked:
+            name = self._text(token_id)
+            if plain[name] != token_id:
+                data = self._tokenizer.convert_id_to_token_text(token_id)[1]
+                name = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+                if name in plain or name in named:
+                    name = f"token_id:{token_id}"
+            named[name] = logprobs[token_id]
+        return named
 
     def _text(self, token_id: int) -> str:
         return self._tokenizer.convert_id_to_token_text(token_id)[0]
