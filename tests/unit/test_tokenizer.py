@@ -2,10 +2,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models
+from tokenizers import Tokenizer as BackendTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from sortserve.errors import InvalidRequestError
 from sortserve.model.tokenizer import TextStream, Tokenizer
@@ -32,8 +36,6 @@ def metaspace_tokenizer() -> Tokenizer:
 @cache
 def bare_metaspace_tokenizer() -> Tokenizer:
     """The same vocabulary with the Metaspace decoder of newer conversions."""
-    from tokenizers import decoders
-
     hf_tokenizer = make_metaspace_tokenizer()
     hf_tokenizer.backend_tokenizer.decoder = decoders.Metaspace()
     return Tokenizer(hf_tokenizer, frozenset({EOS}))
@@ -169,6 +171,170 @@ def test_byte_fallback_shows_each_character_at_once() -> None:
     ids = metaspace_tokenizer().encode("你好")[1:]  # without the leading space
     deltas, _ = run(stream_of(metaspace_tokenizer()), ids)
     assert deltas == ["", "", "你", "", "", "好", ""]
+
+
+# ---- added tokens -----------------------------------------------------------------------------
+
+ADDED = ("đem", "ñandú", "<đ>", "Ġq", " a b ", "<0x41>", "\u2581x", "你好", "tool", "😀")
+"""Letters in the table of byte-level BPE or not, blanks, and what looks like other tokens."""
+KINDS = ("byte-level", "sentencepiece", "metaspace", "without-byte-tokens")
+all_kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@cache
+def with_added_tokens(kind: str) -> Tokenizer:
+    """A tokenizer of one kind with each of ADDED as a plain token and, in brackets, as special."""
+    hf_tokenizer = make_byte_tokenizer() if kind == "byte-level" else make_metaspace_tokenizer()
+    backend = hf_tokenizer.backend_tokenizer
+    if kind == "metaspace":
+        backend.decoder = decoders.Metaspace()
+    if kind == "without-byte-tokens":
+        backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse()])
+    backend.add_tokens([AddedToken(text, normalized=False) for text in ADDED])
+    backend.add_special_tokens([AddedToken(f"[{text}]", normalized=False) for text in ADDED])
+    return Tokenizer(hf_tokenizer, frozenset({EOS}))
+
+
+def only_id(tokenizer: Tokenizer, text: str) -> int:
+    [token_id] = tokenizer.encode(text, add_special_tokens=False)
+    return token_id
+
+
+def shown(
+    tokenizer: Tokenizer, ids: Sequence[int], *, skip: bool, prompt: Sequence[int] = ()
+) -> str:
+    return "".join(run(stream_of(tokenizer, prompt=prompt, skip_special_tokens=skip), ids)[0])
+
+
+@all_kinds
+@pytest.mark.parametrize("text", [*ADDED, *(f"[{text}]" for text in ADDED)])
+def test_the_text_of_an_added_token_is_its_content(kind: str, text: str) -> None:
+    if (kind, text) == ("sentencepiece", "<0x41>"):
+        pytest.skip("it is the model's own token for a byte")
+    tokenizer = with_added_tokens(kind)
+    token_id = only_id(tokenizer, text)
+    assert tokenizer.convert_id_to_token_text(token_id) == (text, text.encode())
+    assert tokenizer.decode([token_id], skip_special_tokens=False) == text
+    for prompt in ((), tokenizer.encode("the")):
+        assert shown(tokenizer, [token_id], skip=False, prompt=prompt) == text
+
+
+@pytest.mark.parametrize("text", ["đ", "é", "Ġ", "ðŁ"])
+def test_an_added_token_that_is_a_piece_of_a_byte_level_vocabulary_is_its_content_too(
+    text: str,
+) -> None:
+    hf_tokenizer = make_byte_tokenizer()
+    hf_tokenizer.backend_tokenizer.add_tokens([text])
+    tokenizer = Tokenizer(hf_tokenizer, frozenset())
+    assert tokenizer.decode(tokenizer.encode(f"x{text}y")) == f"x{text}y"
+
+
+@pytest.mark.parametrize(("text", "meaning"), [("<0x41>", "A"), ("\u2581the", " the")])
+def test_an_added_token_that_the_sentencepiece_model_writes_itself_means_what_it_means_there(
+    text: str, meaning: str
+) -> None:
+    """Conversions list user-defined pieces as added tokens, runs of blanks among them."""
+    hf_tokenizer = make_metaspace_tokenizer()
+    hf_tokenizer.backend_tokenizer.add_tokens([AddedToken(text, normalized=False)])
+    tokenizer = Tokenizer(hf_tokenizer, frozenset())
+    token_id = hf_tokenizer.convert_tokens_to_ids(text)
+    assert tokenizer.token_bytes(token_id) == meaning.encode()
+    assert tokenizer.decode(tokenizer.encode("of the A"), skip_special_tokens=True) == "of the A"
+
+
+def test_a_normalised_added_token_keeps_the_blank_that_it_swallowed() -> None:
+    hf_tokenizer = make_metaspace_tokenizer()
+    hf_tokenizer.backend_tokenizer.add_tokens([AddedToken("đem", normalized=True)])
+    tokenizer = Tokenizer(hf_tokenizer, frozenset())
+    ids = tokenizer.encode("the đem the", add_special_tokens=False)
+    assert tokenizer.decode(ids) == "the đem the"
+    assert shown(tokenizer, ids, skip=True) == "the đem the"
+
+
+def test_a_model_without_an_unknown_token_may_have_added_tokens() -> None:
+    backend = BackendTokenizer(models.WordLevel(vocab={"a": 0}))
+    backend.decoder = make_metaspace_tokenizer().backend_tokenizer.decoder
+    backend.add_tokens([AddedToken("\u2581x", normalized=False)])
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), frozenset())
+    assert tokenizer.decode([0, 1]) == "a\u2581x"
+
+
+@pytest.mark.parametrize("options", [{"lstrip": True, "rstrip": True}, {"single_word": True}])
+def test_the_options_of_an_added_token_do_not_change_its_text(options: dict[str, bool]) -> None:
+    for make, normalized in ((make_byte_tokenizer, True), (make_metaspace_tokenizer, False)):
+        hf_tokenizer = make()
+        token = AddedToken("đem", normalized=normalized, **options)
+        hf_tokenizer.backend_tokenizer.add_tokens([token])
+        tokenizer = Tokenizer(hf_tokenizer, frozenset())
+        token_id = hf_tokenizer.convert_tokens_to_ids("đem")
+        assert token_id in tokenizer.encode("the  đem  the")
+        assert tokenizer.decode([token_id]) == "đem"
+
+
+@all_kinds
+@given(data=st.data(), skip=st.booleans())
+def test_any_mix_of_tokens_streams_as_the_whole_decodes(
+    kind: str, data: st.DataObject, skip: bool
+) -> None:
+    tokenizer = with_added_tokens(kind)
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=20))
+    assert shown(tokenizer, ids, skip=skip) == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+@all_kinds
+@given(data=st.data(), skip=st.booleans())
+def test_what_the_backend_reads_right_decodes_as_it_says(
+    kind: str, data: st.DataObject, skip: bool
+) -> None:
+    """Half characters of byte tokens aside: the backend gives up a whole run for one of them."""
+    tokenizer = with_added_tokens(kind)
+    backend: Any = tokenizer._backend
+    misread = {only_id(tokenizer, text) for text in (*ADDED, *(f"[{text}]" for text in ADDED))}
+    misread -= {only_id(tokenizer, text) for text in ("tool", "你好", "😀", "[tool]")}
+    if kind == "sentencepiece":
+        misread |= {token_id for token_id in range(3, 259)}
+    allowed = [i for i in range(tokenizer.vocab_size) if i not in misread]
+    ids = data.draw(st.lists(st.sampled_from(allowed), max_size=20))
+    expected = backend.decode(ids, skip_special_tokens=skip)
+    assert tokenizer.decode(ids, skip_special_tokens=skip) == expected
+
+
+@given(
+    pieces=st.lists(
+        st.one_of(st.integers(0, 286), st.sampled_from([*ADDED, *(f"[{t}]" for t in ADDED)])),
+        max_size=20,
+    )
+)
+def test_added_tokens_decode_as_if_their_content_were_spelt_in_bytes(
+    pieces: list[int | str],
+) -> None:
+    tokenizer = with_added_tokens("byte-level")
+    ids = [only_id(tokenizer, piece) if isinstance(piece, str) else piece for piece in pieces]
+    spelt: list[int] = []
+    for piece in pieces:
+        spelt += byte_ids(piece.encode()) if isinstance(piece, str) else [piece]
+    expected = make_byte_tokenizer_once().decode(spelt)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == expected
+    assert shown(tokenizer, ids, skip=False) == expected
+
+
+def test_a_token_without_text_does_not_take_the_place_of_the_first_word() -> None:
+    """The blank of the first word is dropped, whatever stands before it without a text."""
+    tokenizer = metaspace_tokenizer()
+    the = tokenizer.encode("the", add_special_tokens=False)
+    ids = [tokenizer.vocab_size + 1, BOS, *the, *the]
+    assert shown(tokenizer, ids, skip=True) == tokenizer.decode(ids) == "the the"
+
+
+def test_an_empty_token_has_no_text() -> None:
+    vocab = {"": 0, "\u2581the": 1, "<unk>": 2}
+    backend = BackendTokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))
+    backend.decoder = make_metaspace_tokenizer().backend_tokenizer.decoder
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), frozenset())
+    assert tokenizer.token_bytes(0) == b""
+    for ids in ([0, 1, 1], [1, 0, 1], [0, 0, 1, 1, 0]):
+        assert tokenizer.decode(ids) == backend.decode(ids) == "the the"
+        assert shown(tokenizer, ids, skip=True) == "the the"
 
 
 # ---- stop strings -----------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from sortserve.errors import InvalidRequestError
@@ -52,6 +53,11 @@ class Tokenizer:
         self._has_byte_tokens = "ByteFallback" in kinds
         self._anchor: list[int] = self._backend.encode("a", add_special_tokens=False).ids[-1:]
         self._bytes_by_id: dict[int, bytes] = {}
+        self._literals = {
+            token_id: token.content.encode()
+            for token_id, token in added.items()
+            if self._is_literal(token_id, token)
+        }
 
     @property
     def has_chat_template(self) -> bool:
@@ -80,11 +86,15 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence. Bytes that are no character come out as U+FFFD.
 
-        An id outside the vocabulary (a model's may be padded) has no text.
+        An id outside the vocabulary (a model's may be padded) has no text. A stream of the same
+        tokens gives the same text.
         """
-        known = [token_id for token_id in token_ids if 0 <= token_id < self.vocab_size]
-        text: str = self._backend.decode(known, skip_special_tokens=skip_special_tokens)
-        return text
+        hidden = self.special_token_ids if skip_special_tokens else frozenset()
+        pieces: list[bytes] = []
+        for token_id in token_ids:
+            if token_id not in hidden and (piece := self.token_bytes(token_id)):
+                pieces.append(piece if pieces else self.first_token_bytes(token_id))
+        return b"".join(pieces).decode(errors="replace")
 
     def apply_chat_template(
         self,
@@ -145,19 +155,40 @@ class Tokenizer:
     def first_token_bytes(self, token_id: int) -> bytes:
         """What a token adds to an empty text: sentencepiece drops one leading space there."""
         data = self.token_bytes(token_id)
-        if self._is_byte_level or not data.startswith(b" "):
+        if self._is_byte_level or not data.startswith(b" ") or token_id in self._literals:
             return data
         text: str = self._backend.decode([token_id], skip_special_tokens=False)
         return text.encode()
 
+    def _is_literal(self, token_id: int, token: AddedToken) -> bool:
+        """Whether the text of an added token is its content, whatever the decoder reads in it.
+
+        Always in byte-level BPE. In sentencepiece a normalised one has swallowed the blank before
+        it; and the model may write the token itself, for a byte, or for a piece that its
+        conversion lists as added too (runs of blanks): then the decoder knows what it means.
+        """
+        if self._is_byte_level:
+            return True
+        if token.normalized:
+            return False
+        model = self._backend.model
+        if self._has_byte_tokens and _BYTE_TOKEN.fullmatch(token.content):
+            return bool(model.id_to_token(token_id) is None)
+        try:
+            return [piece.id for piece in model.tokenize(token.content)] != [token_id]
+        except Exception:  # what tokenizers raises where a model has no token for the unknown
+            return True
+
     def _look_up_bytes(self, token_id: int) -> bytes:
-        token: str | None = self._backend.id_to_token(token_id)
+        if token_id in self._literals:
+            return self._literals[token_id]
+        token: str | None = self._backend.id_to_token(token_id) if token_id >= 0 else None
         if token is None:
             return b""
         if self._is_byte_level:
             if all(character in _BYTE_OF for character in token):
                 return bytes(_BYTE_OF[character] for character in token)
-            return token.encode()  # an added token with a blank or the like in it
+            return token.encode()
         if self._has_byte_tokens and (match := _BYTE_TOKEN.fullmatch(token)):
             return bytes([int(match[1], base=16)])
         before: str = self._backend.decode(self._anchor, skip_special_tokens=False)
@@ -181,7 +212,7 @@ class TextStream:
         self._hidden = tokenizer.special_token_ids if params.skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._matcher = StopMatcher(params.stop, keep_stop=params.include_stop_str_in_output)
-        self._is_empty = all(token_id in self._hidden for token_id in prompt_token_ids)
+        self._is_empty = not any(map(self._is_shown, prompt_token_ids))
         self._tokens_to_go = params.min_tokens
         self._is_stopped = False
 
@@ -201,8 +232,11 @@ class TextStream:
         text, _ = self._show(self._decoder.decode(b"", final=True))
         return text + self._matcher.flush()
 
+    def _is_shown(self, token_id: int) -> bool:
+        return token_id not in self._hidden and bool(self._tokenizer.token_bytes(token_id))
+
     def _bytes(self, token_id: int) -> bytes:
-        if token_id in self._hidden:
+        if not self._is_shown(token_id):
             return b""
         if self._is_empty:
             self._is_empty = False
