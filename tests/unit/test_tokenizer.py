@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -272,6 +273,7 @@ def test_the_options_of_an_added_token_do_not_change_its_text(options: dict[str,
 
 
 @all_kinds
+@settings(max_examples=50)
 @given(data=st.data(), skip=st.booleans())
 def test_any_mix_of_tokens_streams_as_the_whole_decodes(
     kind: str, data: st.DataObject, skip: bool
@@ -282,6 +284,7 @@ def test_any_mix_of_tokens_streams_as_the_whole_decodes(
 
 
 @all_kinds
+@settings(max_examples=50)
 @given(data=st.data(), skip=st.booleans())
 def test_what_the_backend_reads_right_decodes_as_it_says(
     kind: str, data: st.DataObject, skip: bool
@@ -433,6 +436,26 @@ def test_special_tokens_are_written_out_in_logprobs() -> None:
 @given(texts)
 def test_encode_and_decode_are_inverse(text: str) -> None:
     assert byte_tokenizer().decode(byte_tokenizer().encode(text)) == text
+
+
+@all_kinds
+@settings(max_examples=50)
+@given(
+    text=st.text(st.sampled_from("ab é你😀\n\u2581<>0x41đem[]|the"), max_size=30), bos=st.booleans()
+)
+def test_texts_are_encoded_as_the_backend_encodes_them(kind: str, text: str, bos: bool) -> None:
+    tokenizer = with_added_tokens(kind)
+    expected = tokenizer._backend.encode(text, add_special_tokens=bos).ids
+    assert tokenizer.encode(text, add_special_tokens=bos) == expected
+
+
+def test_texts_are_encoded_by_the_one_call_that_lets_other_threads_run() -> None:
+    """``encode`` of the backend holds the interpreter lock, for seconds where a text is long."""
+    tokenizer = Tokenizer(make_byte_tokenizer(), frozenset())
+    backend = Mock(wraps=tokenizer._backend)
+    tokenizer._backend = backend
+    tokenizer.encode("hello")
+    assert [call[0] for call in backend.method_calls] == ["encode_batch_fast"]
 
 
 def test_half_a_surrogate_pair_is_refused_by_name() -> None:

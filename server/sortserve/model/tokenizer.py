@@ -80,7 +80,9 @@ class Tokenizer:
                 "pair. Send the whole character.",
                 param=param,
             ) from None
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # The batch call gives up the interpreter lock; ``encode`` keeps it, seconds on megabytes.
+        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
