@@ -58,7 +58,9 @@ class EngineBench:
         )
         self.device, self.dtype = decoder.device, decoder.dtype
         num_pages = max_rows * (longest // BLOCK_SIZE + 1) * decoder.num_slabs
-        tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.eos_token_ids)
+        tokenizer = Tokenizer(
+            checkpoint.tokenizer, checkpoint.eos_token_ids, checkpoint.chat_template
+        )
         self._engine = Engine(
             ModelRunner(decoder, num_pages=num_pages, block_size=BLOCK_SIZE),
             checkpoint.exits,

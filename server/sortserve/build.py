@@ -105,7 +105,7 @@ def build(settings: ServeSettings) -> Serving:
     )
     cache = _cache_shape(settings, decoder, max_model_len)
     runner = ModelRunner(decoder, num_pages=cache.num_pages, block_size=cache.block_size)
-    tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.eos_token_ids)
+    tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.eos_token_ids, checkpoint.chat_template)
 
     def make_text(request: GenerationRequest) -> TextStream:
         return TextStream(tokenizer, request.sampling, request.prompt_token_ids)

@@ -20,6 +20,7 @@ import torch
 from sortserve.budget import ExitInfo, ExitTable
 from sortserve.errors import CheckpointError, ConfigError
 from sortserve.model.adapter import ADAPTER_CONFIG, adapter_base, merge_adapter
+from sortserve.model.chat_template import ChatTemplate, has_chat_template
 from sortserve.model.config import ExitModuleKind, ModelConfig
 from sortserve.model.exit_modules import exit_module_shapes, load_exit_modules
 from sortserve.model.families import count_layer_parameters, read_model_config, tensor_shapes
@@ -35,6 +36,7 @@ from sortserve.model.loader import (
 from sortserve.model.rope import rope_frequencies
 from sortserve.model.sorted_json import SORTED_JSON, SortedInfo, check_exits
 from sortserve.model.sources import Source, resolve_source
+from sortserve.model.template_renderer import shared_renderer
 from sortserve.model.weights import ModelWeights
 
 __all__ = [
@@ -72,6 +74,8 @@ class LoadedCheckpoint:
     """Prompt and output together, in tokens; at most the sliding window, if there is one."""
     tokenizer: Any
     """transformers' ``PreTrainedTokenizerFast``."""
+    chat_template: ChatTemplate
+    """The tokenizer's, compiled and tried; there may be none."""
     eos_token_ids: frozenset[int]
     generation_defaults: Mapping[str, float]
     """Of temperature, top_p, top_k, min_p and repetition_penalty, those the checkpoint names."""
@@ -128,7 +132,7 @@ def load_checkpoint(
         hf_config = load_hf_config(layout.model)
         config = _read_config(hf_config, layout)
         table = exit_table(config, layout.sorted_info, _choose_exits(exits, config, layout))
-        tokenizer = _load_tokenizer(layout, config)
+        tokenizer, chat_template = _load_tokenizer(layout, config)
         eos_token_ids, defaults = generation_settings(layout.model, hf_config, tokenizer)
         torch_dtype = resolve_dtype(dtype, torch_device, None if layout.is_gguf else hf_config)
         weights = _load_weights(layout, config, hf_config, table.layers, torch_dtype, torch_device)
@@ -141,6 +145,7 @@ def load_checkpoint(
             config.max_position_embeddings, config.sliding_window or config.max_position_embeddings
         ),
         tokenizer=tokenizer,
+        chat_template=chat_template,
         eos_token_ids=eos_token_ids,
         generation_defaults=defaults,
         sorted_info=layout.sorted_info,
@@ -319,17 +324,25 @@ def _choose_exits(
     return chosen
 
 
-def _load_tokenizer(layout: CheckpointLayout, config: ModelConfig) -> Any:
-    """The tokenizer of the named folder, else that of its base."""
+def _load_tokenizer(layout: CheckpointLayout, config: ModelConfig) -> tuple[Any, ChatTemplate]:
+    """The tokenizer of the named folder, else that of its base, and its chat template."""
     has_own = layout.own != layout.model and (layout.own / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(layout.own if has_own else layout.model)
+    folder = layout.own if has_own else layout.model
+    if has_chat_template(folder):
+        shared_renderer().start()  # it takes as long to load as the tokenizer does
+    tokenizer = load_tokenizer(folder)
+    chat_template = ChatTemplate(tokenizer)
+    try:
+        chat_template.prepare()
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error.message}") from error
     if len(tokenizer) > config.vocab_size:
         logger.warning(
             "The tokenizer has %d tokens, the model only %d: the last ones cannot be used.",
             len(tokenizer),
             config.vocab_size,
         )
-    return tokenizer
+    return tokenizer, chat_template
 
 
 def _load_weights(

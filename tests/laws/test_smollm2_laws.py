@@ -65,7 +65,7 @@ def test_served_in_one_mixed_batch_every_exit_answers_as_transformers_with_that_
     decoder = Decoder(
         checkpoint.config, checkpoint.weights, exits=EXITS, max_model_len=checkpoint.max_model_len
     )
-    tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.eos_token_ids)
+    tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.eos_token_ids, checkpoint.chat_template)
     engine = Engine(
         ModelRunner(decoder, num_pages=2000, block_size=16),
         checkpoint.exits,

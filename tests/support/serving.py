@@ -78,7 +78,10 @@ def serve(path: Path, *, attention_backend: str = "auto", device: str = "cpu") -
         attention_backend=attention_backend,
     )
     return Served(
-        path, checkpoint, decoder, Tokenizer(checkpoint.tokenizer, checkpoint.eos_token_ids)
+        path,
+        checkpoint,
+        decoder,
+        Tokenizer(checkpoint.tokenizer, checkpoint.eos_token_ids, checkpoint.chat_template),
     )
 
 

@@ -57,7 +57,9 @@ class OfflineEngine:
             max_model_len=self.max_model_len,
         )
         pages_per_seq = -(-self.max_model_len // BLOCK_SIZE) * decoder.num_slabs
-        self.tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.eos_token_ids)
+        self.tokenizer = Tokenizer(
+            checkpoint.tokenizer, checkpoint.eos_token_ids, checkpoint.chat_template
+        )
         self._engine = Engine(
             ModelRunner(decoder, num_pages=pages_per_seq * max_num_seqs, block_size=BLOCK_SIZE),
             checkpoint.exits,

@@ -6,13 +6,12 @@ and exactly those bytes wait that may still become a character.
 
 Threads: a ``Tokenizer`` may be used from several at once. Encoding and decoding only read the
 underlying tokenizer; truncation and padding, which Hugging Face's own ``__call__`` sets as it goes,
-are switched off once and never touched. Chat templates render in a fresh scope per call.
+are switched off once and never touched. Chat templates render in a process of their own.
 """
 
 from __future__ import annotations
 
 import codecs
-import inspect
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -22,12 +21,12 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from sortserve.errors import InvalidRequestError
+from sortserve.model.chat_template import ChatTemplate
 from sortserve.model.stop_strings import StopMatcher
 from sortserve.sampling_params import SamplingParams
 
 __all__ = ["TextStream", "Tokenizer"]
 
-_TEMPLATE_OPTIONS = {"tools", "documents", "continue_final_message"}
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -36,10 +35,20 @@ class Tokenizer:
 
     Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM2) and sentencepiece style with or without byte
     fall-back (Llama 2, Mistral) are understood down to the byte.
+
+    Args:
+        hf_tokenizer: transformers' tokenizer.
+        eos_token_ids: what ends a generation.
+        chat_template: that of the tokenizer, where it has been prepared already.
     """
 
-    def __init__(self, hf_tokenizer: PreTrainedTokenizerFast, eos_token_ids: frozenset[int]):
-        self._hf = hf_tokenizer
+    def __init__(
+        self,
+        hf_tokenizer: PreTrainedTokenizerFast,
+        eos_token_ids: frozenset[int],
+        chat_template: ChatTemplate | None = None,
+    ) -> None:
+        self._chat_template = chat_template or ChatTemplate(hf_tokenizer)
         self._backend = hf_tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -62,7 +71,7 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether messages can be turned into a prompt."""
-        return bool(self._hf.chat_template)
+        return self._chat_template.exists
 
     def encode(
         self, text: str, add_special_tokens: bool = True, *, param: str = "prompt"
@@ -106,37 +115,23 @@ class Tokenizer:
     ) -> list[int]:
         """Messages to token ids, through the checkpoint's own template.
 
+        Blocks its thread while the template renders, no longer than the renderer's limits.
+
         Args:
-            messages: ``{"role": ..., "content": ...}`` and whatever else the template reads.
+            messages: ``{"role": ..., "content": ...}`` and whatever else the template reads. A
+                content is a text, or a list of parts of type text; the template gets the form it
+                reads.
             add_generation_prompt: end with the opening of the assistant's turn.
             template_kwargs: variables of the template, ``tools`` and ``documents`` among them.
 
         Raises:
-            InvalidRequestError: there is no template, or it refuses these messages.
+            InvalidRequestError: there is no template, it refuses these messages, or it was stopped
+                at a limit.
+            OverloadedError: too many others are being rendered.
         """
-        if not self.has_chat_template:
-            raise InvalidRequestError(
-                "messages cannot be used: this checkpoint has no chat template. Send a prompt.",
-                param="messages",
-            )
-        for name in template_kwargs:
-            if name in _reserved_names(self._hf):
-                raise InvalidRequestError(
-                    f"chat_template_kwargs.{name} is not a variable of the chat template.",
-                    param=f"chat_template_kwargs.{name}",
-                )
-        try:
-            text: str = self._hf.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **template_kwargs,
-            )
-        except Exception as error:  # a template is a program, and it can fail in any way
-            raise InvalidRequestError(
-                f"The chat template of this checkpoint does not take these messages: {error}",
-                param="messages",
-            ) from error
+        text = self._chat_template.render(
+            messages, add_generation_prompt=add_generation_prompt, variables=template_kwargs
+        )
         return self.encode(text, add_special_tokens=False, param="messages")
 
     def convert_id_to_token_text(self, token_id: int) -> tuple[str, bytes]:
@@ -256,11 +251,6 @@ def _decoder_kinds(decoder: dict[str, Any] | None) -> Iterator[str]:
         yield decoder["type"]
         for part in decoder.get("decoders", ()):
             yield from _decoder_kinds(part)
-
-
-def _reserved_names(hf_tokenizer: PreTrainedTokenizerFast) -> set[str]:
-    """Arguments of ``apply_chat_template`` that are no variables; one is the template itself."""
-    return set(inspect.signature(hf_tokenizer.apply_chat_template).parameters) - _TEMPLATE_OPTIONS
 
 
 def _byte_characters() -> dict[str, int]:
