@@ -255,13 +255,11 @@ def has_chat_template(folder: Path) -> bool:
     path = folder / "tokenizer_config.json"
     declared = read_json(path).get("chat_template") if path.is_file() else None
     if isinstance(declared, list):
-        if not all(
-            isinstance(entry, dict) and {"name", "template"} <= set(entry) for entry in declared
-        ):
+        if not all(isinstance(e, dict) and isinstance(e.get("name"), str) for e in declared):
             raise CheckpointError(
                 f"{path}: chat_template is a list of something else than {_NAMED}."
             )
-        declared = {entry["name"]: entry["template"] for entry in declared}
+        declared = {entry["name"]: entry.get("template") for entry in declared}
     try:
         _named_templates(declared or {})
     except CheckpointError as error:

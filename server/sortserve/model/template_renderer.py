@@ -49,7 +49,7 @@ class Renderer:
         self._max_workers = max_workers
         self._free = threading.Semaphore(max_workers)
         self._lock = threading.Lock()
-        self._idle: list[Connection] = []
+        self._idle: list[Connection] = []  # taken and given back by single calls: no lock
         self._process: _Process | None = None
 
     def start(self) -> None:
@@ -191,14 +191,21 @@ class _Process:
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", template_worker.__name__, json.dumps(asdict(limits))],
-                stdin=theirs,
-                stdout=subprocess.DEVNULL,
-                env={**os.environ, **environment},
-                process_group=0,  # Ctrl-C is for the server, which ends this process when it ends
-            )
+        command = [sys.executable, "-m", template_worker.__name__, json.dumps(asdict(limits))]
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=theirs,
+                    stdout=subprocess.DEVNULL,
+                    env={**os.environ, **environment},
+                    process_group=0,  # Ctrl-C is for the server, which ends this when it ends
+                )
+        except OSError as error:
+            self.control.close()
+            raise EngineError(
+                f"The process that renders chat templates does not start: {error}."
+            ) from error
 
     def end(self) -> None:
         self.control.close()
