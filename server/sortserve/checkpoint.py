@@ -20,7 +20,7 @@ import torch
 from sortserve.budget import ExitInfo, ExitTable
 from sortserve.errors import CheckpointError, ConfigError
 from sortserve.model.adapter import ADAPTER_CONFIG, adapter_base, merge_adapter
-from sortserve.model.chat_template import ChatTemplate, has_chat_template
+from sortserve.model.chat_template import ChatTemplate
 from sortserve.model.config import ExitModuleKind, ModelConfig
 from sortserve.model.exit_modules import exit_module_shapes, load_exit_modules
 from sortserve.model.families import count_layer_parameters, read_model_config, tensor_shapes
@@ -328,10 +328,11 @@ def _load_tokenizer(layout: CheckpointLayout, config: ModelConfig) -> tuple[Any,
     """The tokenizer of the named folder, else that of its base, and its chat template."""
     has_own = layout.own != layout.model and (layout.own / "tokenizer.json").is_file()
     folder = layout.own if has_own else layout.model
-    if has_chat_template(folder):
-        shared_renderer().start()  # it takes as long to load as the tokenizer does
+    shared_renderer().start()  # it takes as long to load as the tokenizer does
     tokenizer = load_tokenizer(folder)
     chat_template = ChatTemplate(tokenizer)
+    if not chat_template.exists:
+        shared_renderer().close()
     try:
         chat_template.prepare()
     except CheckpointError as error:

@@ -125,6 +125,26 @@ async def test_tokenize_shows_what_the_chat_template_writes(app: FastAPI) -> Non
     assert usage["prompt_tokens"] == len(tokens)
 
 
+async def test_a_template_that_reads_parts_gets_what_the_user_says(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    path = make_tiny_checkpoint(tmp_path_factory.mktemp("parts"), exits=None)
+    (path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% for part in m['content'] %}{% if part.type == 'text' %}"
+        "<{{ part.text }}>{% endif %}{% endfor %}{% endfor %}"
+    )
+    served = serve(path)
+    worker = EngineWorker(served.engine())
+    app = create_app(worker, served.tokenizer, ApiSettings(served_model_name="m"))
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+
+    for content, written in (("hello", "<hello>"), (parts, "<a><b>")):
+        body = {"messages": [{"role": "user", "content": content}]}
+        tokens = (await post(app, "/tokenize", body)).json()["tokens"]
+        text = (await post(app, "/detokenize", {"tokens": tokens})).json()["prompt"]
+        assert text == written
+
+
 @pytest.mark.parametrize("name", ["tokenize", "chat_template", "padding", "self", "messages"])
 async def test_template_arguments_cannot_reach_behind_the_template(app: FastAPI, name: str) -> None:
     body = {"messages": CHAT, "max_tokens": 1, "chat_template_kwargs": {name: "x"}}

@@ -55,7 +55,10 @@ class AsciiTokenizer:
     ) -> list[int]:
         if messages[0]["role"] == "alien":
             raise InvalidRequestError("The template knows no alien.", param="messages")
-        return self.encode(variables.get("prefix", "") + "".join(m["content"] for m in messages))
+        contents = [m["content"] for m in messages]
+        parts = [[{"text": c}] if isinstance(c, str) else c for c in contents]
+        texts = [part["text"] for content in parts for part in content]
+        return self.encode(variables.get("prefix", "") + "".join(texts))
 
     def convert_id_to_token_text(self, token_id: int) -> tuple[str, bytes]:
         return chr(token_id), bytes([token_id])

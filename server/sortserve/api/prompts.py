@@ -96,7 +96,7 @@ class ChatPrompt:
     @property
     def num_chars(self) -> int:
         """Characters to tokenise, without those of the template."""
-        return sum(len(message["content"]) for message in self.messages)
+        return sum(_num_chars(message["content"]) for message in self.messages)
 
     @property
     def num_tokens_estimate(self) -> int:
@@ -180,7 +180,7 @@ def read_messages(
     add_generation_prompt: bool | None,
     template_arguments: Mapping[str, Any] | None,
 ) -> ChatPrompt:
-    """A conversation as the template sees it: every content is one text.
+    """A conversation for the template, which reads contents as texts or as lists of parts.
 
     Raises:
         InvalidRequestError: ``param`` is the dotted path of what is wrong.
@@ -214,19 +214,21 @@ def _read_message(value: object, param: str) -> dict[str, Any]:
     return {**value, "role": "system" if role == "developer" else role, "content": content}
 
 
-def _read_content(value: object, param: str) -> str:
+def _read_content(value: object, param: str) -> str | list[dict[str, Any]]:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
         raise _not_allowed(param, value, "a string, or a list of parts of type text")
-    texts = []
     for i, part in enumerate(value):
         if not isinstance(part, dict) or part.get("type") != "text":
             raise _not_allowed(f"{param}.{i}", part, 'parts of the form {"type": "text", "text"}')
         if not isinstance(part.get("text"), str):
             raise _not_allowed(f"{param}.{i}.text", part.get("text"), "a string")
-        texts.append(part["text"])
-    return "".join(texts)
+    return value
+
+
+def _num_chars(content: str | list[dict[str, Any]]) -> int:
+    return len(content) if isinstance(content, str) else sum(len(p["text"]) for p in content)
 
 
 def _not_allowed(param: str, value: object, allowed: str) -> InvalidRequestError:

@@ -14,13 +14,11 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from sortserve.errors import CheckpointError, InvalidRequestError
-from sortserve.model.hf import read_json
 from sortserve.model.template_renderer import (
     Renderer,
     TemplateFailed,
@@ -28,7 +26,7 @@ from sortserve.model.template_renderer import (
     shared_renderer,
 )
 
-__all__ = ["ChatTemplate", "has_chat_template", "roles_of_parts"]
+__all__ = ["ChatTemplate", "roles_of_parts"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +47,6 @@ _TRIAL_VARIABLES: dict[str, dict[str, Any]] = {
     "tool_use": {"tools": [{"type": "function", "function": _TRIAL_TOOL}]},
 }
 """The templates that requests use, by name, and what they come with."""
-_NAMED = 'objects {"name": ..., "template": ...}'
 
 
 class ChatTemplate:
@@ -246,27 +243,6 @@ def _is_list_of_texts(content: object) -> bool:
     )
 
 
-def has_chat_template(folder: Path) -> bool:
-    """Whether the tokenizer files of a folder have a chat template.
-
-    Raises:
-        CheckpointError: ``tokenizer_config.json`` has something else in its place.
-    """
-    path = folder / "tokenizer_config.json"
-    declared = read_json(path).get("chat_template") if path.is_file() else None
-    if isinstance(declared, list):
-        if not all(isinstance(e, dict) and isinstance(e.get("name"), str) for e in declared):
-            raise CheckpointError(
-                f"{path}: chat_template is a list of something else than {_NAMED}."
-            )
-        declared = {entry["name"]: entry.get("template") for entry in declared}
-    try:
-        _named_templates(declared or {})
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error.message}") from error
-    return bool(declared) or (folder / "chat_template.jinja").is_file()
-
-
 def _named_templates(templates: object) -> dict[str, str]:
     """Template by name; a single one is the default.
 
@@ -277,7 +253,6 @@ def _named_templates(templates: object) -> dict[str, str]:
     for name, template in named.items():
         if not isinstance(template, str):
             raise CheckpointError(
-                f"chat template {name!r} is of type {type(template).__name__}: it must be a text; "
-                f"or chat_template a list of {_NAMED}."
+                f"chat template {name!r} is of type {type(template).__name__}: it must be a text."
             )
     return named
