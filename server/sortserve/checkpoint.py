@@ -328,7 +328,7 @@ def _load_tokenizer(layout: CheckpointLayout, config: ModelConfig) -> tuple[Any,
     """The tokenizer of the named folder, else that of its base, and its chat template."""
     has_own = layout.own != layout.model and (layout.own / "tokenizer.json").is_file()
     folder = layout.own if has_own else layout.model
-    shared_renderer().start()  # it takes as long to load as the tokenizer does
+    shared_renderer().start()  # it loads while the tokenizer does
     tokenizer = load_tokenizer(folder)
     chat_template = ChatTemplate(tokenizer)
     if not chat_template.exists:

@@ -37,6 +37,7 @@ from sortserve.config import ServeSettings
 from sortserve.listening import BACKLOG, allow_open_files, is_loopback, listening, tls_context
 from sortserve.log_writer import LogWriter
 from sortserve.logs import fields, logging_to
+from sortserve.model.template_renderer import shared_renderer
 from sortserve.signals import SignalGuard
 
 if TYPE_CHECKING:
@@ -175,6 +176,7 @@ class ServerProcess:
 
         def load() -> None:
             try:
+                shared_renderer().start()  # it loads on another core, while torch does on this one
                 from sortserve.build import build  # torch takes seconds: the socket is open by now
 
                 serving = build(self.settings)

@@ -71,7 +71,7 @@ def test_conversations_are_written_as_transformers_writes_them(
         expected = hf_tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False, **variables
         )
-        assert tokenizer.apply_chat_template(messages, **variables) == expected
+        assert tokenizer.apply_chat_template(messages, True, **variables) == expected
 
 
 @pytest.mark.slow

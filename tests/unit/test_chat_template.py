@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from sortserve.checkpoint import load_checkpoint
@@ -85,6 +87,24 @@ def text_of_transformers(
         return error
 
 
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats() | st.text(max_size=8),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=3), values),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(messages=st.lists(st.dictionaries(st.text(max_size=8), json_values, max_size=4), min_size=1))
+def test_any_json_reaches_the_template_as_it_is(
+    renderer: Renderer, messages: list[dict[str, Any]]
+) -> None:
+    template = "{{ messages }}{{ messages | tojson }}"
+    assert renderer.render(template, messages, {}) == text_of_transformers(
+        hf_with(template), messages
+    )
+
+
 def test_documents_and_a_message_to_continue_are_arguments_as_in_transformers(
     renderer: Renderer,
 ) -> None:
@@ -134,7 +154,7 @@ def test_half_a_surrogate_pair_passes_the_template_and_is_refused_by_name() -> N
 @pytest.mark.parametrize("name", ["conversation", "chat_template", "tokenize", "max_length"])
 def test_arguments_of_transformers_are_no_variables(name: str, renderer: Renderer) -> None:
     with pytest.raises(InvalidRequestError, match="not a variable") as caught:
-        rendered(SHOW_ALL, HELLO, renderer, **{name: "x"})
+        rendered(SHOW_ALL, HELLO, renderer, True, **{name: "x"})
     assert caught.value.param == f"chat_template_kwargs.{name}"
 
 

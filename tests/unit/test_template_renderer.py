@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def renderer() -> Iterator[Renderer]:
 def process_of(renderer: Renderer) -> int:
     process = renderer._process
     assert process is not None
-    return process._process.pid
+    pid: int = process._process.pid
+    return pid
 
 
 def workers_of(renderer: Renderer) -> list[int]:
@@ -59,7 +61,7 @@ class InThread(threading.Thread):
 
     def __init__(self, renderer: Renderer, template: str) -> None:
         super().__init__(daemon=True)
-        self._job = lambda: renderer.render(template, MESSAGES, {})
+        self._job = partial(renderer.render, template, MESSAGES, {})
         self.result: str | Exception | None = None
         self.start()
 

@@ -14,6 +14,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -194,11 +195,16 @@ def roles_of_parts(
     Args:
         render: a conversation to a text; None where the template refuses it.
     """
+
+    @cache
+    def shown_in(trial: tuple[str, ...], roles: frozenset[str]) -> list[str]:
+        return _shown(render, trial, roles)
+
     best: tuple[int, int] = (-1, -1)
     chosen: frozenset[str] = frozenset()
     for forms in itertools.product((False, True), repeat=len(_ROLES)):
         roles = frozenset(itertools.compress(_ROLES, forms))
-        shown = [role for trial in _TRIALS for role in _shown(render, trial, roles)]
+        shown = [role for trial in _TRIALS for role in shown_in(trial, roles.intersection(trial))]
         score = shown.count("user"), len(shown)
         if score > best:
             best, chosen = score, roles
@@ -227,7 +233,7 @@ def _in_form(message: Any, roles_of_parts: frozenset[str]) -> Any:
     """A message with its content in the form that the template reads."""
     if not isinstance(message, Mapping):
         return message
-    content = message.get("content")
+    content: Any = message.get("content")
     role = message.get("role")
     wants_parts = (role if role in _ROLES else "user") in roles_of_parts
     if wants_parts and isinstance(content, str):
@@ -237,7 +243,7 @@ def _in_form(message: Any, roles_of_parts: frozenset[str]) -> Any:
     return message
 
 
-def _is_list_of_texts(content: object) -> bool:
+def _is_list_of_texts(content: Any) -> bool:
     return isinstance(content, list) and all(
         isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content
     )
@@ -249,7 +255,7 @@ def _named_templates(templates: object) -> dict[str, str]:
     Raises:
         CheckpointError: one of them is no text.
     """
-    named = templates if isinstance(templates, dict) else {"default": templates}
+    named: dict[str, Any] = templates if isinstance(templates, dict) else {"default": templates}
     for name, template in named.items():
         if not isinstance(template, str):
             raise CheckpointError(

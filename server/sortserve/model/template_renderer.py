@@ -196,7 +196,7 @@ class _Process:
             with theirs:
                 self._process = subprocess.Popen(
                     command,
-                    stdin=theirs,
+                    stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     env={**os.environ, **environment},
                     process_group=0,  # Ctrl-C is for the server, which ends this when it ends

@@ -62,7 +62,7 @@ class Tokenizer:
         self._has_byte_tokens = "ByteFallback" in kinds
         self._anchor: list[int] = self._backend.encode("a", add_special_tokens=False).ids[-1:]
         self._bytes_by_id: dict[int, bytes] = {}
-        self._literals = {
+        self._literals: dict[int, bytes] = {
             token_id: token.content.encode()
             for token_id, token in added.items()
             if self._is_literal(token_id, token)
