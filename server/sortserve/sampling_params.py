@@ -71,7 +71,7 @@ class SamplingParams:
             self.temperature,
             "a number from 0 to 100",
         )
-        _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "a number in (0, 1]")
+        _require(0.0 <= self.top_p <= 1.0, "top_p", self.top_p, "a number in [0, 1]")
         _require(self.top_k >= -1, "top_k", self.top_k, "-1 or 0 (off), or a positive integer")
         _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "a number in [0, 1]")
         _require(

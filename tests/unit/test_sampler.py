@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from sortserve.engine import filters
 from sortserve.engine.sampler import Sampler, uniform
 from sortserve.engine.vocab_ops import argmax, at_least, draw
-from sortserve.sampling_params import SampledToken, SamplingParams, SamplingRow
+from sortserve.sampling_params import RowFailure, SampledToken, SamplingParams, SamplingRow
 from support.reference_sampling import processed_logits, reference_uniform, sample_reference
 
 
@@ -27,7 +28,13 @@ def make_row(
 
 
 def sample(logits_RV: Tensor, *rows: SamplingRow) -> list[int]:
-    return [token.token_id for token in Sampler().sample(logits_RV.clone(), rows)]
+    return [token.token_id for token in sampled(logits_RV, *rows)]
+
+
+def sampled(logits_RV: Tensor, *rows: SamplingRow) -> list[SampledToken]:
+    tokens = Sampler().sample(logits_RV.clone(), rows)
+    assert all(isinstance(token, SampledToken) for token in tokens), tokens
+    return tokens  # type: ignore[return-value]
 
 
 def random_logits(num_rows: int, vocab_size: int, *, seed: int = 0, scale: float = 3.0) -> Tensor:
@@ -264,7 +271,7 @@ def test_logprobs_are_those_of_the_model_before_penalties_and_temperature() -> N
         temperature=0.5, logprobs=3, repetition_penalty=1.7, logit_bias={7: 50.0}, output=(3, 4)
     )
     plain = make_row(temperature=0.0)
-    without, token = Sampler().sample(logits_RV.clone(), [plain, row])
+    without, token = sampled(logits_RV, plain, row)
     logprobs_V = logits_RV[1].log_softmax(-1)
     best = logprobs_V.topk(3)
     assert token.token_id == 7
@@ -278,7 +285,7 @@ def test_logprobs_are_those_of_the_model_before_penalties_and_temperature() -> N
 
 def test_each_row_gets_as_many_top_logprobs_as_it_asked_for() -> None:
     rows = [make_row(temperature=0.0, logprobs=k) for k in (0, 20, 1)]
-    tokens = Sampler().sample(random_logits(3, 10), rows)
+    tokens = sampled(random_logits(3, 10), *rows)
     assert [len(token.top_logprobs) for token in tokens] == [0, 10, 1]
     assert all(token.logprob is not None for token in tokens)
 
@@ -286,7 +293,7 @@ def test_each_row_gets_as_many_top_logprobs_as_it_asked_for() -> None:
 def test_a_greedy_token_heads_its_top_logprobs_even_among_ties() -> None:
     logits_V = torch.zeros(1, 1000)
     logits_V[0, [900, 31, 500]] = 2.0
-    [token] = Sampler().sample(logits_V, [make_row(temperature=0.0, logprobs=2)])
+    [token] = sampled(logits_V, make_row(temperature=0.0, logprobs=2))
     assert token.token_id == 31
     assert [top.token_id for top in token.top_logprobs] == [31, 500]
 
@@ -294,19 +301,100 @@ def test_a_greedy_token_heads_its_top_logprobs_even_among_ties() -> None:
 # ---- numbers that go wrong --------------------------------------------------------------------
 
 
+def spoiled(logits_V: Tensor, how: str) -> Tensor:
+    """Logits as a broken model gives them."""
+    logits_V = logits_V.clone()
+    if how == "one NaN":
+        logits_V[5] = torch.nan
+    elif how == "one inf":
+        logits_V[5] = torch.inf
+    else:
+        logits_V[:] = {"all NaN": torch.nan, "all -inf": -torch.inf}[how]
+    return logits_V
+
+
+@pytest.mark.parametrize("how", ["one NaN", "one inf", "all NaN", "all -inf"])
+@pytest.mark.parametrize(
+    "params",
+    [
+        pytest.param({"temperature": 0.0}, id="greedy"),
+        pytest.param({"temperature": 1.0}, id="sampled"),
+        pytest.param({"top_p": 0.9, "top_k": 20, "min_p": 0.01}, id="filtered"),
+        pytest.param({"top_p": 0.9, "logprobs": 3}, id="logprobs"),
+        pytest.param({"temperature": 0.0, "repetition_penalty": 1.3, "logprobs": 0}, id="edited"),
+    ],
+)
+def test_a_row_that_is_not_finite_fails_alone(how: str, params: dict[str, object]) -> None:
+    logits_RV = random_logits(5, 128)
+    rows = [make_row(seed=seed, **params) for seed in range(5)]  # type: ignore[arg-type]
+    expected: list[object] = list(Sampler().sample(logits_RV.clone(), rows))
+    for r in (1, 4):
+        logits_RV[r] = spoiled(logits_RV[r], how)
+        expected[r] = RowFailure("the model's logits are not finite")
+    assert Sampler().sample(logits_RV, rows) == expected
+
+
+def test_a_step_of_rows_that_are_not_finite_has_a_failure_for_each() -> None:
+    tokens = Sampler().sample(torch.full((3, 10), torch.nan), [make_row()] * 3)
+    assert tokens == [RowFailure("the model's logits are not finite")] * 3
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_that_is_not_finite_is_logged_and_harms_no_other(
-    temperature: float, caplog: pytest.LogCaptureFixture
+def test_a_row_whose_every_token_is_masked_fails_alone(temperature: float) -> None:
+    logits_RV = random_logits(3, 5)
+    rows = [make_row(temperature=temperature, seed=seed) for seed in range(3)]
+    first, _, last = Sampler().sample(logits_RV.clone(), rows)
+    rows[1] = make_row(temperature=temperature, min_tokens=1, stop_ids=tuple(range(5)))
+    failure = RowFailure("min_tokens masks every token of the vocabulary")
+    assert Sampler().sample(logits_RV, rows) == [first, failure, last]
+
+
+EXTREME: dict[str, list[object]] = {
+    "temperature": [0.0, 1e-300, 1e-40, 1.0, 100.0],
+    "repetition_penalty": [5e-324, 1e-300, 1e-46, 1e-40, 1.0, 100.0],
+    "presence_penalty": [-2.0, 0.0, 2.0],
+    "frequency_penalty": [-2.0, 0.0, 2.0],
+    "top_p": [0.0, 5e-324, 1e-30, 1.0],
+    "top_k": [0, 1, 10**400],
+    "min_p": [0.0, 5e-324, 1e-30, 1.0],
+    "logit_bias": [{}, {3: -100.0, 7: 100.0}],
+    "min_tokens": [0, 100],
+    "logprobs": [None, 20],
+}
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 3.0, 3e4, 1e30, 6e37])
+def test_no_mix_of_extreme_settings_and_logits_gives_a_failure_or_moves_a_neighbour(
+    scale: float,
 ) -> None:
-    logits_RV = random_logits(4, 128)
-    rows = [make_row(seed=seed, temperature=temperature, logprobs=1) for seed in range(4)]
-    healthy = Sampler().sample(logits_RV.clone(), rows)
-    logits_RV[1, 5] = torch.nan
-    logits_RV[2] = -torch.inf
-    tokens = Sampler().sample(logits_RV, rows)
-    assert "rows [1, 2] of 4 are not finite" in caplog.text
-    assert (tokens[0], tokens[3]) == (healthy[0], healthy[3])
-    assert all(0 <= token.token_id < 128 for token in tokens)
+    rng = random.Random(0)
+    healthy = make_row(seed=1, temperature=1.0)
+    plain_1V = random_logits(1, 64, seed=9)
+    expected = sample(plain_1V, healthy)
+    for case in range(150):
+        logits_V = random_logits(1, 64, seed=case)[0].clamp(-5.0, 5.0) * scale
+        params = {name: rng.choice(values) for name, values in EXTREME.items()}
+        row = make_row(seed=case, prompt=(1, 7), output=(3, 3, 9) * 20, **params)  # type: ignore[arg-type]
+        mixed, beside = Sampler().sample(torch.stack((logits_V, plain_1V[0])), [row, healthy])
+        assert isinstance(mixed, SampledToken), params
+        assert 0 <= mixed.token_id < 64
+        assert all(math.isfinite(top.logprob) for top in mixed.top_logprobs)
+        assert beside == SampledToken(expected[0])
+
+
+def test_a_repetition_penalty_near_zero_prefers_seen_tokens_by_their_logits() -> None:
+    logits_V = torch.tensor([[1.0, 2.0, 3.0, 9.0, -1.0]])
+    seen: dict[str, object] = {"prompt": (0, 1), "output": (2, 4), "repetition_penalty": 1e-40}
+    for temperature in (0.0, 1.0, 1e-30):
+        row = make_row(temperature=temperature, **seen)  # type: ignore[arg-type]
+        assert sample(logits_V, row) == [2]
+
+
+def test_top_p_0_takes_the_likeliest_token_and_the_first_of_equal_ones() -> None:
+    logits_RV = random_logits(2, 300)
+    logits_RV[1, [40, 7, 299]] = 20.0
+    rows = [make_row(seed=seed, temperature=1.5, top_p=0.0) for seed in range(2)]
+    assert sample(logits_RV, *rows) == [int(logits_RV[0].argmax()), 7]
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5, 1.0 - 2.0**-53])

@@ -7,7 +7,7 @@ import torch
 from sortserve.engine.inputs import build_batch
 from sortserve.engine.sampler import Sampler
 from sortserve.model.decoder import Decoder
-from sortserve.sampling_params import SampledToken
+from sortserve.sampling_params import RowFailure, SampledToken
 from sortserve.scheduling.plan import StepPlan
 
 __all__ = ["ModelRunner"]
@@ -27,8 +27,8 @@ class ModelRunner:
         self._kv_cache = decoder.allocate_kv_cache(num_pages, block_size)
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> list[SampledToken]:
-        """Run the plan's rows; one token for each row that samples, in the plan's order."""
+    def execute(self, plan: StepPlan) -> list[SampledToken | RowFailure]:
+        """Run the plan's rows; for each that samples, in the plan's order, its token or failure."""
         batch = build_batch(
             plan,
             block_size=self.block_size,

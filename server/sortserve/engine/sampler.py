@@ -15,7 +15,6 @@ Shapes: R rows of the batch, N the rows that one function works on, V vocabulary
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -25,18 +24,24 @@ from torch import Tensor
 
 from sortserve.engine.filters import draw_filtered, has_filter
 from sortserve.engine.vocab_ops import argmax, at_least, draw, pick, take_rows
-from sortserve.sampling_params import SampledToken, SamplingRow, TokenLogprob
+from sortserve.sampling_params import RowFailure, SampledToken, SamplingRow, TokenLogprob
 
 __all__ = ["Sampler", "uniform"]
-
-logger = logging.getLogger(__name__)
 
 _MASK_64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, the increment of SplitMix64
 
+# Edited logits stay finite in float32: a logit up to 1e6 over the lowest penalty is no more than the
+# huge logit, and that over the lowest temperature is 1e38.
 _LOWEST_TEMPERATURE = 1e-20
-"""Keeps logits / temperature finite in float32. Greedy in all but name."""
-_HUGE_LOGIT = 1e4
+"""Greedy in all but name."""
+_LOWEST_PENALTY = 1e-12
+"""0 in all but name."""
+_HUGE_LOGIT = 1e18
+"""No edited logit is larger."""
+
+_NOT_FINITE = RowFailure("the model's logits are not finite")
+_ALL_MASKED = RowFailure("min_tokens masks every token of the vocabulary")
 
 
 def uniform(seed: int, position: int) -> float:
@@ -63,12 +68,14 @@ class Sampler:
     """Chooses one token per row. Keeps no state: everything a row needs is in its SamplingRow."""
 
     @torch.inference_mode()
-    def sample(self, logits_RV: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
-        """One token per row, in order.
+    def sample(
+        self, logits_RV: Tensor, rows: Sequence[SamplingRow]
+    ) -> list[SampledToken | RowFailure]:
+        """One token per row, in order; a failure in place of a row that has none.
 
         Greedy rows take the first of the largest logits after penalties and bias. ``logprobs`` come
-        from the logits as they came in. A row with NaN or +inf is logged and its bad values
-        replaced, so that it cannot harm the others.
+        from the logits as they came in. A row fails if its largest logit is not a finite number, or
+        if ``min_tokens`` masks all of them; the others get what they would get without it.
 
         Args:
             logits_RV: float32, on any device. Consumed: what is in it afterwards is left open.
@@ -76,39 +83,61 @@ class Sampler:
         """
         assert logits_RV.dtype == torch.float32, "logits are float32"
         assert logits_RV.shape[0] == len(rows), "one row of logits per row"
-        if not rows:
-            return []
-        logits_RV, token_ids = _finite_argmax(logits_RV)
-        if all(_is_plain(row) for row in rows):
-            return [SampledToken(token_id) for token_id in token_ids]
-
-        reported = [r for r, row in enumerate(rows) if row.params.logprobs is not None]
-        raw_NV = logits_RV[reported]  # a copy, taken before the edits
-        edited = _edit(logits_RV, rows)
-        greedy_again = [r for r in edited if rows[r].params.greedy]
-        new_ids = dict(
-            zip(greedy_again, argmax(take_rows(logits_RV, greedy_again))[0], strict=True)
+        token_ids, largest = argmax(logits_RV)
+        healthy = [r for r, value in enumerate(largest) if math.isfinite(value)]
+        for r in healthy:
+            if abs(largest[r]) > _HUGE_LOGIT:
+                logits_RV[r] -= largest[r]  # the same distribution
+        chosen = dict(
+            zip(
+                healthy,
+                _choose(
+                    take_rows(logits_RV, healthy),
+                    [rows[r] for r in healthy],
+                    [token_ids[r] for r in healthy],
+                ),
+                strict=True,
+            )
         )
-        new_ids |= _draw(logits_RV, {r: w for r, w in enumerate(rows) if not w.params.greedy})
-
-        sampled = [SampledToken(new_ids.get(r, token_id)) for r, token_id in enumerate(token_ids)]
-        if reported:
-            chosen = [sampled[r].token_id for r in reported]
-            num_top = [rows[r].params.logprobs or 0 for r in reported]
-            for r, token in zip(reported, _with_logprobs(raw_NV, chosen, num_top), strict=True):
-                sampled[r] = token
-        return sampled
+        return [chosen.get(r, _NOT_FINITE) for r in range(len(rows))]
 
 
-def _finite_argmax(logits_RV: Tensor) -> tuple[Tensor, list[int]]:
-    """The logits, repaired if a row's largest is not finite, and each row's argmax."""
-    token_ids, largest = argmax(logits_RV)
-    bad = [r for r, value in enumerate(largest) if not math.isfinite(value)]
-    if bad:
-        logger.error("logits of rows %s of %d are not finite: replaced", bad, len(largest))
-        logits_RV = logits_RV.nan_to_num(-_HUGE_LOGIT, posinf=_HUGE_LOGIT, neginf=-_HUGE_LOGIT)
-        token_ids, _ = argmax(logits_RV)
-    return logits_RV, token_ids
+def _choose(
+    logits_RV: Tensor, rows: Sequence[SamplingRow], token_ids: Sequence[int]
+) -> list[SampledToken | RowFailure]:
+    """A token or a failure for each row.
+
+    Args:
+        logits_RV: of each row, the largest one finite.
+        rows: what each row asks for.
+        token_ids: each row's argmax.
+    """
+    if all(_is_plain(row) for row in rows):
+        return [SampledToken(token_id) for token_id in token_ids]
+
+    reported = [r for r, row in enumerate(rows) if row.params.logprobs is not None]
+    raw_NV = logits_RV[reported]  # a copy, taken before the edits
+    new_ids, masked = _edited_argmax(logits_RV, rows, _edit(logits_RV, rows))
+    to_draw = {r: w for r, w in enumerate(rows) if not w.params.greedy and r not in masked}
+    new_ids |= _draw(logits_RV, to_draw)
+
+    sampled = [SampledToken(new_ids.get(r, token_id)) for r, token_id in enumerate(token_ids)]
+    if reported:
+        chosen = [sampled[r].token_id for r in reported]
+        num_top = [rows[r].params.logprobs or 0 for r in reported]
+        for r, token in zip(reported, _with_logprobs(raw_NV, chosen, num_top), strict=True):
+            sampled[r] = token
+    return [_ALL_MASKED if r in masked else token for r, token in enumerate(sampled)]
+
+
+def _edited_argmax(
+    logits_RV: Tensor, rows: Sequence[SamplingRow], edited: Sequence[int]
+) -> tuple[dict[int, int], set[int]]:
+    """The new argmax of edited greedy rows, and which rows have no token left."""
+    looked_at = [r for r in edited if rows[r].params.greedy or _is_below_min_tokens(rows[r])]
+    token_ids, largest = argmax(take_rows(logits_RV, looked_at))
+    masked = {r for r, value in zip(looked_at, largest, strict=True) if value == -math.inf}
+    return dict(zip(looked_at, token_ids, strict=True)), masked
 
 
 def _is_plain(row: SamplingRow) -> bool:
@@ -140,12 +169,17 @@ def _penalise_repetition(logits_RV: Tensor, rows: Mapping[int, SamplingRow]) -> 
     """Divide positive and multiply negative logits of every token seen in prompt or output."""
     chosen = {r: row for r, row in rows.items() if row.params.repetition_penalty != 1.0}
     seen = {r: {*row.prompt_token_ids, *row.output_token_ids} for r, row in chosen.items()}
-    penalties = [chosen[r].params.repetition_penalty for r, ids in seen.items() for _ in ids]
+    penalties = [
+        max(chosen[r].params.repetition_penalty, _LOWEST_PENALTY)
+        for r, ids in seen.items()
+        for _ in ids
+    ]
     if penalties:
         at = _flat_index(seen, logits_RV.device)
         penalty = torch.tensor(penalties, dtype=torch.float32, device=logits_RV.device)
         old = logits_RV[at]
-        logits_RV[at] = torch.where(old < 0, old * penalty, old / penalty)
+        new = torch.where(old < 0, old * penalty, old / penalty)
+        logits_RV[at] = new.clamp(max=_HUGE_LOGIT)
 
 
 def _additions(row: SamplingRow, vocab_size: int) -> dict[int, float]:
