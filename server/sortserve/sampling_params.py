@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,15 +11,39 @@ __all__ = ["RowFailure", "SampledToken", "SamplingParams", "SamplingRow", "Token
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_INT = 2**31 - 1
+"""Of counts: more than any model's context or vocabulary."""
+MAX_SEED = 2**63 - 1
+_MAX_SHOWN_CHARS = 100
 
 
 def _require(ok: bool, param: str, value: object, allowed: str) -> None:
     if not ok:
-        raise InvalidRequestError(f"{param}={value!r} is not allowed: {allowed}.", param=param)
+        raise InvalidRequestError(
+            f"{param}={_shown(value)} is not allowed: {allowed}.", param=param
+        )
 
 
-def _finite(value: float) -> bool:
-    return math.isfinite(value)
+def _shown(value: object) -> str:
+    """The value as an error message can carry it."""
+    if isinstance(value, int) and abs(value) > 10**_MAX_SHOWN_CHARS:
+        return (
+            f"(an integer of {value.bit_length()} bits)"  # Python refuses to write very long ones
+        )
+    try:
+        text = repr(value)
+    except ValueError:  # such an integer in a list
+        return f"(a {type(value).__name__})"
+    return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "..."
+
+
+def _is_int(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_number(value: object, least: float, most: float) -> bool:
+    """Compares and converts nothing: an integer may be too large for a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +61,7 @@ class SamplingParams:
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
+    """0 keeps the likeliest token alone."""
     top_k: int = 0
     """0 or -1 keeps every token."""
     min_p: float = 0.0
@@ -48,6 +72,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
+    """64 bits, signed."""
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -58,56 +83,55 @@ class SamplingParams:
     from the model's distribution before penalties and temperature."""
 
     def __post_init__(self) -> None:
-        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer >= 1")
+        self._check_int("max_tokens", 1, MAX_INT)
+        self._check_int("min_tokens", 0, self.max_tokens, "0 to max_tokens=")
+        self._check_int("top_k", -1, MAX_INT, "-1 or 0 (off) to ")
+        if self.seed is not None:
+            self._check_int("seed", -MAX_SEED - 1, MAX_SEED)
+        if self.logprobs is not None:
+            self._check_int("logprobs", 0, MAX_LOGPROBS)
+        self._check_number("temperature", 0, 100)
+        self._check_number("top_p", 0, 1)
+        self._check_number("min_p", 0, 1)
         _require(
-            0 <= self.min_tokens <= self.max_tokens,
-            "min_tokens",
-            self.min_tokens,
-            f"an integer from 0 to max_tokens={self.max_tokens}",
-        )
-        _require(
-            _finite(self.temperature) and 0.0 <= self.temperature <= 100.0,
-            "temperature",
-            self.temperature,
-            "a number from 0 to 100",
-        )
-        _require(0.0 <= self.top_p <= 1.0, "top_p", self.top_p, "a number in [0, 1]")
-        _require(self.top_k >= -1, "top_k", self.top_k, "-1 or 0 (off), or a positive integer")
-        _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "a number in [0, 1]")
-        _require(
-            _finite(self.repetition_penalty) and 0.0 < self.repetition_penalty <= 100.0,
+            _is_number(self.repetition_penalty, 0, 100) and self.repetition_penalty > 0,
             "repetition_penalty",
             self.repetition_penalty,
-            "a number in (0, 100]",
+            "a number above 0, to 100",
         )
-        for name in ("presence_penalty", "frequency_penalty"):
+        self._check_number("presence_penalty", -2, 2)
+        self._check_number("frequency_penalty", -2, 2)
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             value = getattr(self, name)
-            _require(-2.0 <= value <= 2.0, name, value, "a number from -2 to 2")
+            _require(isinstance(value, bool), name, value, "true or false")
+        self._check_collections()
+
+    def _check_int(self, name: str, least: int, most: int, range_: str | None = None) -> None:
+        value = getattr(self, name)
+        allowed = f"an integer from {range_ or f'{least} to '}{most}"
+        _require(_is_int(value, least, most), name, value, allowed)
+
+    def _check_number(self, name: str, least: int, most: int) -> None:
+        value = getattr(self, name)
+        _require(_is_number(value, least, most), name, value, f"a number from {least} to {most}")
+
+    def _check_collections(self) -> None:
+        allowed = "token ids >= 0, each with a bias from -100 to 100"
+        _require(isinstance(self.logit_bias, Mapping), "logit_bias", self.logit_bias, allowed)
         for token_id, bias in self.logit_bias.items():
+            ok = _is_int(token_id, 0, MAX_INT) and _is_number(bias, -100, 100)
+            param = f"logit_bias.{token_id if isinstance(token_id, str) else _shown(token_id)}"
+            _require(ok, param[:_MAX_SHOWN_CHARS], bias, allowed)
+        allowed = f"at most {MAX_STOP_STRINGS} non-empty strings"
+        are_strings = isinstance(self.stop, tuple | list) and len(self.stop) <= MAX_STOP_STRINGS
+        are_strings = are_strings and all(isinstance(text, str) and text for text in self.stop)
+        _require(are_strings, "stop", self.stop, allowed)
+        ids = self.stop_token_ids
+        _require(isinstance(ids, tuple | list), "stop_token_ids", ids, "a list of token ids")
+        for i, token_id in enumerate(ids):
             _require(
-                token_id >= 0 and -100.0 <= bias <= 100.0,
-                f"logit_bias.{token_id}",
-                bias,
-                "token ids >= 0 with a bias from -100 to 100",
+                _is_int(token_id, 0, MAX_INT), f"stop_token_ids.{i}", token_id, "a token id >= 0"
             )
-        _require(
-            len(self.stop) <= MAX_STOP_STRINGS and all(self.stop),
-            "stop",
-            list(self.stop),
-            f"at most {MAX_STOP_STRINGS} non-empty strings",
-        )
-        _require(
-            all(token_id >= 0 for token_id in self.stop_token_ids),
-            "stop_token_ids",
-            list(self.stop_token_ids),
-            "token ids >= 0",
-        )
-        _require(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-            "logprobs",
-            self.logprobs,
-            f"null, or an integer from 0 to {MAX_LOGPROBS}",
-        )
 
     @property
     def greedy(self) -> bool:

@@ -355,7 +355,7 @@ EXTREME: dict[str, list[object]] = {
     "presence_penalty": [-2.0, 0.0, 2.0],
     "frequency_penalty": [-2.0, 0.0, 2.0],
     "top_p": [0.0, 5e-324, 1e-30, 1.0],
-    "top_k": [0, 1, 10**400],
+    "top_k": [0, 1, 2**31 - 1],
     "min_p": [0.0, 5e-324, 1e-30, 1.0],
     "logit_bias": [{}, {3: -100.0, 7: 100.0}],
     "min_tokens": [0, 100],
