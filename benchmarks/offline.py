@@ -59,7 +59,10 @@ class EngineBench:
         self.device, self.dtype = decoder.device, decoder.dtype
         num_pages = max_rows * (longest // BLOCK_SIZE + 1) * decoder.num_slabs
         tokenizer = Tokenizer(
-            checkpoint.tokenizer, checkpoint.eos_token_ids, checkpoint.chat_template
+            checkpoint.tokenizer,
+            checkpoint.eos_token_ids,
+            checkpoint.chat_template,
+            model_vocab_size=checkpoint.config.vocab_size,
         )
         self._engine = Engine(
             ModelRunner(decoder, num_pages=num_pages, block_size=BLOCK_SIZE),

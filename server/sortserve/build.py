@@ -105,7 +105,12 @@ def build(settings: ServeSettings) -> Serving:
     )
     cache = _cache_shape(settings, decoder, max_model_len)
     runner = ModelRunner(decoder, num_pages=cache.num_pages, block_size=cache.block_size)
-    tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.eos_token_ids, checkpoint.chat_template)
+    tokenizer = Tokenizer(
+        checkpoint.tokenizer,
+        checkpoint.eos_token_ids,
+        checkpoint.chat_template,
+        model_vocab_size=checkpoint.config.vocab_size,
+    )
 
     def make_text(request: GenerationRequest) -> TextStream:
         return TextStream(tokenizer, request.sampling, request.prompt_token_ids)
@@ -126,6 +131,7 @@ def build(settings: ServeSettings) -> Serving:
             enable_prefix_caching=settings.enable_prefix_caching,
             max_failed_steps=settings.max_failed_steps,
             seed=settings.seed,
+            vocab_size=checkpoint.config.vocab_size,
         ),
         observer=Observers([metrics, RequestLogger()]),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,19 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from transformers import AutoTokenizer
 
 from sortserve.api.app import create_app
 from sortserve.api.settings import ApiSettings
+from sortserve.build import build
+from sortserve.config import load_settings
 from sortserve.engine.worker import EngineWorker
 from support.http_service import parse_events
 from support.serving import Served, serve
-from support.tiny_models import make_tiny_checkpoint
+from support.tiny_models import VOCAB_SIZE, make_tiny_checkpoint, tiny_tokenizer
 
 CHAT = [{"role": "user", "content": "hé 😀 there"}]
+NUM_TOKENS = len(tiny_tokenizer())
 BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/generate", {"prompt": "the 你好", "seed": 3}),
     ("/generate", {"messages": CHAT, "seed": 4, "budget": {"exit_layer": 2}}),
@@ -153,3 +158,52 @@ async def test_template_arguments_cannot_reach_behind_the_template(app: FastAPI,
 
     assert reply.status_code == 400
     assert reply.json()["error"]["param"] == f"chat_template_kwargs.{name}"
+
+
+@pytest.fixture
+async def small_embedding(tmp_path: Path) -> AsyncIterator[FastAPI]:
+    """A checkpoint whose tokenizer got a token that the model has no embedding for."""
+    path = make_tiny_checkpoint(tmp_path, "llama-tied", exits=(2, 4, 6))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(VOCAB_SIZE - len(tokenizer) + 1)])
+    tokenizer.save_pretrained(path)
+    serving = build(load_settings({"model": str(path), "calibrate": False, "max_num_seqs": 4}))
+    serving.worker.start()
+    yield create_app(serving.worker, serving.tokenizer, ApiSettings(served_model_name="m"))
+    await asyncio.to_thread(serving.worker.stop)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/generate", {"prompt": "a{late}"}, "prompt"),
+        ("/generate", {"messages": [{"role": "user", "content": "{late}"}]}, "messages"),
+        ("/generate", {"prompt": [5, VOCAB_SIZE]}, "prompt.1"),
+        (
+            "/generate",
+            {"prompt": "a", "logit_bias": {str(VOCAB_SIZE): 1}},
+            f"logit_bias.{VOCAB_SIZE}",
+        ),
+        ("/generate", {"prompt": "a", "stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids.0"),
+        ("/v1/completions", {"prompt": ["a", "{late}"]}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "{late}"}]}, "messages"),
+        ("/tokenize", {"prompt": "{late}"}, "prompt"),
+    ],
+)
+async def test_a_token_beyond_the_embedding_is_a_400_that_names_the_field(
+    small_embedding: FastAPI, path: str, fields: dict[str, Any], param: str
+) -> None:
+    late = f"<extra{VOCAB_SIZE - NUM_TOKENS}>"
+    body = json.loads(json.dumps(fields).replace("{late}", late))
+    if path != "/tokenize":
+        body["max_tokens"] = 2
+
+    refused, neighbour = await asyncio.gather(
+        post(small_embedding, path, body),
+        post(small_embedding, "/generate", {"prompt": "a<extra0>", "max_tokens": 8}),
+    )
+
+    assert refused.status_code == 400, refused.text
+    assert refused.json()["error"]["param"] == param
+    assert str(VOCAB_SIZE) in refused.json()["error"]["message"]
+    assert neighbour.status_code == 200

@@ -53,7 +53,12 @@ class Served:
         return Timed(engine, runner, clock, make_desk(engine))
 
     def _engine_of(self, runner: Runner, clock: FakeClock, config: dict[str, Any]) -> Engine:
-        settings = {"max_num_seqs": 64, "seed": 0, **config}
+        settings = {
+            "max_num_seqs": 64,
+            "seed": 0,
+            "vocab_size": self.checkpoint.config.vocab_size,
+            **config,
+        }
         return Engine(
             runner,
             self.checkpoint.exits,
@@ -77,12 +82,13 @@ def serve(path: Path, *, attention_backend: str = "auto", device: str = "cpu") -
         max_model_len=checkpoint.max_model_len,
         attention_backend=attention_backend,
     )
-    return Served(
-        path,
-        checkpoint,
-        decoder,
-        Tokenizer(checkpoint.tokenizer, checkpoint.eos_token_ids, checkpoint.chat_template),
+    tokenizer = Tokenizer(
+        checkpoint.tokenizer,
+        checkpoint.eos_token_ids,
+        checkpoint.chat_template,
+        model_vocab_size=checkpoint.config.vocab_size,
     )
+    return Served(path, checkpoint, decoder, tokenizer)
 
 
 @cache

@@ -131,6 +131,36 @@ def test_special_tokens_are_hidden_or_shown_as_asked() -> None:
     assert "".join(run(shown, ids)[0]) == "a<|im_start|>b"
 
 
+def test_a_text_with_a_token_that_the_model_has_no_embedding_for_is_refused_by_name() -> None:
+    hf_tokenizer = make_byte_tokenizer()
+    num_known = len(hf_tokenizer)
+    hf_tokenizer.add_tokens(["<late>", "<later>"])
+    hf_tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer = Tokenizer(hf_tokenizer, frozenset({IM_END}), model_vocab_size=num_known + 1)
+
+    assert tokenizer.vocab_size == num_known + 1
+    assert tokenizer.encode("a<late>")[-1] == num_known
+    message = f"the token '<later>', whose id {num_known + 1} is beyond .* 0 to {num_known}"
+    with pytest.raises(InvalidRequestError, match=f"prompt holds {message}") as caught:
+        tokenizer.encode("a<later>b")
+    assert caught.value.param == "prompt"
+    with pytest.raises(InvalidRequestError, match=f"messages holds {message}") as caught:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a<later>b"}])
+    assert caught.value.param == "messages"
+
+
+def test_a_model_may_know_more_tokens_than_the_tokenizer() -> None:
+    """Its vocabulary is padded: such ids can be generated, and have no text."""
+    hf_tokenizer = make_byte_tokenizer()
+    tokenizer = Tokenizer(hf_tokenizer, frozenset({IM_END}), model_vocab_size=10_000)
+
+    assert tokenizer.vocab_size == len(hf_tokenizer)
+    assert run(stream_of(tokenizer), [9_999, *tokenizer.encode("a"), 9_000]) == (
+        ["", "a", "", ""],
+        False,
+    )
+
+
 def test_an_id_beyond_the_vocabulary_has_no_text() -> None:
     deltas, _ = run(stream_of(byte_tokenizer()), [*byte_ids(b"a"), 5000, *byte_ids(b"b")])
     assert "".join(deltas) == "ab"

@@ -58,7 +58,10 @@ class OfflineEngine:
         )
         pages_per_seq = -(-self.max_model_len // BLOCK_SIZE) * decoder.num_slabs
         self.tokenizer = Tokenizer(
-            checkpoint.tokenizer, checkpoint.eos_token_ids, checkpoint.chat_template
+            checkpoint.tokenizer,
+            checkpoint.eos_token_ids,
+            checkpoint.chat_template,
+            model_vocab_size=checkpoint.config.vocab_size,
         )
         self._engine = Engine(
             ModelRunner(decoder, num_pages=pages_per_seq * max_num_seqs, block_size=BLOCK_SIZE),

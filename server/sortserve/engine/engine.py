@@ -15,6 +15,7 @@ from sortserve.engine.execution import Execution, Runner, execute
 from sortserve.engine.finish import make_report
 from sortserve.engine.selftest import runs_a_token
 from sortserve.engine.steps import step_record, step_shape
+from sortserve.engine.vocabulary import check_vocabulary
 from sortserve.errors import (
     BudgetUnattainableError,
     EngineError,
@@ -71,6 +72,8 @@ class EngineConfig:
     """So many steps in a row that fail whole, the self-test after each included, end the engine."""
     seed: int | None = None
     """Of the generator that draws seeds for requests without one."""
+    vocab_size: int | None = None
+    """Token ids are below it; None: the caller answers for them."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,8 @@ class Engine:
                 f"context of {limit}: at most {limit - num_prompt} fit.",
                 param="max_tokens",
             )
+        if self.config.vocab_size is not None:
+            check_vocabulary(request, self.config.vocab_size, self._eos_token_ids)
         allowed = self.exits.allowed(request.budget)
         num_pages = self.kv_cache.pool.num_pages
         fitting = tuple(

@@ -40,6 +40,7 @@ class Tokenizer:
         hf_tokenizer: transformers' tokenizer.
         eos_token_ids: what ends a generation.
         chat_template: that of the tokenizer, where it has been prepared already.
+        model_vocab_size: rows of the model's embedding; None: as many as the tokenizer needs.
     """
 
     def __init__(
@@ -47,14 +48,18 @@ class Tokenizer:
         hf_tokenizer: PreTrainedTokenizerFast,
         eos_token_ids: frozenset[int],
         chat_template: ChatTemplate | None = None,
+        *,
+        model_vocab_size: int | None = None,
     ) -> None:
         self._chat_template = chat_template or ChatTemplate(hf_tokenizer)
         self._backend = hf_tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
         self.eos_token_ids = eos_token_ids
-        self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
-        """One above the largest id. The model's vocabulary may be padded beyond it."""
+        num_ids = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size: int = min(num_ids, model_vocab_size or num_ids)
+        """One above the largest id that tokenizer and model both know. Either may know more: a
+        model's vocabulary may be padded, and tokens may have been added without new embeddings."""
         added = self._backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
         kinds = set(_decoder_kinds(json.loads(self._backend.to_str())["decoder"]))
@@ -79,7 +84,8 @@ class Tokenizer:
         """Token ids of a text; special tokens written out in it count as such.
 
         Raises:
-            InvalidRequestError: the text is not valid Unicode; ``param`` is the field to blame.
+            InvalidRequestError: the text is not valid Unicode, or holds a token that the model has
+                no embedding for; ``param`` is the field to blame.
         """
         try:
             text.encode()
@@ -92,7 +98,18 @@ class Tokenizer:
         # The batch call gives up the interpreter lock; ``encode`` keeps it, seconds on megabytes.
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
+        self._check_known(ids, param)
         return ids
+
+    def _check_known(self, token_ids: Sequence[int], param: str) -> None:
+        largest = max(token_ids, default=0)
+        if largest >= self.vocab_size:
+            token = self._backend.id_to_token(largest)
+            raise InvalidRequestError(
+                f"{param} holds the token {token!r}, whose id {largest} is beyond the model's "
+                f"vocabulary: ids go from 0 to {self.vocab_size - 1}. Leave it out.",
+                param=param,
+            )
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence. Bytes that are no character come out as U+FFFD.
@@ -125,8 +142,8 @@ class Tokenizer:
             template_kwargs: variables of the template, ``tools`` and ``documents`` among them.
 
         Raises:
-            InvalidRequestError: there is no template, it refuses these messages, or it was stopped
-                at a limit.
+            InvalidRequestError: there is no template, it refuses these messages, it was stopped at a
+                limit, or the model has no embedding for one of their tokens.
             OverloadedError: too many others are being rendered.
         """
         text = self._chat_template.render(
