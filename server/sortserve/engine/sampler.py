@@ -31,8 +31,8 @@ __all__ = ["Sampler", "uniform"]
 _MASK_64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, the increment of SplitMix64
 
-# Edited logits stay finite in float32: a logit of 1e6 over the lowest penalty is the huge logit, and
-# that over the lowest temperature is 1e38.
+# Edited logits stay finite in float32: 1e6 over the lowest penalty is the huge logit, and that over
+# the lowest temperature is 1e38.
 _LOWEST_TEMPERATURE = 1e-20
 """Greedy in all but name."""
 _LOWEST_PENALTY = 1e-12

@@ -142,8 +142,8 @@ class Tokenizer:
             template_kwargs: variables of the template, ``tools`` and ``documents`` among them.
 
         Raises:
-            InvalidRequestError: there is no template, it refuses these messages, it was stopped at a
-                limit, or the model has no embedding for one of their tokens.
+            InvalidRequestError: there is no template, it refuses these messages, it was stopped at
+                a limit, or they hold a token that the model has no embedding for.
             OverloadedError: too many others are being rendered.
         """
         text = self._chat_template.render(
