@@ -197,7 +197,7 @@ def bench_attention(dtype: torch.dtype, machine: Machine) -> list[Row]:
     rope = make_rope()
     backends: list[AttentionBackend] = [ReferenceAttention(CONFIG, rope)]
     if (library := load_native()) is not None:
-        backends.append(NativeAttention(CONFIG, rope, library))
+        backends.append(NativeAttention(CONFIG, rope, library, dtype))
     rows = []
     for num_rows, context_len in ATTENTION_SHAPES:
         num_pages = num_rows * math.ceil(context_len / BLOCK_SIZE)

@@ -120,7 +120,7 @@ def assert_native_equals_reference(
 ) -> None:
     rope = make_rope(config.head_dim)
     expected, expected_pages = case.run(ReferenceAttention(config, rope), norms=norms)
-    got, pages = case.run(NativeAttention(config, rope, library), norms=norms)
+    got, pages = case.run(NativeAttention(config, rope, library, case.pages.dtype), norms=norms)
     tolerance = TOLERANCES[case.pages.dtype]
     torch.testing.assert_close(pages, expected_pages, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
@@ -173,7 +173,7 @@ def test_a_row_gets_the_same_bits_whatever_rows_are_beside_it(
 ) -> None:
     config, rope = make_config(6, 2, 64), make_rope(64)
     together = Case(config, MIXED_ROWS, dtype=dtype)
-    native = NativeAttention(config, rope, library)
+    native = NativeAttention(config, rope, library, dtype)
     out_TX, _ = together.run(native)
     batch = together.batch
     for row, rows in enumerate(MIXED_ROWS):
@@ -193,7 +193,7 @@ def test_a_row_gets_the_same_bits_whatever_rows_are_beside_it(
 def test_stale_contents_of_pages_do_not_matter(library: NativeLibrary) -> None:
     config, rope = make_config(6, 2, 16), make_rope(16)
     case = Case(config, [(3, 1), (20, 1)])
-    native = NativeAttention(config, rope, library)
+    native = NativeAttention(config, rope, library, torch.float32)
     expected, _ = case.run(native)
     seen = torch.zeros(case.pages.shape[1] * 16, dtype=torch.bool)
     for table, length in zip(case.batch.block_tables_SRB[0], case.batch.context_lens, strict=True):
@@ -207,5 +207,5 @@ def test_stale_contents_of_pages_do_not_matter(library: NativeLibrary) -> None:
 def test_rows_run_through_the_kernel(library: NativeLibrary) -> None:
     config, rope = make_config(6, 2, 16), make_rope(16)
     before = library.calls["attention"]
-    Case(config, MIXED_ROWS).run(NativeAttention(config, rope, library))
+    Case(config, MIXED_ROWS).run(NativeAttention(config, rope, library, torch.float32))
     assert library.calls["attention"] == before + 1

@@ -184,9 +184,49 @@ def test_tensors_that_the_kernels_cannot_take_go_to_plain_torch(library: NativeL
 # ---- linear layers
 
 
+SHAPES = [(32, 64), (70, 36), (8, 2), (18, 7), (576, 576)]
+"""(outputs, inputs)"""
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 7, 12, 13, 32, 100])
-@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(32, 64), (70, 36), (8, 2), (576, 576)])
-def test_native_linear_layers_equal_plain_torch(
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), SHAPES)
+def test_native_fp32_layers_equal_plain_torch(
+    library: NativeLibrary, num_tokens: int, num_outputs: int, num_inputs: int
+) -> None:
+    backend = NativeBackend(library, TorchBackend(TorchOps()))
+    x, bias = random(num_tokens, num_inputs), random(num_outputs, seed=2)
+    weight = random(num_outputs, num_inputs, seed=1) / num_inputs**0.5
+    exact = linear(x, weight)
+    gate, up = (exact + bias).chunk(2, dim=-1)
+    calls = library.calls["linear_fp32"]
+
+    for got, expected in [
+        (backend.linear(weight)(x), exact),
+        (backend.linear(weight, bias)(x), exact + bias),
+        (backend.gated(weight, bias)(x), silu(gate) * up),
+        (backend.head(weight)(x), exact),
+    ]:
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert library.calls["linear_fp32"] == calls + 4
+
+
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), SHAPES)
+def test_a_token_gets_the_same_fp32_bits_at_any_place_among_any_number_of_tokens(
+    library: NativeLibrary, num_outputs: int, num_inputs: int
+) -> None:
+    backend = NativeBackend(library, TorchBackend(TorchOps()))
+    x = random(100, num_inputs) * 10
+    weight = random(num_outputs, num_inputs, seed=1)
+    for op in (backend.linear(weight, weight[:, 0]), backend.gated(weight), backend.head(weight)):
+        alone = torch.cat([op(x[t : t + 1]) for t in range(100)])
+        for count in (*range(2, 28), 100):
+            assert torch.equal(op(x[:count]), alone[:count])
+            assert torch.equal(op(x[-count:]), alone[-count:])
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 7, 12, 13, 32, 100])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [s for s in SHAPES if s[1] % 2 == 0])
+def test_native_bf16_layers_equal_plain_torch(
     bf16_library: NativeLibrary, num_tokens: int, num_outputs: int, num_inputs: int
 ) -> None:
     backend = NativeBackend(bf16_library, TorchBackend(TorchOps()))
@@ -210,7 +250,7 @@ def assert_bf16_close(got: Tensor, exact: Tensor) -> None:
     torch.testing.assert_close(got.float(), exact, rtol=1e-2, atol=1e-2)
 
 
-def test_a_token_gets_the_same_bits_whatever_tokens_are_beside_it(
+def test_a_token_gets_the_same_bf16_bits_whatever_tokens_are_beside_it(
     bf16_library: NativeLibrary,
 ) -> None:
     op = NativeBackend(bf16_library, TorchBackend(TorchOps())).linear(
@@ -246,15 +286,16 @@ def choose(name: str, dtype: torch.dtype, num_weight_bytes: int = 1000) -> Linea
     )
 
 
-def test_auto_takes_the_kernel_for_bf16_and_plain_torch_for_fp32(
-    bf16_library: NativeLibrary, monkeypatch: pytest.MonkeyPatch
+def test_auto_takes_the_kernels_for_bf16_and_fp32_and_plain_torch_for_fp16(
+    library: NativeLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    del bf16_library
     monkeypatch.setattr(linear_module, "_has_amx", lambda: False)
-    assert choose("auto", torch.bfloat16).name == "native"
-    assert choose("auto", torch.float32).name == "reference"
+    if library.has_bf16_kernels:
+        assert choose("auto", torch.bfloat16).name == "native"
+    assert choose("auto", torch.float32).name == "native"
+    assert choose("auto", torch.float16).name == "reference"
     with pytest.raises(ConfigError, match="linear_backend 'native'"):
-        choose("native", torch.float32)
+        choose("native", torch.float16)
 
 
 def test_with_amx_few_tokens_and_many_take_different_kernels(

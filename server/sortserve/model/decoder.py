@@ -83,7 +83,7 @@ class Decoder:
         self.attention: AttentionBackend = ReferenceAttention(config, rope)
         ops = TorchOps()
         if library is not None:
-            self.attention = NativeAttention(config, rope, library)
+            self.attention = NativeAttention(config, rope, library, self.dtype)
             ops = NativeOps(library)
         self.linear = choose_linear_backend(
             linear_backend,

@@ -2,8 +2,8 @@
 
 Backends, fastest first on a CPU with AVX-512 BF16 and no AMX (``benchmarks/kernels.py`` measures):
 
-* native: our C++ kernel; bf16. Streams the weights at memory bandwidth for few tokens, and a
-  token's result does not depend on the tokens beside it.
+* native: our C++ kernels; bf16 with AVX-512 BF16, and fp32 on any CPU. They stream the weights at
+  memory bandwidth for few tokens, and a token's result does not depend on the tokens beside it.
 * onednn: torch's bundled oneDNN with weights in its own packed layout; bf16.
 * reference: ``torch.nn.functional.linear``; any device, any dtype.
 
@@ -45,7 +45,7 @@ LINEAR_BACKENDS = ("auto", "reference", "onednn", "native")
 
 HYBRID_MAX_BYTES = 4 << 30
 HYBRID_MAX_NATIVE_TOKENS = 16
-_PANEL = 32
+_BF16_PANEL = 32
 """Outputs of a panel: kPanel of ``kernels/linear.cpp``."""
 
 
@@ -133,40 +133,46 @@ def _onednn_linear(x_TI: Tensor, packed: Tensor, bias_O: Tensor | None) -> Tenso
 
 
 class NativeBackend:
-    """The C++ kernel for bf16; weights it cannot take go to ``fallback``."""
+    """The C++ kernels for bf16 and fp32; weights they cannot take go to ``fallback``."""
 
     name = "native"
     max_fused_tokens = math.inf
 
     def __init__(self, library: NativeLibrary, fallback: LinearBackend) -> None:
-        assert library.has_bf16_kernels
         self._library = library
         self._fallback = fallback
 
     def linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearOp:
         """See LinearBackend."""
-        if not _can_pack(weight_OI):
+        if not self._can_pack(weight_OI):
             return self._fallback.linear(weight_OI, bias_O)
-        return NativeLinear(self._library, _OUTPUT_BF16, weight_OI.shape[0], weight_OI, bias_O)
+        output = _OUTPUT_BF16 if weight_OI.dtype == torch.bfloat16 else _OUTPUT_FP32
+        return NativeLinear(self._library, output, weight_OI.shape[0], weight_OI, bias_O)
 
     def gated(self, weight_2FI: Tensor, bias_2F: Tensor | None = None) -> LinearOp:
         """See LinearBackend."""
-        if not _can_pack(weight_2FI):
+        if not self._can_pack(weight_2FI):
             return self._fallback.gated(weight_2FI, bias_2F)
-        bias = None if bias_2F is None else _interleave_halves(bias_2F)
+        panel = _panel(self._library, weight_2FI.dtype)
+        bias = None if bias_2F is None else _interleave_halves(bias_2F, panel)
         return NativeLinear(
             self._library,
             _OUTPUT_SILU_MUL,
             weight_2FI.shape[0] // 2,
-            _interleave_halves(weight_2FI),
+            _interleave_halves(weight_2FI, panel),
             bias,
         )
 
     def head(self, weight_OI: Tensor) -> LinearOp:
         """See LinearBackend."""
-        if not _can_pack(weight_OI):
+        if not self._can_pack(weight_OI):
             return self._fallback.head(weight_OI)
         return NativeLinear(self._library, _OUTPUT_FP32, weight_OI.shape[0], weight_OI, None)
+
+    def _can_pack(self, weight_OI: Tensor) -> bool:
+        if weight_OI.dtype == torch.float32:
+            return True
+        return self._library.has_bf16_kernels and weight_OI.shape[1] % 2 == 0
 
 
 class HybridBackend:
@@ -230,12 +236,12 @@ def choose_linear_backend(
     """
     reference = TorchBackend(ops)
     onednn = native = None
-    if dtype == torch.bfloat16 and device.type == "cpu":
-        if name in {"auto", "onednn"} and OneDnnBackend.is_available():
+    if device.type == "cpu":
+        if name in {"auto", "onednn"} and dtype == torch.bfloat16 and OneDnnBackend.is_available():
             onednn = OneDnnBackend(ops)
-        if name in {"auto", "native"}:
+        if name in {"auto", "native"} and dtype in {torch.bfloat16, torch.float32}:
             library = load_native()
-            if library is not None and library.has_bf16_kernels:
+            if library is not None and (library.has_bf16_kernels or dtype == torch.float32):
                 native = NativeBackend(library, reference)
     choices: dict[str, LinearBackend | None] = {
         "auto": _fastest(native, onednn, num_weight_bytes) or reference,
@@ -285,7 +291,7 @@ class Matrix(ctypes.Structure):
 
 
 class _LinearCall(ctypes.Structure):
-    """LinearCall of ``kernels/linear.cpp``."""
+    """LinearCall of ``kernels/linear.cpp``, LinearFp32Call of ``kernels/linear_fp32.cpp``."""
 
     _fields_ = (
         ("matrix", Matrix),
@@ -297,9 +303,10 @@ class _LinearCall(ctypes.Structure):
 
 
 class NativeLinear:
-    """One weight matrix, packed for the C++ kernel.
+    """One weight matrix, packed for the C++ kernel of its dtype.
 
     Attributes:
+        dtype: of weights and inputs.
         matrix: the kernel's view of it; valid as long as this object lives.
     """
 
@@ -311,10 +318,13 @@ class NativeLinear:
         weight_OI: Tensor,
         bias_O: Tensor | None,
     ) -> None:
+        self.dtype = weight_OI.dtype
         self._library = library
-        self._dtype = torch.float32 if output == _OUTPUT_FP32 else torch.bfloat16
-        self._packed = _pack(weight_OI)
-        self._bias = None if bias_O is None else _pad_outputs(bias_O.float())
+        self._kernel = "linear" if self.dtype == torch.bfloat16 else "linear_fp32"
+        self._output_dtype = torch.float32 if output == _OUTPUT_FP32 else self.dtype
+        panel = _panel(library, self.dtype)
+        self._packed = _pack(weight_OI, panel)
+        self._bias = None if bias_O is None else _pad_outputs(bias_O.float(), panel)
         self.matrix = Matrix(
             pointer(self._packed), pointer(self._bias), weight_OI.shape[1], num_outputs, output
         )
@@ -322,36 +332,41 @@ class NativeLinear:
     def __call__(self, x_TI: Tensor) -> Tensor:
         """See LinearOp."""
         num_tokens, num_inputs = x_TI.shape
-        assert x_TI.dtype == torch.bfloat16
+        assert x_TI.dtype == self.dtype
         assert num_inputs == self.matrix.num_inputs
-        y_TO = torch.empty(num_tokens, self.matrix.num_outputs, dtype=self._dtype)
+        y_TO = torch.empty(num_tokens, self.matrix.num_outputs, dtype=self._output_dtype)
         call = _LinearCall(
             self.matrix, pointer(x_TI), pointer(y_TO), num_tokens, torch.get_num_threads()
         )
-        self._library.call("linear", call)
+        self._library.call(self._kernel, call)
         return y_TO
 
 
-def _can_pack(weight_OI: Tensor) -> bool:
-    return weight_OI.shape[1] % 2 == 0
+def _panel(library: NativeLibrary, dtype: torch.dtype) -> int:
+    """Outputs of a panel of weights."""
+    return _BF16_PANEL if dtype == torch.bfloat16 else library.fp32_panel
 
 
-def _pack(weight_OI: Tensor) -> Tensor:
-    """[O, I] to [panels, I / 2, 32 outputs, 2], the last panel filled up with zeros."""
-    panels = _pad_outputs(weight_OI).view(-1, _PANEL, weight_OI.shape[1] // 2, 2)
+def _pack(weight_OI: Tensor, panel: int) -> Tensor:
+    """[O, I] to [panels, I / n, outputs of a panel, n], the last panel filled up with zeros.
+
+    n inputs are four bytes: 2 in bf16, 1 in fp32.
+    """
+    n = 4 // weight_OI.itemsize
+    panels = _pad_outputs(weight_OI, panel).view(-1, panel, weight_OI.shape[1] // n, n)
     return panels.transpose(1, 2).contiguous()
 
 
-def _pad_outputs(x_O: Tensor) -> Tensor:
-    missing = -x_O.shape[0] % _PANEL
+def _pad_outputs(x_O: Tensor, panel: int) -> Tensor:
+    missing = -x_O.shape[0] % panel
     if missing == 0:
         return x_O.contiguous()
     return torch.cat((x_O, x_O.new_zeros(missing, *x_O.shape[1:])))
 
 
-def _interleave_halves(x_2F: Tensor) -> Tensor:
-    """Gates, then ups, to 16 gates, the same 16 ups, and so on; F is filled up with zeros."""
-    half = _PANEL // 2
+def _interleave_halves(x_2F: Tensor, panel: int) -> Tensor:
+    """Half a panel of gates, then the same ups, and so on; F is filled up with zeros."""
+    half = panel // 2
     size = x_2F.shape[0] // 2
     rest = x_2F.shape[1:]
     padding = x_2F.new_zeros(-size % half, *rest)

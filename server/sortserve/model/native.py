@@ -56,6 +56,7 @@ class NativeLibrary:
         calls: how often each kernel was called, by its name without the prefix.
         has_bf16_kernels: whether this CPU has what the bf16 kernels need (AVX-512 BF16).
         attention_partition: cached tokens that one unit of attention work covers.
+        fp32_panel: outputs of a panel of fp32 weights.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,9 +68,13 @@ class NativeLibrary:
         self._openmp = _join_openmp(self._library)
         self.has_bf16_kernels = bool(self._library.sortserve_has_bf16_kernels())
         self.attention_partition = int(self._library.sortserve_attention_partition())
+        self.fp32_panel = int(self._library.sortserve_fp32_panel())
         self._functions = {
             name: getattr(self._library, f"sortserve_{name}")
-            for name in ("layers", "linear", "attention", "add_rms_norm", "silu_and_mul")
+            for name in (
+                *("layers", "linear", "linear_fp32", "attention"),
+                *("add_rms_norm", "silu_and_mul"),
+            )
         }
         for function in self._functions.values():
             function.restype = None

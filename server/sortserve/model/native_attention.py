@@ -1,6 +1,7 @@
 """Attention on the CPU by the C++ kernels, which read pages in place.
 
-Rows with few tokens (decode above all) go through ``kernels/attention.cpp``. Longer chunks of a
+Rows with few tokens (decode above all) go through ``kernels/attention.cpp``. In fp32 all rows do, so
+that a token's result is the same however its prompt is cut into chunks. Otherwise longer chunks of a
 prefill are matrix products: ``kernels/prefill.cpp`` where the CPU has AVX-512 BF16 and the model is
 bf16; elsewhere the kernel does the norms, RoPE and the write to the cache, and torch the attention.
 
@@ -25,7 +26,7 @@ from sortserve.model.native import DTYPE_CODES, NativeLibrary, pointer
 __all__ = ["MAX_QUERIES_PER_ROW", "NativeAttention", "Step"]
 
 MAX_QUERIES_PER_ROW = 8
-"""Rows with more tokens in a step than this attend as a chunk."""
+"""Rows with more tokens in a step than this attend as a chunk, unless the model is fp32."""
 
 _POINTER_BYTES = 8
 
@@ -65,7 +66,7 @@ class _AttentionCall(ctypes.Structure):
 class _Rows:
     """The rows alive in some slabs of a step, split into queries and chunks."""
 
-    def __init__(self, batch: Batch, num_rows: int, partition: int) -> None:
+    def __init__(self, batch: Batch, num_rows: int, partition: int, max_queries: float) -> None:
         self.batch = batch
         self.num_tokens = batch.query_starts[num_rows]
         self.chunks: list[tuple[int, int, int]] = []
@@ -74,7 +75,7 @@ class _Rows:
         parts = [0]
         for row in range(num_rows):
             start, end = batch.query_starts[row], batch.query_starts[row + 1]
-            if end - start > MAX_QUERIES_PER_ROW:
+            if end - start > max_queries:
                 self.chunks.append((row, start, end))
                 continue
             for token in range(start, end):
@@ -89,33 +90,42 @@ class _Rows:
 
 
 class NativeAttention:
-    """The C++ kernels; CPU tensors of float32, bfloat16 or float16 only."""
+    """The C++ kernels; CPU tensors of ``dtype``: float32, bfloat16 or float16."""
 
     name = "native"
 
-    def __init__(self, config: ModelConfig, rope: RopeTables, library: NativeLibrary) -> None:
+    def __init__(
+        self, config: ModelConfig, rope: RopeTables, library: NativeLibrary, dtype: torch.dtype
+    ) -> None:
         self.config = config
         self.rope = rope
         self.library = library
+        self.dtype = dtype
+        self.has_chunk_kernel = library.has_bf16_kernels and dtype == torch.bfloat16
+        """Whether chunks go through a kernel, too."""
+        self._max_queries = math.inf if dtype == torch.float32 else MAX_QUERIES_PER_ROW
 
     def prepare(self, batch: Batch, slabs: range, num_rows: int) -> Sequence[SlabAttention]:
         """See AttentionBackend."""
-        rows = _Rows(batch, num_rows, self.library.attention_partition)
+        rows = self._rows(batch, num_rows)
         return [_NativeSlab(self, rows, slab) for slab in slabs]
 
     def steps(
         self, batch: Batch, slabs: range, num_rows: int, block_size: int
     ) -> tuple[ctypes.Array[Step], Any]:
-        """The kernel's view of some slabs, bf16 only, and what must stay alive while it is used."""
-        rows = _Rows(batch, num_rows, self.library.attention_partition)
-        template = self.step(rows, slabs.start, block_size, torch.bfloat16)
+        """The kernel's view of some slabs, and what must stay alive while it is used."""
+        rows = self._rows(batch, num_rows)
+        template = self.step(rows, slabs.start, block_size)
         steps = (Step * len(slabs))()
         for step, slab in zip(steps, slabs, strict=True):
             ctypes.pointer(step)[0] = template
             step.slots, step.block_tables = _slab_addresses(batch, slab)
         return steps, rows
 
-    def step(self, rows: _Rows, slab: int, block_size: int, dtype: torch.dtype) -> Step:
+    def _rows(self, batch: Batch, num_rows: int) -> _Rows:
+        return _Rows(batch, num_rows, self.library.attention_partition, self._max_queries)
+
+    def step(self, rows: _Rows, slab: int, block_size: int) -> Step:
         """The kernel's view of one slab; ``rows`` must stay alive while it is used."""
         config, batch, num_queries = self.config, rows.batch, rows.num_queries
         assert batch.positions_T.dtype == batch.slots_ST.dtype == torch.int64
@@ -134,21 +144,17 @@ class NativeAttention:
             chunks=indices + _POINTER_BYTES * (3 * num_queries + 1),
             num_tokens=rows.num_tokens,
             num_queries=num_queries,
-            num_chunks=len(rows.chunks) if self.has_chunk_kernel(dtype) else 0,
+            num_chunks=len(rows.chunks) if self.has_chunk_kernel else 0,
             table_stride=batch.block_tables_SRB.shape[2],
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             block_size=block_size,
-            dtype=DTYPE_CODES[dtype],
+            dtype=DTYPE_CODES[self.dtype],
             num_threads=torch.get_num_threads(),
             eps=config.rms_norm_eps,
             scale=config.head_dim**-0.5,
         )
-
-    def has_chunk_kernel(self, dtype: torch.dtype) -> bool:
-        """Whether chunks of this dtype go through the kernel, too."""
-        return self.library.has_bf16_kernels and dtype == torch.bfloat16
 
 
 def _slab_addresses(batch: Batch, slab: int) -> tuple[int, int]:
@@ -172,7 +178,8 @@ class _NativeSlab:
 
     def __call__(self, qkv_TX: Tensor, norms: HeadNorms | None, layer_pages: Tensor) -> Tensor:
         """See SlabAttention; queries and keys in ``qkv_TX`` are normed and rotated in place."""
-        backend, dtype = self._backend, qkv_TX.dtype
+        backend = self._backend
+        assert qkv_TX.dtype == backend.dtype
         out_TX = qkv_TX.new_empty(self._rows.num_tokens, backend.config.q_size)
         keys, values = layer_pages
         call = _AttentionCall(
@@ -183,9 +190,9 @@ class _NativeSlab:
             pointer(norms.key if norms else None),
             pointer(out_TX),
         )
-        step = backend.step(self._rows, self._slab, layer_pages.shape[3], dtype)
+        step = backend.step(self._rows, self._slab, layer_pages.shape[3])
         backend.library.call("attention", step, call)
-        if not backend.has_chunk_kernel(dtype):
+        if not backend.has_chunk_kernel:
             self._attend_chunks(qkv_TX, layer_pages, out_TX)
         return out_TX
 

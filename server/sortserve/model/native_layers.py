@@ -57,12 +57,10 @@ class NativeStack:
 
     @staticmethod
     def supports(layers: Sequence[DecoderLayer]) -> bool:
-        """Whether all matrices are packed for the kernel."""
-        return all(
-            _native(op) is not None
-            for layer in layers
-            for op in (layer.qkv, layer.o, layer.gated, layer.down)
-        )
+        """Whether all matrices are packed for the bf16 kernel."""
+        ops = (op for layer in layers for op in (layer.qkv, layer.o, layer.gated, layer.down))
+        matrices = map(_native, ops)
+        return all(m is not None and m.dtype == torch.bfloat16 for m in matrices)
 
     def run(
         self,

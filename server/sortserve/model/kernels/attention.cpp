@@ -1,4 +1,5 @@
-// Attention over the paged KV cache, for tokens that attend on their own: decode above all.
+// Attention over the paged KV cache, for tokens that attend on their own: decode above all, and in
+// fp32 every token of a prompt, too.
 //
 // One call does a layer: norm of the query and key heads (Qwen3), RoPE, the write of new keys and
 // values to their pages, attention. Pages are read in place. The query heads of a key/value head
@@ -77,7 +78,7 @@ static f32x16 dots(const T* query, const T* keys, int64_t dim, int64_t n) {
   return result;
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 
 // The sums of 16 vectors, as one vector: each round adds halves and interleaves two vectors.
 // Lane 4 i + j of the result is the sum of v[i + 4 j].
@@ -91,6 +92,59 @@ static f32x16 sums_of_16(__m512 (&v)[16]) {
   };
   return (f32x16)add_lanes(add_lanes(v[0], v[1]), add_lanes(v[2], v[3]));
 }
+
+static f32x16 dots_of_16s(const float* query, const float* keys, int64_t dim, int64_t n) {
+  __m512 products[16] = {};
+  for (int64_t i = 0; i < dim; i += 16) {
+    const __m512 q = _mm512_loadu_ps(query + i);
+#pragma GCC unroll 16
+    for (int64_t p = 0; p < 16; ++p) {
+      const int64_t key = 4 * (p % 4) + p / 4;
+      products[p] =
+          _mm512_fmadd_ps(q, _mm512_loadu_ps(keys + (key < n ? key : 0) * dim + i), products[p]);
+    }
+  }
+  return sums_of_16(products);
+}
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+// Eight keys at a time: hadd adds neighbours, and the two halves are added at the end.
+static __m256 dots_of_8(const float* query, const float* keys, int64_t dim, int64_t n) {
+  __m256 p[8] = {};
+  for (int64_t i = 0; i < dim; i += 8) {
+    const __m256 q = _mm256_loadu_ps(query + i);
+#pragma GCC unroll 8
+    for (int64_t key = 0; key < 8; ++key)
+      p[key] = _mm256_fmadd_ps(q, _mm256_loadu_ps(keys + (key < n ? key : 0) * dim + i), p[key]);
+  }
+  const auto sums_of_4 = [](const __m256* v) {
+    return _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+  };
+  const __m256 low = sums_of_4(p), high = sums_of_4(p + 4);
+  return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
+                       _mm256_permute2f128_ps(low, high, 0x31));
+}
+
+static f32x16 dots_of_16s(const float* query, const float* keys, int64_t dim, int64_t n) {
+  const __m256 halves[2] = {dots_of_8(query, keys, dim, n),
+                            n > 8 ? dots_of_8(query, keys + 8 * dim, dim, n - 8) : __m256{}};
+  f32x16 result;
+  std::memcpy(&result, halves, sizeof(result));
+  return result;
+}
+
+#endif
+
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+
+static f32x16 dots(const float* query, const float* keys, int64_t dim, int64_t n) {
+  return dim % 16 == 0 ? dots_of_16s(query, keys, dim, n) : dots<float>(query, keys, dim, n);
+}
+
+#endif
+
+#if defined(__AVX512BF16__)
 
 // Query and keys meet in bf16, as they are stored; products and sums are fp32.
 static f32x16 dots_of_32s(const bf16* query, const bf16* keys, int64_t dim, int64_t n) {
@@ -274,14 +328,20 @@ static int64_t num_parts_of(const Step& step, int64_t query) {
 // the largest score and the total.
 static int64_t partial_size(const Step& step) { return round_up(step.head_dim, 16) + 16; }
 
-static float* partial_of(const Step& step, float* partials, int64_t part, int64_t head) {
-  return partials + (part * step.num_heads + head) * partial_size(step);
-}
+struct Partials {
+  float* data;
+  int64_t first_part;
+
+  float* at(const Step& step, int64_t part, int64_t head) const {
+    return data + ((part - first_part) * step.num_heads + head) * partial_size(step);
+  }
+};
 
 template <typename T>
-static void run_task(const Step& step, const AttentionCall& call, int64_t index, float* partials) {
+static void run_task(const Step& step, const AttentionCall& call, int64_t index,
+                     const Partials& partials) {
   thread_local Scratch scratch;
-  const int64_t part = index / step.num_kv_heads;
+  const int64_t part = partials.first_part + index / step.num_kv_heads;
   const int64_t* end = step.query_parts + step.num_queries + 1;
   const int64_t query = std::upper_bound(step.query_parts, end, part) - step.query_parts - 1;
   const int64_t token = step.query_tokens[query];
@@ -299,7 +359,7 @@ static void run_task(const Step& step, const AttentionCall& call, int64_t index,
       write_out<T>(step, call, token, head, sums, scratch.totals[g]);
       continue;
     }
-    float* partial = partial_of(step, partials, part, head);
+    float* partial = partials.at(step, part, head);
     std::copy(sums, sums + width, partial);
     partial[width] = scratch.largest[g];
     partial[width + 1] = scratch.totals[g];
@@ -309,16 +369,16 @@ static void run_task(const Step& step, const AttentionCall& call, int64_t index,
 // Partitions of one query and head into one result: each counts by its own largest score.
 template <typename T>
 static void merge_parts(const Step& step, const AttentionCall& call, int64_t query, int64_t head,
-                        float* partials) {
+                        const Partials& partials) {
   const int64_t width = round_up(step.head_dim, 16);
   const int64_t first = step.query_parts[query], last = step.query_parts[query + 1];
-  float* merged = partial_of(step, partials, first, head);
+  float* merged = partials.at(step, first, head);
   float largest = merged[width];
   for (int64_t part = first + 1; part < last; ++part)
-    largest = std::max(largest, partial_of(step, partials, part, head)[width]);
+    largest = std::max(largest, partials.at(step, part, head)[width]);
   float total = 0.0f;
   for (int64_t part = first; part < last; ++part) {
-    const float* partial = partial_of(step, partials, part, head);
+    const float* partial = partials.at(step, part, head);
     const float weight = std::exp(partial[width] - largest);
     total += weight * partial[width + 1];
     for (int64_t i = 0; i < width; i += 16) {
@@ -329,23 +389,37 @@ static void merge_parts(const Step& step, const AttentionCall& call, int64_t que
   write_out<T>(step, call, step.query_tokens[query], head, merged, total);
 }
 
+// Queries [first, last).
 template <typename T>
-static void attend_queries(Team& team, const Step& step, const AttentionCall& call) {
-  const int64_t num_parts = step.query_parts[step.num_queries];
+static void attend_some(Team& team, const Step& step, const AttentionCall& call, int64_t first,
+                        int64_t last) {
+  const int64_t first_part = step.query_parts[first];
+  const int64_t num_parts = step.query_parts[last] - first_part, num_queries = last - first;
   thread_local std::vector<float> buffer;
-  if (num_parts > step.num_queries)
-    buffer.resize(num_parts * step.num_heads * partial_size(step));
-  float* partials = buffer.data();
+  if (num_parts > num_queries) buffer.resize(num_parts * step.num_heads * partial_size(step));
+  const Partials partials = {buffer.data(), first_part};
   // The heads of a query lie side by side in its pages: one thread takes them all if it can.
   const int64_t grain = num_parts >= 4 * team.num_threads() ? step.num_kv_heads : 1;
   team.parallel_for(num_parts * step.num_kv_heads, grain,
                     [&](int64_t index) { run_task<T>(step, call, index, partials); });
-  if (num_parts == step.num_queries) return;
-  team.parallel_for(step.num_queries * step.num_heads, 1, [&](int64_t index) {
-    const int64_t query = index / step.num_heads;
+  if (num_parts == num_queries) return;
+  team.parallel_for(num_queries * step.num_heads, 1, [&](int64_t index) {
+    const int64_t query = first + index / step.num_heads;
     if (num_parts_of(step, query) > 1)
       merge_parts<T>(step, call, query, index % step.num_heads, partials);
   });
+}
+
+// As many queries at a time as have no more than kMaxParts partitions: the buffer stays small.
+template <typename T>
+static void attend_queries(Team& team, const Step& step, const AttentionCall& call) {
+  constexpr int64_t kMaxParts = 1024;
+  const int64_t* parts = step.query_parts;
+  for (int64_t first = 0, last; first < step.num_queries; first = last) {
+    for (last = first + 1; last < step.num_queries; ++last)
+      if (parts[last + 1] - parts[first] > kMaxParts) break;
+    attend_some<T>(team, step, call, first, last);
+  }
 }
 
 void attention(Team& team, const Step& step, const AttentionCall& call) {

@@ -37,15 +37,15 @@ struct RowsCall {
 // x += delta (if there is one); y = x / rms(x) * weight.
 void add_rms_norm(Team& team, const RowsCall& call);
 
-// ---- linear.cpp; Python: linear.py
+// ---- linear.cpp (bf16), linear_fp32.cpp; Python: linear.py
 
 enum Output : int64_t { kBf16 = 0, kFp32 = 1, kSiluMul = 2 };
 
 struct Matrix {
-  const bf16* packed;  // [panels, num_inputs / 2, 32, 2]
-  const float* bias;   // [32 panels], or null
+  const void* packed;  // bf16 [panels, num_inputs / 2, 32, 2], or fp32 [panels, num_inputs, panel]
+  const float* bias;   // [panel * panels], or null
   int64_t num_inputs, num_outputs;
-  int64_t output;  // an Output; kSiluMul: a panel is 16 gates, then the same 16 ups
+  int64_t output;  // an Output; kSiluMul: a panel is half of it gates, then the same ups
 };
 
 void linear(Team& team, const Matrix& matrix, const bf16* x, void* y, int64_t num_tokens);

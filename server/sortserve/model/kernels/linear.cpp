@@ -46,7 +46,7 @@ void linear(Team& team, const Matrix& matrix, const bf16* x, void* y, int64_t nu
   // The first tile of a panel waits for memory; the second and third, which do not, fetch the next
   // panel, half each. Hence also grains of neighbouring panels.
   team.parallel_for(num_panels, grain, [&](int64_t panel) {
-    const bf16* weights = matrix.packed + panel * pairs * 2 * kPanel;
+    const bf16* weights = static_cast<const bf16*>(matrix.packed) + panel * pairs * 2 * kPanel;
     for (int64_t i = 0; i < num_tiles; ++i) {
       const int64_t first = i * num_tokens / num_tiles;
       const int64_t num_rows = (i + 1) * num_tokens / num_tiles - first;
