@@ -1,9 +1,9 @@
 """A seed is a promise: in fp32 a request gives the same tokens alone and in any company.
 
-All of them, not most. Two things make it so. The logits of a row are the same bits whatever its depth
-shares the step with, however its prompt is cut, and whether its KV was computed, found or computed
-again; that is shown on the decoder, bit by bit. And the sampler sees one row at a time; that is shown
-in ``tests/unit/test_sampler.py``. Here both are shown together on hundreds of seeded requests.
+All of them, not most. Two things make it so. The logits of a row are the same bits whatever rows
+are beside it, however its prompt is cut, and whether its KV was computed, found or computed again;
+the first test shows that on the decoder. And the sampler sees one row at a time, as
+``tests/unit/test_sampler.py`` shows. The other tests show both together on hundreds of requests.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def test_the_logits_of_a_row_are_the_same_bits_in_any_company_and_any_chunks(
     folders: dict[str, Path], variant: str
 ) -> None:
     decoder, rng = serve(folders[variant]).decoder, random.Random(variant)
-    for case in range(6):
+    for case in range(4):
         ids = [i % VOCAB_SIZE for i in random_ids(rng.randrange(1, CONTEXT), seed=case)]
         exit_layer = rng.choice(EXITS)
         alone = run_row(decoder, ids, exit_layer, [len(ids)], [])
@@ -170,7 +170,16 @@ def check_all(served: Served, num_specs: int, max_tokens: int, seed: int) -> Non
 def test_every_one_of_hundreds_of_seeded_requests_gives_the_same_tokens_alone_and_batched(
     folders: dict[str, Path], variant: str
 ) -> None:
-    check_all(serve(folders[variant]), num_specs=200, max_tokens=8, seed=1)
+    check_all(serve(folders[variant]), num_specs=150, max_tokens=6, seed=1)
+
+
+def test_in_bf16_it_holds_where_the_kernels_do_all_products(folders: dict[str, Path]) -> None:
+    """But not for a prompt that goes on from an answer whose KV is still cached: there, generated
+    tokens have become a prompt's, which are rounded otherwise."""
+    served = serve(folders["llama-tied"], dtype="bfloat16")
+    if served.decoder.linear.name != "native":
+        pytest.skip("needs AVX-512 BF16, and no AMX")
+    check_all(served, num_specs=50, max_tokens=8, seed=1)
 
 
 @pytest.mark.slow

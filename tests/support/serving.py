@@ -23,7 +23,7 @@ from support.tiny_models import hf_logits, load_hf, read_exit_module
 
 @dataclass(frozen=True)
 class Served:
-    """A checkpoint loaded for serving in fp32."""
+    """A checkpoint loaded for serving, in fp32 unless told."""
 
     path: Path
     checkpoint: LoadedCheckpoint
@@ -72,9 +72,11 @@ class Served:
 
 
 @cache
-def serve(path: Path, *, attention_backend: str = "auto", device: str = "cpu") -> Served:
+def serve(
+    path: Path, *, attention_backend: str = "auto", device: str = "cpu", dtype: str = "float32"
+) -> Served:
     """Load a checkpoint once."""
-    checkpoint = load_checkpoint(str(path), dtype="float32", device=device)
+    checkpoint = load_checkpoint(str(path), dtype=dtype, device=device)
     decoder = Decoder(
         checkpoint.config,
         checkpoint.weights,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,42 @@ def test_the_cache_folder_comes_from_the_environment(
     monkeypatch.delenv("SORTSERVE_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert user_cache_dir() == tmp_path / "sortserve"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("march", ["haswell", "x86-64"])
+def test_kernels_for_older_cpus_agree_with_those_for_this_one(
+    library: NativeLibrary, tmp_path: Path, march: str
+) -> None:
+    """AVX2, and neither AVX nor fused multiply-add, on a machine that may have AVX-512."""
+    if torch.backends.cpu.get_cpu_capability() not in {"AVX2", "AVX512"} or not shutil.which("g++"):
+        pytest.skip("needs an x86 CPU with AVX2, and g++")
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\nexec g++ "$@" -march={march}\n')
+    compiler.chmod(0o755)
+    older = NativeLibrary(build_library(tmp_path / "cache", str(compiler)))
+    x, weight = random(40, 96), random(70, 96, seed=1)
+    for gated in (False, True):
+        ours, theirs = (
+            backend.gated(weight) if gated else backend.linear(weight)
+            for backend in (
+                NativeBackend(lib, TorchBackend(TorchOps())) for lib in (library, older)
+            )
+        )
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-4)
+        for count in (1, 2, 5, 6, 7, 13):
+            assert torch.equal(theirs(x[:count]), theirs(x)[:count])
+
+    with pytest.MonkeyPatch.context() as patch:
+        decoders = []
+        for lib in (library, older):
+            for module in ("decoder", "linear"):
+                patch.setattr(f"sortserve.model.{module}.load_native", lambda lib=lib: lib)
+            decoders.append(make_decoder(torch.float32))
+    ours, theirs = (run_rows(decoder, ROWS, list(range(5))) for decoder in decoders)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for index, row in enumerate(ROWS):
+        assert torch.equal(run_rows(decoders[1], [row], [index])[0], theirs[index])
 
 
 def test_the_kernels_join_the_openmp_runtime_that_torch_has_loaded(library: NativeLibrary) -> None:

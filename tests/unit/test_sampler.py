@@ -301,6 +301,9 @@ def test_a_greedy_token_heads_its_top_logprobs_even_among_ties() -> None:
 # ---- numbers that go wrong --------------------------------------------------------------------
 
 
+NOT_FINITE = RowFailure("non_finite", "its logits are not finite numbers")
+
+
 def spoiled(logits_V: Tensor, how: str) -> Tensor:
     """Logits as a broken model gives them."""
     logits_V = logits_V.clone()
@@ -330,13 +333,13 @@ def test_a_row_that_is_not_finite_fails_alone(how: str, params: dict[str, object
     expected: list[object] = list(Sampler().sample(logits_RV.clone(), rows))
     for r in (1, 4):
         logits_RV[r] = spoiled(logits_RV[r], how)
-        expected[r] = RowFailure("the model's logits are not finite")
+        expected[r] = NOT_FINITE
     assert Sampler().sample(logits_RV, rows) == expected
 
 
 def test_a_step_of_rows_that_are_not_finite_has_a_failure_for_each() -> None:
     tokens = Sampler().sample(torch.full((3, 10), torch.nan), [make_row()] * 3)
-    assert tokens == [RowFailure("the model's logits are not finite")] * 3
+    assert tokens == [NOT_FINITE] * 3
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -345,7 +348,7 @@ def test_a_row_whose_every_token_is_masked_fails_alone(temperature: float) -> No
     rows = [make_row(temperature=temperature, seed=seed) for seed in range(3)]
     first, _, last = Sampler().sample(logits_RV.clone(), rows)
     rows[1] = make_row(temperature=temperature, min_tokens=1, stop_ids=tuple(range(5)))
-    failure = RowFailure("min_tokens masks every token of the vocabulary")
+    failure = RowFailure("non_finite", "min_tokens masks every token of the vocabulary")
     assert Sampler().sample(logits_RV, rows) == [first, failure, last]
 
 

@@ -57,4 +57,5 @@ def build_batch(
         context_lens_R=to_device(context_lens.astype(np.int32)),
         block_tables_SRB=to_device(tables_SRB),
         slots_ST=to_device(slots_ST),
+        num_prompt_tokens=tuple(row.num_prompt_tokens for row in rows),
     )

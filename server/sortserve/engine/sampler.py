@@ -40,8 +40,8 @@ _LOWEST_PENALTY = 1e-12
 _HUGE_LOGIT = 1e18
 """No edited logit is larger."""
 
-_NOT_FINITE = RowFailure("the model's logits are not finite")
-_ALL_MASKED = RowFailure("min_tokens masks every token of the vocabulary")
+_NOT_FINITE = RowFailure("non_finite", "its logits are not finite numbers")
+_ALL_MASKED = RowFailure("non_finite", "min_tokens masks every token of the vocabulary")
 
 
 def uniform(seed: int, position: int) -> float:

@@ -38,6 +38,9 @@ class Batch:
     """int32 page ids: [slab, row, block of tokens]; entries past a row's end or depth are -1."""
     slots_ST: Tensor
     """int64: page * block_size + offset at which each token's KV is written; -1 below no slab."""
+    num_prompt_tokens: tuple[int, ...] | None = None
+    """R: how many of the row's tokens in this step are of its prompt; the others were generated.
+    None: those of rows with few tokens count as generated."""
 
     @property
     def num_rows(self) -> int:

@@ -1,9 +1,11 @@
 """Attention on the CPU by the C++ kernels, which read pages in place.
 
-Rows with few tokens (decode above all) go through ``kernels/attention.cpp``. In fp32 all rows do, so
-that a token's result is the same however its prompt is cut into chunks. Otherwise longer chunks of a
-prefill are matrix products: ``kernels/prefill.cpp`` where the CPU has AVX-512 BF16 and the model is
-bf16; elsewhere the kernel does the norms, RoPE and the write to the cache, and torch the attention.
+Tokens that attend on their own go through ``kernels/attention.cpp``: in fp32 all of them, so that
+a token's result is the same however its prompt is cut into chunks. Where the model is bf16 and the
+CPU has AVX-512 BF16, prompts go through ``kernels/prefill.cpp``, as matrix products; there, too, a
+token's result is the same in any chunk, and generated tokens attend on their own, also when they
+are computed again. Elsewhere tokens of short rows attend on their own, and for longer ones the
+kernel does the norms, RoPE and the write to the cache, and torch the attention.
 
 Shape legend: see ``sortserve.model.attention``.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from sortserve.model.native import DTYPE_CODES, NativeLibrary, pointer
 __all__ = ["MAX_QUERIES_PER_ROW", "NativeAttention", "Step"]
 
 MAX_QUERIES_PER_ROW = 8
-"""Rows with more tokens in a step than this attend as a chunk, unless the model is fp32."""
+"""Rows with more tokens in a step than this attend as a chunk where torch does that."""
 
 _POINTER_BYTES = 8
 
@@ -64,9 +66,22 @@ class _AttentionCall(ctypes.Structure):
 
 
 class _Rows:
-    """The rows alive in some slabs of a step, split into queries and chunks."""
+    """The rows alive in some slabs of a step, split into queries and chunks.
 
-    def __init__(self, batch: Batch, num_rows: int, partition: int, max_queries: float) -> None:
+    Args:
+        batch: the step.
+        num_rows: the first rows of it are alive.
+        partition: cached tokens that one unit of attention work covers.
+        num_together: how many tokens of a row, its first ones, attend as a chunk.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        num_rows: int,
+        partition: int,
+        num_together: Callable[[Batch, int], int],
+    ) -> None:
         self.batch = batch
         self.num_tokens = batch.query_starts[num_rows]
         self.chunks: list[tuple[int, int, int]] = []
@@ -75,10 +90,10 @@ class _Rows:
         parts = [0]
         for row in range(num_rows):
             start, end = batch.query_starts[row], batch.query_starts[row + 1]
-            if end - start > max_queries:
-                self.chunks.append((row, start, end))
-                continue
-            for token in range(start, end):
+            alone = start + num_together(batch, row)
+            if alone > start:
+                self.chunks.append((row, start, alone))
+            for token in range(alone, end):
                 tokens.append(token)
                 rows.append(row)
                 num_cached = batch.context_lens[row] - (end - 1 - token)
@@ -103,7 +118,6 @@ class NativeAttention:
         self.dtype = dtype
         self.has_chunk_kernel = library.has_bf16_kernels and dtype == torch.bfloat16
         """Whether chunks go through a kernel, too."""
-        self._max_queries = math.inf if dtype == torch.float32 else MAX_QUERIES_PER_ROW
 
     def prepare(self, batch: Batch, slabs: range, num_rows: int) -> Sequence[SlabAttention]:
         """See AttentionBackend."""
@@ -123,7 +137,15 @@ class NativeAttention:
         return steps, rows
 
     def _rows(self, batch: Batch, num_rows: int) -> _Rows:
-        return _Rows(batch, num_rows, self.library.attention_partition, self._max_queries)
+        return _Rows(batch, num_rows, self.library.attention_partition, self._num_together)
+
+    def _num_together(self, batch: Batch, row: int) -> int:
+        if self.dtype == torch.float32:
+            return 0
+        if self.has_chunk_kernel and batch.num_prompt_tokens is not None:
+            return batch.num_prompt_tokens[row]
+        num_tokens = batch.query_starts[row + 1] - batch.query_starts[row]
+        return num_tokens if num_tokens > MAX_QUERIES_PER_ROW else 0
 
     def step(self, rows: _Rows, slab: int, block_size: int) -> Step:
         """The kernel's view of one slab; ``rows`` must stay alive while it is used."""

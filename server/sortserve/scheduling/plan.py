@@ -27,6 +27,9 @@ class RowPlan:
     """Page ids [exit_layer / slab_size, blocks of tokens], a view: read it before the next step."""
     sampling: SamplingRow | None
     """How to sample after the last token; None while a prompt is unfinished."""
+    prompt_len: int | None = None
+    """Tokens of the prompt, the first of the sequence. None: a single token was generated, several
+    are of the prompt."""
 
     @property
     def num_tokens(self) -> int:
@@ -37,6 +40,13 @@ class RowPlan:
     def context_len(self) -> int:
         """Tokens in the cache after the step."""
         return self.start + len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """How many of the tokens to run are of the prompt."""
+        if self.prompt_len is None:
+            return self.num_tokens if self.num_tokens > 1 else 0
+        return min(max(self.prompt_len - self.start, 0), self.num_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -425,6 +425,7 @@ class Scheduler:
             sampling=(
                 sequence.sampling_row() if num_tokens == sequence.num_pending_tokens else None
             ),
+            prompt_len=sequence.num_prompt_tokens,
         )
 
     def check_invariants(self) -> None:
