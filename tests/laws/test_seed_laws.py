@@ -81,7 +81,7 @@ def random_company(rng: random.Random) -> list[Chunk]:
 
 
 def random_sizes(rng: random.Random, total: int) -> list[int]:
-    sizes = []
+    sizes: list[int] = []
     while sum(sizes) < total:
         sizes.append(min(rng.choice([1, 2, 7, 8, 9, 16, 40, 90]), total - sum(sizes)))
     return sizes
@@ -107,14 +107,15 @@ def test_the_logits_of_a_row_are_the_same_bits_in_any_company_and_any_chunks(
 def random_spec(rng: random.Random) -> dict[str, Any]:
     """Any prompt, depth and way to sample, each with a seed."""
     sampling: dict[str, Any] = {"temperature": rng.choice([0.6, 0.9, 1.0, 1.3, 2.0])}
-    for name, values in {
+    choices: dict[str, list[float]] = {
         "top_k": [2, 40, 100],
         "top_p": [0.5, 0.9, 0.99],
         "min_p": [0.02, 0.2],
         "repetition_penalty": [0.8, 1.2],
         "presence_penalty": [0.5],
         "frequency_penalty": [0.5],
-    }.items():
+    }
+    for name, values in choices.items():
         if rng.random() < 0.25:
             sampling[name] = rng.choice(values)
     shared = list(range(40, 40 + rng.choice([0, 0, 4, 17, 30])))

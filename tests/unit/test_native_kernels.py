@@ -167,10 +167,10 @@ def test_kernels_for_older_cpus_agree_with_those_for_this_one(
             for module in ("decoder", "linear"):
                 patch.setattr(f"sortserve.model.{module}.load_native", lambda lib=lib: lib)
             decoders.append(make_decoder(torch.float32))
-    ours, theirs = (run_rows(decoder, ROWS, list(range(5))) for decoder in decoders)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    expected, logits = (run_rows(decoder, ROWS, list(range(5))) for decoder in decoders)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     for index, row in enumerate(ROWS):
-        assert torch.equal(run_rows(decoders[1], [row], [index])[0], theirs[index])
+        assert torch.equal(run_rows(decoders[1], [row], [index])[0], logits[index])
 
 
 def test_the_kernels_join_the_openmp_runtime_that_torch_has_loaded(library: NativeLibrary) -> None:
