@@ -198,6 +198,26 @@ def test_a_row_samples_the_same_alone_and_in_any_batch(vocab_size: int) -> None:
         assert alone == [together[r]] == [shuffled[order.index(r)]]
 
 
+def test_a_row_keeps_the_same_candidates_and_weights_to_the_last_bit_in_any_batch() -> None:
+    logits_RV = random_logits(12, 5000, scale=2.0) * torch.linspace(0.01, 2.0, 12)[:, None]
+    settings = [{"top_p": 0.95}, {"top_p": 0.6, "min_p": 0.01}, {"top_k": 700, "top_p": 0.99}]
+    params = [SamplingParams(**settings[r % 3]) for r in range(12)]  # type: ignore[arg-type]
+
+    def surviving(logits_NV: Tensor, params: list[SamplingParams]) -> tuple[Tensor, Tensor]:
+        candidates = filters._tighten(filters._find_candidates(logits_NV, params), params)
+        return candidates.ids_NC, filters._surviving_weights(candidates, params)
+
+    ids_RC, weights_RC = surviving(logits_RV, params)
+    widths = set()
+    for r in range(12):
+        ids_1C, weights_1C = surviving(logits_RV[r : r + 1].clone(), params[r : r + 1])
+        widths.add(width := ids_1C.shape[1])
+        assert torch.equal(ids_1C[0], ids_RC[r, :width])
+        assert torch.equal(weights_1C[0], weights_RC[r, :width])
+        assert (weights_RC[r, width:] == 0.0).all()
+    assert len(widths) > 6
+
+
 def test_the_same_seed_draws_new_noise_for_each_token() -> None:
     logits_V = torch.zeros(1, 1000)
     drawn = {

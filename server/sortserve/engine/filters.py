@@ -1,8 +1,8 @@
 """top_k, top_p and min_p as transformers defines them, without sorting the vocabulary.
 
 A floor per row leaves the few candidates that can survive; only these are sorted. All decisions
-are float64 sums rounded to float32, which is what transformers' float32 sums come to on a CPU. How
-many candidates the neighbours have moves a row's sums by a last bit of float64 at most.
+are float64 sums rounded to float32, which is what transformers' float32 sums come to on a CPU. Sums
+run in order, from left to right, so that padding to the widest neighbour changes no bit of them.
 
 Shapes: N rows, V vocabulary, C candidates of a row, padded to the widest.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sortserve.engine.vocab_ops import at_least, draw, pick, row_sums, take_rows
+from sortserve.engine.vocab_ops import at_least, draw_in_order, pick, row_sums, take_rows
 from sortserve.sampling_params import SamplingParams
 
 __all__ = ["draw_filtered", "has_filter"]
@@ -51,7 +51,7 @@ def draw_filtered(
     for group in filter(None, groups):
         part = candidates.of(group)
         weights_NC = _surviving_weights(part, [params[n] for n in group])
-        token_N = pick(part.ids_NC, draw(weights_NC, uniform_N[group]))
+        token_N = pick(part.ids_NC, draw_in_order(weights_NC, uniform_N[group]))
         for n, token in zip(group, token_N.tolist(), strict=True):
             tokens[n] = token
     return tokens
@@ -116,33 +116,38 @@ def _find_candidates(scores_NV: Tensor, params: Sequence[SamplingParams]) -> _Ca
     padded_NC = _padded(ids_NC, count_N)
     scores_NC = scores_NV.gather(1, ids_NC).masked_fill(padded_NC, -torch.inf)
     mass_NC = (scores_NC - largest_N1).double().exp()
-    mass_NC /= mass_NC.cumsum(-1)[:, -1:]  # cumsum: in order, whatever the padding
+    mass_NC /= _total(mass_NC)[:, None]
     below_N = torch.zeros_like(mass_NC[:, 0])
     if by_mass:
         mass_MC = whole_MV.gather(1, ids_NC[by_mass]).double().masked_fill(padded_NC[by_mass], 0.0)
         mass_NC[by_mass] = mass_MC
-        below_N[by_mass] = row_sums(whole_MV) - mass_MC.sum(-1)
+        below_N[by_mass] = row_sums(whole_MV) - _total(mass_MC)
     return _Candidates(ids_NC, scores_NC, mass_NC, below_N, count_N)
 
 
 def _tighten(candidates: _Candidates, params: Sequence[SamplingParams]) -> _Candidates:
     """Fewer candidates by the bound of top_p, over those that are left instead of V tokens.
 
-    Repeated while it at least halves them: a pass is cheaper than the sort that it saves.
+    A row's are looked at again while that at least halves them: a pass is cheaper than the sort it
+    saves. What the neighbours do is nothing to it.
     """
-    if all(p.top_p == 1.0 for p in params):
-        return candidates
-    num_before = 2 * candidates.num_columns
-    while _NARROW < candidates.num_columns <= num_before // 2:
-        num_before = candidates.num_columns
-        candidates = _tighten_once(candidates, params)
+    by_mass_N = torch.tensor([p.top_p < 1.0 for p in params], device=candidates.count_N.device)
+    active_N = by_mass_N & (candidates.count_N > _NARROW)
+    while bool(active_N.any()):
+        num_before_N = candidates.count_N
+        candidates = _tighten_once(candidates, params, active_N)
+        count_N = candidates.count_N
+        active_N = active_N & (count_N > _NARROW) & (2 * count_N <= num_before_N)
     return candidates
 
 
-def _tighten_once(candidates: _Candidates, params: Sequence[SamplingParams]) -> _Candidates:
+def _tighten_once(
+    candidates: _Candidates, params: Sequence[SamplingParams], active_N: Tensor
+) -> _Candidates:
     mass_NC = candidates.mass_NC
     spare_N1 = _column([1.0 - p.top_p for p in params], mass_NC) - candidates.below_N[:, None]
     floor_N1 = spare_N1.clamp(min=0.0) / candidates.count_N[:, None] * (1.0 - _SLACK)
+    floor_N1.masked_fill_(~active_N[:, None], 0.0)
     floor_N1.clamp_(min=torch.finfo(mass_NC.dtype).tiny)  # not the padding
     kept_NC, count_N = at_least(mass_NC, floor_N1)
     padded_NC = _padded(kept_NC, count_N)
@@ -151,7 +156,7 @@ def _tighten_once(candidates: _Candidates, params: Sequence[SamplingParams]) -> 
         ids_NC=candidates.ids_NC.gather(1, kept_NC),
         scores_NC=candidates.scores_NC.gather(1, kept_NC).masked_fill(padded_NC, -torch.inf),
         mass_NC=left_NC,
-        below_N=candidates.below_N + mass_NC.sum(-1) - left_NC.sum(-1),
+        below_N=candidates.below_N + (_total(mass_NC) - _total(left_NC)),
         count_N=count_N,
     )
 
@@ -162,8 +167,7 @@ def _surviving_weights(candidates: _Candidates, params: Sequence[SamplingParams]
     if any(p.top_p < 1.0 for p in params):
         weights_NC = weights_NC.masked_fill(_outside_top_p(candidates, params), 0.0)
     if any(p.min_p > 0.0 for p in params):
-        total_N1 = weights_NC.cumsum(-1)[:, -1:]
-        probability_NC = (weights_NC / total_N1).float()
+        probability_NC = (weights_NC / _total(weights_NC)[:, None]).float()
         least_N1 = _column([p.min_p for p in params], probability_NC)
         too_rare_NC = probability_NC < least_N1 * probability_NC.amax(-1, keepdim=True)
         weights_NC = weights_NC.masked_fill(too_rare_NC, 0.0)
@@ -183,6 +187,11 @@ def _outside_top_p(candidates: _Candidates, params: Sequence[SamplingParams]) ->
     outside_NC[:, -1] = False
     outside_NC &= _column([p.top_p for p in params], up_to_NC) < 1.0
     return torch.zeros_like(outside_NC).scatter_(1, order_NC, outside_NC)
+
+
+def _total(x_NC: Tensor) -> Tensor:
+    """Sum of each row [N], in order."""
+    return x_NC.cumsum(-1)[:, -1]
 
 
 def _padded(ids_NC: Tensor, count_N: Tensor) -> Tensor:

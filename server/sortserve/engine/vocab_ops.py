@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["argmax", "at_least", "draw", "pick", "row_sums", "take_rows"]
+__all__ = ["argmax", "at_least", "draw", "draw_in_order", "pick", "row_sums", "take_rows"]
 
 _BLOCK_SIZE = 64
 
@@ -76,6 +76,12 @@ def draw(weights_NV: Tensor, uniform_N: Tensor) -> Tensor:
     block_N, rest_N = _invert(cumulative_NK, uniform_N * cumulative_NK[:, -1])
     cumulative_NB = pick(blocks_NKB, block_N).cumsum(-1, dtype=torch.float64)
     return block_N * blocks_NKB.shape[-1] + _invert(cumulative_NB, rest_N)[0]
+
+
+def draw_in_order(weights_NC: Tensor, uniform_N: Tensor) -> Tensor:
+    """The same for few float64 weights, added up one by one: zeros between them change nothing."""
+    cumulative_NC = weights_NC.cumsum(-1)
+    return _invert(cumulative_NC, uniform_N * cumulative_NC[:, -1])[0]
 
 
 def _invert(cumulative_NC: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
