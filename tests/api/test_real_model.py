@@ -207,3 +207,38 @@ async def test_a_token_beyond_the_embedding_is_a_400_that_names_the_field(
     assert refused.json()["error"]["param"] == param
     assert str(VOCAB_SIZE) in refused.json()["error"]["message"]
     assert neighbour.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"repetition_penalty": 1e-40, "temperature": 1},
+        {"repetition_penalty": 5e-324, "temperature": 1e-300},
+        {"repetition_penalty": 1e-300, "top_p": 0.5, "logprobs": 5},
+        {"logit_bias": {"5": 100, "6": -100}, "temperature": 5e-324, "min_p": 1},
+        {"top_p": 0, "temperature": 100},
+    ],
+)
+async def test_extreme_sampling_is_served_and_leaves_the_neighbours_alone(
+    app: FastAPI, fields: dict[str, Any]
+) -> None:
+    neighbour = {"prompt": "the tin", "max_tokens": 8, "seed": 5, "ignore_eos": True}
+    expected = (await post(app, "/generate", neighbour)).json()["choices"]
+
+    extreme, *neighbours = await asyncio.gather(
+        post(app, "/generate", {"prompt": "Hello", "max_tokens": 4, **fields}),
+        *(post(app, "/generate", neighbour) for _ in range(3)),
+    )
+
+    assert extreme.status_code == 200, extreme.text
+    for reply in neighbours:
+        assert [c["text"] for c in reply.json()["choices"]] == [c["text"] for c in expected]
+
+
+async def test_top_p_0_gives_the_greedy_answer(app: FastAPI) -> None:
+    body = {"prompt": "the", "max_tokens": 8, "ignore_eos": True}
+
+    likeliest = await post(app, "/generate", {**body, "top_p": 0, "seed": 3})
+    greedy = await post(app, "/generate", {**body, "temperature": 0})
+
+    assert likeliest.json()["choices"][0]["text"] == greedy.json()["choices"][0]["text"]

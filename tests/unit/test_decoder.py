@@ -210,6 +210,23 @@ def test_rows_of_mixed_depths_equal_each_row_alone(backend: str) -> None:
     torch.testing.assert_close(mixed, torch.cat(expected), rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_pages_held_before_does_not_matter_not_even_nan(backend: str) -> None:
+    """Keys and values that were not finite are left to the next owner of their pages."""
+    decoder, _, _ = make_decoder("qwen3-tied", backend=backend)
+    got = []
+    for stale in (0.0, torch.nan):
+        cache, pages = decoder.allocate_kv_cache(64, BLOCK_SIZE), Pages(64)
+        cache.pages.fill_(stale)
+        rows = []
+        for exit_layer, count in [(6, 19), (4, 8), (2, 1)]:
+            table, ids = pages.table(exit_layer // 2, count + 1), random_ids(count + 1, count)
+            run_chunks(decoder, cache, [Chunk(ids[:count], 0, exit_layer, table, samples=False)])
+            rows.append(Chunk(ids[count:], count, exit_layer, table))
+        got.append(run_chunks(decoder, cache, rows))
+    assert torch.equal(*got)
+
+
 def test_a_shallow_row_writes_only_the_pages_of_its_slabs() -> None:
     decoder, _, _ = make_decoder()
     cache, pages = decoder.allocate_kv_cache(32, BLOCK_SIZE), Pages(32)

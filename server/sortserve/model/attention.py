@@ -233,12 +233,23 @@ class _ReferenceSlab:
         q_RKGH = q_RNH.view(len(q_RNH), self._config.num_kv_heads, -1, self._config.head_dim)
         # [R, B, K, block_size, H] -> [R, K, C, H]
         k_RKCH, v_RKCH = (
-            pages[self._decode_tables].transpose(1, 2).flatten(2, 3) for pages in layer_pages
+            self._gather(pages).transpose(1, 2).flatten(2, 3) for pages in layer_pages
         )
         columns_C = torch.arange(k_RKCH.shape[2], device=q_RNH.device)
         mask_R11C = (columns_C < self._decode_lens[:, None])[:, None, None]
         out_RKGH = scaled_dot_product_attention(q_RKGH, k_RKCH, v_RKCH, attn_mask=mask_R11C)
         return out_RKGH.flatten(1, 2)
+
+    def _gather(self, pages: Tensor) -> Tensor:
+        """The pages of the decoding rows, [R, B, K, block_size, H], with zeros past a row's end.
+
+        What a page held before may not be finite, and NaN stays NaN where attention masks it out.
+        """
+        gathered = pages[self._decode_tables]
+        num_blocks, block_size = gathered.shape[1], gathered.shape[3]
+        columns_BC = torch.arange(num_blocks * block_size, device=pages.device)
+        past_end_RBC = columns_BC.view(num_blocks, block_size) >= self._decode_lens[:, None, None]
+        return gathered.masked_fill_(past_end_RBC[:, :, None, :, None], 0.0)
 
 
 def attend_chunk(q_TNH: Tensor, table_B: Tensor, context_len: int, layer_pages: Tensor) -> Tensor:
