@@ -185,7 +185,7 @@ def test_in_bf16_it_holds_where_the_kernels_do_all_products(folders: dict[str, P
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("seed", range(2, 6))
+@pytest.mark.parametrize("seed", [2, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_one_of_thousands_of_seeded_requests_gives_the_same_tokens_alone_and_batched(
     folders: dict[str, Path], variant: str, seed: int
