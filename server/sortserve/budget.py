@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
-from sortserve.errors import InvalidRequestError
+from sortserve.errors import InvalidRequestError, shortened
 
-__all__ = ["Budget", "Deadlines", "ExitInfo", "ExitTable", "OnMiss"]
+__all__ = ["MAX_MS", "MILLISECONDS", "Budget", "Deadlines", "ExitInfo", "ExitTable", "OnMiss"]
+
+MAX_MS = 86_400_000
+"""The longest time that a budget may name: a day. Beyond it, leave the bound out."""
+MILLISECONDS = f"a number of milliseconds above 0, to {MAX_MS}"
+SHARE = "a number above 0, to 1"
 
 
 class OnMiss(StrEnum):
@@ -73,8 +77,8 @@ class ExitTable:
             return (budget.exit_layer,)
         if budget.min_exit_layer is not None and budget.min_exit_layer > self.full:
             raise InvalidRequestError(
-                f"budget.min_exit_layer={budget.min_exit_layer} is deeper than the model: "
-                f"the exits are {list(self.layers)}.",
+                f"budget.min_exit_layer={shortened(budget.min_exit_layer)} is deeper than the "
+                f"model: the exits are {list(self.layers)}.",
                 param="budget.min_exit_layer",
             )
         candidates = [
@@ -100,7 +104,7 @@ class ExitTable:
     def _require_exit(self, exit_layer: int, param: str) -> None:
         if exit_layer not in self.layers:
             raise InvalidRequestError(
-                f"{param}={exit_layer} is not an exit of this checkpoint: "
+                f"{param}={shortened(exit_layer)} is not an exit of this checkpoint: "
                 f"choose one of {list(self.layers)}.",
                 param=param,
             )
@@ -141,9 +145,9 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name in ("latency_ms", "ttft_ms", "tpot_ms"):
-            self._check_number(name, high=86_400_000.0, allowed="a number of milliseconds > 0")
+            self._check_number(name, high=MAX_MS, allowed=MILLISECONDS)
         for name in ("compute", "min_quality"):
-            self._check_number(name, high=1.0, allowed="a number in (0, 1]")
+            self._check_number(name, high=1, allowed=SHARE)
         for name in ("exit_layer", "min_exit_layer"):
             value = getattr(self, name)
             if value is not None and (
@@ -170,13 +174,13 @@ class Budget:
                 param="budget.ttft_ms",
             )
 
-    def _check_number(self, name: str, *, high: float, allowed: str) -> None:
+    def _check_number(self, name: str, *, high: int, allowed: str) -> None:
         value = getattr(self, name)
         if value is None:
             return
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _refuse(name, value, allowed)
-        if not (math.isfinite(value) and 0.0 < value <= high):
+        # Only comparisons: they are exact and false for NaN, and no integer is too large for them.
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number and 0 < value <= high):
             raise _refuse(name, value, allowed)
 
     @classmethod
@@ -227,5 +231,6 @@ class Deadlines:
 
 def _refuse(name: str, value: object, allowed: str) -> InvalidRequestError:
     return InvalidRequestError(
-        f"budget.{name}={value!r} is not allowed: it must be {allowed}.", param=f"budget.{name}"
+        f"budget.{name}={shortened(value)} is not allowed: it must be {allowed}.",
+        param=f"budget.{name}",
     )

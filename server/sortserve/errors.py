@@ -19,6 +19,8 @@ field the user typed, as in the OpenAI error body.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 __all__ = [
@@ -35,7 +37,11 @@ __all__ = [
     "RequestTimeoutError",
     "SortserveError",
     "UnavailableError",
+    "shortened",
 ]
+
+MAX_VALUE_CHARS = 100
+"""Characters of a value that a message quotes."""
 
 
 MAX_RETRY_AFTER_S = 3600.0
@@ -159,3 +165,13 @@ class ConfigError(SortserveError, ValueError):
     """A flag, an environment variable or a key of the config file is wrong; exit code 2."""
 
     error_type = "config_error"
+
+
+def shortened(value: object) -> str:
+    """A value as the client may read it, cut to a hundred characters without writing all of it."""
+    if isinstance(value, Sequence):  # strings too
+        value = value[:MAX_VALUE_CHARS]
+    elif isinstance(value, Mapping):
+        value = dict(itertools.islice(value.items(), MAX_VALUE_CHARS))
+    text = repr(value)
+    return text if len(text) <= MAX_VALUE_CHARS else text[:MAX_VALUE_CHARS] + "..."

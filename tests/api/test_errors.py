@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
@@ -84,6 +84,7 @@ WRONG_FIELDS = [
     ({"budget": {"exit_layer": "2"}}, "budget.exit_layer"),
     ({"budget": {"exit_layer": 2, "compute": 0.5}}, "budget.compute"),
     ({"budget": {"latency_ms": 0}}, "budget.latency_ms"),
+    ({"budget": {"latency_ms": 86_400_001}}, "budget.latency_ms"),
     ({"budget": {"ttft_ms": True}}, "budget.ttft_ms"),
     ({"budget": {"tpot_ms": "5"}}, "budget.tpot_ms"),
     ({"budget": {"compute": 1.5}}, "budget.compute"),
@@ -111,6 +112,57 @@ async def test_a_wrong_field_is_refused_by_name(
     assert error["type"] == "invalid_request_error"
     assert param.split(".")[-1] in error["message"]
     assert len(error["message"]) < 1010
+
+
+NUMBERS = [
+    *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+    *("presence_penalty", "frequency_penalty", "seed", "n", "stop_token_ids.0", "logit_bias.5"),
+    *("budget.latency_ms", "budget.ttft_ms", "budget.tpot_ms", "budget.compute"),
+    *("budget.exit_layer", "budget.min_exit_layer", "budget.min_quality"),
+]
+NUMBERS_OF_ONE_ROUTE = [
+    (GENERATE, "logprobs"),
+    (GENERATE, "prompt.0"),
+    (COMPLETIONS, "logprobs"),
+    (COMPLETIONS, "best_of"),
+    (COMPLETIONS, "prompt.0"),
+    (COMPLETIONS, "prompt.0.0"),
+    (CHAT, "top_logprobs"),
+    (CHAT, "max_completion_tokens"),
+]
+
+
+def nested(path: Sequence[str], value: object) -> Any:
+    """The value below the fields and list indices of a dotted path."""
+    if not path:
+        return value
+    inside = nested(path[1:], value)
+    return [inside] if path[0] == "0" else {path[0]: inside}
+
+
+@pytest.mark.parametrize(
+    ("path", "param"),
+    [
+        *((path, name) for path in (GENERATE, COMPLETIONS, CHAT) for name in NUMBERS),
+        *NUMBERS_OF_ONE_ROUTE,
+    ],
+)
+async def test_no_number_is_too_large_to_be_refused_by_name(
+    shared: HttpService, path: str, param: str
+) -> None:
+    base = {**BASE[path]}
+    if param == "max_completion_tokens":
+        del base["max_tokens"]
+    if param == "top_logprobs":
+        base["logprobs"] = True
+    for digits in (19, 309, 310, 4300):
+        for value in (int("9" * digits), -int("9" * digits)):
+            if param == "top_k" and value > 0:
+                continue  # more than the vocabulary has: every token
+            body = {**base, **nested(param.split("."), value)}
+            error = problem(await shared.post(path, body))
+            assert error["param"] == param
+            assert len(error["message"]) < 1010
 
 
 WRONG_PROMPTS: list[tuple[str, dict[str, Any], str]] = [
@@ -225,13 +277,17 @@ async def test_errors_use_the_names_that_the_request_used(shared: HttpService) -
 
 
 @pytest.mark.parametrize("header", ["x-slo-ttft-ms", "x-slo-tpot-ms", "x-slo-e2e-ms"])
-@pytest.mark.parametrize("value", ["soon", "-1", "0", "nan", "inf", ""])
-async def test_a_wrong_budget_header_is_refused_by_name(
+@pytest.mark.parametrize(
+    "value",
+    ["soon", "-1", "0", "nan", "inf", "", "1_0", "86400001", "1e400", "9" * 310, "9" * 5000],
+)
+async def test_a_wrong_budget_header_is_refused_by_name_with_both_bounds(
     shared: HttpService, header: str, value: str
 ) -> None:
     error = problem(await shared.post(CHAT, BASE[CHAT], **{header: value}))
 
     assert error["param"] == header
+    assert error["message"].endswith("a number of milliseconds above 0, to 86400000.")
 
 
 @pytest.mark.parametrize("model", ["other", "tiny@3", "tiny@", "tiny@02", "TINY", "", "tiny@2@2"])

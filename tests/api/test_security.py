@@ -93,6 +93,16 @@ async def test_a_body_over_the_limit_is_refused_by_its_declared_length(
     assert "100 bytes" in reply.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("digits", [3, 19, 5000])
+async def test_no_declared_length_is_too_long_to_be_read(small: HttpService, digits: int) -> None:
+    headers = ((b"content-type", b"application/json"), (b"content-length", b"9" * digits))
+    connection = Connection(small.app, "/generate", b"", headers=headers)
+
+    await connection.open()
+
+    assert connection.status == 413
+
+
 async def test_a_body_of_unknown_length_is_refused_once_it_passes_the_limit(
     small: HttpService,
 ) -> None:

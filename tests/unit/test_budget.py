@@ -45,6 +45,47 @@ def test_a_bad_budget_is_refused_with_the_field(values: dict[str, Any], param: s
     assert f"budget.{param}" in error.value.message
 
 
+TIMES, SHARES = ("latency_ms", "ttft_ms", "tpot_ms"), ("compute", "min_quality")
+HUGE = int("9" * 310)  # no float is as large
+
+
+@pytest.mark.parametrize("name", [*TIMES, *SHARES])
+@pytest.mark.parametrize("value", [HUGE, -HUGE, 0, -1, math.inf, -math.inf, math.nan, True, "1"])
+def test_a_number_out_of_range_is_told_its_own_value_and_both_bounds(
+    name: str, value: object
+) -> None:
+    with pytest.raises(InvalidRequestError) as error:
+        Budget.from_mapping({name: value})
+
+    allowed = "a number of milliseconds above 0, to 86400000"
+    if name in SHARES:
+        allowed = "a number above 0, to 1"
+    assert repr(value)[:100] in error.value.message
+    assert error.value.message.endswith(f"is not allowed: it must be {allowed}.")
+    assert len(error.value.message) < 250
+
+
+@pytest.mark.parametrize(
+    ("name", "highest", "above"),
+    [*((name, 86_400_000, 86_400_001) for name in TIMES), *((n, 1, 1.0000001) for n in SHARES)],
+)
+def test_the_highest_number_is_allowed_and_the_next_is_not(
+    name: str, highest: float, above: float
+) -> None:
+    Budget.from_mapping({name: highest})
+
+    with pytest.raises(InvalidRequestError):
+        Budget.from_mapping({name: above})
+
+
+@pytest.mark.parametrize("name", ["exit_layer", "min_exit_layer"])
+def test_a_huge_exit_is_no_exit(name: str) -> None:
+    with pytest.raises(InvalidRequestError, match=r"\[9, 15, 30\]") as error:
+        EXITS.allowed(Budget.from_mapping({name: HUGE}))
+
+    assert len(error.value.message) < 250
+
+
 def test_null_means_absent() -> None:
     assert Budget.from_mapping({"latency_ms": None, "on_miss": None}) == Budget()
 

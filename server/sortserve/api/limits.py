@@ -9,7 +9,7 @@ from starlette.datastructures import Headers
 
 from sortserve.api.problems import shortened
 from sortserve.api.schemas import GenerationFields
-from sortserve.budget import Budget, ExitTable
+from sortserve.budget import MILLISECONDS, Budget, ExitTable
 from sortserve.errors import InvalidRequestError, NotFoundError
 from sortserve.sampling_params import SamplingParams
 
@@ -77,11 +77,13 @@ def read_budget(body: Mapping[str, Any] | None, headers: Headers, model: ModelCh
 
 def _milliseconds(header: str, value: str) -> float:
     try:
+        if "_" in value:
+            raise ValueError  # Python would read 1_0 as 10
         milliseconds = float(value)
         Budget(latency_ms=milliseconds)  # which numbers make sense is for the budget to say
     except ValueError:  # InvalidRequestError is one
         raise InvalidRequestError(
-            f"{header}={shortened(value)} is not allowed: it must be a number of milliseconds > 0.",
+            f"{header}={shortened(value)} is not allowed: it must be {MILLISECONDS}.",
             param=header,
         ) from None
     return milliseconds

@@ -22,6 +22,7 @@ from sortserve.api.schemas import (
 )
 from sortserve.api.security import OPEN_PATHS
 from sortserve.api.settings import ApiSettings
+from sortserve.budget import MAX_MS
 
 __all__ = ["documented", "install_openapi"]
 
@@ -51,7 +52,7 @@ _BUDGET_HEADER_PARAMETERS: list[dict[str, Any]] = [
         "name": header,
         "in": "header",
         "required": False,
-        "schema": {"type": "number"},
+        "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_MS},
         "description": f"The same as budget.{name} of the body, which wins.",
     }
     for header, name in BUDGET_HEADERS.items()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,7 +13,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from sortserve.errors import InvalidRequestError, NotFoundError, SortserveError, UnavailableError
+from sortserve.errors import (
+    InvalidRequestError,
+    NotFoundError,
+    SortserveError,
+    UnavailableError,
+    shortened,
+)
 
 __all__ = [
     "error_response",
@@ -29,7 +34,6 @@ __all__ = [
 
 MAX_MESSAGE_CHARS = 1000
 MAX_PARAM_CHARS = 200
-MAX_VALUE_CHARS = 100
 RETRY_AFTER_S = 5
 """When to ask again a server that is loading, draining or failed."""
 
@@ -111,13 +115,3 @@ def renamed(error: SortserveError, names: Mapping[str, str]) -> SortserveError:
     return type(error)(
         message, param=name, code=error.code, retry_after_s=error.retry_after_s
     ).with_traceback(error.__traceback__)
-
-
-def shortened(value: object) -> str:
-    """A value as the client may read it, cut to a hundred characters without writing all of it."""
-    if isinstance(value, Sequence):  # strings too
-        value = value[:MAX_VALUE_CHARS]
-    elif isinstance(value, Mapping):
-        value = dict(itertools.islice(value.items(), MAX_VALUE_CHARS))
-    text = repr(value)
-    return text if len(text) <= MAX_VALUE_CHARS else text[:MAX_VALUE_CHARS] + "..."

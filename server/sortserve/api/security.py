@@ -61,7 +61,8 @@ class BodyLimitMiddleware:
             await self._app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal() and int(declared) > self._max_body_bytes:
+        # A number of many digits is too large too, and int() would refuse to read it.
+        if declared.isdecimal() and int(declared[:19]) > self._max_body_bytes:
             await error_response(self._too_large())(scope, receive, send)
             return
         num_bytes = 0
