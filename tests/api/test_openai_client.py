@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_args, get_type_hints
 
 import openai
 import pytest
+from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
 
 from support.http_service import MODEL, HttpService, listening, make_service
 
@@ -94,6 +96,18 @@ def test_a_streamed_chat_of_two_answers(client: openai.OpenAI) -> None:
 
     assert texts == {0: "bcde", 1: "bcde"}
     assert finish == {0: "length", 1: "length"}
+
+
+def test_every_service_tier_that_the_package_knows_is_served(client: openai.OpenAI) -> None:
+    hints = get_type_hints(CompletionCreateParamsNonStreaming)["service_tier"]
+    tiers = {tier for option in get_args(hints) for tier in get_args(option)}
+
+    for tier in tiers:
+        reply = client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, max_tokens=1, service_tier=tier
+        )
+        assert reply.service_tier == "default"
+    assert {"auto", "flex", "scale", "priority"} <= tiers
 
 
 def test_a_budget_in_the_extra_body(client: openai.OpenAI) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from sortserve.api.middleware import REQUEST_ID_PATTERN
-from sortserve.budget import OnMiss
+from sortserve.budget import MAX_MS, OnMiss
 
 __all__ = [
     "ChatCompletionRequest",
@@ -24,10 +24,12 @@ __all__ = [
     "TokenizeRequest",
 ]
 
+# Every value that OpenAI's own client knows.
+ServiceTier = Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"]
 _INT64 = 2**63
 _MAX_TOKEN_IDS = 1024
 
-_MS = {"type": "number", "exclusiveMinimum": 0}
+_MS = {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_MS}
 _SHARE = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 _LAYER = {"type": "integer", "minimum": 1}
 _BUDGET_SCHEMA: dict[str, Any] = {
@@ -173,7 +175,7 @@ class GenerateRequest(GenerationFields):
 class _OpenAIFields(GenerationFields):
     model_config = ConfigDict(extra="allow")
 
-    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    service_tier: ServiceTier | None = None
     """Accepted for compatibility; every tier is served, and echoed, as `default`."""
     user: str | None = None
     """Accepted for compatibility; not used."""
