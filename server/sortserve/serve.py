@@ -16,21 +16,19 @@ import socket
 import ssl
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from sortserve import __version__
-from sortserve.api.app import create_app
+from sortserve.api.app import create_app, create_loading_app
 from sortserve.api.hosts import HostCheckMiddleware
 from sortserve.api.http_protocol import ConnectionLimits, HttpProtocol
-from sortserve.api.problems import unavailable_response
 from sortserve.api.settings import ApiSettings
 from sortserve.banner import banner, base_url
 from sortserve.config import ServeSettings
@@ -81,23 +79,18 @@ def serve(settings: ServeSettings) -> int:
 
 
 class FrontDoor:
-    """Answers while the model loads; afterwards the loaded app does."""
+    """Hands connections to ``app``: first to what answers while the model loads, then to the API.
 
-    def __init__(self) -> None:
-        self.app: ASGIApp | None = None
+    Args:
+        cors_allow_origins: may read even that the model is still loading.
+    """
+
+    def __init__(self, cors_allow_origins: Sequence[str] = ()) -> None:
+        self.app = create_loading_app(cors_allow_origins=cors_allow_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI connection."""
-        if self.app is not None:
-            await self.app(scope, receive, send)
-        elif scope["type"] == "http":
-            await _while_loading(scope["path"])(scope, receive, send)
-
-
-def _while_loading(path: str) -> Response:
-    if path.endswith("/livez"):  # a proxy's prefix may stand before it
-        return JSONResponse({"status": "alive"})
-    return unavailable_response("loading", "The model is still loading. Come back soon.")
+        await self.app(scope, receive, send)
 
 
 class _HTTPServer(uvicorn.Server):
@@ -117,7 +110,7 @@ class ServerProcess:
         """Whether no thread of ours is left that may be stuck."""
         self._log = log
         self._signals: list[int] = []
-        self._door = FrontDoor()
+        self._door = FrontDoor(settings.cors_allow_origins)
         self._guard = SignalGuard(self._hear, last_words=self._say_last_words)
 
     def run(self) -> int:

@@ -89,6 +89,70 @@ async def test_version(shared: HttpService) -> None:
     assert (await shared.get("/version")).json() == {"version": sortserve.__version__}
 
 
+GET_ROUTES = [
+    *("/health", "/readyz", "/livez", "/version", "/metrics", "/exits"),
+    *("/v1/models", "/v1/models/tiny@2", "/docs", "/openapi.json"),
+]
+
+
+def test_the_list_of_get_routes_is_whole(shared: HttpService) -> None:
+    paths = {
+        path.replace("{model_id}", "tiny@2")
+        for path, operations in shared.app.openapi()["paths"].items()
+        if "get" in operations
+    }
+
+    assert paths | {"/docs", "/openapi.json"} == set(GET_ROUTES)
+
+
+@pytest.mark.parametrize("path", GET_ROUTES)
+async def test_head_is_get_without_the_body(shared: HttpService, path: str) -> None:
+    async with shared.client() as client:
+        get, head = await client.get(path), await client.head(path)
+
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+    if path != "/metrics":  # it has counted the first of the two
+        assert head.headers["content-length"] == str(len(get.content))
+
+
+async def test_head_of_an_error_is_the_error_without_the_body(
+    make: Callable[..., HttpService],
+) -> None:
+    service = make(api_keys=("k",))
+    async with service.client(authorization="Bearer k") as client:
+        missing, wrong = await client.head("/nothing"), await client.head("/generate")
+    async with service.client() as client:
+        no_key = await client.head("/version")
+
+    assert [r.status_code for r in (missing, wrong, no_key)] == [404, 405, 401]
+    assert [r.content for r in (missing, wrong, no_key)] == [b"", b"", b""]
+    assert wrong.headers["allow"] == "POST"
+
+
+async def test_head_is_counted_under_its_own_name_and_route(service: HttpService) -> None:
+    async with service.client() as client:
+        await client.head("/version")
+        await client.head("/nothing")
+
+    metrics = (await service.get("/metrics")).text
+    assert 'method="HEAD",model_name="tiny",route="/version",status="200"' in metrics
+    assert 'method="HEAD",model_name="tiny",route="unmatched",status="404"' in metrics
+
+
+@pytest.mark.parametrize(("path", "allowed"), [("/generate", "POST"), ("/health", "GET, HEAD")])
+@pytest.mark.parametrize("method", ["OPTIONS", "PUT", "DELETE", "PATCH", "TRACE", "BREW"])
+async def test_every_other_method_is_told_the_right_ones(
+    shared: HttpService, path: str, allowed: str, method: str
+) -> None:
+    async with shared.client() as client:
+        reply = await client.request(method, path)
+
+    assert reply.status_code == 405
+    assert reply.headers["allow"] == allowed
+    assert method in reply.json()["error"]["message"]
+
+
 async def test_metrics_count_requests_by_route_and_status(
     make: Callable[..., HttpService],
 ) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import re
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
+import httpx
 import pytest
 from starlette.middleware.base import BaseHTTPMiddleware
 
@@ -168,13 +173,21 @@ async def test_a_request_without_an_id_gets_one_of_its_own(shared: HttpService) 
     assert len(ids) == 3
 
 
-@pytest.mark.parametrize("value", ["", "with space", "x" * 129, 'quote"', "<b>"])
-async def test_a_request_id_that_is_no_id_is_refused(shared: HttpService, value: str) -> None:
-    reply = await shared.get("/version", **{"x-request-id": value})
+@pytest.mark.parametrize(
+    "value", [b"", b"with space", b"x" * 129, b'quote"', b"<b>", b"\xe9t\xe9", b"a,b", b"{1}"]
+)
+async def test_a_request_with_an_unusual_id_is_served_under_one_of_our_own(
+    shared: HttpService, value: bytes
+) -> None:
+    headers = [(b"content-type", b"application/json"), (b"x-request-id", value)]
+    connection = Connection(shared.app, "/generate", as_json(BODY), headers=headers)
 
-    assert reply.status_code == 400
-    assert reply.json()["error"]["param"] == "x-request-id"
-    assert reply.headers["x-request-id"] != value
+    await connection.open()
+
+    [given] = [v for k, v in connection.messages[0]["headers"] if k == b"x-request-id"]
+    assert connection.status == 200
+    assert re.fullmatch(rb"[0-9a-f]{32}", given)
+    assert json.loads(connection.content)["id"] == given.decode()
 
 
 async def test_the_request_id_becomes_the_replys_id_unless_the_body_has_one(
@@ -193,26 +206,88 @@ async def test_cors_is_off_by_default(shared: HttpService) -> None:
     assert "access-control-allow-origin" not in reply.headers
 
 
+APP, OTHER = "https://app.example", "https://other.example"
+PREFLIGHT = {
+    "origin": APP,
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization, content-type, x-slo-ttft-ms",
+}
+
+
 async def test_cors_lets_the_named_origins_in_and_no_others(
     make: Callable[..., HttpService],
 ) -> None:
-    service = make(cors_allow_origins=("https://app.example",), api_keys=KEYS)
-    preflight = {
-        "origin": "https://app.example",
-        "access-control-request-method": "POST",
-        "access-control-request-headers": "authorization, content-type",
-    }
+    service = make(cors_allow_origins=(APP,), api_keys=KEYS)
 
     async with service.client() as client:
-        allowed = await client.options("/generate", headers=preflight)
-    no_key = await service.get("/version", origin="https://app.example")
-    other = await service.get("/health", origin="https://other.example")
+        allowed = await client.options("/generate", headers=PREFLIGHT)
+    same = await service.get("/health", origin=APP)
+    other = await service.get("/health", origin=OTHER)
 
     assert allowed.status_code == 200
-    assert allowed.headers["access-control-allow-origin"] == "https://app.example"
-    assert no_key.status_code == 401
-    assert no_key.headers["access-control-allow-origin"] == "https://app.example"
+    assert allowed.headers["access-control-allow-origin"] == APP
+    assert same.headers["access-control-allow-origin"] == APP
     assert "access-control-allow-origin" not in other.headers
+
+
+async def every_kind_of_error(make: Callable[..., HttpService]) -> list[httpx.Response]:
+    """One reply of each status that is no success, as a script of another origin gets it."""
+    origin = {"origin": APP, "x-request-id": "no id"}
+    options: dict[str, Any] = {"cors_allow_origins": (APP,)}
+    guarded = make(api_keys=KEYS, **options)
+    small = make(max_body_bytes=10, **options)
+    full = make(worker_options={"max_num_queued_reqs": 1}, **options)
+    full.runner.gated = True
+    first = Connection(full.app, "/generate", as_json(BODY))
+    task = first.open()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    loading = make(start=False, **options)
+    failing = make(**options)
+    failing.runner.fail_next = True
+    broken = make(**options)
+    broken.tokenizer.encode = None  # type: ignore[method-assign, assignment]
+    replies = [
+        await guarded.post("/generate", BODY, **origin),
+        await small.post("/generate", BODY, **origin),
+        await full.post("/generate", BODY, **origin),
+        await loading.get("/health", **origin),
+        await loading.post("/generate", BODY, **origin),
+        await failing.post("/generate", BODY, **origin),
+        await broken.post("/generate", BODY, **origin),
+        await broken.post("/generate", {}, **origin),
+        await broken.get("/generate", **origin),
+        await broken.get("/nothing", **origin),
+    ]
+    full.runner.open()
+    await task
+    return replies
+
+
+async def test_browsers_can_read_every_error_and_its_headers(
+    make: Callable[..., HttpService],
+) -> None:
+    replies = await every_kind_of_error(make)
+
+    statuses = [reply.status_code for reply in replies]
+    assert statuses == [401, 413, 429, 503, 503, 500, 500, 400, 405, 404]
+    for reply in replies:
+        assert reply.headers["access-control-allow-origin"] == APP
+        assert "Origin" in reply.headers["vary"]
+        exposed = reply.headers["access-control-expose-headers"].lower().split(", ")
+        assert {"x-request-id", "retry-after", "x-should-retry"} <= set(exposed)
+        assert reply.headers["x-request-id"]
+        assert reply.json()["error"]["message"]
+
+
+async def test_a_preflight_has_an_id_and_is_counted(make: Callable[..., HttpService]) -> None:
+    service = make(cors_allow_origins=(APP,))
+
+    async with service.client() as client:
+        reply = await client.options("/generate", headers={**PREFLIGHT, "x-request-id": "p1"})
+
+    assert reply.headers["x-request-id"] == "p1"
+    assert 'method="OPTIONS"' in (await service.get("/metrics")).text
 
 
 def test_no_middleware_hides_a_disconnect(shared: HttpService) -> None:

@@ -40,6 +40,24 @@ async def test_a_loading_server_refuses_work_and_says_when_to_come_back() -> Non
     assert reply.json()["error"]["code"] == "loading"
 
 
+async def test_browsers_can_read_that_a_server_is_loading() -> None:
+    async with client_of(FrontDoor(("https://app.example",))) as client:
+        reply = await client.get("/v1/models", headers={"origin": "https://app.example"})
+
+    assert reply.status_code == 503
+    assert reply.headers["access-control-allow-origin"] == "https://app.example"
+    assert "Retry-After" in reply.headers["access-control-expose-headers"]
+
+
+async def test_a_loading_server_echoes_request_ids_and_answers_head() -> None:
+    async with client_of(FrontDoor()) as client:
+        live = await client.head("/livez", headers={"x-request-id": "r1"})
+        health = await client.head("/health")
+
+    assert (live.status_code, live.content, live.headers["x-request-id"]) == (200, b"", "r1")
+    assert (health.status_code, health.content) == (503, b"")
+
+
 async def test_a_loaded_server_answers_itself() -> None:
     door = FrontDoor()
     door.app = PlainTextResponse("here")

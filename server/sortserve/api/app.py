@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sortserve import __version__
 from sortserve.api.docs import docs_routes
 from sortserve.api.interfaces import HttpMetrics, Tokenizer
-from sortserve.api.middleware import ContextMiddleware
+from sortserve.api.middleware import outer_layers
 from sortserve.api.openapi import install_openapi
-from sortserve.api.problems import http_exception_response, sortserve_error_response
+from sortserve.api.problems import (
+    http_exception_response,
+    sortserve_error_response,
+    unavailable_response,
+)
 from sortserve.api.routes.native import native_routes
 from sortserve.api.routes.openai import openai_routes
 from sortserve.api.routes.operations import operation_routes
@@ -21,7 +29,7 @@ from sortserve.api.settings import ApiSettings
 from sortserve.engine.worker import EngineWorker
 from sortserve.errors import SortserveError
 
-__all__ = ["create_app"]
+__all__ = ["create_app", "create_loading_app"]
 
 
 def create_app(
@@ -47,6 +55,7 @@ def create_app(
         redoc_url=None,
         openapi_url="/openapi.json" if settings.enable_docs else None,
         redirect_slashes=False,
+        middleware=_layers(settings, metrics),
     )
     service = Service(worker, tokenizer, settings, metrics)
     app.include_router(native_routes(service))
@@ -57,21 +66,33 @@ def create_app(
         install_openapi(app, settings)
     app.add_exception_handler(SortserveError, sortserve_error_response)
     app.add_exception_handler(HTTPException, http_exception_response)
-    _add_middleware(app, settings, metrics)
     return app
 
 
-def _add_middleware(app: FastAPI, settings: ApiSettings, metrics: HttpMetrics | None) -> None:
-    """From the inside out: body limit, keys, CORS (its preflights carry no key), context."""
-    app.add_middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes)
+def create_loading_app(*, cors_allow_origins: Sequence[str] = ()) -> ASGIApp:
+    """What answers while the model loads: alive, not ready, and nothing else yet."""
+    app: ASGIApp = _answer_while_loading
+    for layer in reversed(outer_layers(cors_allow_origins=cors_allow_origins)):
+        app = layer.cls(app, *layer.args, **layer.kwargs)
+    return app
+
+
+async def _answer_while_loading(scope: Scope, receive: Receive, send: Send) -> None:
+    response: Response
+    if scope["path"].endswith("/livez"):  # a proxy's prefix may stand before it
+        response = JSONResponse({"status": "alive"})
+    else:
+        response = unavailable_response("loading", "The model is still loading. Come back soon.")
+    await response(scope, receive, send)
+
+
+def _layers(settings: ApiSettings, metrics: HttpMetrics | None) -> list[Middleware]:
+    """From the outside in; CORS comes before the keys, as its preflights carry none."""
+    layers = outer_layers(
+        metrics=metrics,
+        root_path=settings.root_path,
+        cors_allow_origins=settings.cors_allow_origins,
+    )
     if settings.api_keys:
-        app.add_middleware(ApiKeyMiddleware, api_keys=settings.api_keys)
-    if settings.cors_allow_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_allow_origins,
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=["X-Request-Id", "Retry-After"],
-        )
-    app.add_middleware(ContextMiddleware, metrics=metrics, root_path=settings.root_path)
+        layers.append(Middleware(ApiKeyMiddleware, api_keys=settings.api_keys))
+    return [*layers, Middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes)]

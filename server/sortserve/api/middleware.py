@@ -1,20 +1,29 @@
-"""The outermost layer: request ids, unexpected errors, one count per request. Pure ASGI."""
+"""The outer layers: request ids, one count per request, HEAD, unexpected errors. Pure ASGI."""
 
 from __future__ import annotations
 
 import logging
 import re
 import uuid
+from collections.abc import Sequence
 
 from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sortserve.api.interfaces import HttpMetrics
-from sortserve.api.problems import error_response, shortened
-from sortserve.errors import EngineError, InvalidRequestError
+from sortserve.api.problems import error_response
+from sortserve.errors import EngineError
 
-__all__ = ["REQUEST_ID_PATTERN", "ContextMiddleware"]
+__all__ = [
+    "REQUEST_ID_PATTERN",
+    "ContextMiddleware",
+    "ErrorMiddleware",
+    "HeadMiddleware",
+    "outer_layers",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -22,13 +31,43 @@ REQUEST_ID_PATTERN = r"[A-Za-z0-9._:/+=@-]{1,128}"
 """What a client's request id may look like: it goes into logs and reply headers."""
 CLIENT_CLOSED_REQUEST = 499
 """The status, as nginx counts it, of a request whose client left before the reply began."""
+EXPOSED_HEADERS = ("X-Request-Id", "Retry-After", "X-Should-Retry", "Allow", "WWW-Authenticate")
+"""Reply headers that scripts of other origins may read."""
+
+
+def outer_layers(
+    *,
+    metrics: HttpMetrics | None = None,
+    root_path: str = "",
+    cors_allow_origins: Sequence[str] = (),
+) -> list[Middleware]:
+    """What stands around every reply, from the outside in.
+
+    Errors are answered below CORS, whatever raises them: a browser shows its script no reply that
+    lacks the headers, and the script would not learn what is wrong.
+    """
+    layers = [
+        Middleware(ContextMiddleware, metrics=metrics, root_path=root_path),
+        Middleware(HeadMiddleware),
+    ]
+    if cors_allow_origins:
+        layers.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=cors_allow_origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=EXPOSED_HEADERS,
+            )
+        )
+    return [*layers, Middleware(ErrorMiddleware)]
 
 
 class ContextMiddleware:
-    """Gives each request an id and an end: whatever happens inside, it is answered and counted.
+    """Gives each request an id and an end: every reply carries the id and is counted.
 
-    ``X-Request-Id`` is taken over from the client and echoed on every reply, errors included;
-    routes find it in ``scope["state"]["request_id"]``.
+    ``X-Request-Id`` is taken over from the client if it looks like one, else the request gets an
+    id of our own. Routes find it in ``scope["state"]["request_id"]``.
     """
 
     def __init__(self, app: ASGIApp, *, metrics: HttpMetrics | None, root_path: str = "") -> None:
@@ -43,9 +82,9 @@ class ContextMiddleware:
             return
         scope["root_path"] = scope.get("root_path") or self._root_path
         status = CLIENT_CLOSED_REQUEST
-        given = Headers(scope=scope).get("x-request-id")
-        is_valid = given is not None and re.fullmatch(REQUEST_ID_PATTERN, given) is not None
-        request_id = given if given is not None and is_valid else uuid.uuid4().hex
+        request_id = Headers(scope=scope).get("x-request-id", "")
+        if re.fullmatch(REQUEST_ID_PATTERN, request_id) is None:
+            request_id = uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         id_header = (b"x-request-id", request_id.encode("ascii"))
 
@@ -57,27 +96,60 @@ class ContextMiddleware:
             await send(message)
 
         try:
-            if given is not None and not is_valid:
-                await error_response(_bad_request_id(given))(scope, receive, send_with_id)
-            else:
-                await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             logger.debug("the client left while it was sending its request")
-        except Exception:
-            if status != CLIENT_CLOSED_REQUEST:
-                raise  # the reply has begun: the server can only cut the connection
-            logger.exception("request %s failed", request_id)
-            error = EngineError("The server failed on this request.", code="internal_error")
-            await error_response(error)(scope, receive, send_with_id)
         finally:
             if self._metrics is not None:
                 route = getattr(scope.get("route"), "path", "unmatched")
                 self._metrics.http_request(route, scope["method"], status)
 
 
-def _bad_request_id(given: str) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"x-request-id={shortened(given)} is not allowed: "
-        "1 to 128 letters, digits or characters of ._:/+=@- are.",
-        param="x-request-id",
-    )
+class HeadMiddleware:
+    """Answers ``HEAD`` as ``GET`` without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, ``HEAD`` in the form of ``GET``."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+        # A copy: the server reads its own scope to know that no body may follow.
+        as_get = {**scope, "method": "GET"}
+
+        async def send_head(message: Message) -> None:
+            await send({**message, "body": b""} if "body" in message else message)
+
+        try:
+            await self._app(as_get, receive, send_head)
+        finally:
+            scope["route"] = as_get.get("route")
+
+
+class ErrorMiddleware:
+    """Answers what nobody expected with a 500 that tells nothing of the inside; the log has it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, and catch."""
+        has_begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except ClientDisconnect:
+            raise
+        except Exception:
+            if scope["type"] != "http" or has_begun:
+                raise  # the server can only cut the connection
+            logger.exception("request %s failed", scope["state"]["request_id"])
+            error = EngineError("The server failed on this request.", code="internal_error")
+            await error_response(error)(scope, receive, send)

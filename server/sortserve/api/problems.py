@@ -78,7 +78,11 @@ async def http_exception_response(request: Request, error: Exception) -> Respons
         problem = NotFoundError(f"There is no route {method} {path}.")
     else:
         problem = InvalidRequestError(f"{method} {path}: {error.detail}.", code="http_error")
-    response = error_response(problem, error.headers)
+    headers = dict(error.headers or {})
+    if "Allow" in headers:
+        methods = {method.strip() for method in headers["Allow"].split(",")}
+        headers["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
+    response = error_response(problem, headers)
     response.status_code = error.status_code
     return response
 
