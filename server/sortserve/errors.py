@@ -57,6 +57,8 @@ class SortserveError(Exception):
     status: ClassVar[int] = 500
     error_type: ClassVar[str] = "internal_error"
     default_code: ClassVar[str | None] = None
+    is_final: ClassVar[bool] = False
+    """The same request would fail again: clients that retry by status are told not to."""
 
     def __init__(
         self,
@@ -91,6 +93,7 @@ class InvalidRequestError(SortserveError, ValueError):
 
     status = 400
     error_type = "invalid_request_error"
+    is_final = True
 
 
 class AuthenticationError(SortserveError):
@@ -99,6 +102,7 @@ class AuthenticationError(SortserveError):
     status = 401
     error_type = "authentication_error"
     default_code = "invalid_api_key"
+    is_final = True
 
 
 class NotFoundError(SortserveError):
@@ -107,6 +111,7 @@ class NotFoundError(SortserveError):
     status = 404
     error_type = "not_found_error"
     default_code = "not_found"
+    is_final = True
 
 
 class PayloadTooLargeError(SortserveError):
@@ -115,6 +120,7 @@ class PayloadTooLargeError(SortserveError):
     status = 413
     error_type = "invalid_request_error"
     default_code = "payload_too_large"
+    is_final = True
 
 
 class OverloadedError(SortserveError):
@@ -126,9 +132,13 @@ class OverloadedError(SortserveError):
 
 
 class BudgetUnattainableError(OverloadedError):
-    """No allowed exit fits the budget now, and the client asked to be told so."""
+    """No allowed exit fits the budget now, and the client asked to be told so.
+
+    Final although it is a 429: by the time it could be met, the answer would come too late.
+    """
 
     default_code = "budget_unattainable"
+    is_final = True
 
 
 class EngineError(SortserveError):
@@ -148,11 +158,12 @@ class UnavailableError(SortserveError):
 
 
 class RequestTimeoutError(SortserveError):
-    """The request ran longer than ``--request-timeout`` allows."""
+    """The request ran longer than ``--request-timeout`` allows; it would again."""
 
     status = 504
     error_type = "timeout_error"
     default_code = "request_timeout"
+    is_final = True
 
 
 class CheckpointError(SortserveError, ValueError):

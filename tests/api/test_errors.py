@@ -8,6 +8,19 @@ from typing import Any
 import httpx
 import pytest
 
+from sortserve.api.problems import error_response
+from sortserve.errors import (
+    AuthenticationError,
+    BudgetUnattainableError,
+    EngineError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    PayloadTooLargeError,
+    RequestTimeoutError,
+    SortserveError,
+    UnavailableError,
+)
 from support.http_service import HttpService, as_json
 
 GENERATE = "/generate"
@@ -356,6 +369,24 @@ async def test_json_with_a_charset_is_json(shared: HttpService) -> None:
         reply = await client.post(GENERATE, content=as_json(BASE[GENERATE]), headers=headers)
 
     assert reply.status_code == 200, reply.text
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (InvalidRequestError, "false"),
+        (AuthenticationError, "false"),
+        (NotFoundError, "false"),
+        (PayloadTooLargeError, "false"),
+        (BudgetUnattainableError, "false"),
+        (RequestTimeoutError, "false"),
+        (OverloadedError, None),
+        (UnavailableError, None),
+        (EngineError, None),
+    ],
+)
+def test_what_would_fail_again_says_so(error: type[SortserveError], told: str | None) -> None:
+    assert error_response(error("No.")).headers.get("x-should-retry") == told
 
 
 async def test_an_unknown_route_is_not_found(shared: HttpService) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import get_args, get_type_hints
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any, get_args, get_type_hints
 
 import openai
 import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
 
+from sortserve.scheduling.cost_model import CostModel
 from support.http_service import MODEL, HttpService, listening, make_service
 
 MESSAGES = [{"role": "user", "content": "a"}]
@@ -20,6 +22,19 @@ def served() -> Iterator[tuple[HttpService, str]]:
     with listening(service.app) as url:
         yield service, url
     service.worker.stop()
+
+
+@pytest.fixture
+def make_served() -> Iterator[Callable[..., tuple[HttpService, str]]]:
+    """Starts services of other settings, each behind a socket of its own."""
+    with ExitStack() as stack:
+
+        def make(**options: Any) -> tuple[HttpService, str]:
+            service = make_service(**options)
+            stack.callback(service.worker.stop)
+            return service, stack.enter_context(listening(service.app))
+
+        yield make
 
 
 @pytest.fixture
@@ -158,6 +173,43 @@ def test_errors_arrive_as_the_packages_own(
 
     assert bad.value.param == "top_p"
     assert bad.value.request_id
+
+
+@pytest.fixture
+def retrying(served: tuple[HttpService, str]) -> Iterator[openai.OpenAI]:
+    """Retries as often as it does by default, but at once."""
+    with openai.OpenAI(base_url=f"{served[1]}/v1", api_key="k2") as client:
+        client._sleep_for_retry = lambda **_: None  # type: ignore[method-assign]
+        yield client
+
+
+def test_a_budget_that_cannot_be_met_is_asked_for_once(
+    retrying: openai.OpenAI, served: tuple[HttpService, str]
+) -> None:
+    service, _ = served
+    line = (0.0, 1e-3, 0.0, 0.0, 0.0)
+    service.engine.cost_model = CostModel(line, line)
+    service.ended.rejections.clear()
+    budget = {"latency_ms": 1, "on_miss": "reject"}
+
+    for stream in (False, True):
+        with pytest.raises(openai.RateLimitError, match="No allowed exit fits"):
+            retrying.completions.create(
+                model=MODEL, prompt="a", stream=stream, extra_body={"budget": budget}
+            )
+
+    service.engine.cost_model = None
+    assert service.ended.rejections == ["budget_unattainable"] * 2
+
+
+def test_a_full_queue_is_asked_again(make_served: Callable[..., tuple[HttpService, str]]) -> None:
+    service, url = make_served(worker_options={"max_num_queued_reqs": 1})
+    with service.worker.reserve(1, 1), openai.OpenAI(base_url=f"{url}/v1", api_key="k") as client:
+        client._sleep_for_retry = lambda **_: None  # type: ignore[method-assign]
+        with pytest.raises(openai.RateLimitError):
+            client.completions.create(model=MODEL, prompt="a")
+
+    assert service.ended.rejections == ["queue_full"] * 3
 
 
 def test_leaving_a_stream_aborts_the_request(

@@ -39,7 +39,7 @@ RETRY_AFTER_S = 5
 
 
 def error_response(error: SortserveError, headers: Mapping[str, str] | None = None) -> Response:
-    """The reply to an error, with ``Retry-After`` where the client should come back."""
+    """The reply to an error, with headers that say whether and when to come back."""
     body = error.body()
     if len(error.message) > MAX_MESSAGE_CHARS:  # a message quotes what the client sent
         body["error"]["message"] = error.message[:MAX_MESSAGE_CHARS] + " ..."
@@ -50,6 +50,8 @@ def error_response(error: SortserveError, headers: Mapping[str, str] | None = No
         all_headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     elif error.status in (429, 503):
         all_headers["Retry-After"] = "1"
+    if error.is_final:
+        all_headers["X-Should-Retry"] = "false"
     if error.status == 401:
         all_headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(body, status_code=error.status, headers=all_headers)
