@@ -206,7 +206,7 @@ def _read_message(value: object, param: str) -> dict[str, Any]:
     role = value.get("role")
     if not isinstance(role, str) or not role:
         raise _not_allowed(f"{param}.role", role, "a string such as system, user or assistant")
-    for name in ("tool_calls", "function_call", "audio"):
+    for name in ("tool_calls", "function_call", "audio", "prefix"):
         if value.get(name):
             raise InvalidRequestError(f"{param}.{name} is not supported.", param=f"{param}.{name}")
     content = _read_content(value.get("content"), f"{param}.content")
