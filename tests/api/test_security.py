@@ -83,6 +83,50 @@ async def test_open_paths_are_found_below_a_proxys_prefix(
     assert (await service.get("/llm/version")).status_code == 401
 
 
+PROMPT = "the same words, " * 8
+
+
+async def cached_tokens(service: HttpService, key: str | None, salt: str | None) -> int:
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    body = {"prompt": PROMPT, "max_tokens": 1, "cache_salt": salt}
+    reply = await service.post("/generate", body, **headers)
+    return int(reply.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_shared"),
+    [
+        (("k1", None), ("k1", None), True),
+        (("k1", None), ("k2", None), False),
+        (("k1", "s"), ("k1", "s"), True),
+        (("k1", "s"), ("k2", "s"), False),
+        (("k1", "s"), ("k1", "t"), False),
+        (("k1", None), ("k1", "s"), False),
+        (("k1", None), ("k1", ""), True),
+        (("a", "bc"), ("ab", "c"), False),
+        (("ab", ""), ("a", "b"), False),
+    ],
+)
+async def test_cached_prefixes_are_shared_within_one_key_and_salt_only(
+    make: Callable[..., HttpService],
+    first: tuple[str, str | None],
+    second: tuple[str, str | None],
+    is_shared: bool,
+) -> None:
+    service = make(api_keys=("k1", "k2", "a", "ab"))
+
+    assert await cached_tokens(service, *first) == 0
+    assert (await cached_tokens(service, *second) > 0) == is_shared
+
+
+async def test_without_keys_the_salt_alone_decides(make: Callable[..., HttpService]) -> None:
+    service = make()
+
+    assert await cached_tokens(service, None, None) == 0
+    assert await cached_tokens(service, None, "s") == 0
+    assert await cached_tokens(service, None, None) > 0
+
+
 @pytest.fixture
 def small(make: Callable[..., HttpService]) -> HttpService:
     return make(max_body_bytes=100)

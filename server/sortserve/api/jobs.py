@@ -31,6 +31,7 @@ class Job:
     """The client gave no max_tokens: ``sampling.max_tokens`` shrinks to what the context holds."""
     budget: Budget
     cache_salt: str
+    """Cached prefixes are shared between jobs of equal salt; it holds the API key's digest."""
     stream: bool
     arrival_s: float
     field_names: Mapping[str, str]
@@ -92,11 +93,19 @@ def make_job(
         sampling=sampling,
         limit_is_default=max_tokens is None,
         budget=budget,
-        cache_salt=body.cache_salt or "",
+        cache_salt=_cache_salt(request, body.cache_salt or ""),
         stream=bool(body.stream),
         arrival_s=arrival_s,
         field_names=names,
     )
+
+
+def _cache_salt(request: Request, salt: str) -> str:
+    """The client's salt, below its key: how fast a prompt is read tells nobody else's prompts.
+
+    The digest has one length, so no key and salt can be mistaken for another pair.
+    """
+    return getattr(request.state, "key_digest", "") + salt
 
 
 def _header_names(request: Request, budget: Mapping[str, Any]) -> dict[str, str]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from collections.abc import Sequence
 
@@ -21,11 +22,15 @@ OPEN_PATHS = frozenset({"/health", "/readyz", "/livez", "/metrics"})
 
 
 class ApiKeyMiddleware:
-    """Lets requests pass that carry one of the keys as ``Authorization: Bearer KEY``."""
+    """Lets requests pass that carry one of the keys as ``Authorization: Bearer KEY``.
+
+    Routes find the key's digest in ``scope["state"]["key_digest"]``.
+    """
 
     def __init__(self, app: ASGIApp, *, api_keys: Sequence[str]) -> None:
         self._app = app
         self._keys = [key.encode() for key in api_keys]
+        self._digests = [hashlib.sha256(key).hexdigest() for key in self._keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401, or pass on."""
@@ -34,18 +39,20 @@ class ApiKeyMiddleware:
             return
         given = Headers(scope=scope).get("authorization", "")
         scheme, _, key = given.partition(" ")
-        if scheme.lower() == "bearer" and self._is_known(key.strip()):
+        digest = self._digest_of(key.strip()) if scheme.lower() == "bearer" else None
+        if digest is not None:
+            scope.setdefault("state", {})["key_digest"] = digest
             await self._app(scope, receive, send)
             return
         problem = "The API key is wrong." if key else "An API key is needed."
         error = AuthenticationError(f"{problem} Send it as `Authorization: Bearer KEY`.")
         await error_response(error)(scope, receive, send)
 
-    def _is_known(self, key: str) -> bool:
+    def _digest_of(self, key: str) -> str | None:
         """Compare with every key, each in constant time, so that timing tells nothing."""
         given = key.encode("latin-1")  # the header's own bytes
         matches = [hmac.compare_digest(given, known) for known in self._keys]
-        return any(matches)
+        return self._digests[matches.index(True)] if any(matches) else None
 
 
 class BodyLimitMiddleware:
