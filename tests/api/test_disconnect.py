@@ -10,7 +10,9 @@ import pytest
 from starlette.types import Message
 
 from sortserve.outputs import FinishReason
-from support.http_service import WAIT_S, Connection, HttpService, as_json
+from sortserve.scheduling.cost_model import CostModel
+from support.http_service import WAIT_S, Connection, HttpService, as_json, parse_events
+from support.scripted import FakeClock
 
 LONG = {"prompt": "a", "max_tokens": 200}
 BODIES: list[tuple[str, dict[str, Any]]] = [
@@ -82,7 +84,7 @@ async def test_leaving_while_waiting_for_a_whole_answer_aborts_within_one_step(
     assert connection.messages == []
 
 
-async def test_leaving_before_the_first_token_of_a_stream_sends_nothing(
+async def test_leaving_before_the_first_token_of_a_stream_sends_no_event(
     service: HttpService,
 ) -> None:
     service.runner.gated = True
@@ -95,7 +97,7 @@ async def test_leaving_before_the_first_token_of_a_stream_sends_nothing(
     service.runner.permits.release()
     await finish(task)
 
-    assert connection.messages == []
+    assert [message["type"] for message in connection.messages] == ["http.response.start"]
     await assert_aborted(service, 1, max_steps=1)
 
 
@@ -173,15 +175,80 @@ async def test_an_error_inside_a_stream_is_an_event_and_the_stream_ends(
     assert connection.messages[-1]["more_body"] is False
 
 
-async def test_a_failure_before_the_first_token_of_a_stream_has_its_own_status(
-    service: HttpService,
+@pytest.mark.parametrize(
+    ("path", "body"), [BODIES[0], BODIES[3], ("/v1/completions", {**LONG, "echo": True})]
+)
+async def test_a_failure_before_the_first_token_of_a_stream_is_its_only_event(
+    service: HttpService, path: str, body: dict[str, Any]
 ) -> None:
     service.runner.fail_next = True
 
-    reply = await service.post("/generate", {**LONG, "stream": True})
+    [error] = await service.events(path, body)
 
-    assert reply.status_code == 500
-    assert reply.json()["error"]["code"] == "engine_error"
+    assert error["error"]["code"] == "engine_error"
+
+
+async def test_the_headers_of_a_stream_do_not_wait_for_the_first_token(
+    service: HttpService,
+) -> None:
+    service.runner.gated = True
+    connection = Connection(service.app, "/generate", as_json({**LONG, "stream": True}))
+    task = connection.open()
+    await settle()
+
+    assert connection.status == 200
+    assert connection.content == b""
+
+    service.runner.open()
+    await finish(task)
+
+
+async def test_what_refuses_a_stream_on_arrival_has_its_own_status(
+    make: Callable[..., HttpService],
+) -> None:
+    body = {**LONG, "stream": True}
+    line = (0.0, 1e-3, 0.0, 0.0, 0.0)
+    service = make(worker_options={"max_num_queued_reqs": 1})
+    service.engine.cost_model = CostModel(line, line)
+    late = {"budget": {"latency_ms": 1, "on_miss": "reject"}}
+
+    wrong = await service.post("/generate", {**body, "top_p": 2})
+    too_long = await service.post("/generate", {**body, "prompt": "a" * 300})
+    unattainable = await service.post("/generate", {**body, **late})
+    with service.worker.reserve(1, 1):
+        full = await service.post("/generate", body)
+    await service.worker.drain(0)
+    draining = await service.post("/generate", body)
+
+    replies = (wrong, too_long, unattainable, full, draining)
+    assert [reply.status_code for reply in replies] == [400, 400, 429, 429, 503]
+    assert all(reply.json()["error"]["message"] for reply in replies)
+
+
+async def test_a_budget_that_runs_out_in_the_queue_of_a_stream_is_its_only_event(
+    make: Callable[..., HttpService],
+) -> None:
+    clock = FakeClock()
+    service = make(engine_options={"max_num_seqs": 1, "clock": clock})
+    service.runner.gated = True
+    busy = Connection(service.app, "/generate", as_json({**LONG, "max_tokens": 3}))
+    tasks = [busy.open()]
+    await settle()
+    budget = {"ttft_ms": 50, "on_miss": "reject"}
+    body = {**LONG, "stream": True, "budget": budget}
+    late = Connection(service.app, "/generate", as_json(body))
+    tasks.append(late.open())
+    await settle()
+
+    clock.now += 1
+    service.runner.open()
+    for task in tasks:
+        await finish(task)
+
+    [error] = parse_events(late.content.decode())
+    assert late.status == 200
+    assert error["error"]["code"] == "budget_unattainable"
+    assert busy.status == 200
 
 
 async def test_one_failed_sequence_ends_the_others_of_its_request(
@@ -223,18 +290,26 @@ class Timers:
     """Takes the place of the event loop's clock: a test says when time is over."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.delays: list[float] = []
-        self._callbacks: list[Callable[[], None]] = []
+        self._timers: list[tuple[float, asyncio.Handle]] = []
         monkeypatch.setattr(asyncio.get_running_loop(), "call_later", self._call_later)
 
     def _call_later(self, delay: float, callback: Callable[[], None]) -> asyncio.Handle:
-        self.delays.append(delay)
-        self._callbacks.append(callback)
-        return asyncio.Handle(callback, [], asyncio.get_running_loop())
+        handle = asyncio.Handle(callback, [], asyncio.get_running_loop())
+        self._timers.append((delay, handle))
+        return handle
 
-    def ring(self) -> None:
-        for callback in self._callbacks:
-            callback()
+    @property
+    def delays(self) -> list[float]:
+        """Of the timers that run."""
+        return [delay for delay, handle in self._timers if not handle.cancelled()]
+
+    def ring(self, delay: float) -> None:
+        """The time of the timers of this delay is over."""
+        due = [timer for timer in self._timers if timer[0] == delay]
+        self._timers = [timer for timer in self._timers if timer[0] != delay]
+        for _, handle in due:
+            if not handle.cancelled():
+                handle._run()
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -248,11 +323,11 @@ async def test_a_request_over_the_servers_timeout_is_cut_off(
     task = connection.open()
     await settle()
 
-    timers.ring()
+    assert timers.delays == [60]
+    timers.ring(60)
     service.runner.permits.release()
     await finish(task)
 
-    assert timers.delays == [60]
     assert connection.status == 504
     assert b'"code":"request_timeout"' in connection.content
     await assert_aborted(service, n, max_steps=1)
@@ -269,7 +344,7 @@ async def test_a_stream_over_the_servers_timeout_ends_with_an_error_event(
     service.runner.permits.release()
     await connection.wait_for_events(1)
 
-    timers.ring()
+    timers.ring(60)
     service.runner.permits.release()
     await finish(task)
 
@@ -279,7 +354,7 @@ async def test_a_stream_over_the_servers_timeout_ends_with_an_error_event(
     await assert_aborted(service, 1, max_steps=2)
 
 
-async def test_a_stream_that_times_out_in_the_queue_has_its_own_status(
+async def test_a_stream_that_times_out_in_the_queue_says_so_in_its_only_event(
     make: Callable[..., HttpService], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timers = Timers(monkeypatch)
@@ -293,11 +368,84 @@ async def test_a_stream_that_times_out_in_the_queue_has_its_own_status(
     tasks.append(queued.open())
     await settle()
 
-    timers.ring()
+    timers.ring(60)
     service.runner.open()
     for task in tasks:
         await finish(task)
 
-    assert queued.status == 504
-    assert b'"code":"request_timeout"' in queued.content
-    assert running.status == 200
+    [error] = parse_events(queued.content.decode())
+    assert error["error"]["code"] == "request_timeout"
+    assert running.status == queued.status == 200
+
+
+async def test_a_silent_stream_carries_a_comment_every_ten_seconds(
+    service: HttpService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timers = Timers(monkeypatch)
+    service.runner.gated = True
+    body = {**LONG, "max_tokens": 2, "stream": True}
+    connection = Connection(service.app, "/generate", as_json(body))
+    task = connection.open()
+    await settle()
+
+    for _ in range(2):  # before the first token
+        assert timers.delays == [10]
+        timers.ring(10)
+        await settle()
+    service.runner.permits.release()
+    await connection.wait_for_events(3)
+    await settle()
+    assert timers.delays == [10]  # from the token on
+    timers.ring(10)
+    await settle()
+    service.runner.open()
+    await finish(task)
+
+    parts = connection.content.decode().split("\n\n")
+    assert [part.partition(":")[0] for part in parts] == ["", "", "data", "", "data", "data", ""]
+    assert timers.delays == []
+    assert connection.messages[-1]["more_body"] is False
+
+
+async def test_a_comment_that_cannot_be_sent_ends_the_request(
+    service: HttpService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timers = Timers(monkeypatch)
+    service.runner.gated = True
+    connection = Connection(service.app, "/generate", as_json({**LONG, "stream": True}))
+    task = connection.open()
+    await settle()
+
+    connection.send_fails = True
+    timers.ring(10)
+    await settle()
+    service.runner.permits.release()
+    await finish(task)
+
+    await assert_aborted(service, 1, max_steps=1)
+
+
+async def test_a_comment_that_a_slow_client_holds_up_does_not_outlive_its_stream(
+    service: HttpService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timers = Timers(monkeypatch)
+    may_send = asyncio.Event()
+
+    async def hold(message: Message) -> None:
+        if message.get("body", b"").startswith(b":"):
+            await may_send.wait()
+
+    service.runner.gated = True
+    body = {**LONG, "max_tokens": 1, "stream": True}
+    connection = Connection(service.app, "/generate", as_json(body), before_send=hold)
+    task = connection.open()
+    await settle()
+    timers.ring(10)
+    await settle()
+    service.runner.open()
+    await finish(task)
+    may_send.set()
+    await settle()
+
+    assert connection.messages[-1]["more_body"] is False
+    assert b": waiting" not in connection.content

@@ -11,7 +11,7 @@ import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
 
 from sortserve.scheduling.cost_model import CostModel
-from support.http_service import MODEL, HttpService, listening, make_service
+from support.http_service import MODEL, HttpService, listening, make_service, with_comments
 
 MESSAGES = [{"role": "user", "content": "a"}]
 
@@ -75,6 +75,36 @@ def test_a_streamed_completion(client: openai.OpenAI) -> None:
 
     assert "".join(c.choices[0].text for c in chunks if c.choices) == "bcde"
     assert chunks[-1].usage.completion_tokens == 4
+
+
+def test_comments_in_a_stream_are_nothing_to_the_package() -> None:
+    service = make_service()
+    with (
+        listening(with_comments(service.app)) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="k") as client,
+    ):
+        lines = client.completions.create(model=MODEL, prompt="a", max_tokens=3, stream=True)
+        chat = client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, max_tokens=3, stream=True
+        )
+        assert "".join(chunk.choices[0].text for chunk in lines) == "bcd"
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chat) == "bcd"
+    service.worker.stop()
+
+
+def test_an_error_in_a_stream_arrives_as_the_packages_own() -> None:
+    service = make_service()
+    with (
+        listening(service.app) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="k") as client,
+    ):
+        service.runner.fail_next = True
+        stream = client.completions.create(model=MODEL, prompt="a", max_tokens=3, stream=True)
+        with pytest.raises(openai.APIError, match="model failed") as error:
+            list(stream)
+    service.worker.stop()
+
+    assert error.value.code == "engine_error"
 
 
 def test_a_chat(client: openai.OpenAI) -> None:

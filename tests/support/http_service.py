@@ -13,11 +13,12 @@ from typing import Any
 import httpx
 import uvicorn
 from fastapi import FastAPI
-from starlette.types import ASGIApp, Message
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import sortserve
 from sortserve.api.app import create_app
 from sortserve.api.settings import ApiSettings
+from sortserve.api.streaming import COMMENT
 from sortserve.budget import Budget
 from sortserve.engine.engine import Engine
 from sortserve.engine.worker import EngineWorker
@@ -200,6 +201,26 @@ def listening(app: ASGIApp) -> Iterator[str]:
         server.should_exit = True
         thread.join()
         listener.close()
+
+
+def with_comments(app: ASGIApp) -> ASGIApp:
+    """The application with a comment before each of its events, as in a stream that waits long."""
+
+    async def commented(scope: Scope, receive: Receive, send: Send) -> None:
+        is_stream = False
+
+        async def send_more(message: Message) -> None:
+            nonlocal is_stream
+            if message["type"] == "http.response.start":
+                kinds = [value for name, value in message["headers"] if name == b"content-type"]
+                is_stream = kinds[0].startswith(b"text/event-stream")
+            elif is_stream and message.get("body"):
+                await send({**message, "body": COMMENT, "more_body": True})
+            await send(message)
+
+        await app(scope, receive, send_more)
+
+    return commented
 
 
 @dataclass

@@ -125,6 +125,15 @@ async def test_pieces_add_up_to_the_whole_answer(kind: str) -> None:
     assert body.closed
 
 
+async def test_comments_of_a_waiting_server_are_no_events(kind: str) -> None:
+    waiting = b": waiting\n\n"
+    chunks = [part for chunk in WHOLE for part in (waiting, waiting, chunk)]
+
+    commented = await read(kind, Server(Body(*chunks)))
+
+    assert commented == await read(kind, Server(Body(*WHOLE)))
+
+
 async def test_the_cut_of_the_chunks_does_not_matter(kind: str) -> None:
     wire = b"".join(WHOLE).replace(b"\n\n", b"\r\n\r\n")
     chunks = [wire[i : i + 5] for i in range(0, len(wire), 5)]

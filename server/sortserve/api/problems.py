@@ -22,6 +22,7 @@ from sortserve.errors import (
 )
 
 __all__ = [
+    "error_body",
     "error_response",
     "http_exception_response",
     "invalid_body",
@@ -38,13 +39,18 @@ RETRY_AFTER_S = 5
 """When to ask again a server that is loading, draining or failed."""
 
 
-def error_response(error: SortserveError, headers: Mapping[str, str] | None = None) -> Response:
-    """The reply to an error, with headers that say whether and when to come back."""
+def error_body(error: SortserveError) -> dict[str, Any]:
+    """The body of an error, with what it quotes of the client's own words cut."""
     body = error.body()
-    if len(error.message) > MAX_MESSAGE_CHARS:  # a message quotes what the client sent
+    if len(error.message) > MAX_MESSAGE_CHARS:
         body["error"]["message"] = error.message[:MAX_MESSAGE_CHARS] + " ..."
     if error.param is not None:
         body["error"]["param"] = error.param[:MAX_PARAM_CHARS]
+    return body
+
+
+def error_response(error: SortserveError, headers: Mapping[str, str] | None = None) -> Response:
+    """The reply to an error, with headers that say whether and when to come back."""
     all_headers = dict(headers or {})
     if error.retry_after_s is not None:
         all_headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
@@ -54,7 +60,7 @@ def error_response(error: SortserveError, headers: Mapping[str, str] | None = No
         all_headers["X-Should-Retry"] = "false"
     if error.status == 401:
         all_headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(body, status_code=error.status, headers=all_headers)
+    return JSONResponse(error_body(error), status_code=error.status, headers=all_headers)
 
 
 def unavailable_response(state: str, message: str) -> Response:

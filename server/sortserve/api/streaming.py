@@ -12,12 +12,13 @@ import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from sortserve.api.generation import Generation, Outputs
+from sortserve.api.problems import error_body
 from sortserve.errors import EngineError, SortserveError
 from sortserve.outputs import RequestOutput
 
@@ -26,6 +27,9 @@ __all__ = ["END_OF_STREAM", "EventWriter", "GenerationReply", "GenerationStream"
 logger = logging.getLogger(__name__)
 
 END_OF_STREAM = "data: [DONE]\n\n"
+COMMENT = b": waiting\n\n"
+COMMENT_INTERVAL_S = 10.0
+"""Below the time after which proxies give up on a silent connection, 30 to 60 s."""
 
 _HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -82,7 +86,11 @@ class GenerationReply(Response):
 
 
 class GenerationStream(Response):
-    """Sends the generation's outputs as events, as they come."""
+    """Sends the generation's outputs as events, as they come.
+
+    The headers leave at once, however long the request waits for its first token: what refuses it
+    on arrival has been raised by then, and has its own status. Later errors are events.
+    """
 
     def __init__(
         self, generation: Generation, writer: EventWriter, *, timeout_s: float | None
@@ -95,37 +103,40 @@ class GenerationStream(Response):
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Stream. An error before the first output is raised, so that it gets its own status."""
+        """Stream."""
         generation = self._generation
         async with (
             _watched(generation, receive, self._timeout_s),
             aclosing(generation.outputs()) as batches,
         ):
-            first = await anext(batches)
-            if generation.is_abandoned:
-                return
-            ready = [self._writer.opening()]
-            self._write(first, ready)
             start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
             try:
                 await send(start)
-                await self._send_all(ready, batches, send)
+                with _Comments(send, on_lost=generation.abandon) as comments:
+                    await self._send_all(batches, send, comments)
+                if not generation.is_abandoned:
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
             except OSError:  # how a server says that the connection is gone
                 generation.abandon()
 
     async def _send_all(
-        self, ready: list[str], batches: AsyncIterator[Outputs], send: Send
+        self, batches: AsyncIterator[Outputs], send: Send, comments: _Comments
     ) -> None:
+        ready: list[str] = []
+        has_opened = False
         try:
-            await _send_text(send, ready)
             async for outputs in batches:
                 if self._generation.is_abandoned:
                     return
+                if not has_opened:
+                    has_opened = True
+                    ready.append(self._writer.opening())
                 self._write(outputs, ready)
                 await _send_text(send, ready)
+                comments.put_off()
             ready.append(self._writer.closing())
         except SortserveError as error:
-            ready.append(event(error.body()))
+            ready.append(event(error_body(error)))
         except OSError:
             raise
         except Exception:
@@ -133,13 +144,56 @@ class GenerationStream(Response):
             ready.append(event(EngineError("The server failed on this request.").body()))
         ready.append(END_OF_STREAM)
         await _send_text(send, ready)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _write(self, outputs: Outputs, ready: list[str]) -> None:
         take, chunk = self._generation.take, self._writer.chunk
         for index, output in outputs:
             take(index, output)
             ready.append(chunk(index, output))
+
+
+class _Comments:
+    """A comment whenever a stream was silent for ``COMMENT_INTERVAL_S``.
+
+    Proxies and clients take a silent connection for a dead one; a comment is no event to anybody.
+
+    Args:
+        send: the connection.
+        on_lost: called when the connection turns out to be gone.
+    """
+
+    def __init__(self, send: Send, *, on_lost: Callable[[], None]) -> None:
+        self._send = send
+        self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._sending: asyncio.Task[None] | None = None
+
+    def __enter__(self) -> Self:
+        self.put_off()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for pending in (self._timer, self._sending):
+            if pending is not None:
+                pending.cancel()
+
+    def put_off(self) -> None:
+        """Something was sent: the silence begins anew."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(COMMENT_INTERVAL_S, self._ring)
+
+    def _ring(self) -> None:
+        self._sending = self._loop.create_task(self._comment())
+
+    async def _comment(self) -> None:
+        try:
+            await self._send({"type": "http.response.body", "body": COMMENT, "more_body": True})
+        except OSError:
+            self._on_lost()
+        else:
+            self.put_off()
 
 
 async def _send_text(send: Send, ready: list[str]) -> None:
