@@ -377,7 +377,10 @@ def test_every_error_of_the_server_has_its_twin_here() -> None:
     here["RequestTimeoutError"] = "ServerError"
     never_sent = {"SortserveError", "CheckpointError", "ConfigError"}
     for name in set(errors.__all__) - never_sent:
-        error = getattr(errors, name)("No.")
+        kind = getattr(errors, name)
+        if not isinstance(kind, type):
+            continue
+        error = kind("No.")
         twin = status_error_class(error.status, error.code)
         assert twin.__name__ == here.get(name, name)
 
