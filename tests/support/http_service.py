@@ -8,6 +8,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import httpx
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import sortserve
 from sortserve.api.app import create_app
+from sortserve.api.http_protocol import ConnectionLimits, HttpProtocol
 from sortserve.api.settings import ApiSettings
 from sortserve.api.streaming import COMMENT
 from sortserve.budget import Budget
@@ -190,9 +192,18 @@ def make_service(
 @contextmanager
 def listening(app: ASGIApp) -> Iterator[str]:
     """The application behind a real server on a loopback port, as its base URL."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None)
+    protocol = partial(HttpProtocol, limits=ConnectionLimits())
+    config = uvicorn.Config(
+        app,
+        host="127.0.0.1",
+        port=0,
+        log_config=None,
+        http=protocol,  # type: ignore[arg-type]
+        ws="none",
+    )
     server = uvicorn.Server(config)
     listener = config.bind_socket()
+    listener.listen()  # who connects before the server runs waits for it
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -20,8 +20,9 @@ from http import HTTPStatus
 from typing import Any, Literal
 
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+from sortserve.api.http1 import Http1Protocol
 from sortserve.api.problems import error_response
 from sortserve.api.security import OPEN_PATHS
 from sortserve.errors import InvalidRequestError, UnavailableError
@@ -74,7 +75,7 @@ class _RefusedError(Exception):
     """Stops the parser; the refusal says why."""
 
 
-class HttpProtocol(HttpToolsProtocol):
+class HttpProtocol(Http1Protocol):
     """One connection of the server."""
 
     def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
