@@ -94,9 +94,20 @@ def _polite(model: str) -> list[Case]:
         "null character": (COMPLETIONS, _body(model, prompt="a\x00b")),
         "unknown field on an OpenAI route": (COMPLETIONS, _body(model, load_tool_id=7)),
     }
+    headers = {
+        "offers h2c": {"Connection": "Upgrade", "Upgrade": "h2c"},
+        "offers a websocket": {"Connection": "Upgrade", "Upgrade": "websocket"},
+        "unusual request id": {"X-Request-Id": "any words, {even} these"},
+    }
     return [
-        Case(name=f"polite: {name}", path=path, body=body, statuses=SERVED)
-        for name, (path, body) in bodies.items()
+        *(
+            Case(name=f"polite: {name}", path=path, body=body, statuses=SERVED)
+            for name, (path, body) in bodies.items()
+        ),
+        *(
+            Case(name=f"polite: {name}", body=_body(model), headers=fields, statuses=SERVED)
+            for name, fields in headers.items()
+        ),
     ]
 
 
@@ -131,6 +142,9 @@ def _wrong_fields(model: str) -> list[Case]:
         "stop": [5, [""], ["s"] * 17],
         "stop_token_ids": [[-1], "x"],
         "logprobs": [-1, 1000],
+        "grammar": ['root ::= "a"'],
+        "guided_json": [{}],
+        "mirostat": [2],
         "n": [0, 10**6, "two"],
         "stream": [7],
         "stream_options": ["yes"],
@@ -186,7 +200,7 @@ def _wrong_budgets(model: str) -> list[Case]:
         "min_exit_layer": [999],
         "compute": [0, 2, "half", 1e-9],
         "min_quality": [1.5],
-        "latency_ms": [0, -1, "soon"],
+        "latency_ms": [0, -1, "soon", 86_400_001, 10**310],
         "ttft_ms": [[]],
         "tpot_ms": [{}],
         "on_miss": ["pray"],

@@ -209,7 +209,7 @@ def test_errors_arrive_as_the_packages_own(
 def retrying(served: tuple[HttpService, str]) -> Iterator[openai.OpenAI]:
     """Retries as often as it does by default, but at once."""
     with openai.OpenAI(base_url=f"{served[1]}/v1", api_key="k2") as client:
-        client._sleep_for_retry = lambda **_: None  # type: ignore[method-assign]
+        client._sleep_for_retry = lambda **_: None
         yield client
 
 
@@ -235,7 +235,7 @@ def test_a_budget_that_cannot_be_met_is_asked_for_once(
 def test_a_full_queue_is_asked_again(make_served: Callable[..., tuple[HttpService, str]]) -> None:
     service, url = make_served(worker_options={"max_num_queued_reqs": 1})
     with service.worker.reserve(1, 1), openai.OpenAI(base_url=f"{url}/v1", api_key="k") as client:
-        client._sleep_for_retry = lambda **_: None  # type: ignore[method-assign]
+        client._sleep_for_retry = lambda **_: None
         with pytest.raises(openai.RateLimitError):
             client.completions.create(model=MODEL, prompt="a")
 
