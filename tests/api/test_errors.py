@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf, nan
 from typing import Any
 
 import httpx
@@ -387,6 +388,18 @@ async def test_json_with_a_charset_is_json(shared: HttpService) -> None:
 )
 def test_what_would_fail_again_says_so(error: type[SortserveError], told: str | None) -> None:
     assert error_response(error("No.")).headers.get("x-should-retry") == told
+
+
+@pytest.mark.parametrize(
+    ("predicted_s", "header"),
+    [(None, "1"), (0.0, "1"), (-3.0, "1"), (2.1, "3"), (5e9, "3600"), (inf, "3600"), (nan, "1")],
+)
+def test_no_prediction_makes_a_time_to_come_back_that_is_none(
+    predicted_s: float | None, header: str
+) -> None:
+    reply = error_response(OverloadedError("No.", retry_after_s=predicted_s))
+
+    assert reply.headers["retry-after"] == header
 
 
 async def test_an_unknown_route_is_not_found(shared: HttpService) -> None:
