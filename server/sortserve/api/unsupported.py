@@ -113,8 +113,9 @@ _INPUTS: tuple[Group, ...] = (
     ((False,), ("raw", "continue_final_message", "safe_prompt", "echo")),
     ((False,), ("add_special_tokens",)),  # of chat: the template writes them
     (
-        ((), "", [], {}),
+        ("", [], {}),
         (
+            *("prompt", "messages"),  # of the other route
             *("prompt_embeds", "input_embeds", "input_ids", "images", "image_data"),
             *("audio_data", "video_data", "multi_modal_data"),
         ),
