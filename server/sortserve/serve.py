@@ -32,6 +32,7 @@ from sortserve.api.http_protocol import ConnectionLimits, HttpProtocol
 from sortserve.api.settings import ApiSettings
 from sortserve.banner import banner, base_url
 from sortserve.config import ServeSettings
+from sortserve.garbage import calm_garbage_collector
 from sortserve.listening import BACKLOG, allow_open_files, is_loopback, listening, tls_context
 from sortserve.log_writer import LogWriter
 from sortserve.logs import fields, logging_to
@@ -145,6 +146,7 @@ class ServerProcess:
         worker = serving.worker
         api = _api_settings(self.settings, serving)
         self._door.app = create_app(worker, serving.tokenizer, api, serving.metrics)
+        calm_garbage_collector()
         self._announce(serving, listener)
         while not (self._signalled.is_set() or serving_http.done() or worker.state == "failed"):
             await _first(self._signalled, serving_http, timeout_s=HEALTH_POLL_S)
