@@ -7,6 +7,7 @@ borders between the pieces were. Of several that are complete there, the longest
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 __all__ = ["StopMatcher"]
 
@@ -65,6 +66,7 @@ class _MatchedPrefix:
         return len(self._stop)
 
 
+@lru_cache(maxsize=256)  # shared by the samples of a request
 def _fallback_lengths(stop: str) -> list[int]:
     """For each n, the longest proper prefix of ``stop`` that ``stop[:n]`` ends with."""
     lengths = [0, 0]
