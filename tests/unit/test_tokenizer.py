@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 from unittest.mock import Mock
@@ -538,3 +540,79 @@ def test_without_a_chat_template_messages_are_refused_and_a_prompt_is_suggested(
     with pytest.raises(InvalidRequestError, match="Send a prompt") as caught:
         metaspace_tokenizer().apply_chat_template([{"role": "user", "content": "x"}])
     assert caught.value.param == "messages"
+
+
+# ---- long texts ----
+
+
+@given(texts)
+def test_no_token_stands_for_more_characters_than_the_longest_one_has(text: str) -> None:
+    for tokenizer in (byte_tokenizer(), metaspace_tokenizer()):
+        num_tokens = len(tokenizer.encode(text))
+
+        assert len(text) <= num_tokens * tokenizer.max_token_chars
+
+
+def bounded_tokenizer(max_tokens: int) -> Tokenizer:
+    return Tokenizer(make_byte_tokenizer(), frozenset({IM_END}), max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize("text", ["é" * 1000, "xyz " * 500, "<|im_end|>" * 200, EMOJI_AND_CJK * 40])
+def test_a_text_up_to_the_limit_is_the_same_tokens_as_without_one(text: str) -> None:
+    expected = byte_tokenizer().encode(text)
+
+    assert bounded_tokenizer(len(expected)).encode(text) == expected
+
+
+@pytest.mark.parametrize("text", ["é" * 100_000, "xyz " * 100_000, "\0" * 100_000])
+@pytest.mark.parametrize("param", ["prompt", "messages"])
+def test_a_text_far_over_the_limit_is_refused_without_tokenising_all_of_it(
+    text: str, param: str
+) -> None:
+    tokenizer = bounded_tokenizer(20_000)
+    pieces: list[str] = []
+    encode = tokenizer._encode
+
+    def counted(piece: str, add_special_tokens: bool) -> list[int]:
+        pieces.append(piece)
+        return encode(piece, add_special_tokens)
+
+    tokenizer._encode = counted  # type: ignore[method-assign]
+
+    with pytest.raises(InvalidRequestError, match="more than 20000 tokens") as caught:
+        tokenizer.encode(text, param=param)
+
+    assert caught.value.param == param
+    assert max(map(len, pieces)) < 10_000
+    assert sum(map(len, pieces)) < len(text) / 2
+
+
+def longest_wait_of_another_thread(work: Callable[[], object]) -> float:
+    """The longest that a thread waits for a turn while ``work`` runs, as a share of the work."""
+    longest, stop = 0.0, threading.Event()
+
+    def tick() -> None:
+        nonlocal longest
+        before = time.perf_counter()
+        while not stop.wait(0.001):
+            longest = max(longest, time.perf_counter() - before)
+            before = time.perf_counter()
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    start = time.perf_counter()
+    work()
+    took = time.perf_counter() - start
+    stop.set()
+    ticker.join()
+    return longest / took
+
+
+def test_other_threads_run_while_a_long_text_is_tokenised() -> None:
+    text = "the <|im_end|> 你好 " * 20_000
+
+    shares = (
+        longest_wait_of_another_thread(lambda: byte_tokenizer().encode(text)) for _ in "12345"
+    )
+
+    assert any(share < 0.5 for share in shares), "one call holds the interpreter"

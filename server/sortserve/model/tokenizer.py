@@ -27,6 +27,8 @@ from sortserve.sampling_params import SamplingParams
 
 __all__ = ["TextStream", "Tokenizer"]
 
+_PIECE_CHARS = 8192
+_TOKENS_OF_BORDER = 8
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -41,6 +43,7 @@ class Tokenizer:
         eos_token_ids: what ends a generation.
         chat_template: that of the tokenizer, where it has been prepared already.
         model_vocab_size: rows of the model's embedding; None: as many as the tokenizer needs.
+        max_tokens: a text that surely has more is refused, before memory is spent on all of them.
     """
 
     def __init__(
@@ -50,16 +53,21 @@ class Tokenizer:
         chat_template: ChatTemplate | None = None,
         *,
         model_vocab_size: int | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         self._chat_template = chat_template or ChatTemplate(hf_tokenizer)
         self._backend = hf_tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
         self.eos_token_ids = eos_token_ids
-        num_ids = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        num_ids = max(vocabulary.values()) + 1
         self.vocab_size: int = min(num_ids, model_vocab_size or num_ids)
         """One above the largest id that tokenizer and model both know. Either may know more: a
         model's vocabulary may be padded, and tokens may have been added without new embeddings."""
+        self.max_token_chars: int = max(map(len, vocabulary))
+        """No token stands for more characters. A byte of a byte-level token counts as one."""
+        self._max_tokens = max_tokens
         added = self._backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
         kinds = set(_decoder_kinds(json.loads(self._backend.to_str())["decoder"]))
@@ -84,21 +92,27 @@ class Tokenizer:
         """Token ids of a text; special tokens written out in it count as such.
 
         Raises:
-            InvalidRequestError: the text is not valid Unicode, or holds a token that the model has
-                no embedding for; ``param`` is the field to blame.
+            InvalidRequestError: the text is not valid Unicode, is far too long, or holds a token
+                that the model has no embedding for; ``param`` is the field to blame.
         """
         try:
-            text.encode()
+            num_bytes = len(text.encode())
         except UnicodeEncodeError as error:
             raise InvalidRequestError(
                 f"{param} is not valid Unicode: character {error.start} is half of a surrogate "
                 "pair. Send the whole character.",
                 param=param,
             ) from None
+        if self._max_tokens is not None and num_bytes > self._max_tokens:
+            self._check_length(text, self._max_tokens, param)
+        ids = self._encode(text, add_special_tokens)
+        self._check_known(ids, param)
+        return ids
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # The batch call gives up the interpreter lock; ``encode`` keeps it, seconds on megabytes.
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
-        self._check_known(ids, param)
         return ids
 
     def _check_known(self, token_ids: Sequence[int], param: str) -> None:
@@ -110,6 +124,22 @@ class Tokenizer:
                 f"vocabulary: ids go from 0 to {self.vocab_size - 1}. Leave it out.",
                 param=param,
             )
+
+    def _check_length(self, text: str, most: int, param: str) -> None:
+        """Refuse a text that surely has more than ``most`` tokens, in little memory.
+
+        A token takes more than a hundred bytes while its text is tokenised, and every byte of the
+        text may be one. So the pieces of a long text are tokenised first, one by one, which nearly
+        gives its number of tokens: a border between two of them adds a few.
+        """
+        num_tokens = 0
+        for start in range(0, len(text), _PIECE_CHARS):
+            piece = text[start : start + _PIECE_CHARS]
+            num_tokens += max(0, len(self._encode(piece, False)) - _TOKENS_OF_BORDER)
+            if num_tokens > most:
+                raise InvalidRequestError(
+                    f"{param} has more than {most} tokens: that is too long.", param=param
+                )
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence. Bytes that are no character come out as U+FFFD.
