@@ -12,6 +12,7 @@ from typing import TypedDict
 import torch
 
 from sortserve import __version__
+from sortserve.api.body_limits import max_encoded_tokens
 from sortserve.checkpoint import LoadedCheckpoint, load_checkpoint
 from sortserve.config import ServeSettings
 from sortserve.engine.calibration import calibrate, fault_of, slowed, spot_check
@@ -110,6 +111,7 @@ def build(settings: ServeSettings) -> Serving:
         checkpoint.eos_token_ids,
         checkpoint.chat_template,
         model_vocab_size=checkpoint.config.vocab_size,
+        max_tokens=max_encoded_tokens(max_model_len),
     )
 
     def make_text(request: GenerationRequest) -> TextStream:

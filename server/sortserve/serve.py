@@ -324,6 +324,7 @@ def _api_settings(settings: ServeSettings, serving: Serving) -> ApiSettings:
         cors_allow_origins=settings.cors_allow_origins,
         root_path=settings.root_path,
         enable_docs=settings.enable_docs,
+        max_token_chars=serving.tokenizer.max_token_chars,
         generation_defaults=serving.checkpoint.generation_defaults,
         request_timeout_s=settings.request_timeout,
         log_prompts=settings.log_prompts,

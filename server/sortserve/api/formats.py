@@ -86,8 +86,8 @@ class GenerateFormat:
     # ---- whole replies ----
 
     def body(self) -> dict[str, Any]:
-        """The reply to a request that is not streamed."""
-        choices = [
+        """The reply to a request that is not streamed; ``choices`` is an iterator, for memory."""
+        choices = (
             {
                 "index": index,
                 **self._whole(index, choice),
@@ -97,7 +97,7 @@ class GenerateFormat:
                 "budget": None if choice.report is None else choice.report.budget_reply(),
             }
             for index, choice in enumerate(self.generation.choices)
-        ]
+        )
         generation = self.generation
         return {
             **self.head,

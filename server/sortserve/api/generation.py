@@ -161,6 +161,14 @@ class Generation:
 
     # ---- what all of it came to ----
 
+    @property
+    def num_values(self) -> int:
+        """How much a reply has to say, for deciding where it is written: tokens and rivals."""
+        return sum(
+            choice.num_tokens + sum(len(token.top_logprobs) for token in choice.tokens)
+            for choice in self.choices
+        )
+
     def usage(self) -> dict[str, Any]:
         """The ``usage`` object so far. A prompt counts once, however many samples it has."""
         num_prompt = sum(self._num_prompt_tokens)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
+from sortserve.api.body_limits import MAX_MESSAGE_FIELDS, MAX_PARTS, MAX_ROLE_CHARS
 from sortserve.api.interfaces import Tokenizer
 from sortserve.api.problems import shortened
+from sortserve.api.text_threads import TextThreads
 from sortserve.errors import InvalidRequestError
 
 __all__ = [
@@ -24,7 +26,7 @@ __all__ = [
     "read_prompts",
 ]
 
-THREAD_FROM_CHARS = 20_000
+THREAD_FROM_CHARS = 2048
 """Prompts from this length on are tokenised on a thread: they would hold up every stream."""
 CHARS_PER_TOKEN = 4
 RESERVED_TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "add_generation_prompt"})
@@ -93,10 +95,10 @@ class ChatPrompt:
     add_generation_prompt: bool = True
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def num_chars(self) -> int:
-        """Characters to tokenise, without those of the template."""
-        return sum(_num_chars(message["content"]) for message in self.messages)
+        """Characters of every string that the template is given, names of fields too."""
+        return _count_chars(self.messages) + _count_chars(dict(self.template_arguments))
 
     @property
     def num_tokens_estimate(self) -> int:
@@ -112,11 +114,27 @@ class ChatPrompt:
         )
 
 
-async def encode_all(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[list[int]]:
-    """Tokenise prompts, long ones off the event loop."""
-    if sum(prompt.num_chars for prompt in prompts) < THREAD_FROM_CHARS:
-        return [prompt.encode(tokenizer) for prompt in prompts]
-    return await asyncio.to_thread(lambda: [prompt.encode(tokenizer) for prompt in prompts])
+async def encode_all(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, threads: TextThreads, *, max_tokens: int
+) -> list[list[int]]:
+    """Tokenise prompts, off the event loop unless they are short texts.
+
+    The first that has more than ``max_tokens`` is the last: the request will be refused for it.
+    """
+
+    def encode() -> list[list[int]]:
+        encoded: list[list[int]] = []
+        for prompt in prompts:
+            encoded.append(prompt.encode(tokenizer))
+            if len(encoded[-1]) > max_tokens:
+                break
+        return encoded
+
+    num_chars = sum(prompt.num_chars for prompt in prompts)
+    is_chat = any(isinstance(prompt, ChatPrompt) for prompt in prompts)  # a template is a program
+    if num_chars < THREAD_FROM_CHARS and not is_chat:
+        return encode()
+    return await threads.run(encode)
 
 
 def exactly_one(prompt: object, messages: object) -> None:
@@ -133,10 +151,15 @@ def exactly_one(prompt: object, messages: object) -> None:
 
 
 def read_prompt(
-    value: object, param: str, vocab_size: int, *, add_special_tokens: bool
+    value: object, param: str, vocab_size: int, *, max_chars: int, add_special_tokens: bool
 ) -> TextPrompt | TokenPrompt:
-    """One prompt: a text or token ids."""
+    """One prompt: a text or token ids.
+
+    Raises:
+        InvalidRequestError: ``param`` is the dotted path of what is wrong.
+    """
     if isinstance(value, str):
+        _check_chars(len(value), param, max_chars)
         return TextPrompt(value, add_special_tokens)
     if isinstance(value, list):
         return TokenPrompt(check_token_ids(value, param, vocab_size))
@@ -144,7 +167,7 @@ def read_prompt(
 
 
 def read_prompts(
-    value: object, vocab_size: int, *, add_special_tokens: bool
+    value: object, vocab_size: int, *, max_chars: int, add_special_tokens: bool
 ) -> list[TextPrompt | TokenPrompt]:
     """The four forms of ``prompt`` that OpenAI's completions have, as a list of prompts."""
     if value is None:
@@ -154,11 +177,15 @@ def read_prompts(
         if not isinstance(value, str | list) or value == []:
             allowed = "a string, a list of strings, token ids or a list of lists of token ids"
             raise _not_allowed("prompt", value, allowed)
-        return [read_prompt(value, "prompt", vocab_size, add_special_tokens=add_special_tokens)]
-    assert isinstance(value, list)
+        items = {"prompt": value}
+    else:
+        assert isinstance(value, list)
+        items = {f"prompt.{i}": item for i, item in enumerate(value)}
     return [
-        read_prompt(item, f"prompt.{i}", vocab_size, add_special_tokens=add_special_tokens)
-        for i, item in enumerate(value)
+        read_prompt(
+            item, param, vocab_size, max_chars=max_chars, add_special_tokens=add_special_tokens
+        )
+        for param, item in items.items()
     ]
 
 
@@ -177,6 +204,7 @@ def check_token_ids(values: list[Any], param: str, vocab_size: int) -> list[int]
 def read_messages(
     values: list[Any],
     *,
+    max_chars: int,
     add_generation_prompt: bool | None,
     template_arguments: Mapping[str, Any] | None,
 ) -> ChatPrompt:
@@ -193,19 +221,47 @@ def read_messages(
                 f"chat_template_kwargs.{name} is not allowed: the server sets it.",
                 param=f"chat_template_kwargs.{name}",
             )
-    return ChatPrompt(
+    prompt = ChatPrompt(
         [_read_message(value, f"messages.{i}") for i, value in enumerate(values)],
         add_generation_prompt=add_generation_prompt is not False,
         template_arguments=template_arguments or {},
     )
+    _check_chars(prompt.num_chars, "messages", max_chars)
+    return prompt
+
+
+def _check_chars(num_chars: int, param: str, max_chars: int) -> None:
+    if num_chars > max_chars:
+        raise InvalidRequestError(
+            f"{param} has {num_chars} characters; {max_chars} are allowed, as no more can fit the "
+            "context.",
+            param=param,
+        )
+
+
+def _count_chars(value: object) -> int:
+    """Characters of all strings in a JSON value, names of fields too."""
+    num_chars, pending = 0, [value]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            num_chars += len(value)
+        elif isinstance(value, dict):
+            pending += value.keys()
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+    return num_chars
 
 
 def _read_message(value: object, param: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _not_allowed(param, value, "an object with role and content")
+    _check_length(value, param, MAX_MESSAGE_FIELDS, "fields")
     role = value.get("role")
     if not isinstance(role, str) or not role:
         raise _not_allowed(f"{param}.role", role, "a string such as system, user or assistant")
+    _check_length(role, f"{param}.role", MAX_ROLE_CHARS, "characters")
     for name in ("tool_calls", "function_call", "audio", "prefix"):
         if value.get(name):
             raise InvalidRequestError(f"{param}.{name} is not supported.", param=f"{param}.{name}")
@@ -219,16 +275,21 @@ def _read_content(value: object, param: str) -> str | list[dict[str, Any]]:
         return value
     if not isinstance(value, list):
         raise _not_allowed(param, value, "a string, or a list of parts of type text")
+    _check_length(value, param, MAX_PARTS, "parts")
     for i, part in enumerate(value):
         if not isinstance(part, dict) or part.get("type") != "text":
             raise _not_allowed(f"{param}.{i}", part, 'parts of the form {"type": "text", "text"}')
+        _check_length(part, f"{param}.{i}", MAX_MESSAGE_FIELDS, "fields")
         if not isinstance(part.get("text"), str):
             raise _not_allowed(f"{param}.{i}.text", part.get("text"), "a string")
     return value
 
 
-def _num_chars(content: str | list[dict[str, Any]]) -> int:
-    return len(content) if isinstance(content, str) else sum(len(p["text"]) for p in content)
+def _check_length(value: Sized, param: str, most: int, what: str) -> None:
+    if len(value) > most:
+        raise InvalidRequestError(
+            f"{param} has {len(value)} {what}; {most} are allowed.", param=param
+        )
 
 
 def _not_allowed(param: str, value: object, allowed: str) -> InvalidRequestError:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+from sortserve.api import body_limits
 from sortserve.api.middleware import REQUEST_ID_PATTERN
 from sortserve.budget import MAX_MS, OnMiss
 
@@ -27,7 +28,6 @@ __all__ = [
 # Every value that OpenAI's own client knows.
 ServiceTier = Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"]
 _INT64 = 2**63
-_MAX_TOKEN_IDS = 1024
 
 _MS = {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_MS}
 _SHARE = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
@@ -83,13 +83,28 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-# One error is enough: a body may hold a million wrong items.
-StopStrings = Annotated[list[str], Field(max_length=16, fail_fast=True), BeforeValidator(_as_list)]
-TokenIds = Annotated[list[int], Field(max_length=_MAX_TOKEN_IDS, fail_fast=True)]
-LogitBias = Annotated[dict[str, Any], Field(max_length=1024), WithJsonSchema(_LOGIT_BIAS_SCHEMA)]
+# One error is enough: a body may hold thousands of wrong items.
+Name = Annotated[str, Field(max_length=body_limits.MAX_NAME_CHARS)]
+StopString = Annotated[str, Field(max_length=body_limits.MAX_STOP_CHARS)]
+StopStrings = Annotated[
+    list[StopString],
+    Field(max_length=body_limits.MAX_STOP_STRINGS, fail_fast=True),
+    BeforeValidator(_as_list),
+]
+TokenIds = Annotated[list[int], Field(max_length=body_limits.MAX_STOP_TOKEN_IDS, fail_fast=True)]
+LogitBias = Annotated[
+    dict[str, Any],
+    Field(max_length=body_limits.MAX_LOGIT_BIAS),
+    WithJsonSchema(_LOGIT_BIAS_SCHEMA),
+]
 RequestId = Annotated[str, Field(pattern=f"^{REQUEST_ID_PATTERN}$")]
-BudgetObject = Annotated[dict[str, Any], WithJsonSchema(_BUDGET_SCHEMA)]
-Messages = Annotated[list[Any], WithJsonSchema(_MESSAGES_SCHEMA)]
+BudgetObject = Annotated[
+    dict[str, Any], Field(max_length=body_limits.MAX_BUDGET_FIELDS), WithJsonSchema(_BUDGET_SCHEMA)
+]
+Messages = Annotated[
+    list[Any], Field(max_length=body_limits.MAX_MESSAGES), WithJsonSchema(_MESSAGES_SCHEMA)
+]
+TemplateVariables = Annotated[dict[str, Any], Field(max_length=body_limits.MAX_TEMPLATE_VARIABLES)]
 
 
 class _Body(BaseModel):
@@ -116,7 +131,7 @@ class StreamOptions(_Body):
 class GenerationFields(_Body):
     """The fields that all three generation routes share."""
 
-    model: str | None = None
+    model: Name | None = None
     """The served name, or `NAME@E` for exit E. Default: the served name."""
     max_tokens: int | None = None
     """Most tokens to generate. Default: what fits the context; 16 on `/v1/completions`."""
@@ -150,7 +165,7 @@ class GenerationFields(_Body):
     budget: BudgetObject | None = None
     request_id: RequestId | None = None
     """Becomes part of the reply's id and of the server's logs."""
-    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    cache_salt: Name | None = None
     """Cached prefixes are shared only between requests of equal salt."""
     return_token_ids: bool | None = None
     """Add `token_ids` to each choice."""
@@ -169,7 +184,7 @@ class GenerateRequest(GenerationFields):
     """Begin a text prompt with the tokenizer's special tokens. Default: true."""
     add_generation_prompt: bool | None = None
     """End messages with the start of an answer. Default: true."""
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
 
 
 class _OpenAIFields(GenerationFields):
@@ -209,19 +224,19 @@ class ChatCompletionRequest(_OpenAIFields):
     top_logprobs: int | None = None
     """And of this many rivals, 0 to 20. Needs `logprobs`."""
     add_generation_prompt: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
 
 
 class TokenizeRequest(_Body):
     """Body of `POST /tokenize`."""
 
-    model: str | None = None
+    model: Name | None = None
     prompt: str | None = None
     """Text. Give this or `messages`."""
     messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     return_token_strs: bool | None = None
     """Add `token_strs`: each token as text."""
 
@@ -229,7 +244,7 @@ class TokenizeRequest(_Body):
 class DetokenizeRequest(_Body):
     """Body of `POST /detokenize`."""
 
-    model: str | None = None
+    model: Name | None = None
     tokens: Annotated[list[int], Field(fail_fast=True)]
     skip_special_tokens: bool | None = None
     """Leave special tokens out. Default: false."""

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
+from typing import TypeVar
 
+from pydantic import BaseModel
+from starlette.requests import Request
+
+from sortserve.api.bodies import read_body
+from sortserve.api.body_limits import MAX_LOGPROBS_PER_REPLY, BodyLimits
 from sortserve.api.generation import Generation
 from sortserve.api.interfaces import HttpMetrics, Tokenizer
 from sortserve.api.jobs import Job
 from sortserve.api.problems import renamed
 from sortserve.api.prompts import encode_all
 from sortserve.api.settings import ApiSettings
+from sortserve.api.text_threads import TextThreads
 from sortserve.engine.queue_limits import Reservation
 from sortserve.engine.worker import EngineWorker, RequestStream
 from sortserve.errors import InvalidRequestError, SortserveError
@@ -26,6 +34,9 @@ EXPECTED_TOKENS = 256
 """Output tokens that a latency budget is planned for where the client sets no limit: the context's
 end, thousands of tokens away, would push every such request to the shallowest exit."""
 
+T = TypeVar("T", bound=BaseModel)
+R = TypeVar("R")
+
 logger = logging.getLogger("sortserve.requests")
 
 
@@ -37,7 +48,21 @@ class Service:
     tokenizer: Tokenizer
     settings: ApiSettings
     metrics: HttpMetrics | None = None
+    threads: TextThreads = field(default_factory=TextThreads)
     _serials: Iterator[int] = field(default_factory=itertools.count)
+
+    @cached_property
+    def limits(self) -> BodyLimits:
+        """The most that a body may hold."""
+        return BodyLimits(
+            max_model_len=self.worker.max_model_len,
+            max_token_chars=self.settings.max_token_chars,
+            max_sequences=self.settings.max_n,
+        )
+
+    async def read(self, request: Request, schema: type[T], then: Callable[[T], R]) -> R:
+        """What ``then`` makes of the body; see ``read_body``."""
+        return await read_body(request, schema, then, limits=self.limits, threads=self.threads)
 
     async def start(self, job: Job) -> Generation:
         """Take places in the queue, tokenise, submit every sequence.
@@ -48,9 +73,12 @@ class Service:
         num_sequences = job.n * len(job.prompts)
         self._check_num_sequences(job)
         estimate = job.n * sum(prompt.num_tokens_estimate for prompt in job.prompts)
+        self._check_num_logprobs(job)
         with self.worker.reserve(num_sequences, estimate) as reservation:
-            token_ids = await encode_all(job.prompts, self.tokenizer)
-            streams = self._submit(job, token_ids, reservation)
+            token_ids = await encode_all(
+                job.prompts, self.tokenizer, self.threads, max_tokens=self.worker.max_model_len
+            )
+            streams = await self._submit(job, token_ids, reservation)
         log_prompts = self.settings.log_prompts
         return Generation(
             streams,
@@ -77,7 +105,21 @@ class Service:
                 param=param,
             )
 
-    def _submit(
+    def _check_num_logprobs(self, job: Job) -> None:
+        """A reply that is not streamed is held in memory until its last token."""
+        if job.stream or job.sampling.logprobs is None:
+            return
+        max_tokens = min(job.sampling.max_tokens, self.worker.max_model_len)
+        most = job.n * len(job.prompts) * max_tokens * (job.sampling.logprobs + 1)
+        if most > MAX_LOGPROBS_PER_REPLY:
+            raise InvalidRequestError(
+                f"logprobs={job.sampling.logprobs} for {job.n * len(job.prompts)} answers of up to "
+                f"{max_tokens} tokens may be {most} log probabilities; a reply may hold "
+                f"{MAX_LOGPROBS_PER_REPLY}. Lower max_tokens, logprobs or n, or stream.",
+                param=job.field_names.get("logprobs", "logprobs"),
+            )
+
+    async def _submit(
         self, job: Job, prompts: list[list[int]], reservation: Reservation
     ) -> list[RequestStream]:
         streams: list[RequestStream] = []
@@ -88,6 +130,8 @@ class Service:
                     names["prompt"] = f"prompt.{i}"
                 request = self._request(job, tuple(token_ids))
                 for sample_index in range(job.n):
+                    if streams:
+                        await asyncio.sleep(0)  # choosing an exit takes a while: not 128 at once
                     # The serial keeps ids unique where clients repeat theirs.
                     name = f"{job.request_id}.{next(self._serials)}"
                     sample = replace(request, request_id=name, sample_index=sample_index)

@@ -35,6 +35,8 @@ class ApiSettings:
     """Serve ``/docs`` and ``/openapi.json``."""
     max_n: int = 128
     """Most sequences of one request: prompts times ``n``."""
+    max_token_chars: int = 128
+    """Characters of the tokenizer's longest token: what no longer text can fit the context by."""
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
     """The checkpoint's ``generation_config.json``; only sampling fields are read."""
     request_timeout_s: float | None = None

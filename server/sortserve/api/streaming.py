@@ -14,11 +14,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Protocol, Self
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sortserve.api.generation import Generation, Outputs
+from sortserve.api.large_json import json_reply
 from sortserve.api.problems import error_body
+from sortserve.api.text_threads import TextThreads
 from sortserve.errors import EngineError, SortserveError
 from sortserve.outputs import RequestOutput
 
@@ -63,6 +65,7 @@ class GenerationReply(Response):
         self,
         generation: Generation,
         make_body: Callable[[], dict[str, Any]],
+        threads: TextThreads,
         *,
         timeout_s: float | None,
     ) -> None:
@@ -71,6 +74,7 @@ class GenerationReply(Response):
         self.init_headers({})
         self._generation = generation
         self._make_body = make_body
+        self._threads = threads
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,7 +86,8 @@ class GenerationReply(Response):
                     for index, output in outputs:
                         generation.take(index, output)
             if not generation.is_abandoned:
-                await JSONResponse(self._make_body())(scope, receive, send)
+                reply = await json_reply(self._make_body, generation.num_values, self._threads)
+                await reply(scope, receive, send)
 
 
 class GenerationStream(Response):

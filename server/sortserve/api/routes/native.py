@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from sortserve.api.bodies import read_body
 from sortserve.api.formats import GenerateFormat
-from sortserve.api.jobs import make_job
-from sortserve.api.limits import read_model
+from sortserve.api.jobs import Job, make_job
+from sortserve.api.large_json import json_reply
+from sortserve.api.limits import ModelChoice, read_model
 from sortserve.api.openapi import documented
 from sortserve.api.prompts import (
     Prompt,
@@ -60,34 +61,48 @@ def native_routes(service: Service) -> APIRouter:
         }
 
     @router.post("/tokenize", **documented(TokenizeReply, TokenizeRequest))
-    async def tokenize(request: Request) -> dict[str, Any]:
+    async def tokenize(request: Request) -> Response:
         """A prompt or messages as token ids, exactly as the generation routes see them."""
-        body = await read_body(request, TokenizeRequest)
-        read_model(body.model, service.settings.served_model_name, service.worker.exits)
-        return await _tokenize(service, body)
+        return await _tokenize(service, request)
 
     @router.post("/detokenize", **documented(DetokenizeReply, DetokenizeRequest))
     async def detokenize(request: Request) -> dict[str, Any]:
         """Token ids as text."""
-        body = await read_body(request, DetokenizeRequest)
-        read_model(body.model, service.settings.served_model_name, service.worker.exits)
-        tokenizer = service.tokenizer
-        token_ids = check_token_ids(body.tokens, "tokens", tokenizer.vocab_size)
-        skip = bool(body.skip_special_tokens)
-        return {"prompt": tokenizer.decode(token_ids, skip_special_tokens=skip)}
+        return await service.read(request, DetokenizeRequest, partial(_detokenized, service))
 
     return router
 
 
 async def _generate(service: Service, request: Request) -> Response:
     arrival_s = service.worker.clock()
-    body = await read_body(request, GenerateRequest)
+    read = partial(_generate_job, service, request, arrival_s)
+    body, model, job = await service.read(request, GenerateRequest, read)
+    generation = await service.start(job)
+    options = body.stream_options
+    format_ = GenerateFormat(
+        generation=generation,
+        tokenizer=service.tokenizer,
+        head={"id": job.request_id, "model": model.name},
+        with_logprobs=body.logprobs is not None,
+        with_token_ids=bool(body.return_token_ids),
+        usage_always=bool(options and options.continuous_usage_stats),
+    )
+    timeout_s = service.settings.request_timeout_s
+    if body.stream:
+        return GenerationStream(generation, format_, timeout_s=timeout_s)
+    return GenerationReply(generation, format_.body, service.threads, timeout_s=timeout_s)
+
+
+def _generate_job(
+    service: Service, request: Request, arrival_s: float, body: GenerateRequest
+) -> tuple[GenerateRequest, ModelChoice, Job]:
     settings, worker, tokenizer = service.settings, service.worker, service.tokenizer
     model = read_model(body.model, settings.served_model_name, worker.exits)
+    prompt = _prompt_of(body, tokenizer.vocab_size, service.limits.max_text_chars)
     job = make_job(
         request,
         body,
-        [_prompt_of(body, tokenizer.vocab_size)],
+        [prompt],
         model,
         arrival_s=arrival_s,
         max_tokens=body.max_tokens,
@@ -97,26 +112,15 @@ async def _generate(service: Service, request: Request) -> Response:
         vocab_size=tokenizer.vocab_size,
         field_names={} if body.prompt is not None else {"prompt": "messages"},
     )
-    generation = await service.start(job)
-    options = body.stream_options
-    format_ = GenerateFormat(
-        generation=generation,
-        tokenizer=tokenizer,
-        head={"id": job.request_id, "model": model.name},
-        with_logprobs=body.logprobs is not None,
-        with_token_ids=bool(body.return_token_ids),
-        usage_always=bool(options and options.continuous_usage_stats),
-    )
-    if body.stream:
-        return GenerationStream(generation, format_, timeout_s=settings.request_timeout_s)
-    return GenerationReply(generation, format_.body, timeout_s=settings.request_timeout_s)
+    return body, model, job
 
 
-def _prompt_of(body: GenerateRequest | TokenizeRequest, vocab_size: int) -> Prompt:
+def _prompt_of(body: GenerateRequest | TokenizeRequest, vocab_size: int, max_chars: int) -> Prompt:
     exactly_one(body.prompt, body.messages)
     if body.messages is not None:
         return read_messages(
             body.messages,
+            max_chars=max_chars,
             add_generation_prompt=body.add_generation_prompt,
             template_arguments=body.chat_template_kwargs,
         )
@@ -124,21 +128,48 @@ def _prompt_of(body: GenerateRequest | TokenizeRequest, vocab_size: int) -> Prom
         if getattr(body, name) is not None:
             raise InvalidRequestError(f"{name} can only be given with messages.", param=name)
     return read_prompt(
-        body.prompt, "prompt", vocab_size, add_special_tokens=body.add_special_tokens is not False
+        body.prompt,
+        "prompt",
+        vocab_size,
+        max_chars=max_chars,
+        add_special_tokens=body.add_special_tokens is not False,
     )
 
 
-async def _tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
+async def _tokenize(service: Service, request: Request) -> Response:
+    def read(body: TokenizeRequest) -> tuple[TokenizeRequest, Prompt]:
+        read_model(body.model, service.settings.served_model_name, service.worker.exits)
+        max_chars = service.limits.max_tokenize_chars
+        return body, _prompt_of(body, service.tokenizer.vocab_size, max_chars)
+
+    body, prompt = await service.read(request, TokenizeRequest, read)
+    [token_ids] = await encode_all(
+        [prompt],
+        service.tokenizer,
+        service.threads,
+        max_tokens=service.limits.max_encoded_tokens,
+    )
+
+    def reply() -> dict[str, Any]:
+        reply = {
+            "count": len(token_ids),
+            "max_model_len": service.worker.max_model_len,
+            "tokens": token_ids,
+        }
+        if body.return_token_strs:
+            as_text = service.tokenizer.convert_id_to_token_text
+            reply["token_strs"] = [as_text(token_id)[0] for token_id in token_ids]
+        return reply
+
+    return await json_reply(reply, len(token_ids), service.threads)
+
+
+def _detokenized(service: Service, body: DetokenizeRequest) -> dict[str, Any]:
+    read_model(body.model, service.settings.served_model_name, service.worker.exits)
     tokenizer = service.tokenizer
-    [token_ids] = await encode_all([_prompt_of(body, tokenizer.vocab_size)], tokenizer)
-    reply: dict[str, Any] = {
-        "count": len(token_ids),
-        "max_model_len": service.worker.max_model_len,
-        "tokens": token_ids,
-    }
-    if body.return_token_strs:
-        reply["token_strs"] = [tokenizer.convert_id_to_token_text(t)[0] for t in token_ids]
-    return reply
+    token_ids = check_token_ids(body.tokens, "tokens", tokenizer.vocab_size)
+    text = tokenizer.decode(token_ids, skip_special_tokens=bool(body.skip_special_tokens))
+    return {"prompt": text}
 
 
 def _typical_tokens(service: Service) -> int:

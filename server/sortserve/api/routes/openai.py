@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from sortserve.api.bodies import read_body
+from sortserve.api.body_limits import MAX_ECHO_CHARS
 from sortserve.api.formats import ChatFormat, CompletionFormat, GenerateFormat
 from sortserve.api.generation import Generation
 from sortserve.api.jobs import Job, make_job
 from sortserve.api.limits import ModelChoice, read_model
 from sortserve.api.openapi import documented
-from sortserve.api.prompts import TextPrompt, read_messages, read_prompts
+from sortserve.api.prompts import TextPrompt, TokenPrompt, read_messages, read_prompts
 from sortserve.api.replies import ChatReply, CompletionReply, ModelEntry, ModelList
 from sortserve.api.schemas import ChatCompletionRequest, CompletionRequest
 from sortserve.api.service import Service
@@ -25,6 +27,8 @@ __all__ = ["openai_routes"]
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's own default."""
+THREAD_FROM_IDS = 2048
+"""Prompts of so many token ids are decoded on a thread."""
 
 
 def openai_routes(service: Service) -> APIRouter:
@@ -80,7 +84,27 @@ def _model_entry(service: Service, name: str, created: int) -> dict[str, Any]:
 
 async def _completions(service: Service, request: Request) -> Response:
     arrival_s = service.worker.clock()
-    body = await read_body(request, CompletionRequest)
+    read = partial(_completion_job, service, request, arrival_s)
+    body, model, prompts, job = await service.read(request, CompletionRequest, read)
+    echo = await _echo(service, job, prompts) if body.echo else None
+    generation = await service.start(job)
+    options = body.stream_options
+    format_ = CompletionFormat(
+        generation=generation,
+        tokenizer=service.tokenizer,
+        head=_head("cmpl", "text_completion", job, model, body.service_tier),
+        with_logprobs=body.logprobs is not None,
+        with_token_ids=bool(body.return_token_ids),
+        usage_at_end=bool(options and options.include_usage),
+        usage_always=bool(options and options.continuous_usage_stats),
+        echo=echo,
+    )
+    return _reply(service, job, generation, format_)
+
+
+def _completion_job(
+    service: Service, request: Request, arrival_s: float, body: CompletionRequest
+) -> tuple[CompletionRequest, ModelChoice, list[TextPrompt | TokenPrompt], Job]:
     settings, tokenizer = service.settings, service.tokenizer
     model = read_model(body.model, settings.served_model_name, service.worker.exits)
     refuse_unsupported({**(body.model_extra or {}), "suffix": body.suffix})
@@ -88,6 +112,7 @@ async def _completions(service: Service, request: Request) -> Response:
     prompts = read_prompts(
         body.prompt,
         tokenizer.vocab_size,
+        max_chars=service.limits.max_text_chars,
         add_special_tokens=body.add_special_tokens is not False,
     )
     job = make_job(
@@ -102,28 +127,33 @@ async def _completions(service: Service, request: Request) -> Response:
         sampling_defaults=settings.sampling_defaults,
         vocab_size=tokenizer.vocab_size,
     )
-    generation = await service.start(job)
+    return body, model, prompts, job
 
-    def prompt_text(index: int) -> str:
-        prompt = prompts[index // job.n]
-        if isinstance(prompt, TextPrompt):
-            return prompt.text
-        return tokenizer.decode(
-            prompt.token_ids, skip_special_tokens=job.sampling.skip_special_tokens
+
+async def _echo(
+    service: Service, job: Job, prompts: list[TextPrompt | TokenPrompt]
+) -> Callable[[int], str]:
+    """The prompt of each choice as text; token ids are decoded here, once."""
+
+    def decode() -> list[str]:
+        skip = job.sampling.skip_special_tokens
+        return [
+            prompt.text
+            if isinstance(prompt, TextPrompt)
+            else service.tokenizer.decode(prompt.token_ids, skip_special_tokens=skip)
+            for prompt in prompts
+        ]
+
+    num_token_ids = sum(len(p.token_ids) for p in prompts if isinstance(p, TokenPrompt))
+    texts = decode() if num_token_ids < THREAD_FROM_IDS else await service.threads.run(decode)
+    num_chars = job.n * sum(map(len, texts))
+    if num_chars > MAX_ECHO_CHARS:
+        raise InvalidRequestError(
+            f"echo=true would repeat {num_chars} characters of prompts; {MAX_ECHO_CHARS} are "
+            "allowed. Lower n, or leave echo out.",
+            param="echo",
         )
-
-    options = body.stream_options
-    format_ = CompletionFormat(
-        generation=generation,
-        tokenizer=tokenizer,
-        head=_head("cmpl", "text_completion", job, model, body.service_tier),
-        with_logprobs=body.logprobs is not None,
-        with_token_ids=bool(body.return_token_ids),
-        usage_at_end=bool(options and options.include_usage),
-        usage_always=bool(options and options.continuous_usage_stats),
-        echo=prompt_text if body.echo else None,
-    )
-    return _reply(service, job, generation, format_)
+    return lambda index: texts[index // job.n]
 
 
 def _check_completion(body: CompletionRequest) -> None:
@@ -142,12 +172,32 @@ def _check_completion(body: CompletionRequest) -> None:
 
 async def _chat(service: Service, request: Request) -> Response:
     arrival_s = service.worker.clock()
-    body = await read_body(request, ChatCompletionRequest)
-    settings, tokenizer = service.settings, service.tokenizer
+    read = partial(_chat_job, service, request, arrival_s)
+    body, model, job = await service.read(request, ChatCompletionRequest, read)
+    generation = await service.start(job)
+    options = body.stream_options
+    object_ = "chat.completion.chunk" if body.stream else "chat.completion"
+    format_ = ChatFormat(
+        generation=generation,
+        tokenizer=service.tokenizer,
+        head=_head("chatcmpl", object_, job, model, body.service_tier),
+        with_logprobs=bool(body.logprobs),
+        with_token_ids=bool(body.return_token_ids),
+        usage_at_end=bool(options and options.include_usage),
+        usage_always=bool(options and options.continuous_usage_stats),
+    )
+    return _reply(service, job, generation, format_)
+
+
+def _chat_job(
+    service: Service, request: Request, arrival_s: float, body: ChatCompletionRequest
+) -> tuple[ChatCompletionRequest, ModelChoice, Job]:
+    settings = service.settings
     model = read_model(body.model, settings.served_model_name, service.worker.exits)
     refuse_unsupported(body.model_extra or {})
     prompt = read_messages(
         body.messages,
+        max_chars=service.limits.max_text_chars,
         add_generation_prompt=body.add_generation_prompt,
         template_arguments=body.chat_template_kwargs,
     )
@@ -163,22 +213,10 @@ async def _chat(service: Service, request: Request) -> Response:
         default_max_tokens=service.worker.max_model_len,
         logprobs=_chat_logprobs(body),
         sampling_defaults=settings.sampling_defaults,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=service.tokenizer.vocab_size,
         field_names={"prompt": "messages", "max_tokens": limit_name, "logprobs": "top_logprobs"},
     )
-    generation = await service.start(job)
-    options = body.stream_options
-    object_ = "chat.completion.chunk" if body.stream else "chat.completion"
-    format_ = ChatFormat(
-        generation=generation,
-        tokenizer=tokenizer,
-        head=_head("chatcmpl", object_, job, model, body.service_tier),
-        with_logprobs=bool(body.logprobs),
-        with_token_ids=bool(body.return_token_ids),
-        usage_at_end=bool(options and options.include_usage),
-        usage_always=bool(options and options.continuous_usage_stats),
-    )
-    return _reply(service, job, generation, format_)
+    return body, model, job
 
 
 def _chat_max_tokens(body: ChatCompletionRequest) -> int | None:
@@ -213,4 +251,4 @@ def _reply(service: Service, job: Job, generation: Generation, format_: Generate
     timeout_s = service.settings.request_timeout_s
     if job.stream:
         return GenerationStream(generation, format_, timeout_s=timeout_s)
-    return GenerationReply(generation, format_.body, timeout_s=timeout_s)
+    return GenerationReply(generation, format_.body, service.threads, timeout_s=timeout_s)
