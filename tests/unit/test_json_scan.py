@@ -110,11 +110,22 @@ def test_a_number_is_bounded_by_its_characters_and_white_space_is_none(number: s
     assert refusal(f'{{"x": [0, {digits}9]}}'.encode()).param == "x.1"
 
 
+@pytest.mark.parametrize("num_before", [60_000, 61_000, 65_530, 65_536, 131_072])
+def test_a_long_number_is_seen_wherever_it_is(num_before: int) -> None:
+    before = b'{"x": [' + b" " * num_before
+    number = b"9" * MAX_NUMBER_CHARS
+
+    check_size(before + number + b"]}", LIMITS)
+
+    assert refusal(before + number + b"9]}").param == "x.0"
+    assert refusal(before + b"1, " + number + b"9]}").param == "x.1"
+
+
 def test_many_numbers_just_short_enough_are_looked_at_once() -> None:
     numbers = b" ".join([b"9" * MAX_NUMBER_CHARS] * 900)
     before = time.thread_time()
 
-    check_size(b'{"x":' + numbers + b"}", LIMITS)
+    check_size(b'{"x":' + numbers + b"}", LIMITS)  # no JSON, but that is not known yet
 
     assert time.thread_time() - before < 1  # 30 ms, or ten seconds if each were a new start
 

@@ -31,11 +31,12 @@ _START = re.compile(rb"[ \t\r\n]*+\{")
 _LONG_NUMBER = re.compile(rb'[ \t\r\n\[\]{},:"][^ \t\r\n,]{%d}' % (MAX_NUMBER_CHARS + 1))
 """Begins where a number may begin, so that no byte is looked at twice."""
 _STRUCTURE = re.compile(rb'[\[\]{}:"]')
-_PIECE_OF_STRING = re.compile(rb'(?:[^"\\]++|\\.){1,4096}+', re.DOTALL)
+_PIECE_OF_STRING = re.compile(rb'(?:[^"\\]{1,4096}+|\\.){1,64}+', re.DOTALL)
 """Possessive and bounded: a match never goes back, and never holds the interpreter for long."""
 _CONTINUATION = bytes(range(0x80, 0xC0))
 """Bytes that begin no character of UTF-8."""
 _BLOCK_BYTES = 1 << 16
+"""What is looked at in one call: other threads run between two."""
 _QUOTE, _COLON, _LIST, _OBJECT = b'":[{'
 
 
@@ -83,10 +84,15 @@ class _Scan:
         self._awaits_key = False
 
     def run(self) -> None:
-        text, at = self._text, 0
-        while match := _STRUCTURE.search(text, at):
-            self._pass_by(at, match.start())
-            byte, at = text[match.start()], match.end()
+        text, at, gap = self._text, 0, 0
+        while at < len(text):
+            match = _STRUCTURE.search(text, at, at + _BLOCK_BYTES)
+            stop = match.start() if match else min(at + _BLOCK_BYTES, len(text))
+            self._pass_by(gap, at, stop)
+            if match is None:
+                at = stop
+                continue
+            byte, at = text[stop], stop + 1
             if byte == _QUOTE:
                 end = _end_of_string(text, at)
                 if end is None:
@@ -98,12 +104,13 @@ class _Scan:
             elif byte != _COLON and self._path:
                 self._path.pop()
                 self._awaits_key = False
-        self._pass_by(at, len(text))
+            gap = at
 
-    def _pass_by(self, start: int, end: int) -> None:
-        """Go over what is between strings and brackets: numbers, constants, commas, white space."""
-        if end - start > MAX_NUMBER_CHARS:
-            long_number = _LONG_NUMBER.search(self._text, max(0, start - 1), end)
+    def _pass_by(self, gap: int, start: int, end: int) -> None:
+        """Go over numbers, constants, commas and white space; ``gap`` is where they began."""
+        if end - gap > MAX_NUMBER_CHARS:
+            begin = max(gap - 1, start - 1 - MAX_NUMBER_CHARS, 0)
+            long_number = _LONG_NUMBER.search(self._text, begin, end)
             if long_number is not None:
                 self._next_entries(self._text.count(b",", start, long_number.start() + 1))
                 path = self._dotted_path()
