@@ -97,7 +97,7 @@ class ChatPrompt:
 
     @cached_property
     def num_chars(self) -> int:
-        """Characters of every string that the template is given, names of fields too."""
+        """Characters of every string that the template is given, but for the names of fields."""
         return _count_chars(self.messages) + _count_chars(dict(self.template_arguments))
 
     @property
@@ -240,14 +240,13 @@ def _check_chars(num_chars: int, param: str, max_chars: int) -> None:
 
 
 def _count_chars(value: object) -> int:
-    """Characters of all strings in a JSON value, names of fields too."""
+    """Characters of all strings in a JSON value, but for the names of fields."""
     num_chars, pending = 0, [value]
     while pending:
         value = pending.pop()
         if isinstance(value, str):
             num_chars += len(value)
         elif isinstance(value, dict):
-            pending += value.keys()
             pending += value.values()
         elif isinstance(value, list):
             pending += value
