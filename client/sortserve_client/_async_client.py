@@ -15,6 +15,7 @@ from sortserve_client._base import (
     DEFAULT_BASE_URL,
     DEFAULT_TIMEOUT,
     BaseClient,
+    raise_translated,
     read_answer,
     status_error,
 )
@@ -47,7 +48,7 @@ class AsyncClient(BaseClient):
         policy = RetryPolicy(max_retries=max_retries, max_wait_s=max_retry_wait_s)
         super().__init__(base_url, api_key, timeout, policy)
         self._owns_http = http_client is None
-        self._http = httpx.AsyncClient() if http_client is None else http_client
+        self._http = http_client or self._own_http(httpx.AsyncClient, httpx.AsyncHTTPTransport)
         self._sleep = sleep
 
     async def __aenter__(self) -> Self:
@@ -148,5 +149,5 @@ class AsyncClient(BaseClient):
                 return response
             await response.aread()  # an error is never a stream; reading it frees the connection
         except httpx.HTTPError as error:
-            raise self._connection_error(error) from error
+            raise_translated(self, error)
         raise status_error(response)

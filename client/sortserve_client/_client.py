@@ -15,6 +15,7 @@ from sortserve_client._base import (
     DEFAULT_BASE_URL,
     DEFAULT_TIMEOUT,
     BaseClient,
+    raise_translated,
     read_answer,
     status_error,
 )
@@ -34,14 +35,18 @@ class Client(BaseClient):
     """A connection pool to one sortserve server. Safe to share between threads.
 
     Args:
-        base_url: where the server listens; a path prefix is kept.
-        api_key: sent as a bearer token.
+        base_url: where the server listens; a path prefix is kept. On this machine (127.0.0.1,
+            localhost) it is asked directly, elsewhere through the proxies of the environment.
+        api_key: sent as a bearer token; printable ASCII.
         timeout: seconds without a byte from the server, or an ``httpx.Timeout``; None never ends.
         max_retries: how often to try again after a refused connection, 429 or 503.
         max_retry_wait_s: longest wait between two attempts, whatever ``Retry-After`` says.
         http_client: an own httpx client (proxies, certificates, a test transport); the caller
             closes it.
         sleep: waits between attempts.
+
+    Raises:
+        ValueError: an argument is wrong; the message never shows a key.
 
     Every method raises a ``SortserveError``; ``sortserve_client._exceptions`` draws the tree.
     """
@@ -60,7 +65,7 @@ class Client(BaseClient):
         policy = RetryPolicy(max_retries=max_retries, max_wait_s=max_retry_wait_s)
         super().__init__(base_url, api_key, timeout, policy)
         self._owns_http = http_client is None
-        self._http = httpx.Client() if http_client is None else http_client
+        self._http = http_client or self._own_http(httpx.Client, httpx.HTTPTransport)
         self._sleep = sleep
 
     def __enter__(self) -> Self:
@@ -169,5 +174,5 @@ class Client(BaseClient):
                 return response
             response.read()  # an error is never a stream; reading it frees the connection
         except httpx.HTTPError as error:
-            raise self._connection_error(error) from error
+            raise_translated(self, error)
         raise status_error(response)

@@ -56,12 +56,16 @@ class SortserveError(Exception):
 class APIConnectionError(SortserveError):
     """No answer came from the server.
 
-    ``sent`` is False if the connection was never made, so the server cannot have seen the request.
+    Attributes:
+        sent: False if the server cannot have seen the request: there was no connection, or it was
+            refused before its first byte. True if it may have.
+        transient: False if the same request could never be sent, so that trying again is no use.
     """
 
-    def __init__(self, message: str, *, sent: bool = True) -> None:
+    def __init__(self, message: str, *, sent: bool = True, transient: bool = True) -> None:
         super().__init__(message)
         self.sent = sent
+        self.transient = transient
 
 
 class APITimeoutError(APIConnectionError):

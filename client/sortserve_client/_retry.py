@@ -60,7 +60,7 @@ class RetryPolicy:
 
 def _worth_retrying(error: SortserveError) -> bool:
     if isinstance(error, APIConnectionError):
-        return not error.sent
+        return error.transient and not error.sent
     if isinstance(error, BudgetUnattainableError):
         return False
     return isinstance(error, OverloadedError | UnavailableError)
