@@ -86,7 +86,7 @@ def build(settings: ServeSettings) -> Serving:
         ConfigError: settings and checkpoint do not fit each other.
     """
     if settings.num_threads is not None:
-        torch.set_num_threads(settings.num_threads)
+        torch.set_num_threads(num_threads(settings.num_threads))
     checkpoint = load_checkpoint(
         settings.model,
         exits=settings.exits,
@@ -170,6 +170,15 @@ def build(settings: ServeSettings) -> Serving:
         metrics=metrics,
         cache=cache,
     )
+
+
+def num_threads(wanted: int) -> int:
+    """Threads to start: those that are wanted, but no more than there are cores to run them."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    if wanted > num_cores:
+        logger.warning("--num-threads=%d: only %d are started, one a core.", wanted, num_cores)
+    return min(wanted, num_cores)
 
 
 def _max_model_len(settings: ServeSettings, checkpoint: LoadedCheckpoint) -> int:
@@ -293,7 +302,15 @@ def _cache_shape(settings: ServeSettings, decoder: Decoder, max_model_len: int) 
         pages_per_seq=-(-max_model_len // settings.block_size) * decoder.num_slabs,
         max_num_seqs=settings.max_num_seqs,
     )
-    return CacheShape(num_pages, settings.block_size, decoder.slab_size, page_bytes)
+    cache = CacheShape(num_pages, settings.block_size, decoder.slab_size, page_bytes)
+    limit = total_memory_bytes(decoder.device)
+    if cache.num_bytes > limit:
+        raise ConfigError(
+            f"--kv-cache-memory={settings.kv_cache_memory}: the KV cache would take "
+            f"{cache.num_bytes / 2**20:.0f} MiB, but there are only {limit / 2**20:.0f} MiB here.",
+            param="kv-cache-memory",
+        )
+    return cache
 
 
 def num_kv_pages(
@@ -314,6 +331,17 @@ def num_kv_pages(
             param="kv-cache-memory",
         )
     return num_pages
+
+
+def total_memory_bytes(device: torch.device) -> int:
+    """Memory that there is at most: free on the GPU, or of the machine or its container."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (limit_text := limit.read_text().strip()) != "max":
+        total = min(total, int(limit_text))
+    return total
 
 
 def available_memory_bytes(device: torch.device) -> int:

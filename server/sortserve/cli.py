@@ -1,7 +1,8 @@
 """The ``sortserve`` command. Imports what a subcommand needs only when it runs.
 
-Exit codes: 0 done, 1 the server failed or could not be reached, 2 a mistake on the command line, in
-the configuration or in the checkpoint, 130 interrupted.
+Exit codes: 0 done, 1 the server failed or could not be reached, or the output could not be written,
+2 a mistake on the command line, in the configuration or in the checkpoint, 130 interrupted, 141
+nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sortserve import __version__
-from sortserve.arguments import Parser
-from sortserve.errors import ConfigError, SortserveError
+from sortserve.arguments import Parser, finite_number, integer
+from sortserve.console import FAILED, complain, run_command
+from sortserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from sortserve_client import Budget, BudgetReport, Client
 
 __all__ = ["main"]
 
-INTERRUPTED = 130
+DEFAULT_URL = "http://127.0.0.1:8000"
 DIM, PLAIN = "\033[2m", "\033[0m"
 
 
@@ -39,16 +41,12 @@ class _Command:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return _dispatch(arguments)
-    except SortserveError as error:
-        print(f"sortserve: error: {error.message}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return run_command(lambda: _dispatch(arguments))
 
 
 def _dispatch(arguments: list[str]) -> int:
+    if any("\0" in argument for argument in arguments):
+        raise ConfigError("an argument holds a NUL character.")
     if arguments[:1] == ["--version"]:
         return _version([])
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -136,8 +134,8 @@ def _generate(arguments: Sequence[str]) -> int:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     except ClientError as error:
-        print(f"sortserve: error: {error}", file=sys.stderr)
-        return 1
+        complain(str(error))
+        return FAILED
     except KeyboardInterrupt:
         print()  # the shell's prompt starts on a line of its own
         raise
@@ -148,7 +146,7 @@ def _generate(arguments: Sequence[str]) -> int:
 
 def _print_answer(client: Client, options: argparse.Namespace) -> BudgetReport | None:
     """Print the answer as it comes; returns what became of the budget."""
-    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    text = _read_prompt(options.prompt)
     request: dict[str, Any] = {
         "budget": _budget(options),
         "model": options.model,
@@ -170,6 +168,25 @@ def _print_answer(client: Client, options: argparse.Namespace) -> BudgetReport |
             print()
             generation = stream.result()
     return generation.budget or (generation.choices[0].budget if generation.choices else None)
+
+
+def _read_prompt(prompt: str) -> str:
+    """The prompt, from standard input if it is ``-``.
+
+    Raises:
+        ConfigError: it is no text, or cannot be read.
+    """
+    try:
+        if prompt == "-":
+            if sys.stdin is None:
+                raise ConfigError("PROMPT - reads standard input, which is closed.")
+            prompt = sys.stdin.read()
+        prompt.encode()
+    except UnicodeError as error:
+        raise ConfigError("PROMPT is no text: it is not valid UTF-8.") from error
+    except OSError as error:
+        raise ConfigError(f"PROMPT -: standard input cannot be read: {error.strerror}.") from error
+    return prompt
 
 
 def _budget(options: argparse.Namespace) -> Budget:
@@ -203,6 +220,8 @@ def _summary(report: BudgetReport) -> str:
 
 
 def _print_dim(line: str) -> None:
+    if sys.stderr is None:
+        return
     dim = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     print(f"{DIM}{line}{PLAIN}" if dim else line, file=sys.stderr)
 
@@ -221,26 +240,36 @@ def _generate_parser() -> argparse.ArgumentParser:
         "--raw", action="store_true", help="continue the text as it is, without a chat template"
     )
     budget = parser.add_argument_group("budget", "what the answer may cost; all combine")
-    budget.add_argument("--budget-ms", type=float, metavar="MS", help="arrival to last token")
-    budget.add_argument("--ttft-ms", type=float, metavar="MS", help="arrival to first token")
-    budget.add_argument("--tpot-ms", type=float, metavar="MS", help="per token after the first")
-    budget.add_argument("--exit", type=int, metavar="LAYER", help="exactly this exit layer")
-    budget.add_argument("--compute", type=float, metavar="SHARE", help="of the full model's FLOPs")
-    budget.add_argument("--min-exit-layer", type=int, metavar="LAYER", help="no shallower exit")
-    budget.add_argument("--min-quality", type=float, metavar="SCORE", help="no worse exit")
+    budget.add_argument(
+        "--budget-ms", type=finite_number, metavar="MS", help="arrival to last token"
+    )
+    budget.add_argument(
+        "--ttft-ms", type=finite_number, metavar="MS", help="arrival to first token"
+    )
+    budget.add_argument(
+        "--tpot-ms", type=finite_number, metavar="MS", help="per token after the first"
+    )
+    budget.add_argument("--exit", type=integer, metavar="LAYER", help="exactly this exit layer")
+    budget.add_argument(
+        "--compute", type=finite_number, metavar="SHARE", help="of the full model's FLOPs"
+    )
+    budget.add_argument("--min-exit-layer", type=integer, metavar="LAYER", help="no shallower exit")
+    budget.add_argument("--min-quality", type=finite_number, metavar="SCORE", help="no worse exit")
     budget.add_argument(
         "--on-miss", choices=("degrade", "truncate", "reject"), help="if no exit fits the times"
     )
     sampling = parser.add_argument_group("sampling", "the server's defaults unless given")
     sampling.add_argument("--model", metavar="NAME", help="served name, or NAME@EXIT")
-    sampling.add_argument("--max-tokens", type=int, default=256, metavar="N", help="default: 256")
-    sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
-    sampling.add_argument("--seed", type=int, metavar="SEED", help="repeat an answer")
+    sampling.add_argument(
+        "--max-tokens", type=integer, default=256, metavar="N", help="default: 256"
+    )
+    sampling.add_argument("--temperature", type=finite_number, metavar="T", help="0 is greedy")
+    sampling.add_argument("--seed", type=integer, metavar="SEED", help="repeat an answer")
     server = parser.add_argument_group("server")
     server.add_argument(
         "--url",
-        default=os.environ.get("SORTSERVE_URL", "http://127.0.0.1:8000"),
-        help="default: %(default)s; env: SORTSERVE_URL",
+        default=os.environ.get("SORTSERVE_URL") or DEFAULT_URL,
+        help=f"default: {DEFAULT_URL}; env: SORTSERVE_URL",
     )
     server.add_argument(
         "--api-key", default=os.environ.get("SORTSERVE_API_KEY"), help="env: SORTSERVE_API_KEY"

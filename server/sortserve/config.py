@@ -11,12 +11,23 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import os
+import reprlib
+import stat
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ByteSize,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -45,13 +56,62 @@ def _split_commas(value: object) -> object:
     return value
 
 
-Count = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Size = Annotated[ByteSize, Field(ge=1)]
+def _number(value: object) -> object:
+    """Anything but ``true`` and ``false``, which YAML would pass off as 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("it should be a number")
+    return value
+
+
+def _text(value: str) -> str:
+    if len(value) > MAX_TEXT:
+        raise ValueError(f"it should have at most {MAX_TEXT} characters")
+    if not value.isprintable():
+        raise ValueError("it should be printable text, without control characters")
+    return value
+
+
+def _path(value: object) -> object:
+    if isinstance(value, str):
+        if not value:
+            raise ValueError("it should name a file")
+        _text(value)
+    return value
+
+
+def _secret(value: SecretStr) -> SecretStr:
+    _text(value.get_secret_value())
+    return value
+
+
+def _host(value: str) -> str:
+    try:
+        value.encode("idna")
+    except UnicodeError:
+        raise ValueError("it should be an address or the name of a host") from None
+    return value
+
+
+MAX_TEXT = 800
+MAX_SHOWN = 60
+MAX_COUNT = 2**31 - 1
+MAX_SECONDS = 366 * 24 * 3600
+MAX_THREADS = 1024
+MAX_FILE_BYTES = 1 << 20
+"""Largest file of settings, keys or certificates that is read."""
+
+Number = BeforeValidator(_number)
+Count = Annotated[int, Number, Field(ge=1, le=MAX_COUNT)]
+Seconds = Annotated[float, Number, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
+PositiveSeconds = Annotated[float, Number, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False)]
+Size = Annotated[ByteSize, Number, Field(ge=1, le=2**60)]
+Text = Annotated[str, AfterValidator(_text)]
+FilePath = Annotated[Path, BeforeValidator(_path)]
 Layers = Annotated[tuple[Count, ...], BeforeValidator(_split_commas), Field(min_length=1)]
-Strings = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
-Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(_split_commas)]
+Strings = Annotated[tuple[Text, ...], BeforeValidator(_split_commas)]
+Secrets = Annotated[
+    tuple[Annotated[SecretStr, AfterValidator(_secret)], ...], BeforeValidator(_split_commas)
+]
 
 
 class ServeSettings(BaseSettings):
@@ -66,10 +126,10 @@ class ServeSettings(BaseSettings):
     )
 
     # Model
-    model: str = "sorted-smollm2-135m"
+    model: Text = "sorted-smollm2-135m"
     """What to serve: a folder, a Hugging Face id, `package:NAME/FILE`, a file inside an installed
     Python package, or the name of a checkpoint that comes with sortserve."""
-    served_model_name: str | None = None
+    served_model_name: Text | None = None
     """Name in the API and the metrics. Default: the checkpoint's own."""
     exits: Layers | None = None
     """Exit layers to open, separated by commas. Default: those of the checkpoint's sorted.json."""
@@ -77,31 +137,32 @@ class ServeSettings(BaseSettings):
     """Type of weights and KV cache. auto: the checkpoint's where the device is fast at it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs."""
-    revision: str | None = None
+    revision: Text | None = None
     """Branch, tag or commit of a Hugging Face id."""
-    max_model_len: Count | None = None
-    """Most tokens of prompt and answer together. Default: what the checkpoint allows."""
-    attention_backend: str = "auto"
+    max_model_len: Annotated[int, Number, Field(ge=2, le=MAX_COUNT)] | None = None
+    """Most tokens of prompt and answer together, 2 or more. Default: what the checkpoint allows."""
+    attention_backend: Text = "auto"
     """Implementation of attention. auto: the fastest that works here."""
-    linear_backend: str = "auto"
+    linear_backend: Text = "auto"
     """Implementation of the linear layers. auto: the fastest that works here."""
-    num_threads: Count | None = None
-    """CPU threads of the model. Default: PyTorch's choice."""
-    seed: int | None = None
+    num_threads: Annotated[int, Number, Field(ge=1, le=MAX_THREADS)] | None = None
+    """CPU threads of the model, at most 1024; more than there are cores are not started. Default:
+    PyTorch's choice."""
+    seed: Annotated[int, Number, Field(ge=-(2**63), lt=2**63)] | None = None
     """Makes requests without a seed of their own repeatable, in their order of arrival."""
 
     # Network
-    host: str = "127.0.0.1"
+    host: Annotated[Text, AfterValidator(_host), Field(min_length=1)] = "127.0.0.1"
     """Address to listen on. 0.0.0.0 is every interface."""
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    port: Annotated[int, Number, Field(ge=0, le=65535)] = 8000
     """Port to listen on. 0 takes a free one."""
-    uds: str | None = None
+    uds: Annotated[Text, Field(min_length=1)] | None = None
     """Path of a Unix socket to listen on, instead of host and port."""
-    root_path: str = ""
+    root_path: Text = ""
     """Path prefix that a reverse proxy strips."""
-    ssl_certfile: Path | None = None
+    ssl_certfile: FilePath | None = None
     """TLS certificate (PEM). Needs --ssl-keyfile."""
-    ssl_keyfile: Path | None = None
+    ssl_keyfile: FilePath | None = None
     """TLS private key (PEM). Needs --ssl-certfile."""
     cors_allow_origins: Strings = ()
     """Origins that browsers may call from, separated by commas. Default: none."""
@@ -119,7 +180,7 @@ class ServeSettings(BaseSettings):
     api_key: Secrets = ()
     """Keys that clients must send as `Authorization: Bearer KEY`, separated by commas. Prefer the
     variable or --api-key-file: other users of the machine can read flags."""
-    api_key_file: Path | None = None
+    api_key_file: FilePath | None = None
     """File with one key a line; empty lines and lines that start with # are skipped."""
 
     # Scheduling
@@ -191,7 +252,7 @@ class ServeSettings(BaseSettings):
     """One line per HTTP request, probes excepted."""
 
     # File
-    config: Path | None = None
+    config: FilePath | None = None
     """YAML file with any of these settings; keys are flag names without the dashes in front."""
 
     @classmethod
@@ -216,10 +277,9 @@ class ServeSettings(BaseSettings):
     def _check_together(self) -> ServeSettings:
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ValueError("--ssl-certfile and --ssl-keyfile go together: give both or neither")
-        for name in ("ssl_certfile", "ssl_keyfile", "api_key_file"):
-            path = getattr(self, name)
-            if path is not None and not os.access(path, os.R_OK):
-                raise ValueError(f"--{key_name(name)} {path} is not a file that can be read")
+        for name in ("ssl_certfile", "ssl_keyfile"):
+            if (path := getattr(self, name)) is not None:
+                read_small_file(path, name)
         if self.api_key_file is not None and not self.api_keys:
             raise ValueError(f"--api-key-file {self.api_key_file} has no key in it")
         for proxy in self.forwarded_allow_ips:
@@ -229,13 +289,19 @@ class ServeSettings(BaseSettings):
                 )
         return self
 
-    @property
+    @cached_property
     def api_keys(self) -> tuple[str, ...]:
-        """All accepted keys, in clear: from flags or environment, and from the key file."""
+        """All accepted keys, in clear: from flags or environment, and from the key file.
+
+        The file is read once: what the settings were checked with is what holds.
+        """
         keys = [key.get_secret_value() for key in self.api_key]
         if self.api_key_file is not None:
-            lines = (line.strip() for line in self.api_key_file.read_text().splitlines())
+            text = read_small_file(self.api_key_file, "api_key_file")
+            lines = (line.strip() for line in text.splitlines())
             keys += [line for line in lines if line and not line.startswith("#")]
+            if not all(map(str.isprintable, keys)):
+                raise ValueError(f"--api-key-file {self.api_key_file} holds control characters")
         return tuple(dict.fromkeys(keys))
 
     def masked(self) -> dict[str, Any]:
@@ -282,6 +348,37 @@ def read_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return values
 
 
+def read_small_file(path: Path, field: str) -> str:
+    """The text of a regular file of at most MAX_FILE_BYTES; nothing else is so much as opened.
+
+    Args:
+        path: the file.
+        field: the setting that names it.
+
+    Raises:
+        ConfigError: it cannot be read, is no regular file, is too large, or no UTF-8 text.
+    """
+    if not str(path).isprintable() or len(str(path)) > MAX_TEXT:
+        raise ConfigError(f"--{key_name(field)} {shown(str(path))} names no file.", param=field)
+    named = f"--{key_name(field)} {path}"
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+            raise ConfigError(f"{named} cannot be read: it is {kind}.", param=field)
+        if status.st_size > MAX_FILE_BYTES:
+            raise ConfigError(f"{named} has more than {MAX_FILE_BYTES} bytes.", param=field)
+        with path.open("rb") as file:
+            return file.read(MAX_FILE_BYTES).decode()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{named} cannot be read: it is not UTF-8 text.", param=field) from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"{named} cannot be read: {reason}.", param=field
+        ) from error
+
+
 def read_file(path: Path) -> dict[str, Any]:
     """The settings of a YAML file by field name; null counts as unset.
 
@@ -289,12 +386,18 @@ def read_file(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, is not a mapping, or has a key that is no setting.
     """
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {error}", param="config") from error
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--config {path} is not valid YAML: {reason}", param="config") from error
+        content = yaml.safe_load(read_small_file(path, "config"))
+    except yaml.MarkedYAMLError as error:
+        # Its own text quotes the line, which may hold a key.
+        mark = error.problem_mark
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        reason = f"{error.problem or 'syntax error'}{where}"
+        raise ConfigError(f"--config {path} is not valid YAML: {reason}.", param="config") from None
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = f"it holds a value that is out of range ({type(error).__name__})"
+        raise ConfigError(f"--config {path} is not valid YAML: {reason}.", param="config") from None
     if not isinstance(content, dict | None):
         raise ConfigError(
             f"--config {path} must hold `key: value` lines, not a {type(content).__name__}.",
@@ -341,13 +444,21 @@ def settings_yaml(settings: ServeSettings) -> str:
 def _config_error(error: ValidationError, flags: Mapping[str, Any]) -> ConfigError:
     first = error.errors(include_url=False)[0]
     message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    message = message.rstrip(".")
     if not first["loc"]:
         return ConfigError(f"{message}.")
     name = str(first["loc"][0])
-    given = "'***'" if name == "api_key" else repr(first["input"])
+    given = "'***'" if name == "api_key" else shown(first["input"])
     return ConfigError(
         f"{_origin(name, flags)}: {given} is not allowed: {message}.", param=key_name(name)
     )
+
+
+def shown(value: object) -> str:
+    """A wrong value as a message quotes it: cut, however large or deep it is."""
+    cut = reprlib.Repr()
+    cut.maxlevel, cut.maxstring, cut.maxother, cut.maxlong = 2, MAX_SHOWN, MAX_SHOWN, MAX_SHOWN
+    return cut.repr(value)
 
 
 def _origin(name: str, flags: Mapping[str, Any]) -> str:

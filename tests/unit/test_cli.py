@@ -200,7 +200,18 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "--prot=1"], "unrecognized arguments: --prot=1. Did you mean --port?"),
         (["serve", "--port", "x"], "--port: 'x' is not allowed"),
         (["generate"], "PROMPT"),
-        (["generate", "Hi", "--exit", "deep"], "--exit"),
+        (["generate", "Hi", "--exit", "deep"], "--exit: 'deep' is not an integer"),
+        (["generate", "Hi", "--seed", "9" * 400], "--seed: '999"),
+        (["generate", "Hi", "--seed", "9" * 5000], "--seed: '999"),
+        (["generate", "Hi", "--max-tokens", "1e3"], "--max-tokens: '1e3' is not an integer"),
+        (["generate", "Hi", "--temperature", "nan"], "--temperature: 'nan' is not a finite number"),
+        (["generate", "Hi", "--budget-ms", "1e999"], "--budget-ms: '1e999' is not a finite number"),
+        (["generate", "Hi", "--on-miss", "x\ny"], "--on-miss"),
+        (["generate", "Hi", "--url", "http://h:x"], "base_url='http://h:x'"),
+        (["generate", "Hi", "--url", "nowhere\n"], "base_url='nowhere"),
+        (["generate", "Hi", "--api-key", "sk secret"], "api_key"),
+        (["generate", "Hi", "two\nlines"], "unrecognized arguments: two\\nlines"),
+        (["serve", "a\0b"], "NUL"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -212,6 +223,62 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert said in error
     assert error.startswith("sortserve: error: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve", "--api-keys", "sk-secret"],
+        ["serve", "--api-keys=sk-secret"],
+        ["serve", "--apikey=sk-secret"],
+        ["serve", "--api-key", "a", "sk-secret", "--api-key-fil", "sk-secret"],
+        ["generate", "Hi", "--api-keys", "sk-secret"],
+        ["generate", "Hi", "--api-key", "sk-secret\tx"],
+        ["serve", "--api-key", "sk-secret\tx"],
+        ["serve", "--api-key", "\udcffsk-secret"],
+        ["serve", "--api-key", "sk-secret", "--port", "x"],
+        ["serve", "--api-key", "sk-secret", "--print-config"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:3]).encode("ascii", "replace").decode(),
+)
+def test_a_key_is_shown_by_no_message(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(arguments)
+
+    shown = capsys.readouterr()
+    assert shown.out + shown.err
+    assert "sk-secret" not in shown.out + shown.err
+
+
+def test_a_password_in_the_servers_variable_is_not_in_the_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SORTSERVE_URL", "http://ann:pass-word@h")
+
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+
+    assert "pass-word" not in capsys.readouterr().out
+
+
+def test_keys_from_the_environment_lose_their_line_ends(
+    server: type[FakeServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SORTSERVE_API_KEY", " sk-1\n,sk-2\n")
+
+    assert main(["generate", "Hi"]) == 0
+    assert server.keys == ["Bearer sk-1"]
+
+
+def test_a_server_on_this_machine_is_asked_without_a_proxy(
+    server: type[FakeServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:1")
+
+    assert main(["generate", "Hi"]) == 0
+    assert len(server.asked) == 1
 
 
 def test_print_config_shows_what_was_resolved_and_starts_nothing(

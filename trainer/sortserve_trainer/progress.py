@@ -6,9 +6,10 @@ import re
 import sys
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+
+from sortserve_trainer.console import Console
 
 __all__ = ["ProgressDisplay"]
 

@@ -23,8 +23,7 @@ def eval_command(argv: Sequence[str]) -> int:
     print_json = flags.pop("json")
     settings = load_eval_settings(flags)
 
-    from rich.console import Console
-
+    from sortserve_trainer.console import Console
     from sortserve_trainer.evaluation.evaluate import evaluate
     from sortserve_trainer.evaluation.table import quality_tables
     from sortserve_trainer.evaluation.writing import prepare_folder, write_files, write_quality
@@ -32,13 +31,17 @@ def eval_command(argv: Sequence[str]) -> int:
     if settings.output is not None:
         prepare_folder(settings.output)
     report = evaluate(settings)
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(*quality_tables(report))
+    # Files first: they are kept, whoever has stopped reading the output.
+    said = []
     if settings.write:
-        console.print(write_quality(report, settings.model))
+        said.append(write_quality(report, settings.model))
     if settings.output is not None:
         write_files(report, settings.output)
-        console.print(f"{settings.output} has report.json, quality.svg and quality.png.")
+        said.append(f"{settings.output} has report.json, quality.svg and quality.png.")
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(*quality_tables(report))
+    for line in said:
+        console.print(line)
     if print_json:
         print(json.dumps(report.document(), ensure_ascii=False))
     return 0
