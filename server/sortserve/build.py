@@ -31,7 +31,7 @@ from sortserve.metrics import Metrics
 from sortserve.model.attention import KVCache
 from sortserve.model.decoder import Decoder
 from sortserve.model.tokenizer import TextStream, Tokenizer
-from sortserve.model.user_cache import user_cache_dir
+from sortserve.model.user_cache import open_user_cache
 from sortserve.outputs import GenerationRequest
 from sortserve.scheduling.cost_learner import CostLearner
 from sortserve.scheduling.cost_model import CostModel, Samples, StepShape
@@ -213,11 +213,12 @@ class _Calibrator:
             max_num_seqs=settings.max_num_seqs,
         )
         self._key = _calibration_key(settings, checkpoint, decoder)
-        self._path = cache_path(user_cache_dir(), self._key)
+        cache = open_user_cache()
+        self._path = None if cache is None else cache_path(cache, self._key)
 
     def samples(self) -> list[tuple[StepShape, float]]:
         """Those of an earlier start, at the machine's present speed; else new ones."""
-        kept = read_samples(self._path)
+        kept = None if self._path is None else read_samples(self._path)
         if kept is not None and (fault := self._fault_of(kept)) is not None:
             logger.warning("the calibration in %s is not used: %s", self._path, fault)
             kept = None
@@ -235,7 +236,8 @@ class _Calibrator:
             samples = calibrate(self._runner, clock=self._clock, **self._shapes)
             fault = self._fault_of(samples)
             if fault is None:
-                write_samples(self._path, samples, self._key)
+                if self._path is not None:
+                    write_samples(self._path, samples, self._key)
                 break
             logger.warning("this calibration is not kept: %s", fault)
         return samples

@@ -8,6 +8,7 @@ nobody reads the output any more.
 from __future__ import annotations
 
 import argparse
+import getpass
 import importlib
 import os
 import sys
@@ -41,7 +42,19 @@ class _Command:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _name_user()
     return run_command(lambda: _dispatch(arguments))
+
+
+def _name_user() -> None:
+    """Name a user without a passwd entry, as in a container with a random uid.
+
+    Libraries that name a folder after the user (torch among them) raise where there is no name.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"uid-{os.getuid()}"
 
 
 def _dispatch(arguments: list[str]) -> int:

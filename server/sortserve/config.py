@@ -374,9 +374,7 @@ def read_small_file(path: Path, field: str) -> str:
         raise ConfigError(f"{named} cannot be read: it is not UTF-8 text.", param=field) from None
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ConfigError(
-            f"{named} cannot be read: {reason}.", param=field
-        ) from error
+        raise ConfigError(f"{named} cannot be read: {reason}.", param=field) from error
 
 
 def read_file(path: Path) -> dict[str, Any]:

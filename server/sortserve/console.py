@@ -7,6 +7,7 @@ cannot be used are one line on stderr.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -85,7 +86,7 @@ def _explain(error: OSError) -> int:
 
 def _print_anything(stream: TextIO | None) -> None:
     """A character that the terminal's encoding lacks must not end an answer in its middle."""
-    if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
         stream.reconfigure(errors="backslashreplace")
 
 

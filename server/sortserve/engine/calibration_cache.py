@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import astuple
 from pathlib import Path
 
+from sortserve.model.user_cache import is_private, make_private, write_private
 from sortserve.scheduling.cost_model import Samples, StepShape, is_time
 
 __all__ = ["cache_path", "machine_name", "read_samples", "write_samples"]
@@ -48,11 +49,13 @@ def cache_path(folder: Path, key: Mapping[str, object]) -> Path:
 def read_samples(path: Path) -> list[tuple[StepShape, float]] | None:
     """The samples of an earlier calibration; None if there is none that can be used."""
     try:
-        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+        if not is_private(path) or path.stat().st_size > MAX_BYTES:
             return None
         document = json.loads(path.read_text())
         if document["format_version"] != FORMAT_VERSION:
             return None
+        if document.pop("digest", None) != _digest(document):
+            raise ValueError("it is not what was written")
         samples = [_sample(shape, seconds) for shape, seconds in document["samples"][:MAX_SAMPLES]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         logger.warning("the calibration in %s cannot be used: %s", path, error)
@@ -77,10 +80,14 @@ def write_samples(path: Path, samples: Samples, key: Mapping[str, object]) -> No
         "key": {name: str(value) for name, value in key.items()},
         "samples": [[astuple(shape), seconds] for shape, seconds in samples],
     }
+    document["digest"] = _digest(document)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(document))
-        unfinished.replace(path)
+        make_private(path.parent)
+        write_private(path, json.dumps(document).encode())
     except OSError as error:
         logger.warning("the calibration cannot be kept in %s: %s", path, error)
+
+
+def _digest(document: Mapping[str, object]) -> str:
+    text = json.dumps(document, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -18,12 +18,13 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sortserve.model.user_cache import user_cache_dir
+from sortserve.model.user_cache import is_private, open_user_cache, write_private
 
 __all__ = [
     "DTYPE_CODES",
@@ -105,30 +106,66 @@ def load_native() -> NativeLibrary | None:
 
 
 def build_library(cache_dir: Path | None = None, compiler: str | None = None) -> Path:
-    """Compile the kernels unless the cache has them.
+    """Compile the kernels unless the cache has them, whole and as they were written.
+
+    The digest of a library is in its name: what was cut, damaged, or put there under another name
+    is removed and built again, never loaded.
 
     Args:
-        cache_dir: default: ``user_cache_dir()``.
+        cache_dir: default: ``user_cache_dir()``. Where it cannot be used, the library lies in a
+            private folder that goes with the process.
         compiler: a command; default: ``$CXX``, else the first of g++, c++ and clang++ found.
 
     Raises:
         BuildError: no compiler, or it fails.
+        OSError: there is no room for the library anywhere.
     """
     command = compiler or _find_compiler()
     source_dir = Path(__file__).parent / "kernels"
-    sources = sorted(source_dir.glob("*.cpp"))
-    cache_dir = cache_dir or user_cache_dir()
-    library = cache_dir / f"kernels-{_cache_key(source_dir, command)}.so"
-    if not library.is_file():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        _compile(command, sources, library)
-    return library
+    key = _cache_key(source_dir, command)
+    cache = open_user_cache(cache_dir)
+    found = _find_library(cache, key) if cache is not None else None
+    if found is not None:
+        return found
+    content = _compile(command, sorted(source_dir.glob("*.cpp")))
+    name = _library_name(key, content)
+    if cache is not None:
+        try:
+            write_private(cache / name, content)
+        except OSError as error:
+            logger.warning("native CPU kernels are compiled at every start: %s", error)
+        else:
+            logger.info("compiled native CPU kernels to %s", cache / name)
+            return cache / name
+    path = Path(_scratch().name) / name
+    write_private(path, content)
+    return path
 
 
-def _compile(command: str, sources: list[Path], library: Path) -> None:
-    """Compile to a temporary file, then rename: other processes see all of it or nothing."""
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        output = Path(folder) / library.name
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """A private folder for what cannot be kept; it goes with the process."""
+    return tempfile.TemporaryDirectory(prefix="sortserve-", ignore_cleanup_errors=True)
+
+
+def _library_name(key: str, content: bytes) -> str:
+    return f"kernels-{key}-{hashlib.sha256(content).hexdigest()[:32]}.so"
+
+
+def _find_library(cache: Path, key: str) -> Path | None:
+    for path in sorted(cache.glob(f"kernels-{key}-*.so")):
+        if is_private(path) and path.name == _library_name(key, path.read_bytes()):
+            return path
+        logger.warning("%s is damaged or not ours: the kernels are compiled again", path)
+        with suppress(OSError):
+            path.unlink()
+    return None
+
+
+def _compile(command: str, sources: list[Path]) -> bytes:
+    """The compiled library, made in a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="sortserve-") as folder:
+        output = Path(folder) / "kernels.so"
         arguments = [command, *_FLAGS, *map(str, sources), "-o", str(output)]
         try:
             done = subprocess.run(
@@ -140,8 +177,7 @@ def _compile(command: str, sources: list[Path], library: Path) -> None:
             lines = done.stderr.strip().splitlines() or ["no message"]
             first_error = next((line for line in lines if "error" in line), lines[-1])
             raise BuildError(f"{command} failed: {first_error}")
-        output.replace(library)
-    logger.info("compiled native CPU kernels to %s", library)
+        return output.read_bytes()
 
 
 def _find_compiler() -> str:
