@@ -101,10 +101,10 @@ MAX_FILE_BYTES = 1 << 20
 """Largest file of settings, keys or certificates that is read."""
 
 Number = BeforeValidator(_number)
-Count = Annotated[int, Number, Field(ge=1, le=MAX_COUNT)]
-Seconds = Annotated[float, Number, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
-PositiveSeconds = Annotated[float, Number, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False)]
-Size = Annotated[ByteSize, Number, Field(ge=1, le=2**60)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT), Number]
+Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False), Number]
+PositiveSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False), Number]
+Size = Annotated[ByteSize, Field(ge=1, le=2**60), Number]
 Text = Annotated[str, AfterValidator(_text)]
 FilePath = Annotated[Path, BeforeValidator(_path)]
 Layers = Annotated[tuple[Count, ...], BeforeValidator(_split_commas), Field(min_length=1)]
@@ -139,22 +139,22 @@ class ServeSettings(BaseSettings):
     """Where the model runs."""
     revision: Text | None = None
     """Branch, tag or commit of a Hugging Face id."""
-    max_model_len: Annotated[int, Number, Field(ge=2, le=MAX_COUNT)] | None = None
+    max_model_len: Annotated[int, Field(ge=2, le=MAX_COUNT), Number] | None = None
     """Most tokens of prompt and answer together, 2 or more. Default: what the checkpoint allows."""
     attention_backend: Text = "auto"
     """Implementation of attention. auto: the fastest that works here."""
     linear_backend: Text = "auto"
     """Implementation of the linear layers. auto: the fastest that works here."""
-    num_threads: Annotated[int, Number, Field(ge=1, le=MAX_THREADS)] | None = None
+    num_threads: Annotated[int, Field(ge=1, le=MAX_THREADS), Number] | None = None
     """CPU threads of the model, at most 1024; more than there are cores are not started. Default:
     PyTorch's choice."""
-    seed: Annotated[int, Number, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), Number] | None = None
     """Makes requests without a seed of their own repeatable, in their order of arrival."""
 
     # Network
     host: Annotated[Text, AfterValidator(_host), Field(min_length=1)] = "127.0.0.1"
     """Address to listen on. 0.0.0.0 is every interface."""
-    port: Annotated[int, Number, Field(ge=0, le=65535)] = 8000
+    port: Annotated[int, Field(ge=0, le=65535), Number] = 8000
     """Port to listen on. 0 takes a free one."""
     uds: Annotated[Text, Field(min_length=1)] | None = None
     """Path of a Unix socket to listen on, instead of host and port."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -63,6 +64,7 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["--learning-rate", "nan"], ["--learning-rate", "finite"]),
         (["--held-out", "1"], ["--held-out", "less than 1"]),
         (["--max-length", "500"], ["--max-length 500", "--pack-length 128"]),
+        (["--lora-rank", "100000"], ["--lora-rank 100000", "(96)"]),
         (["--lora-targets", "nothing"], ["--lora-targets", "nothing"]),
         (["--quantize", "nf4", "--lora-rank", "0"], ["--quantize nf4", "--lora-rank"]),
         (["--teacher", "base", "--lora-rank", "0"], ["--teacher base", "--lora-rank"]),
@@ -116,6 +118,16 @@ def test_empty_data_is_refused(
     data.write_text(content)
 
     assert str(data) in refusal(capsys, command(base, data, tmp_path / "out"))
+
+
+@pytest.mark.timeout(60)
+def test_data_that_is_no_regular_file_is_refused_and_never_waited_for(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data.unlink()
+    os.mkfifo(data)
+
+    assert "no regular file" in refusal(capsys, command(base, data, tmp_path / "out"))
 
 
 def test_a_base_without_weights_is_refused(

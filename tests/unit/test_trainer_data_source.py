@@ -76,7 +76,7 @@ def test_a_file_with_a_colon_in_its_name_is_found(
     assert parse_source("data:2") == DataSource("data:2", 1.0)
 
 
-@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "half", ""])
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "half", "", "1e300"])
 def test_a_bad_weight_is_refused_by_name(weight: str) -> None:
     with pytest.raises(ConfigError, match=f"--data a.jsonl:{weight}: '{weight}' is not a weight"):
         parse_source(f"a.jsonl:{weight}")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sortserve.arguments import Parser
+from sortserve.arguments import Parser, integer
 
 __all__ = ["export_command"]
 
@@ -39,7 +39,11 @@ def _parser() -> argparse.ArgumentParser:
         "model", metavar="MODEL", help="a folder, package:PKG/FILE.gguf or a Hugging Face id"
     )
     parser.add_argument(
-        "--exit", type=int, required=True, metavar="LAYER", help="the exit; the last is full depth"
+        "--exit",
+        type=integer,
+        required=True,
+        metavar="LAYER",
+        help="the exit; the last is full depth",
     )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="must not exist, or be empty"

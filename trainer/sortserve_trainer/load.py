@@ -209,6 +209,13 @@ def _with_adapter(
         return _prepare_lora(model)
     if not settings.trains_adapter:
         return trunk
+    widest = max(trunk.config.hidden_size, trunk.config.intermediate_size)
+    if method.lora_rank > widest:
+        raise ConfigError(
+            f"--lora-rank {method.lora_rank} is more than the widest layer has rows ({widest}): "
+            "choose a smaller one, or 0 to train all weights.",
+            param="lora-rank",
+        )
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=method.lora_rank,

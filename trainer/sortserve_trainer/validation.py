@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from sortserve.config import flag_name
+from sortserve.config import flag_name, shown
 from sortserve.errors import ConfigError
 
 __all__ = ["validated"]
@@ -26,10 +26,11 @@ def validated(settings: type[Settings], flags: Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    message = message.rstrip(".")
     if not first["loc"]:
         raise ConfigError(f"{message}.")
     flag = flag_name(str(first["loc"][0]))
     param = flag.removeprefix("--").lower()
     if first["type"] == "missing":
         raise ConfigError(f"{flag} is missing.", param=param)
-    raise ConfigError(f"{flag}: {first['input']!r} is not allowed: {message}.", param=param)
+    raise ConfigError(f"{flag}: {shown(first['input'])} is not allowed: {message}.", param=param)

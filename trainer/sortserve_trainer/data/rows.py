@@ -62,6 +62,8 @@ def json_kind(value: object) -> str:
 
 def _read_text(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():
+            raise bad_data(str(path), "cannot be read: it is no regular file")
         data = path.read_bytes()
     except OSError as error:
         raise bad_data(str(path), f"cannot be read: {error.strerror}") from error

@@ -12,6 +12,8 @@ from sortserve.errors import ConfigError
 
 __all__ = ["DataSource", "bad_data", "file_digest", "parse_source"]
 
+MAX_WEIGHT = 10_000
+
 
 @dataclass(frozen=True)
 class DataSource:
@@ -48,10 +50,11 @@ def _parse_weight(suffix: str, text: str) -> float:
         weight = float(suffix)
     except ValueError:
         weight = math.nan
-    if not 0 < weight < math.inf:
+    if not 0 < weight <= MAX_WEIGHT:
         raise bad_data(
             f"--data {text}",
-            f"{suffix!r} is not a weight: after the colon comes a number above 0, such as 0.5",
+            f"{suffix!r} is not a weight: after the colon comes a number above 0 and at most "
+            f"{MAX_WEIGHT}, such as 0.5",
         )
     return weight
 

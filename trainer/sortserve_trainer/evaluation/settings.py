@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
-from sortserve.config import Count, Layers
+from sortserve.config import Count, FilePath, Layers, Text
+from sortserve_trainer.settings import CountOrZero, Seed
 from sortserve_trainer.validation import validated
 
 __all__ = ["GROUPS", "EvalSettings", "load_eval_settings"]
@@ -28,7 +29,7 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str | Path) else value
 
 
-Files = Annotated[tuple[Path, ...], BeforeValidator(_as_list)]
+Files = Annotated[tuple[FilePath, ...], BeforeValidator(_as_list)]
 
 
 class EvalSettings(BaseModel):
@@ -39,19 +40,19 @@ class EvalSettings(BaseModel):
     )
 
     # What to measure
-    model: str
+    model: Text
     """What to measure: a folder, a Hugging Face id, or `package:PKG/FILE.gguf`."""
     exits: Layers | None = None
     """Exit layers to measure, separated by commas; the full depth is added. Default: those of the
     checkpoint's sorted.json."""
-    revision: str | None = None
+    revision: Text | None = None
     """Branch, tag or commit of a Hugging Face id."""
-    base: str = "auto"
+    base: Text = "auto"
     """Model to measure at full depth for comparison. auto: what the checkpoint was trained from;
     none: no comparison."""
 
     # Held-out files
-    data: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
+    data: Annotated[tuple[Text, ...], BeforeValidator(_as_list)] = ()
     """Text to predict: a .json, .jsonl or .txt file in any form `sortserve train` reads. Gives
     loss, agreement and score. May be repeated."""
     qa: Files = ()
@@ -66,7 +67,7 @@ class EvalSettings(BaseModel):
     """Most target tokens of a --data file. Default: all."""
     limit_rows: Count | None = None
     """Most rows of each file. Default: all."""
-    seed: int = 0
+    seed: Seed = 0
     """Chooses the rows where there is a limit."""
     max_length: Count = 1024
     """Most tokens of an example: longer answers are cut, longer texts are split."""
@@ -78,7 +79,7 @@ class EvalSettings(BaseModel):
     """Most tokens of an answer to a question."""
     qa_instruction: str = "Answer in a few words."
     """Added to each question on a line of its own. Empty adds nothing."""
-    samples: Annotated[int, Field(ge=0)] = 5
+    samples: CountOrZero = 5
     """Answers of each exit that the report quotes: those to the first prompts."""
     batch_size: Count = 64
     """Answers generated at once."""
@@ -91,7 +92,7 @@ class EvalSettings(BaseModel):
     """Where to compute."""
 
     # Results
-    output: Path | None = None
+    output: FilePath | None = None
     """Folder for report.json, quality.svg and quality.png. Default: none."""
     write: bool = True
     """Put the result into the checkpoint's sorted.json as `quality`, if it has one and all its
