@@ -11,7 +11,8 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from sortserve.build import available_memory_bytes, build, num_kv_pages
+from sortserve.build import available_memory_bytes, build, num_kv_pages, num_threads
+from sortserve.cli import main
 from sortserve.config import load_settings
 from sortserve.engine.calibration_cache import read_samples, write_samples
 from sortserve.errors import ConfigError
@@ -162,3 +163,62 @@ def test_a_context_longer_than_the_checkpoints_is_refused(tmp_path: Path) -> Non
 
     with pytest.raises(ConfigError, match=r"--max-model-len=257 is more than .*at most 256"):
         build(load_settings({"model": str(checkpoint), "max_model_len": 257}))
+
+
+# Values that no machine has, or only just.
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), "llama-tied", exits=(2, 4, 6))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"kv_cache_memory": "1PiB", "max_num_seqs": 2**31 - 1}, "but there are only"),
+        ({"kv_cache_memory": "1"}, "--kv-cache-memory"),
+        ({"block_size": 2**31 - 1}, "--kv-cache-memory"),
+        ({"max_model_len": 2**31 - 1}, "--max-model-len=2147483647 is more"),
+        ({"exits": "99"}, "must lie in 1..6"),
+        ({"exits": "4,2"}, "must ascend"),
+        ({"attention_backend": "x"}, "'x' cannot be used"),
+        ({"linear_backend": ""}, "'' cannot be used"),
+    ],
+)
+def test_what_does_not_fit_the_machine_or_the_checkpoint_is_said_before_it_is_taken(
+    tiny: Path, flags: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+
+    assert main(["serve", str(tiny), "--port=0", "--log-level=error", *arguments]) == 2
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"max_model_len": 2, "block_size": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1},
+        {"max_num_batched_tokens": 2**31 - 1, "max_num_queued_tokens": 1},
+        {"block_size": 7, "seed": -(2**63), "overload_delay": 0},
+        {"block_size": 100_000},
+        {"kv_cache_memory": "1PiB"},
+    ],
+)
+def test_extreme_settings_that_fit_are_served_with(tiny: Path, flags: dict[str, Any]) -> None:
+    serving = build(load_settings({"model": str(tiny), "calibrate": False, **flags}))
+
+    assert serving.cache.num_pages >= 1
+    assert serving.cache.num_bytes < 8 << 30
+
+
+def test_no_more_threads_are_started_than_there_are_cores(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cores = num_threads(1024)
+
+    assert 1 <= cores <= 1024
+    assert num_threads(1) == 1
+    assert "--num-threads=1024" in caplog.text

@@ -10,6 +10,8 @@ import os
 import pwd
 import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from sortserve.model.native import build_library
 from sortserve.model.user_cache import open_user_cache, user_cache_dir, write_private
 from sortserve.scheduling.cost_model import StepShape
 from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import tiny_hf_model
+from support.tiny_models import make_tiny_checkpoint, tiny_hf_model
 
 STRANGER = 12_345
 
@@ -216,6 +218,24 @@ def test_a_user_without_a_name_gets_one_that_libraries_can_use() -> None:
 
     assert main(["version"]) == 0
     assert getpass.getuser() == f"uid-{os.getuid()}"
+
+
+@pytest.mark.slow
+def test_a_server_is_built_for_a_user_without_a_home_and_a_name(tmp_path: Path) -> None:
+    checkpoint = make_tiny_checkpoint(tmp_path, "llama-tied", exits=(2, 6))
+    code = (
+        "import pwd, sys\n"
+        "def unknown(*_): raise KeyError\n"
+        "pwd.getpwuid = unknown\n"
+        "from sortserve.cli import main\n"
+        f"sys.exit(main(['profile', {str(checkpoint)!r}]))"
+    )
+    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=kept)
+
+    assert (ended.returncode, "Traceback" in ended.stderr) == (0, False)
+    assert ended.stderr.count("no cache") == 1
 
 
 def test_a_home_that_cannot_be_written_is_no_failure(
