@@ -279,7 +279,7 @@ class ServeSettings(BaseSettings):
             raise ValueError("--ssl-certfile and --ssl-keyfile go together: give both or neither")
         for name in ("ssl_certfile", "ssl_keyfile"):
             if (path := getattr(self, name)) is not None:
-                read_small_file(path, name)
+                read_small_file(path, name, errors="replace")  # comments in it may be anything
         if self.api_key_file is not None and not self.api_keys:
             raise ValueError(f"--api-key-file {self.api_key_file} has no key in it")
         for proxy in self.forwarded_allow_ips:
@@ -348,12 +348,13 @@ def read_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return values
 
 
-def read_small_file(path: Path, field: str) -> str:
+def read_small_file(path: Path, field: str, *, errors: str = "strict") -> str:
     """The text of a regular file of at most MAX_FILE_BYTES; nothing else is so much as opened.
 
     Args:
         path: the file.
         field: the setting that names it.
+        errors: what ``bytes.decode`` does with bytes that are not UTF-8.
 
     Raises:
         ConfigError: it cannot be read, is no regular file, is too large, or no UTF-8 text.
@@ -369,7 +370,7 @@ def read_small_file(path: Path, field: str) -> str:
         if status.st_size > MAX_FILE_BYTES:
             raise ConfigError(f"{named} has more than {MAX_FILE_BYTES} bytes.", param=field)
         with path.open("rb") as file:
-            return file.read(MAX_FILE_BYTES).decode()
+            return file.read(MAX_FILE_BYTES).decode(errors=errors)
     except UnicodeDecodeError:
         raise ConfigError(f"{named} cannot be read: it is not UTF-8 text.", param=field) from None
     except OSError as error:

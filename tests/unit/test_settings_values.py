@@ -250,7 +250,6 @@ def make_binary(path: Path) -> None:
         make_loop,
         make_nothing,
         Path.mkdir,
-        make_binary,
     ],
 )
 def test_a_file_that_is_none_is_one_line_and_exit_code_2(
@@ -265,6 +264,14 @@ def test_a_file_that_is_none_is_one_line_and_exit_code_2(
 
     (line,) = capsys.readouterr().err.splitlines()
     assert f"--{field.replace('_', '-')} {path}" in line
+
+
+@pytest.mark.parametrize("field", ["config", "api_key_file"])
+def test_a_file_that_is_no_text_is_refused(field: str, tmp_path: Path) -> None:
+    make_binary(tmp_path / "f")
+
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_settings({field: str(tmp_path / "f")})
 
 
 def test_the_key_file_is_read_once(tmp_path: Path) -> None:
