@@ -444,6 +444,8 @@ def _config_error(error: ValidationError, flags: Mapping[str, Any]) -> ConfigErr
     first = error.errors(include_url=False)[0]
     message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     message = message.rstrip(".")
+    if first["type"] in ("too_short", "string_too_short"):
+        message = "it must not be empty"
     if not first["loc"]:
         return ConfigError(f"{message}.")
     name = str(first["loc"][0])

@@ -41,6 +41,7 @@ class AsciiTokenizer:
 
     vocab_size = VOCAB_SIZE
     has_chat_template = True
+    max_token_chars = 1
 
     def __init__(self) -> None:
         self.threads: set[str] = set()

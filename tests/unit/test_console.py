@@ -140,11 +140,20 @@ def test_a_disk_that_is_full_is_one_line_and_exit_code_1(command: list[str], url
     assert said == ("sortserve: error: input or output failed: No space left on device.\n")
 
 
+def _hear_interrupts() -> None:
+    """A shell's background jobs ignore Ctrl-C, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_an_interrupt_in_the_middle_of_an_answer_is_130_and_no_traceback() -> None:
     with storyteller(stalls=True) as url:
         command = [sys.executable, "-u", "-m", "sortserve", "generate", "Hi", "--url", url]
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=_hear_interrupts,
         ) as process:
             assert process.stdout is not None
             assert process.stdout.read(5) == WORDS[0][:5]

@@ -64,6 +64,9 @@ class Renderer:
         while self._idle:
             self._idle.pop().close()
 
+    def __del__(self) -> None:
+        self.close()
+
     def compile(self, template: str) -> None:
         """Find out whether a template is one.
 
