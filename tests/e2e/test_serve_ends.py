@@ -69,7 +69,7 @@ def test_a_blocked_event_loop_does_not_outlive_the_shutdown_timeout() -> None:
 
 
 def test_a_blocked_event_loop_does_not_survive_a_second_signal() -> None:
-    with scripted_server("loop blocked", "--shutdown-timeout=1e9") as server:
+    with scripted_server("loop blocked", "--shutdown-timeout=1e7") as server:
         server.wait_for("ready")
 
         server.process.send_signal(signal.SIGTERM)
