@@ -42,6 +42,8 @@ __all__ = [
 
 MAX_VALUE_CHARS = 100
 """Characters of a value that a message quotes."""
+MAX_LINE = 1_000
+"""Characters of a message that quotes what others wrote."""
 
 
 MAX_RETRY_AFTER_S = 3600.0
@@ -167,9 +169,15 @@ class RequestTimeoutError(SortserveError):
 
 
 class CheckpointError(SortserveError, ValueError):
-    """The checkpoint cannot be served; the command line ends with exit code 2."""
+    """The checkpoint cannot be served; the command line ends with exit code 2.
+
+    The message is made one line of printable characters: it quotes files and other libraries.
+    """
 
     error_type = "checkpoint_error"
+
+    def __init__(self, message: str, **fields: Any) -> None:
+        super().__init__(_one_line(message), **fields)
 
 
 class ConfigError(SortserveError, ValueError):
@@ -186,3 +194,14 @@ def shortened(value: object) -> str:
         value = dict(itertools.islice(value.items(), MAX_VALUE_CHARS))
     text = repr(value)
     return text if len(text) <= MAX_VALUE_CHARS else text[:MAX_VALUE_CHARS] + "..."
+
+
+def _one_line(text: str) -> str:
+    """``text`` without line ends, control characters and, where it is long, its middle."""
+    line = " ".join(part.strip() for part in text.splitlines() if part.strip())
+    if len(line) > MAX_LINE:
+        line = f"{line[: MAX_LINE * 3 // 4]} ... {line[-MAX_LINE // 4 :]}"
+    if line.isprintable():
+        return line
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return "".join(escaped)

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from sortserve.errors import CheckpointError
 from sortserve.model.config import ExitModuleKind
+from sortserve.model.files import read_bytes
 
 __all__ = ["SORTED_JSON", "SortedInfo", "check_exits"]
 
@@ -76,14 +77,13 @@ class SortedInfo(BaseModel):
             CheckpointError: it is not valid; the first fault is named.
         """
         path = folder / SORTED_JSON
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
+        document = read_bytes(path)
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(document)
         except ValidationError as error:
             raise CheckpointError(f"{path} is not valid: {_first_fault(error)}.") from error
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
 
     def write(self, folder: Path) -> Path:
         """Write ``sorted.json`` in one atomic step and return its path."""
