@@ -38,6 +38,7 @@ class ModelConfig:
     vocab_size: int
     rms_norm_eps: float
     max_position_embeddings: int
+    """The longest context, in tokens, as RoPE scaling stretches it."""
     tie_word_embeddings: bool
     qkv_bias: bool = False
     o_bias: bool = False

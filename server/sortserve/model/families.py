@@ -13,9 +13,12 @@ from typing import Any
 
 from sortserve.errors import CheckpointError
 from sortserve.model.config import FAMILIES, ModelConfig
-from sortserve.model.rope import check_rope
+from sortserve.model.rope import check_rope, context_length, rope_frequencies
 
 __all__ = ["check_family", "count_layer_parameters", "read_model_config", "tensor_shapes"]
+
+_ALIASES = {"ministral": "mistral"}
+"""What transformers calls a Mistral whose config has ``layer_types``."""
 
 
 def check_family(raw_config: Mapping[str, Any]) -> None:
@@ -46,8 +49,9 @@ def read_model_config(hf_config: Any) -> ModelConfig:
     """
     hidden_size, num_heads = hf_config.hidden_size, hf_config.num_attention_heads
     head_dim = getattr(hf_config, "head_dim", None) or hidden_size // num_heads
+    check_rope(hf_config.rope_parameters, head_dim)
     config = ModelConfig(
-        family=hf_config.model_type,
+        family=_ALIASES.get(hf_config.model_type, hf_config.model_type),
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hidden_size,
         intermediate_size=hf_config.intermediate_size,
@@ -56,7 +60,7 @@ def read_model_config(hf_config: Any) -> ModelConfig:
         head_dim=head_dim,
         vocab_size=hf_config.vocab_size,
         rms_norm_eps=hf_config.rms_norm_eps,
-        max_position_embeddings=hf_config.max_position_embeddings,
+        max_position_embeddings=context_length(hf_config),
         tie_word_embeddings=bool(hf_config.tie_word_embeddings),
         sliding_window=_sliding_window(hf_config),
         **_switches(hf_config),
@@ -66,7 +70,7 @@ def read_model_config(hf_config: Any) -> ModelConfig:
             f"hidden_act={hf_config.hidden_act!r} is not supported; supported: silu."
         )
     _check_sizes(config)
-    check_rope(hf_config.rope_parameters, head_dim)
+    rope_frequencies(hf_config, head_dim)  # refuses what gives no numbers
     return config
 
 
@@ -93,21 +97,20 @@ def _sliding_window(hf_config: Any) -> int | None:
     """
     window: int | None = getattr(hf_config, "sliding_window", None)
     layer_types = getattr(hf_config, "layer_types", None)
-    if layer_types is None:
-        return window
-    unknown = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
+    unknown = sorted(set(layer_types or ()) - {"full_attention", "sliding_attention"})
     if unknown:
         raise CheckpointError(
             f"attention type {unknown[0]!r} is not supported; "
             "supported: full_attention, sliding_attention."
         )
-    return window if "sliding_attention" in layer_types else None
+    return window if layer_types is None or "sliding_attention" in layer_types else None
 
 
 def _check_sizes(config: ModelConfig) -> None:
-    for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads"):
-        if getattr(config, name) < 1:
-            raise CheckpointError(f"{name}={getattr(config, name)} must be at least 1.")
+    if config.head_dim < 1:
+        raise CheckpointError(
+            f"hidden_size={config.hidden_size} is less than num_attention_heads={config.num_heads}."
+        )
     if config.num_heads % config.num_kv_heads:
         raise CheckpointError(
             f"num_attention_heads={config.num_heads} is not a multiple of "

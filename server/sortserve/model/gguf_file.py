@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from sortserve.errors import CheckpointError
+from sortserve.model.config_fields import check_fields
 from sortserve.model.families import check_family, read_model_config
 from sortserve.model.hf import quiet
 from sortserve.model.user_cache import file_digest, is_private, open_user_cache, write_private
@@ -175,6 +176,7 @@ def _convert(path: Path, folder: Path, dtype: torch.dtype) -> None:
         with quiet(), redirect_stderr(io.StringIO()):
             hf_config = AutoConfig.from_pretrained(path.parent, **where)
             check_family(hf_config.to_dict())
+            check_fields(hf_config.to_dict())
             read_model_config(hf_config)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
             model = AutoModelForCausalLM.from_pretrained(
