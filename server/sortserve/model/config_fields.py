@@ -50,7 +50,8 @@ def check_fields(config: Mapping[str, Any]) -> None:
     if "rms_norm_eps" in config:
         check_number(config["rms_norm_eps"], "rms_norm_eps", 0.0, 1.0)
     for name, allowed in _CHANGES.items():
-        if (value := config.get(name)) not in allowed:
+        value = config.get(name)
+        if not any(type(value) is type(one) and value == one for one in allowed):
             raise CheckpointError(f"{name}={value!r} is not supported.")
     for name in _LABELS:
         if name in config and not _is_short(config[name]):

@@ -103,7 +103,15 @@ def _sliding_window(hf_config: Any) -> int | None:
             f"attention type {unknown[0]!r} is not supported; "
             "supported: full_attention, sliding_attention."
         )
-    return window if layer_types is None or "sliding_attention" in layer_types else None
+    if layer_types is None:
+        return window
+    if "sliding_attention" not in layer_types:
+        return None
+    if window is None:
+        raise CheckpointError(
+            "layer_types names sliding_attention, but there is no sliding_window."
+        )
+    return window
 
 
 def _check_sizes(config: ModelConfig) -> None:
