@@ -50,7 +50,7 @@ train-demo: $(VENV)/train.stamp
 	$(BIN)/sortserve serve $(DEMO) $(ARGS)
 
 docs: $(VENV)/server.stamp
-	$(BIN)/python -m sortserve.flags > docs/configuration.md
+	$(BIN)/python -m sortserve.process.flags > docs/configuration.md
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -22,18 +22,18 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import environment, percentile, print_json, print_table
-from sortserve.checkpoint import LoadedCheckpoint, load_checkpoint
-from sortserve.config import ServeSettings
-from sortserve.engine.calibration import calibrate
+from benchmarks.lib.common import environment, percentile, print_json, print_table
+from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
+from sortserve.core.plan import RowPlan, StepPlan
+from sortserve.core.sampling_params import SamplingParams, SamplingRow
+from sortserve.cost.calibration import calibrate
+from sortserve.cost.learner import CostLearner
+from sortserve.cost.model import CostModel
 from sortserve.engine.runner import ModelRunner
 from sortserve.engine.steps import step_shape
 from sortserve.model.decoder import Decoder
-from sortserve.sampling_params import SamplingParams, SamplingRow
-from sortserve.scheduling.cost_learner import CostLearner
-from sortserve.scheduling.cost_model import CostModel
-from sortserve.scheduling.plan import RowPlan, StepPlan
-from sortserve.svg import Series, line_chart
+from sortserve.process.config import ServeSettings
+from sortserve.process.svg import Series, line_chart
 
 __all__ = ["main", "random_plan"]
 

@@ -29,17 +29,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.budget_classes import CLASSES, BudgetClass, Unloaded, draw_class, scaled
-from benchmarks.common import environment, percentile, print_json, print_table
-from benchmarks.http_client import HttpClient
-from benchmarks.loadgen import Planned, RequestRecord, Run, run_closed_loop, run_open_loop
-from benchmarks.server_process import ServerStartError, serve
+from benchmarks.lib.budget_classes import CLASSES, BudgetClass, Unloaded, draw_class, scaled
+from benchmarks.lib.common import environment, percentile, print_json, print_table
+from benchmarks.lib.http_client import HttpClient
+from benchmarks.lib.loadgen import Planned, RequestRecord, Run, run_closed_loop, run_open_loop
+from benchmarks.lib.server_process import ServerStartError, serve
+from benchmarks.lib.simulator import Machine, measured_machine, simulate
+from benchmarks.lib.workload import PromptMaker, RequestMaker, RequestSpec, load_trace
 from benchmarks.serving import detect_model
 from benchmarks.simulate import arrivals_of, stretched
 from benchmarks.simulate import figures as simulated_figures
-from benchmarks.simulator import Machine, measured_machine, simulate
-from benchmarks.workload import PromptMaker, RequestMaker, RequestSpec, load_trace
-from sortserve.svg import Series, line_chart
+from sortserve.process.svg import Series, line_chart
 
 __all__ = ["SYSTEMS", "figures", "main"]
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import environment
+from benchmarks.lib.common import environment
 from support.tiny_models import tiny_tokenizer
 
 __all__ = ["main"]

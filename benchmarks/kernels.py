@@ -22,21 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import environment, print_json, print_table
-from benchmarks.floors import Machine, ModelCost, Work, measure_machine
-from sortserve.errors import ConfigError
+from benchmarks.lib.common import environment, print_json, print_table
+from benchmarks.lib.floors import Machine, ModelCost, Work, measure_machine
+from sortserve.core.errors import ConfigError
 from sortserve.model.attention import (
     AttentionBackend,
     KVCache,
     ReferenceAttention,
     RopeTables,
 )
+from sortserve.model.backends.cpu.attention import NativeAttention
+from sortserve.model.backends.cpu.library import load_native
 from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
 from sortserve.model.decoder import Decoder
 from sortserve.model.linear import LINEAR_BACKENDS, LinearOp, choose_linear_backend
-from sortserve.model.native import load_native
-from sortserve.model.native_attention import NativeAttention
 from sortserve.model.ops import TorchOps
 from sortserve.model.weights import LayerWeights, ModelWeights
 

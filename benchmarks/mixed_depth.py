@@ -19,11 +19,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.common import environment, percentile, print_json, print_table
-from benchmarks.loadgen import Planned, RequestRecord, Run, run_closed_loop
-from benchmarks.server_process import ServerStartError, serve
+from benchmarks.lib.common import environment, percentile, print_json, print_table
+from benchmarks.lib.loadgen import Planned, RequestRecord, Run, run_closed_loop
+from benchmarks.lib.server_process import ServerStartError, serve
+from benchmarks.lib.workload import PromptMaker, RequestMaker, RequestSpec
 from benchmarks.serving import detect_model
-from benchmarks.workload import PromptMaker, RequestMaker, RequestSpec
 
 __all__ = ["main", "mixed_figures"]
 

@@ -22,18 +22,18 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.common import environment, print_json, print_table
-from benchmarks.floors import ModelCost, figure, measure_machine, speedups
-from benchmarks.workload import PromptMaker
-from sortserve.checkpoint import LoadedCheckpoint, load_checkpoint
+from benchmarks.lib.common import environment, print_json, print_table
+from benchmarks.lib.floors import ModelCost, figure, measure_machine, speedups
+from benchmarks.lib.workload import PromptMaker
+from sortserve.admission.choose import ExitChoice
+from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
+from sortserve.core.errors import CheckpointError
+from sortserve.core.request import GenerationRequest
+from sortserve.core.sampling_params import SamplingParams
 from sortserve.engine.engine import Engine, EngineConfig
 from sortserve.engine.runner import ModelRunner
-from sortserve.errors import CheckpointError
 from sortserve.model.decoder import Decoder
-from sortserve.model.tokenizer import TextStream, Tokenizer
-from sortserve.outputs import GenerationRequest
-from sortserve.sampling_params import SamplingParams
-from sortserve.scheduling.admission import ExitChoice
+from sortserve.text.tokenizer import TextStream, Tokenizer
 
 __all__ = ["main"]
 

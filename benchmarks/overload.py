@@ -20,14 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.budget_classes import CLASSES, BudgetClass, Unloaded, scaled
-from benchmarks.common import environment, metric_total, print_json, print_table
 from benchmarks.goodput import figures, measure_unloaded, plan_requests, read_exits
-from benchmarks.http_client import HttpClient
-from benchmarks.loadgen import Planned, run_open_loop
-from benchmarks.server_process import ServerStartError, serve
+from benchmarks.lib.budget_classes import CLASSES, BudgetClass, Unloaded, scaled
+from benchmarks.lib.common import environment, metric_total, print_json, print_table
+from benchmarks.lib.http_client import HttpClient
+from benchmarks.lib.loadgen import Planned, run_open_loop
+from benchmarks.lib.server_process import ServerStartError, serve
+from benchmarks.lib.workload import PromptMaker, RequestMaker, RequestSpec, load_trace
 from benchmarks.serving import detect_model
-from benchmarks.workload import PromptMaker, RequestMaker, RequestSpec, load_trace
 
 __all__ = ["main"]
 

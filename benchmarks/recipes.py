@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import environment, print_json, print_table
+from benchmarks.lib.common import environment, print_json, print_table
 
 __all__ = ["main"]
 

@@ -4,8 +4,8 @@ The engine runs with a model that takes no time, so what is left is everything e
 batch, due times, the cap, page tables, plans, commits, refits and the state for the event loop. The
 times are CPU times of the engine's thread, so that a busy machine does not count. The share is of
 the step's predicted time on the machine that `--machine` names (see
-`benchmarks/simulator.py`). `choose_us` is what judging one newcomer costs the event loop. The last
-line is one JSON document.
+`benchmarks/lib/simulator.py`). `choose_us` is what judging one newcomer costs the event loop. The
+last line is one JSON document.
 
     python -m benchmarks.scheduler --rows 8 64 256
 """
@@ -19,15 +19,15 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.common import environment, percentile, print_json, print_table
-from benchmarks.simulator import MACHINES, Machine, make_desk, make_engine, request_of
-from benchmarks.workload import RequestSpec
-from sortserve.budget import Budget
-from sortserve.engine.desk import AdmissionDesk
+from benchmarks.lib.common import environment, percentile, print_json, print_table
+from benchmarks.lib.simulator import MACHINES, Machine, make_desk, make_engine, request_of
+from benchmarks.lib.workload import RequestSpec
+from sortserve.admission.desk import AdmissionDesk
+from sortserve.core.budget import Budget
+from sortserve.core.plan import StepPlan
+from sortserve.core.sampling_params import SampledToken
 from sortserve.engine.engine import Engine
 from sortserve.engine.steps import step_shape
-from sortserve.sampling_params import SampledToken
-from sortserve.scheduling.plan import StepPlan
 from sortserve.scheduling.policy import POLICIES
 
 __all__ = ["main", "measure"]

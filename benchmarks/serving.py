@@ -22,11 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import environment, print_json
-from benchmarks.http_client import HttpClient
-from benchmarks.loadgen import Planned, Run, run_closed_loop, run_open_loop
-from benchmarks.report import print_report, report
-from benchmarks.workload import (
+from benchmarks.lib.common import environment, print_json
+from benchmarks.lib.http_client import HttpClient
+from benchmarks.lib.loadgen import Planned, Run, run_closed_loop, run_open_loop
+from benchmarks.lib.report import print_report, report
+from benchmarks.lib.workload import (
     ExitMix,
     PromptMaker,
     RequestMaker,

@@ -1,8 +1,8 @@
 """Goodput of every policy on a simulated machine, from a trace of arrivals.
 
 The server's own scheduler, admission and cost model run under a fake clock; only the model is
-replaced by the time it would take (see ``benchmarks/simulator.py``). Each request gets a latency
-budget from one of three classes. Compared are, at several arrival rates:
+replaced by the time it would take (see ``benchmarks/lib/simulator.py``). Each request gets a
+latency budget from one of three classes. Compared are, at several arrival rates:
 
     full, shallow, middle   every request at one exit, lock-step, no admission
     lockstep                our admission, lock-step batches
@@ -25,11 +25,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.budget_classes import CLASSES, Unloaded, draw_class, scaled
-from benchmarks.common import environment, percentile, print_json, print_table
-from benchmarks.simulator import MACHINES, Arrival, Machine, Outcome, Simulation, simulate
-from benchmarks.workload import RequestSpec, load_trace
-from sortserve.budget import Budget
+from benchmarks.lib.budget_classes import CLASSES, Unloaded, draw_class, scaled
+from benchmarks.lib.common import environment, percentile, print_json, print_table
+from benchmarks.lib.simulator import MACHINES, Arrival, Machine, Outcome, Simulation, simulate
+from benchmarks.lib.workload import RequestSpec, load_trace
+from sortserve.core.budget import Budget
 
 __all__ = ["SYSTEMS", "arrivals_of", "figures", "main", "stretched", "unloaded_times"]
 

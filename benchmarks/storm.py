@@ -24,10 +24,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.common import environment, metric_total, print_json, print_table
-from benchmarks.http_client import HttpClient, HttpConnection, Response, encode_request
-from benchmarks.http_parse import SseReader
-from benchmarks.storm_cases import Case, Hangup, Target, all_cases
+from benchmarks.lib.common import environment, metric_total, print_json, print_table
+from benchmarks.lib.http_client import HttpClient, HttpConnection, Response, encode_request
+from benchmarks.lib.http_parse import SseReader
+from benchmarks.lib.storm_cases import Case, Hangup, Target, all_cases
 
 __all__ = ["Outcome", "main", "run_case", "violation_of"]
 

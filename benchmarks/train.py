@@ -32,14 +32,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.common import environment, print_json, print_table
-from benchmarks.floors import measure_machine
-from sortserve.model.families import count_layer_parameters
+from benchmarks.lib.common import environment, print_json, print_table
+from benchmarks.lib.floors import measure_machine
+from sortserve.checkpoint.families import count_layer_parameters
 from sortserve_trainer.data import IGNORED
-from sortserve_trainer.load import LoadedModel, load_for_training
-from sortserve_trainer.loss import VocabSample
-from sortserve_trainer.methods import Method
-from sortserve_trainer.settings import load_train_settings
+from sortserve_trainer.model.load import LoadedModel, load_for_training
+from sortserve_trainer.model.loss import VocabSample
+from sortserve_trainer.run.methods import Method
+from sortserve_trainer.run.settings import load_train_settings
 
 __all__ = ["main"]
 

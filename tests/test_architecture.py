@@ -14,18 +14,18 @@ from sortserve import __version__
 ROOT = Path(__file__).parents[1]
 TORCH_FREE = (
     "sortserve",
-    "sortserve.budget",
+    "sortserve.core.budget",
     "sortserve.cli",
-    "sortserve.config",
-    "sortserve.errors",
-    "sortserve.logs",
-    "sortserve.metrics",
-    "sortserve.outputs",
-    "sortserve.sampling_params",
+    "sortserve.process.config",
+    "sortserve.core.errors",
+    "sortserve.telemetry.logs",
+    "sortserve.telemetry.metrics",
+    "sortserve.core.request",
+    "sortserve.core.sampling_params",
     "sortserve.scheduling",
     "sortserve.scheduling.policy",
     "sortserve.scheduling.scheduler",
-    "sortserve.sequence",
+    "sortserve.core.sequence",
 )
 
 

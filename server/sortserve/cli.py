@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sortserve import __version__
-from sortserve.arguments import Parser, finite_number, integer
-from sortserve.console import FAILED, complain, run_command
-from sortserve.errors import ConfigError
+from sortserve.core.errors import ConfigError
+from sortserve.process.arguments import Parser, finite_number, integer
+from sortserve.process.console import FAILED, complain, run_command
 
 if TYPE_CHECKING:
     from sortserve_client import Budget, BudgetReport, Client
@@ -94,8 +94,8 @@ def _version(arguments: Sequence[str]) -> int:
 
 
 def _serve(arguments: Sequence[str]) -> int:
-    from sortserve.config import load_settings, settings_yaml
-    from sortserve.flags import add_flags
+    from sortserve.process.config import load_settings, settings_yaml
+    from sortserve.process.flags import add_flags
 
     parser = Parser(prog="sortserve serve", description="Serve a model over HTTP.")
     parser.add_argument(
@@ -108,7 +108,7 @@ def _serve(arguments: Sequence[str]) -> int:
     if print_config:
         print(settings_yaml(settings), end="")
         return 0
-    from sortserve.serve import serve
+    from sortserve.process.serve import serve
 
     return serve(settings)
 
@@ -116,8 +116,8 @@ def _serve(arguments: Sequence[str]) -> int:
 def _profile(arguments: Sequence[str]) -> int:
     from pathlib import Path
 
-    from sortserve.config import load_settings
-    from sortserve.flags import add_flags
+    from sortserve.process.config import load_settings
+    from sortserve.process.flags import add_flags
 
     parser = Parser(
         prog="sortserve profile",
@@ -129,7 +129,7 @@ def _profile(arguments: Sequence[str]) -> int:
     flags = vars(parser.parse_args(arguments))
     plot = flags.pop("plot")
     settings = load_settings(flags)
-    from sortserve.profiling import profile
+    from sortserve.process.profiling import profile
 
     return profile(settings, plot)
 
@@ -309,16 +309,16 @@ def _trainer(module: str, function: str) -> Callable[[Sequence[str]], int]:
 COMMANDS = {
     "serve": _Command("start a server", "server", _serve),
     "generate": _Command("ask a running server, and stream its answer", None, _generate),
-    "train": _Command("make a sorted model", "train", _trainer("train", "train_command")),
+    "train": _Command("make a sorted model", "train", _trainer("run.train", "train_command")),
     "eval": _Command(
         "measure each exit of a model",
         "train",
-        _trainer("evaluation.command", "eval_command"),
+        _trainer("commands.eval", "eval_command"),
     ),
     "export": _Command(
         "write one exit as a plain Hugging Face folder",
         "train",
-        _trainer("export_command", "export_command"),
+        _trainer("commands.export", "export_command"),
     ),
     "profile": _Command("time a model's steps, and print their cost", "server", _profile),
     "version": _Command("print the version", None, _version),

@@ -15,10 +15,10 @@ import sortserve
 from sortserve.api.app import create_app
 from sortserve.api.schemas import GenerateRequest
 from sortserve.api.settings import ApiSettings
+from sortserve.core.plan import StepPlan
+from sortserve.core.sampling_params import SampledToken
 from sortserve.engine.worker import EngineWorker
-from sortserve.metrics import Metrics
-from sortserve.sampling_params import SampledToken
-from sortserve.scheduling.plan import StepPlan
+from sortserve.telemetry.metrics import Metrics
 from sortserve_client import (
     AsyncClient,
     AuthenticationError,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
-from sortserve.outputs import FinishReason
-from sortserve.scheduling.cost_model import CostModel
+from sortserve.core.request import FinishReason
+from sortserve.cost.model import CostModel
 from support.http_service import WAIT_S, Connection, HttpService, as_json, parse_events
 from support.scripted import FakeClock
 

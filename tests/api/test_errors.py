@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from sortserve.api.problems import error_response
-from sortserve.errors import (
+from sortserve.core.errors import (
     AuthenticationError,
     BudgetUnattainableError,
     EngineError,

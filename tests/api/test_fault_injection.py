@@ -14,9 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
+from sortserve.cost.learner import CostLearner
+from sortserve.cost.model import CostModel, RowShape, StepShape
 from sortserve.engine.worker import EngineWorker
-from sortserve.scheduling.cost_learner import CostLearner
-from sortserve.scheduling.cost_model import CostModel, RowShape, StepShape
 from support.faults import Fault
 from support.http_service import WAIT_S, HttpService
 
@@ -264,7 +264,7 @@ async def test_a_stream_of_text_that_cannot_be_made_at_all_fails_alone(
 async def test_an_admission_that_raises_never_fails_a_request(
     part: str, scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"sortserve.engine.desk.{part}", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(f"sortserve.admission.desk.{part}", lambda *args, **kwargs: 1 / 0)
 
     replies = await eight(scene.service)
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from sortserve.garbage import calm_garbage_collector
+from sortserve.process.garbage import calm_garbage_collector
 from support.hostile import KINDS, HostileBody, hostile_bodies
 from support.http_service import Connection, HttpService
 

@@ -41,8 +41,8 @@ def run_server(folder: Path, listener: socket.socket) -> None:
     from sortserve.api.body_limits import max_encoded_tokens
     from sortserve.api.settings import ApiSettings
     from sortserve.engine.worker import EngineWorker
-    from sortserve.garbage import calm_garbage_collector
-    from sortserve.model.tokenizer import Tokenizer
+    from sortserve.process.garbage import calm_garbage_collector
+    from sortserve.text.tokenizer import Tokenizer
     from support.serving import serve
     from support.tiny_models import make_tiny_checkpoint
 

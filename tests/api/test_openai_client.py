@@ -10,7 +10,7 @@ import openai
 import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
 
-from sortserve.scheduling.cost_model import CostModel
+from sortserve.cost.model import CostModel
 from support.http_service import MODEL, HttpService, listening, make_service, with_comments
 
 MESSAGES = [{"role": "user", "content": "a"}]

@@ -12,8 +12,8 @@ from fastapi.routing import APIRoute
 
 import sortserve
 from sortserve.api.settings import ApiSettings
-from sortserve.errors import InvalidRequestError
-from sortserve.scheduling.cost_model import CostModel, RowShape, StepShape
+from sortserve.core.errors import InvalidRequestError
+from sortserve.cost.model import CostModel, RowShape, StepShape
 from support.http_service import Connection, HttpService, as_json
 
 

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 
 from sortserve.api.app import create_app
 from sortserve.api.settings import ApiSettings
-from sortserve.build import build
-from sortserve.config import load_settings
 from sortserve.engine.worker import EngineWorker
+from sortserve.process.build import build
+from sortserve.process.config import load_settings
 from support.http_service import parse_events
 from support.serving import Served, serve
 from support.tiny_models import VOCAB_SIZE, make_tiny_checkpoint, tiny_tokenizer

@@ -11,7 +11,7 @@ from openai.types.completion_create_params import CompletionCreateParamsStreamin
 from sortserve.api import unsupported
 from sortserve.api.schemas import ChatCompletionRequest, CompletionRequest
 from sortserve.api.unsupported import refuse_unsupported
-from sortserve.errors import InvalidRequestError
+from sortserve.core.errors import InvalidRequestError
 from support.http_service import HttpService
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

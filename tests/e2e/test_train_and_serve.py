@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from sortserve.checkpoint import load_checkpoint
+from sortserve.checkpoint.load import load_checkpoint
+from sortserve.checkpoint.sorted_json import SortedInfo
 from sortserve.cli import main
-from sortserve.model.sorted_json import SortedInfo
-from sortserve.sampling_params import SamplingParams
-from sortserve_trainer.generation import OfflineEngine
+from sortserve.core.sampling_params import SamplingParams
+from sortserve_trainer.model.generation import OfflineEngine
 from support.tiny_models import make_tiny_checkpoint
 
 DEMO = Path(__file__).parents[2] / "examples" / "data"

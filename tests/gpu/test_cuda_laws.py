@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from sortserve.checkpoint import load_checkpoint
+from sortserve.checkpoint.load import load_checkpoint
+from sortserve.core.plan import RowPlan, StepPlan
+from sortserve.core.sampling_params import SamplingParams, SamplingRow
 from sortserve.engine.inputs import build_batch
 from sortserve.model.decoder import Decoder
-from sortserve.sampling_params import SamplingParams, SamplingRow
-from sortserve.scheduling.plan import RowPlan, StepPlan
 from support.scripted import Collected, add, collect, make_request, run
 from support.serving import offline_tokens, serve
 from support.tiny_models import EXIT_KINDS, VARIANTS, make_tiny_checkpoint

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sortserve.checkpoint import load_checkpoint
+from sortserve.checkpoint.load import load_checkpoint
+from sortserve.core.plan import RowPlan, StepPlan
+from sortserve.core.sampling_params import SamplingParams, SamplingRow
 from sortserve.engine.inputs import build_batch
 from sortserve.model.decoder import Decoder
-from sortserve.sampling_params import SamplingParams, SamplingRow
-from sortserve.scheduling.plan import RowPlan, StepPlan
 from support.tiny_models import hf_logits, load_hf, make_tiny_checkpoint
 
 TOLERANCE = 5e-3

@@ -16,16 +16,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sortserve.budget import Budget, Deadlines
-from sortserve.errors import MAX_RETRY_AFTER_S, BudgetUnattainableError
-from sortserve.outputs import Estimate
-from sortserve.scheduling.admission import choose_exit
+from sortserve.admission.choose import choose_exit
+from sortserve.admission.forecast import Forecast, Load, Newcomer, forecast, predicted_drain_s
+from sortserve.admission.overload import DepthLevel, next_level
+from sortserve.core.budget import Budget, Deadlines
+from sortserve.core.errors import MAX_RETRY_AFTER_S, BudgetUnattainableError
+from sortserve.core.request import Estimate
+from sortserve.cost.learner import CostLearner
+from sortserve.cost.model import CostModel, Line, RowShape, StepShape
 from sortserve.scheduling.capacity import lower, pressure, shallowest
-from sortserve.scheduling.cost_learner import CostLearner
-from sortserve.scheduling.cost_model import CostModel, Line, RowShape, StepShape
 from sortserve.scheduling.demand import Demand, StepCosts
-from sortserve.scheduling.forecast import Forecast, Load, Newcomer, forecast, predicted_drain_s
-from sortserve.scheduling.overload import DepthLevel, next_level
 from sortserve.scheduling.policy import (
     POLICIES,
     DepthClass,

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sortserve.budget import Budget
-from sortserve.outputs import GenerationRequest
-from sortserve.scheduling.cost_model import CostModel, Line
+from sortserve.core.budget import Budget
+from sortserve.core.request import GenerationRequest
+from sortserve.cost.model import CostModel, Line
 from sortserve.scheduling.demand import StepCosts
 from support.scripted import make_request
 from support.serving import Served, offline_next_tokens, serve

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sortserve.sampling_params import SamplingParams
+from sortserve.core.sampling_params import SamplingParams
 from support.scripted import Collected, add, collect, make_request, run
 from support.serving import Served, offline_tokens, serve
 from support.tiny_models import EXIT_KINDS, VOCAB_SIZE, make_tiny_checkpoint

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sortserve.outputs import FinishReason, GenerationRequest
+from sortserve.core.request import FinishReason, GenerationRequest
 from sortserve.scheduling.policy import POLICIES
 from support.timed import MODEL, Timed, make_timed, timed_request
 

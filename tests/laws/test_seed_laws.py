@@ -3,7 +3,8 @@
 All of them, not most. Two things make it so. The logits of a row are the same bits whatever rows
 are beside it, however its prompt is cut, and whether its KV was computed, found or computed again;
 the first test shows that on the decoder. And the sampler sees one row at a time, as
-``tests/unit/test_sampler.py`` shows. The other tests show both together on hundreds of requests.
+``tests/server/unit/test_sampler.py`` shows. The other tests show both together on hundreds of
+requests.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import pytest
 import torch
 
 from sortserve.engine.engine import Engine
+from sortserve.model.backends.cpu.library import load_native
 from sortserve.model.decoder import Decoder
-from sortserve.model.native import load_native
 from support.batches import BLOCK_SIZE, Chunk, Pages, random_ids, run_chunks
 from support.scripted import Collected, add, collect, make_request
 from support.serving import Served, serve

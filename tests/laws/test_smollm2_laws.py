@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from sortserve.checkpoint import load_checkpoint
+from sortserve.checkpoint.load import load_checkpoint
 from sortserve.engine.engine import Engine, EngineConfig
 from sortserve.engine.runner import ModelRunner
 from sortserve.model.decoder import Decoder
-from sortserve.model.tokenizer import TextStream, Tokenizer
+from sortserve.text.tokenizer import TextStream, Tokenizer
 from support.scripted import FakeClock, add, make_request, run
 from support.tiny_models import hf_submodel
 

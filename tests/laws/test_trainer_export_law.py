@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from sortserve.model.hf import quiet
-from sortserve.sampling_params import SamplingParams
-from sortserve_trainer.export import export_submodel
+from sortserve.checkpoint.hf import quiet
+from sortserve.core.sampling_params import SamplingParams
+from sortserve_trainer.run.export import export_submodel
 from support.scripted import add, make_request, run
 from support.serving import offline_tokens, serve
 from support.tiny_models import (

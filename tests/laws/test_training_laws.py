@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sortserve_trainer.settings import load_train_settings
-from sortserve_trainer.train import train
+from sortserve_trainer.run.settings import load_train_settings
+from sortserve_trainer.run.train import train
 from support.tiny_models import make_tiny_checkpoint
 
 STATE = "complete"
@@ -137,7 +137,7 @@ def test_a_frozen_trunk_keeps_the_adapter_that_it_was_trained_with(
 
 
 COMMAND = (
-    "import sys; from sortserve_trainer.train import train_command; train_command(sys.argv[1:])"
+    "import sys; from sortserve_trainer.run.train import train_command; train_command(sys.argv[1:])"
 )
 
 

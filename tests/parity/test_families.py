@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sortserve.checkpoint import LoadedCheckpoint, load_checkpoint
+from sortserve.checkpoint.hf import quiet
+from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
 from sortserve.model.attention import KVCache
 from sortserve.model.batch import Batch
 from sortserve.model.decoder import Decoder
-from sortserve.model.hf import quiet
 from support.reference import reference_forward
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import (

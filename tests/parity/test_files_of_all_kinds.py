@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from sortserve.checkpoint import LoadedCheckpoint, load_checkpoint
-from sortserve.errors import CheckpointError
-from sortserve.model.families import read_model_config
-from sortserve.model.hf import quiet
-from sortserve_trainer.export import export_submodel
+from sortserve.checkpoint.families import read_model_config
+from sortserve.checkpoint.hf import quiet
+from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
+from sortserve.core.errors import CheckpointError
+from sortserve_trainer.run.export import export_submodel
 from support.reference import reference_forward
 from support.tiny_models import hf_logits, load_hf, make_tiny_checkpoint
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from sortserve.api.app import create_app
 from sortserve.api.settings import ApiSettings
-from sortserve.checkpoint import open_checkpoint
+from sortserve.checkpoint.hf import load_tokenizer
+from sortserve.checkpoint.load import open_checkpoint
+from sortserve.core.sampling_params import SamplingParams
 from sortserve.engine.worker import EngineWorker
-from sortserve.model.hf import load_tokenizer
-from sortserve.model.tokenizer import TextStream, Tokenizer
-from sortserve.sampling_params import SamplingParams
+from sortserve.text.tokenizer import TextStream, Tokenizer
 from support.chat_templates import CONVERSATIONS, TOOLS
 from support.serving import serve
 

@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sortserve.sampling_params import RowFailure, SampledToken
-from sortserve.scheduling.plan import StepPlan
+from sortserve.core.plan import StepPlan
+from sortserve.core.sampling_params import RowFailure, SampledToken
 from support.scripted import ScriptedRunner
 
 HANG_S = 30.0

@@ -21,14 +21,14 @@ from sortserve.api.app import create_app
 from sortserve.api.http_protocol import ConnectionLimits, HttpProtocol
 from sortserve.api.settings import ApiSettings
 from sortserve.api.streaming import COMMENT
-from sortserve.budget import Budget
+from sortserve.core.budget import Budget
+from sortserve.core.errors import InvalidRequestError
+from sortserve.core.plan import StepPlan
+from sortserve.core.request import RequestReport, StepRecord
+from sortserve.core.sampling_params import SampledToken
 from sortserve.engine.engine import Engine
 from sortserve.engine.worker import EngineWorker
-from sortserve.errors import InvalidRequestError
-from sortserve.metrics import Metrics
-from sortserve.outputs import RequestReport, StepRecord
-from sortserve.sampling_params import SampledToken
-from sortserve.scheduling.plan import StepPlan
+from sortserve.telemetry.metrics import Metrics
 from support.scripted import VOCAB_SIZE, Rule, ScriptedRunner, make_engine, next_letter
 
 EXITS = (2, 4, 6)

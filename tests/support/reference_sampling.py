@@ -19,7 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from sortserve.sampling_params import SamplingRow
+from sortserve.core.sampling_params import SamplingRow
 
 __all__ = ["processed_logits", "reference_uniform", "sample_reference"]
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sortserve.budget import Budget, ExitInfo, ExitTable
+from sortserve.admission.choose import ExitChoice
+from sortserve.core.budget import Budget, ExitInfo, ExitTable
+from sortserve.core.plan import StepPlan
+from sortserve.core.request import GenerationRequest, Observer, RequestOutput
+from sortserve.core.sampling_params import SampledToken, SamplingParams, TokenLogprob
 from sortserve.engine.engine import Engine, EngineConfig, TextStream
-from sortserve.outputs import GenerationRequest, Observer, RequestOutput
-from sortserve.sampling_params import SampledToken, SamplingParams, TokenLogprob
-from sortserve.scheduling.admission import ExitChoice
-from sortserve.scheduling.plan import StepPlan
 
 EOS = 0
 VOCAB_SIZE = 128

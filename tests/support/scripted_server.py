@@ -20,14 +20,15 @@ from typing import Any
 import uvicorn
 
 import sortserve
-from sortserve import cli, serve
-from sortserve.config import ServeSettings
+from sortserve import cli
+from sortserve.core.plan import StepPlan
+from sortserve.core.request import EngineStats, RequestOutput
+from sortserve.core.sampling_params import SampledToken
 from sortserve.engine import worker as worker_module
 from sortserve.engine.worker import EngineWorker
-from sortserve.metrics import Metrics
-from sortserve.outputs import EngineStats, RequestOutput
-from sortserve.sampling_params import SampledToken
-from sortserve.scheduling.plan import StepPlan
+from sortserve.process import serve
+from sortserve.process.config import ServeSettings
+from sortserve.telemetry.metrics import Metrics
 from support.http_service import EXITS, AsciiTokenizer
 from support.scripted import ScriptedRunner, make_engine
 
@@ -114,9 +115,9 @@ def stuck_in_executor() -> None:
 
 if __name__ == "__main__":
     FAULT, *flags = sys.argv[1:]
-    module = ModuleType("sortserve.build")
+    module = ModuleType("sortserve.process.build")
     module.build = build  # type: ignore[attr-defined]
-    sys.modules["sortserve.build"] = module
+    sys.modules["sortserve.process.build"] = module
     worker_module.STOP_TIMEOUT_S = 0.3
     serve.MAX_END_S = 1.0
     serve.STEP_END_S = 0.3

@@ -8,13 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sortserve.checkpoint import LoadedCheckpoint, load_checkpoint
+from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
+from sortserve.core.sampling_params import SamplingParams, SamplingRow
+from sortserve.cost.model import CostModel
 from sortserve.engine.engine import Engine, EngineConfig, Runner
 from sortserve.engine.runner import ModelRunner
 from sortserve.model.decoder import Decoder
-from sortserve.model.tokenizer import TextStream, Tokenizer
-from sortserve.sampling_params import SamplingParams, SamplingRow
-from sortserve.scheduling.cost_model import CostModel
+from sortserve.text.tokenizer import TextStream, Tokenizer
 from support.reference_sampling import sample_reference
 from support.scripted import FakeClock
 from support.timed import Timed, TimedModel, make_desk

@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sortserve.budget import Budget
-from sortserve.engine.desk import AdmissionDesk
+from sortserve.admission.choose import ExitChoice
+from sortserve.admission.desk import AdmissionDesk
+from sortserve.core.budget import Budget
+from sortserve.core.errors import BudgetUnattainableError
+from sortserve.core.plan import StepPlan
+from sortserve.core.request import GenerationRequest, RequestReport
+from sortserve.core.sampling_params import RowFailure, SampledToken
+from sortserve.cost.model import CostModel, Line
 from sortserve.engine.engine import Engine, Runner
 from sortserve.engine.steps import step_shape
-from sortserve.errors import BudgetUnattainableError
-from sortserve.outputs import GenerationRequest, RequestReport
-from sortserve.sampling_params import RowFailure, SampledToken
-from sortserve.scheduling.admission import ExitChoice
-from sortserve.scheduling.cost_model import CostModel, Line
 from sortserve.scheduling.demand import Demand, StepCosts
-from sortserve.scheduling.plan import StepPlan
 from support.scripted import (
     Collected,
     FakeClock,

@@ -26,8 +26,8 @@ from sortserve.api.routes.operations import operation_routes
 from sortserve.api.security import ApiKeyMiddleware, BodyLimitMiddleware
 from sortserve.api.service import Service
 from sortserve.api.settings import ApiSettings
+from sortserve.core.errors import SortserveError
 from sortserve.engine.worker import EngineWorker
-from sortserve.errors import SortserveError
 
 __all__ = ["create_app", "create_loading_app"]
 

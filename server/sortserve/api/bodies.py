@@ -13,7 +13,7 @@ from sortserve.api.body_limits import BodyLimits
 from sortserve.api.json_scan import check_size
 from sortserve.api.problems import invalid_body, shortened
 from sortserve.api.text_threads import TextThreads
-from sortserve.errors import InvalidRequestError
+from sortserve.core.errors import InvalidRequestError
 
 __all__ = ["read_body"]
 

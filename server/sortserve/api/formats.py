@@ -12,8 +12,8 @@ from sortserve.api.generation import ChoiceResult, Generation
 from sortserve.api.interfaces import Tokenizer
 from sortserve.api.logprobs import CompletionLogprobs, token_entries
 from sortserve.api.streaming import event
-from sortserve.outputs import RequestOutput
-from sortserve.sampling_params import SampledToken
+from sortserve.core.request import RequestOutput
+from sortserve.core.sampling_params import SampledToken
 
 __all__ = ["ChatFormat", "CompletionFormat", "GenerateFormat"]
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from sortserve.api.problems import renamed
+from sortserve.core.errors import RequestTimeoutError, SortserveError
+from sortserve.core.request import FinishReason, RequestOutput, RequestReport
+from sortserve.core.sampling_params import SampledToken
 from sortserve.engine.worker import RequestStream
-from sortserve.errors import RequestTimeoutError, SortserveError
-from sortserve.outputs import FinishReason, RequestOutput, RequestReport
-from sortserve.sampling_params import SampledToken
 
 __all__ = ["ChoiceResult", "Generation", "Outputs"]
 

@@ -15,8 +15,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sortserve.api.problems import error_response, shortened
-from sortserve.errors import InvalidRequestError
-from sortserve.logs import fields
+from sortserve.core.errors import InvalidRequestError
+from sortserve.telemetry.logs import fields
 
 __all__ = ["HostCheckMiddleware"]
 

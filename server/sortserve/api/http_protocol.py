@@ -25,8 +25,8 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from sortserve.api.http1 import Http1Protocol
 from sortserve.api.problems import error_response
 from sortserve.api.security import OPEN_PATHS
-from sortserve.errors import InvalidRequestError, UnavailableError
-from sortserve.logs import fields
+from sortserve.core.errors import InvalidRequestError, UnavailableError
+from sortserve.telemetry.logs import fields
 
 __all__ = ["ConnectionLimits", "HttpProtocol"]
 

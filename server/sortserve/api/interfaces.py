@@ -9,7 +9,7 @@ __all__ = ["HttpMetrics", "Tokenizer"]
 
 
 class Tokenizer(Protocol):
-    """The part of ``sortserve.model.tokenizer.Tokenizer`` that requests and replies need."""
+    """The part of ``sortserve.text.tokenizer.Tokenizer`` that requests and replies need."""
 
     @property
     def vocab_size(self) -> int:
@@ -35,7 +35,7 @@ class Tokenizer(Protocol):
 
 
 class HttpMetrics(Protocol):
-    """The part of ``sortserve.metrics.Metrics`` that the service tells and asks."""
+    """The part of ``sortserve.telemetry.metrics.Metrics`` that the service tells and asks."""
 
     def http_request(self, route: str, method: str, status: int) -> None:
         """Count one answered request."""

@@ -12,9 +12,9 @@ from sortserve.api.limits import BUDGET_HEADERS, ModelChoice, read_budget, read_
 from sortserve.api.problems import renamed
 from sortserve.api.prompts import Prompt
 from sortserve.api.schemas import GenerationFields
-from sortserve.budget import Budget
-from sortserve.errors import InvalidRequestError
-from sortserve.sampling_params import SamplingParams
+from sortserve.core.budget import Budget
+from sortserve.core.errors import InvalidRequestError
+from sortserve.core.sampling_params import SamplingParams
 
 __all__ = ["Job", "make_job"]
 

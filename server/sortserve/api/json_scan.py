@@ -23,7 +23,7 @@ from sortserve.api.body_limits import (
     FieldLimit,
 )
 from sortserve.api.problems import unknown_field
-from sortserve.errors import InvalidRequestError
+from sortserve.core.errors import InvalidRequestError
 
 __all__ = ["check_size"]
 

@@ -9,9 +9,9 @@ from starlette.datastructures import Headers
 
 from sortserve.api.problems import shortened
 from sortserve.api.schemas import GenerationFields
-from sortserve.budget import MILLISECONDS, Budget, ExitTable
-from sortserve.errors import InvalidRequestError, NotFoundError
-from sortserve.sampling_params import SamplingParams
+from sortserve.core.budget import MILLISECONDS, Budget, ExitTable
+from sortserve.core.errors import InvalidRequestError, NotFoundError
+from sortserve.core.sampling_params import SamplingParams
 
 __all__ = ["BUDGET_HEADERS", "ModelChoice", "read_budget", "read_model", "read_sampling"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sortserve.api.interfaces import Tokenizer
-from sortserve.sampling_params import SampledToken
+from sortserve.core.sampling_params import SampledToken
 
 __all__ = ["CompletionLogprobs", "token_entries"]
 

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sortserve.api.interfaces import HttpMetrics
 from sortserve.api.problems import error_response
-from sortserve.errors import EngineError
+from sortserve.core.errors import EngineError
 
 __all__ = [
     "REQUEST_ID_PATTERN",

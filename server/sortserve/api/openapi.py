@@ -22,7 +22,7 @@ from sortserve.api.schemas import (
 )
 from sortserve.api.security import OPEN_PATHS
 from sortserve.api.settings import ApiSettings
-from sortserve.budget import MAX_MS
+from sortserve.core.budget import MAX_MS
 
 __all__ = ["documented", "install_openapi"]
 

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from sortserve.errors import (
+from sortserve.core.errors import (
     InvalidRequestError,
     NotFoundError,
     SortserveError,

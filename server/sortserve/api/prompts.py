@@ -11,7 +11,7 @@ from sortserve.api.body_limits import MAX_MESSAGE_FIELDS, MAX_PARTS, MAX_ROLE_CH
 from sortserve.api.interfaces import Tokenizer
 from sortserve.api.problems import shortened
 from sortserve.api.text_threads import TextThreads
-from sortserve.errors import InvalidRequestError
+from sortserve.core.errors import InvalidRequestError
 
 __all__ = [
     "ChatPrompt",

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from sortserve.api import body_limits
 from sortserve.api.middleware import REQUEST_ID_PATTERN
-from sortserve.budget import MAX_MS, OnMiss
+from sortserve.core.budget import MAX_MS, OnMiss
 
 __all__ = [
     "ChatCompletionRequest",

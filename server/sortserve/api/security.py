@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sortserve.api.problems import error_response
-from sortserve.errors import AuthenticationError, PayloadTooLargeError
+from sortserve.core.errors import AuthenticationError, PayloadTooLargeError
 
 __all__ = ["OPEN_PATHS", "ApiKeyMiddleware", "BodyLimitMiddleware"]
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 from pydantic import BaseModel
 from starlette.requests import Request
 
+from sortserve.admission.queue_limits import Reservation
 from sortserve.api.bodies import read_body
 from sortserve.api.body_limits import MAX_LOGPROBS_PER_REPLY, BodyLimits
 from sortserve.api.generation import Generation
@@ -22,11 +23,10 @@ from sortserve.api.problems import renamed
 from sortserve.api.prompts import encode_all
 from sortserve.api.settings import ApiSettings
 from sortserve.api.text_threads import TextThreads
-from sortserve.engine.queue_limits import Reservation
+from sortserve.core.errors import InvalidRequestError, SortserveError
+from sortserve.core.request import GenerationRequest
 from sortserve.engine.worker import EngineWorker, RequestStream
-from sortserve.errors import InvalidRequestError, SortserveError
-from sortserve.logs import fields
-from sortserve.outputs import GenerationRequest
+from sortserve.telemetry.logs import fields
 
 __all__ = ["Service"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sortserve.sampling_params import SamplingParams
+from sortserve.core.sampling_params import SamplingParams
 
 __all__ = ["ApiSettings"]
 

@@ -21,8 +21,8 @@ from sortserve.api.generation import Generation, Outputs
 from sortserve.api.large_json import json_reply
 from sortserve.api.problems import error_body
 from sortserve.api.text_threads import TextThreads
-from sortserve.errors import EngineError, SortserveError
-from sortserve.outputs import RequestOutput
+from sortserve.core.errors import EngineError, SortserveError
+from sortserve.core.request import RequestOutput
 
 __all__ = ["END_OF_STREAM", "EventWriter", "GenerationReply", "GenerationStream", "event"]
 

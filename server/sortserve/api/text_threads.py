@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from sortserve.errors import OverloadedError
+from sortserve.core.errors import OverloadedError
 
 __all__ = ["TextThreads"]
 

@@ -12,8 +12,8 @@ from dataclasses import fields
 from typing import Any
 
 from sortserve.api.problems import shortened
-from sortserve.budget import Budget
-from sortserve.errors import InvalidRequestError
+from sortserve.core.budget import Budget
+from sortserve.core.errors import InvalidRequestError
 
 __all__ = ["refuse_unsupported"]
 

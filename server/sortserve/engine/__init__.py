@@ -1,1 +1,1 @@
-"""engine."""
+"""Schedule, execute, commit: what turns requests into tokens."""

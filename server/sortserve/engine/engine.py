@@ -10,36 +10,36 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from sortserve.budget import ExitTable, OnMiss
-from sortserve.engine.execution import Execution, Runner, execute
-from sortserve.engine.finish import make_report
-from sortserve.engine.selftest import runs_a_token
-from sortserve.engine.steps import step_record, step_shape
-from sortserve.engine.vocabulary import check_vocabulary
-from sortserve.errors import (
+from sortserve.admission.choose import ExitChoice
+from sortserve.admission.lengths import LengthEstimator, expected_tokens
+from sortserve.core.budget import ExitTable, OnMiss
+from sortserve.core.errors import (
     BudgetUnattainableError,
     EngineError,
     InvalidRequestError,
     SortserveError,
 )
-from sortserve.outputs import (
+from sortserve.core.plan import StepPlan
+from sortserve.core.request import (
     EngineStats,
     FinishReason,
     GenerationRequest,
     Observer,
     RequestOutput,
 )
-from sortserve.sampling_params import RowFailure, SampledToken
-from sortserve.scheduling.admission import ExitChoice
-from sortserve.scheduling.cost_learner import CostLearner
-from sortserve.scheduling.cost_model import CostModel
+from sortserve.core.sampling_params import RowFailure, SampledToken
+from sortserve.core.sequence import Sequence
+from sortserve.cost.learner import CostLearner
+from sortserve.cost.model import CostModel
+from sortserve.engine.execution import Execution, Runner, execute
+from sortserve.engine.finish import make_report
+from sortserve.engine.selftest import runs_a_token
+from sortserve.engine.steps import step_record, step_shape
+from sortserve.engine.vocabulary import check_vocabulary
 from sortserve.scheduling.demand import Demand
 from sortserve.scheduling.kv_cache import KVCacheManager
-from sortserve.scheduling.lengths import LengthEstimator, expected_tokens
-from sortserve.scheduling.plan import StepPlan
 from sortserve.scheduling.policy import get_policy
 from sortserve.scheduling.scheduler import Scheduler
-from sortserve.sequence import Sequence
 
 __all__ = ["Engine", "EngineConfig", "Runner", "TextStream"]
 
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 class TextStream(Protocol):
-    """Tokens in, text out (see ``sortserve.model.tokenizer.TextStream``)."""
+    """Tokens in, text out (see ``sortserve.text.tokenizer.TextStream``)."""
 
     def push(self, token_id: int) -> tuple[str, bool]:
         """New text, and whether a stop string ended it."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from sortserve.sampling_params import RowFailure, SampledToken
-from sortserve.scheduling.plan import RowPlan, StepPlan
+from sortserve.core.plan import RowPlan, StepPlan
+from sortserve.core.sampling_params import RowFailure, SampledToken
 
 __all__ = ["Execution", "Runner", "execute"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sortserve.budget import ExitTable
-from sortserve.outputs import FinishReason, RequestReport
-from sortserve.sequence import Sequence
+from sortserve.core.budget import ExitTable
+from sortserve.core.request import FinishReason, RequestReport
+from sortserve.core.sequence import Sequence
 
 __all__ = ["make_report"]
 

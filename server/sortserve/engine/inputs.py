@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import torch
 
+from sortserve.core.plan import StepPlan
 from sortserve.model.batch import Batch
-from sortserve.scheduling.plan import StepPlan
 
 __all__ = ["build_batch"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from sortserve.core.plan import StepPlan
+from sortserve.core.sampling_params import RowFailure, SampledToken
 from sortserve.engine.inputs import build_batch
-from sortserve.engine.sampler import Sampler
+from sortserve.engine.sampling.sampler import Sampler
 from sortserve.model.decoder import Decoder
-from sortserve.sampling_params import RowFailure, SampledToken
-from sortserve.scheduling.plan import StepPlan
 
 __all__ = ["ModelRunner"]
 

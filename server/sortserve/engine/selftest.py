@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sortserve.core.plan import RowPlan, StepPlan
+from sortserve.core.sampling_params import SampledToken, SamplingParams, SamplingRow
 from sortserve.engine.execution import Runner
-from sortserve.sampling_params import SampledToken, SamplingParams, SamplingRow
-from sortserve.scheduling.plan import RowPlan, StepPlan
 
 __all__ = ["runs_a_token"]
 

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from sortserve.outputs import StepRecord
-from sortserve.scheduling.cost_model import RowShape, StepShape
-from sortserve.scheduling.plan import StepPlan
-from sortserve.sequence import Sequence
+from sortserve.core.plan import StepPlan
+from sortserve.core.request import StepRecord
+from sortserve.core.sequence import Sequence
+from sortserve.cost.model import RowShape, StepShape
 
 __all__ = ["step_record", "step_shape"]
 

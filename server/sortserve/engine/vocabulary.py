@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sortserve.errors import InvalidRequestError
-from sortserve.outputs import GenerationRequest
+from sortserve.core.errors import InvalidRequestError
+from sortserve.core.request import GenerationRequest
 
 __all__ = ["check_vocabulary"]
 

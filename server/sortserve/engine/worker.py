@@ -16,9 +16,9 @@ What two threads touch, and what makes it safe:
 * the learned lengths of answers: one frozen value in ``LengthEstimator``;
 * how far the engine has come (``Engine.num_calls``): an integer that one thread writes;
 * a stream's outputs: its own event loop alone, reached through ``call_soon_threadsafe``;
-* metrics and logs: their libraries' locks. The tokenizer: see ``sortserve.model.tokenizer``.
+* metrics and logs: their libraries' locks. The tokenizer: see ``sortserve.text.tokenizer``.
 
-``tests/unit/test_threads.py`` races each of them.
+``tests/server/unit/test_threads.py`` races each of them.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
 
-from sortserve.budget import ExitTable
-from sortserve.engine.desk import AdmissionDesk
-from sortserve.engine.engine import Engine
-from sortserve.engine.queue_limits import QueueLimits, Reservation
-from sortserve.engine.stall import StallDetector
-from sortserve.errors import (
+from sortserve.admission.choose import ExitChoice
+from sortserve.admission.desk import AdmissionDesk
+from sortserve.admission.queue_limits import QueueLimits, Reservation
+from sortserve.core.budget import ExitTable
+from sortserve.core.errors import (
     BudgetUnattainableError,
     EngineError,
     OverloadedError,
     UnavailableError,
 )
-from sortserve.outputs import EngineStats, Estimate, GenerationRequest, RequestOutput
-from sortserve.scheduling.admission import ExitChoice
+from sortserve.core.request import EngineStats, Estimate, GenerationRequest, RequestOutput
+from sortserve.engine.engine import Engine
+from sortserve.engine.stall import StallDetector
 from sortserve.scheduling.demand import Demand
 
 __all__ = ["EngineWorker", "RequestStream"]

@@ -1,1 +1,1 @@
-"""model."""
+"""The decoder: weights, layers, attention over pages, and their backends."""

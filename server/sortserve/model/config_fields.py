@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sortserve.errors import CheckpointError
+from sortserve.core.errors import CheckpointError
 
 __all__ = ["check_fields", "check_integer", "check_number"]
 

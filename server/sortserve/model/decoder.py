@@ -16,20 +16,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from sortserve.errors import ConfigError
+from sortserve.core.errors import ConfigError
 from sortserve.model.attention import (
     AttentionBackend,
     KVCache,
     ReferenceAttention,
     RopeTables,
 )
+from sortserve.model.backends.cpu.attention import NativeAttention
+from sortserve.model.backends.cpu.library import DTYPE_CODES, NativeLibrary, load_native
+from sortserve.model.backends.cpu.stack import NativeStack
 from sortserve.model.batch import Batch
 from sortserve.model.config import ExitModuleKind, ModelConfig
 from sortserve.model.layers import DecoderLayer, LayerStack, LayerTools, StepwiseStack
 from sortserve.model.linear import choose_linear_backend
-from sortserve.model.native import DTYPE_CODES, NativeLibrary, load_native
-from sortserve.model.native_attention import NativeAttention
-from sortserve.model.native_layers import NativeStack
 from sortserve.model.ops import NativeOps, TorchOps
 from sortserve.model.weights import ExitModuleWeights, ModelWeights
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sortserve.errors import ConfigError
-from sortserve.model.native import NativeLibrary, load_native, pointer
+from sortserve.core.errors import ConfigError
+from sortserve.model.backends.cpu.library import NativeLibrary, load_native, pointer
 from sortserve.model.ops import TorchOps
 
 __all__ = [

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from sortserve.model.native import DTYPE_CODES, NativeLibrary, pointer
+from sortserve.model.backends.cpu.library import DTYPE_CODES, NativeLibrary, pointer
 
 __all__ = ["NativeOps", "TorchOps"]
 

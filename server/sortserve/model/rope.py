@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from sortserve.errors import CheckpointError
+from sortserve.core.errors import CheckpointError
 from sortserve.model.config_fields import check_integer, check_number
 
 __all__ = ["ROPE_TYPES", "check_raw_rope", "check_rope", "context_length", "rope_frequencies"]

@@ -1,1 +1,1 @@
-"""scheduling."""
+"""What the next step runs: queues, pages, policies. No torch."""

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-from sortserve.budget import Deadlines
-from sortserve.scheduling.cost_model import CostModel, Line
-from sortserve.sequence import Sequence, Status
+from sortserve.core.budget import Deadlines
+from sortserve.core.sequence import Sequence, Status
+from sortserve.cost.model import CostModel, Line
 
 __all__ = [
     "NO_GAP_S",

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
+from sortserve.core.sequence import Sequence
 from sortserve.scheduling.block_pool import BlockPool
 from sortserve.scheduling.prefix_cache import PrefixCache, block_digest, root_digest
-from sortserve.sequence import Sequence
 
 __all__ = ["KVCacheManager"]
 

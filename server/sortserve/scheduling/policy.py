@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from sortserve.errors import ConfigError
+from sortserve.core.errors import ConfigError
 from sortserve.scheduling.capacity import Lowering, lower
 from sortserve.scheduling.demand import Demand, StepCosts
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from typing import TypeVar
 
-from sortserve.scheduling.cost_model import CostModel
+from sortserve.core.plan import RowPlan, StepPlan
+from sortserve.core.sequence import Sequence, Status
+from sortserve.cost.model import CostModel
 from sortserve.scheduling.demand import SOFT_GAP_S, Demand, StepCosts, demand_of
 from sortserve.scheduling.failures import FailureLog
 from sortserve.scheduling.kv_cache import KVCacheManager
-from sortserve.scheduling.plan import RowPlan, StepPlan
 from sortserve.scheduling.policy import (
     DepthClass,
     Policy,
@@ -23,7 +24,6 @@ from sortserve.scheduling.policy import (
     least_slack_first,
     most_slack_last_admitted,
 )
-from sortserve.sequence import Sequence, Status
 
 __all__ = ["Scheduler"]
 

@@ -17,7 +17,7 @@ from sortserve_trainer.data.forms import Conversation, Document, parse_row
 from sortserve_trainer.data.hub import is_hub_id, read_hub_rows
 from sortserve_trainer.data.rows import SUFFIXES, Row, read_rows
 from sortserve_trainer.data.source import DataSource, bad_data
-from sortserve_trainer.repetition import repeated_places
+from sortserve_trainer.model.repetition import repeated_places
 
 __all__ = ["load_examples"]
 

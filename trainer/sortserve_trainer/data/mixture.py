@@ -11,7 +11,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from sortserve.errors import ConfigError
+from sortserve.core.errors import ConfigError
 from sortserve_trainer.data.examples import Example
 from sortserve_trainer.data.packing import Pack, pack_examples
 from sortserve_trainer.data.source import DataSource

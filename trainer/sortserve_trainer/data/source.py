@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from sortserve.errors import ConfigError
+from sortserve.core.errors import ConfigError
 
 __all__ = ["DataSource", "bad_data", "file_digest", "parse_source"]
 

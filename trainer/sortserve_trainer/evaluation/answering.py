@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sortserve.checkpoint import LoadedCheckpoint
-from sortserve.errors import ConfigError
-from sortserve.outputs import FinishReason
-from sortserve.sampling_params import SamplingParams
+from sortserve.checkpoint.load import LoadedCheckpoint
+from sortserve.core.errors import ConfigError
+from sortserve.core.request import FinishReason
+from sortserve.core.sampling_params import SamplingParams
 from sortserve_trainer.data.chat_format import PLAIN_TEMPLATE
 from sortserve_trainer.evaluation.answers import score_answer
 from sortserve_trainer.evaluation.rows import Question
-from sortserve_trainer.generation import Answer, OfflineEngine
-from sortserve_trainer.repetition import ends_in_loop, repeated_ngrams
+from sortserve_trainer.model.generation import Answer, OfflineEngine
+from sortserve_trainer.model.repetition import ends_in_loop, repeated_ngrams
 
 __all__ = ["AnswerQuality", "Answerer", "Fluency", "measure_answers", "measure_fluency"]
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sortserve_trainer.console import Console
+from sortserve_trainer.commands.console import Console
 
 __all__ = ["Display"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from sortserve.errors import SortserveError
+from sortserve.core.errors import SortserveError
 from sortserve_trainer.evaluation.display import Display
 from sortserve_trainer.evaluation.files import HeldOut, read_held_out
 from sortserve_trainer.evaluation.measure import Result, Subject, measure
@@ -16,7 +16,7 @@ from sortserve_trainer.evaluation.report import (
     summarise,
 )
 from sortserve_trainer.evaluation.settings import EvalSettings
-from sortserve_trainer.recipe import versions
+from sortserve_trainer.run.recipe import versions
 
 __all__ = ["evaluate"]
 

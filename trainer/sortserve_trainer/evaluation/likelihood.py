@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sortserve_trainer.data import IGNORED, Pack, collate
-from sortserve_trainer.model import SortedModel
+from sortserve_trainer.model.sorted_model import SortedModel
 
 __all__ = ["Likelihood", "measure_likelihood"]
 

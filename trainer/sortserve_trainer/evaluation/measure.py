@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
-from sortserve.budget import ExitTable
-from sortserve.checkpoint import (
+from sortserve.checkpoint.load import (
     LoadedCheckpoint,
     exit_table,
     load_checkpoint,
 )
-from sortserve.errors import CheckpointError
+from sortserve.checkpoint.sources import resolve_source
+from sortserve.core.budget import ExitTable
+from sortserve.core.errors import CheckpointError
 from sortserve.model.config import ModelConfig
-from sortserve.model.sources import resolve_source
 from sortserve_trainer.evaluation.answering import (
     Answerer,
     has_ended,
@@ -30,8 +30,8 @@ from sortserve_trainer.evaluation.files import HeldOut, load_packs
 from sortserve_trainer.evaluation.likelihood import measure_likelihood
 from sortserve_trainer.evaluation.report import Measured, Sample
 from sortserve_trainer.evaluation.settings import EvalSettings
-from sortserve_trainer.generation import Answer
-from sortserve_trainer.load import LoadedModel, load_for_evaluation
+from sortserve_trainer.model.generation import Answer
+from sortserve_trainer.model.load import LoadedModel, load_for_evaluation
 
 __all__ = ["Result", "Subject", "measure"]
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
-from sortserve.config import Count, FilePath, Layers, Text
-from sortserve_trainer.settings import CountOrZero, Seed
-from sortserve_trainer.validation import validated
+from sortserve.process.config import Count, FilePath, Layers, Text
+from sortserve_trainer.run.settings import CountOrZero, Seed
+from sortserve_trainer.run.validation import validated
 
 __all__ = ["GROUPS", "EvalSettings", "load_eval_settings"]
 

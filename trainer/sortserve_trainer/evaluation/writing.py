@@ -6,8 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from sortserve.errors import ConfigError
-from sortserve.model.sorted_json import SORTED_JSON, SortedInfo
+from sortserve.checkpoint.sorted_json import SORTED_JSON, SortedInfo
+from sortserve.core.errors import ConfigError
 from sortserve_trainer.evaluation.plot import draw_quality
 from sortserve_trainer.evaluation.report import Report
 

@@ -33,8 +33,8 @@ from sortserve.api.schemas import (
 )
 from sortserve.api.service import Service
 from sortserve.api.streaming import GenerationReply, GenerationStream
-from sortserve.budget import ExitInfo
-from sortserve.errors import InvalidRequestError
+from sortserve.core.budget import ExitInfo
+from sortserve.core.errors import InvalidRequestError
 
 __all__ = ["native_routes"]
 

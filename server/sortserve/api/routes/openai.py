@@ -21,7 +21,7 @@ from sortserve.api.schemas import ChatCompletionRequest, CompletionRequest
 from sortserve.api.service import Service
 from sortserve.api.streaming import GenerationReply, GenerationStream
 from sortserve.api.unsupported import refuse_unsupported
-from sortserve.errors import InvalidRequestError
+from sortserve.core.errors import InvalidRequestError
 
 __all__ = ["openai_routes"]
 

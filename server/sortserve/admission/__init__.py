@@ -1,0 +1,1 @@
+"""Whether a request gets in, and at which exit. No torch."""

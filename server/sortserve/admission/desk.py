@@ -1,0 +1,216 @@
+"""Where requests are judged on arrival: which exit, and whether at all (no torch, no queue).
+
+The desk works on the event loop's thread, from the engine's state after its last step and from what
+it has let in since, so a refusal never waits for a step. The engine's thread replaces the state and
+tells which requests it has taken (``see``). Both halves change under one lock, or a request on its
+way from one to the other could be counted twice, or not at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+from sortserve.admission.choose import ExitChoice, choose_exit
+from sortserve.admission.forecast import (
+    Forecast,
+    Load,
+    Newcomer,
+    forecast,
+    newcomer_demand,
+    predicted_drain_s,
+)
+from sortserve.admission.overload import DepthLevel, next_level
+from sortserve.core.budget import ExitTable
+from sortserve.core.errors import SortserveError
+from sortserve.core.request import Estimate, GenerationRequest
+from sortserve.cost.model import CostModel
+from sortserve.scheduling.demand import Demand
+from sortserve.scheduling.failures import FailureLog
+
+__all__ = ["AdmissionDesk"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass
+class AdmissionDesk:
+    """Judges newcomers by the load they would meet.
+
+    A forecast that raises refuses nobody: the request gets the deepest exit that its budget allows,
+    and no promise, as if nothing had been calibrated.
+    """
+
+    exits: ExitTable
+    policy: str
+    max_num_batched_tokens: int
+    overload_delay_s: float
+    """Predicted wait beyond which unbudgeted newcomers start shallower; 0: never."""
+    clock: Callable[[], float]
+    expect: Callable[[GenerationRequest], int]
+    """The output tokens to plan a request for."""
+    get_model: Callable[[], CostModel | None]
+    on_failure: Callable[[], None] = lambda: None
+    """Told of each forecast that raised."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    # Under the lock:
+    _demands: tuple[Demand, ...] = ()
+    _unseen: dict[str, Demand] = field(default_factory=dict)
+    # Event loop only:
+    _level: DepthLevel = field(default_factory=DepthLevel)
+    _failures: FailureLog = field(
+        default_factory=lambda: FailureLog(
+            logger, "a forecast failed: nothing was promised where it was asked for"
+        )
+    )
+
+    # ---- the engine's thread ----
+
+    def see(self, demands: tuple[Demand, ...], taken: Iterable[str] = ()) -> None:
+        """The engine's present state.
+
+        Args:
+            demands: of all its live requests.
+            taken: requests that it has taken since the state before: they are among the others now.
+        """
+        with self._lock:
+            self._demands = demands
+            for request_id in taken:
+                self._unseen.pop(request_id, None)
+
+    # ---- the event loop's thread ----
+
+    def choose(self, request: GenerationRequest, allowed: tuple[int, ...]) -> ExitChoice:
+        """The exit a request gets.
+
+        Args:
+            request: validated.
+            allowed: the exits its budget allows, ascending.
+
+        Raises:
+            BudgetUnattainableError: none fits and the budget says reject.
+        """
+        unpromised = ExitChoice(
+            allowed[-1], None, fits=not request.budget.has_latency, floor_layer=allowed[0]
+        )
+        return self._attempt(lambda: self._judge(request, allowed), unpromised)
+
+    def _judge(self, request: GenerationRequest, allowed: tuple[int, ...]) -> ExitChoice:
+        model, load = self.get_model(), self.load()
+        newcomer = self._newcomer(request, allowed[0])
+
+        def predict(exit_layer: int) -> Forecast | None:
+            return None if model is None else forecast(exit_layer, newcomer, load, model)
+
+        def drain_s() -> float | None:
+            assert model is not None
+            drain = partial(predicted_drain_s, allowed[0], newcomer, load, model)
+            return self._attempt(drain, None)
+
+        if not newcomer.bounds_time and request.budget.exit_layer is None:
+            allowed = self._up_to_level(allowed, load, model)
+        return choose_exit(request.budget, allowed, predict, drain_s=drain_s)
+
+    def _attempt(self, foretell: Callable[[], T], otherwise: T) -> T:
+        """What a forecast says; if it fails, what can be said without one."""
+        try:
+            return foretell()
+        except SortserveError:
+            raise  # a refusal is an answer
+        except Exception as error:
+            self._failures.add(error, self.clock())
+            self.on_failure()
+            return otherwise
+
+    def enter(self, request: GenerationRequest, choice: ExitChoice) -> None:
+        """The request is on its way to the engine, at the exit chosen for it."""
+        floor = choice.exit_layer if choice.floor_layer is None else choice.floor_layer
+        demand = self._attempt(
+            lambda: newcomer_demand(
+                choice.exit_layer,
+                self._newcomer(request, floor),
+                choice.promise,
+                now=self.clock(),
+                request_id=request.request_id,
+            ),
+            None,
+        )
+        if demand is None:
+            return
+        with self._lock:
+            self._unseen[request.request_id] = demand
+
+    def load(self) -> Load:
+        """What a newcomer would meet now."""
+        with self._lock:
+            demands = (*self._demands, *self._unseen.values())
+        return Load(
+            now=self.clock(),
+            demands=demands,
+            policy=self.policy,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+        )
+
+    def estimate(self, exit_layer: int, num_prompt_tokens: int, max_tokens: int) -> Estimate | None:
+        """Predicted times of an unbudgeted newcomer now; None before calibration."""
+        model = self.get_model()
+        if model is None:
+            return None
+
+        def foretell() -> Estimate:
+            load = self.load()
+            newcomer = Newcomer(
+                num_prompt_tokens=num_prompt_tokens,
+                num_output_tokens=max_tokens,
+                arrival_s=load.now,
+            )
+            return forecast(exit_layer, newcomer, load, model).estimate
+
+        return self._attempt(foretell, None)
+
+    def queue_delay_s(self) -> float:
+        """Predicted seconds until all prompts that wait or run now have been read."""
+        model = self.get_model()
+        if model is None:
+            return 0.0
+        return self._attempt(lambda: self._queue_delay_s(self.load(), model), 0.0)
+
+    def _queue_delay_s(self, load: Load, model: CostModel) -> float:
+        chunk = self.max_num_batched_tokens
+        return sum(
+            model.prefill_s(d.exit_layer, d.num_pending, start=d.context_len, chunk=chunk)
+            for d in load.demands
+            if not d.is_decoding
+        )
+
+    def _up_to_level(
+        self, allowed: tuple[int, ...], load: Load, model: CostModel | None
+    ) -> tuple[int, ...]:
+        """The allowed exits that overload leaves to requests without a budget."""
+        if model is None:
+            return allowed
+        layers = self.exits.layers
+        self._level = next_level(
+            self._level,
+            queue_delay_s=self._queue_delay_s(load, model),
+            limit_s=self.overload_delay_s,
+            num_exits=len(layers),
+            now=load.now,
+        )
+        deepest = self._level.exit_layer(layers)
+        return tuple(e for e in allowed if e <= deepest) or allowed[:1]
+
+    def _newcomer(self, request: GenerationRequest, floor_layer: int) -> Newcomer:
+        return Newcomer(
+            num_prompt_tokens=len(request.prompt_token_ids),
+            num_output_tokens=self.expect(request),
+            arrival_s=request.arrival_s,
+            deadlines=request.budget.deadlines(request.arrival_s),
+            floor_layer=floor_layer,
+        )

@@ -1,0 +1,1 @@
+"""From what the user named to weights, exits and a tokenizer."""

@@ -1,0 +1,220 @@
+"""A GGUF file as a Hugging Face folder, converted once and kept in the user's cache.
+
+Conversion goes through transformers, which parses the file's metadata several times and builds
+the model: some 20 s for 100 MB. The converted folder loads in well under a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import mmap
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sortserve.checkpoint.families import check_family, read_model_config
+from sortserve.checkpoint.hf import quiet
+from sortserve.core.errors import CheckpointError
+from sortserve.core.user_cache import file_digest, is_private, open_user_cache, write_private
+from sortserve.model.config_fields import check_fields
+
+__all__ = ["converted_gguf"]
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+"""Part of the cache key: raise it when the conversion changes."""
+_DIGESTS = "digests.json"
+"""In a converted folder: the sha256 of every other file."""
+_MIB = 1 << 20
+_MAGIC = b"GGUF"
+_SCALING = (b"rope.scaling.type", b"rope.scaling.factor", b"rope_freqs.weight")
+
+
+@contextmanager
+def converted_gguf(path: Path, dtype: torch.dtype) -> Iterator[Path]:
+    """A Hugging Face folder with the contents of ``path``, weights in ``dtype``.
+
+    The folder is valid inside the ``with`` block: where the cache cannot be used, it is a
+    temporary one. A conversion that was kept is used if it is what was written.
+
+    Raises:
+        CheckpointError: the file is no GGUF, or holds a model that is not supported.
+    """
+    cache = open_user_cache()
+    cached = None if cache is None else cache / f"{path.stem[:100]}-{_key(path, dtype)}"
+    if cached is not None and _is_whole(cached):
+        yield cached
+        return
+    logger.info("Converting %s, once.", path.name)
+    with ExitStack() as drafts:
+        folder = None if cached is None else _convert_into_cache(path, cached, dtype, drafts)
+        yield folder or _convert_for_now(path, dtype, drafts)
+
+
+def _convert_into_cache(
+    path: Path, cached: Path, dtype: torch.dtype, drafts: ExitStack
+) -> Path | None:
+    """The conversion in its place in the cache; None, and a warning, where there is no room."""
+    try:
+        draft = _make_draft(cached.parent, drafts)
+        _convert(path, draft, dtype)
+        _seal(draft)
+    except CheckpointError:
+        raise
+    except Exception as error:  # safetensors and tokenizers report a full disk in their own types
+        logger.warning("%s is converted at every start: no cache (%s).", path.name, error)
+        return None
+    return _move(draft, cached)
+
+
+def _convert_for_now(path: Path, dtype: torch.dtype, drafts: ExitStack) -> Path:
+    """The conversion in a temporary folder, until ``drafts`` closes."""
+    try:
+        draft = _make_draft(None, drafts)
+        _convert(path, draft, dtype)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path.name} cannot be converted, there is nowhere to write to: {reason}. Make room, "
+            "or name a folder in SORTSERVE_CACHE_DIR."
+        ) from error
+    return draft
+
+
+def _make_draft(parent: Path | None, drafts: ExitStack) -> Path:
+    draft = Path(tempfile.mkdtemp(prefix=".converting-", dir=parent))
+    drafts.callback(shutil.rmtree, draft, ignore_errors=True)
+    return draft
+
+
+def _key(path: Path, dtype: torch.dtype) -> str:
+    """A digest of what the result depends on; of the bytes, the first and last MiB."""
+    import transformers
+
+    status = path.stat()
+    facts = (_FORMAT, transformers.__version__, dtype, status.st_size, status.st_mtime_ns)
+    digest = hashlib.sha256(repr(facts).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(_MIB))
+        file.seek(max(0, status.st_size - _MIB))
+        digest.update(file.read(_MIB))
+    return digest.hexdigest()[:16]
+
+
+def _seal(folder: Path) -> None:
+    """Give every file to its owner alone, and write down what it holds."""
+    digests = {}
+    for path in folder.iterdir():
+        path.chmod(0o600)
+        digests[path.name] = file_digest(path)
+    write_private(folder / _DIGESTS, json.dumps(digests, indent=2).encode())
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder of the cache holds what was written, to the last bit, and nothing else.
+
+    All of it is read: 540 MB take 0.3 s, which is little beside the rest of a start, and are in
+    the page cache afterwards. A bit that flipped would be a model that errs without a sign.
+    """
+    try:
+        if not is_private(folder, stat.S_IFDIR):
+            return False
+        names = {path.name for path in folder.iterdir()}
+        if not all(is_private(folder / name) for name in names):
+            return False
+        digests = json.loads((folder / _DIGESTS).read_bytes())
+        found = {name: file_digest(folder / name) for name in names - {_DIGESTS}}
+    except (OSError, ValueError):
+        return False
+    return bool(found) and found == digests
+
+
+def _move(draft: Path, cached: Path) -> Path:
+    """Put the finished folder in its place in one step; another process may have been faster."""
+    for _ in range(2):
+        try:
+            draft.rename(cached)
+        except OSError:
+            if _is_whole(cached):
+                return cached
+            logger.warning("%s is damaged or not ours: it is made again.", cached)
+            _remove(cached)
+        else:
+            return cached
+    return draft
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _convert(path: Path, folder: Path, dtype: torch.dtype) -> None:
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    _refuse_dropped_scaling(path)
+    where = {"gguf_file": path.name, "local_files_only": True}
+    try:
+        # The progress bar of the conversion heeds no setting, but writes to sys.stderr.
+        with quiet(), redirect_stderr(io.StringIO()):
+            hf_config = AutoConfig.from_pretrained(path.parent, **where)
+            check_family(hf_config.to_dict())
+            check_fields(hf_config.to_dict())
+            read_model_config(hf_config)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, config=hf_config, dtype=dtype, **where
+            )
+    except CheckpointError as error:
+        raise CheckpointError(f"{path.name}: {error.message}") from error
+    except Exception as error:  # transformers and gguf raise many kinds
+        reason = " ".join(str(error).split())[:400]
+        raise CheckpointError(f"{path} cannot be read as a GGUF file: {reason}") from error
+    state_dict = model.state_dict()
+    if hf_config.tie_word_embeddings:
+        state_dict.pop("lm_head.weight", None)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state_dict.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    # The folder is renamed into the cache next: a power cut must not leave half a file there.
+    with (folder / "model.safetensors").open("rb") as file:
+        os.fsync(file.fileno())
+    tokenizer.save_pretrained(folder)
+    document: dict[str, Any] = {**hf_config.to_dict(), "dtype": str(dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
+
+
+def _refuse_dropped_scaling(path: Path) -> None:
+    """Refuse a file with RoPE scaling: transformers reads GGUF files without it, silently.
+
+    The names are searched for in the bytes: parsing the metadata once more takes seconds.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise CheckpointError(f"{path} is not a GGUF file.")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents:
+            found = [name for name in _SCALING if contents.find(name) >= 0]
+    if found:
+        raise CheckpointError(
+            f"{path.name}: RoPE scaling in a GGUF file ({found[0].decode()}) is not supported; "
+            "serve the safetensors checkpoint instead."
+        )

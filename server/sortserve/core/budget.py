@@ -1,0 +1,236 @@
+"""What a request may cost: parse, validate, turn into absolute deadlines (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Any
+
+from sortserve.core.errors import InvalidRequestError, shortened
+
+__all__ = ["MAX_MS", "MILLISECONDS", "Budget", "Deadlines", "ExitInfo", "ExitTable", "OnMiss"]
+
+MAX_MS = 86_400_000
+"""The longest time that a budget may name: a day. Beyond it, leave the bound out."""
+MILLISECONDS = f"a number of milliseconds above 0, to {MAX_MS}"
+SHARE = "a number above 0, to 1"
+
+
+class OnMiss(StrEnum):
+    """What to do when no allowed exit fits the latency budget."""
+
+    DEGRADE = "degrade"
+    TRUNCATE = "truncate"
+    REJECT = "reject"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitInfo:
+    """What the server knows of one sub-model before it has served a request."""
+
+    exit_layer: int
+    num_parameters: int
+    """Parameters of trunk prefix, exit module, norm, embedding and head; a tied head once."""
+    compute: float
+    """FLOPs per token relative to the full model, head and exit module included; in (0, 1]."""
+    score: float | None = None
+    """Quality relative to the full model from ``sorted.json``; None where it was not measured."""
+    quality: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class ExitTable:
+    """The exits of the served checkpoint, shallowest first; the last is the full model."""
+
+    exits: tuple[ExitInfo, ...]
+
+    def __post_init__(self) -> None:
+        layers = self.layers
+        assert layers, "a checkpoint has at least one exit"
+        assert list(layers) == sorted(set(layers)), "exits ascend"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The exit layers, ascending."""
+        return tuple(info.exit_layer for info in self.exits)
+
+    @property
+    def full(self) -> int:
+        """The full model's number of layers."""
+        return self.exits[-1].exit_layer
+
+    def __getitem__(self, exit_layer: int) -> ExitInfo:
+        for info in self.exits:
+            if info.exit_layer == exit_layer:
+                return info
+        raise KeyError(exit_layer)
+
+    def allowed(self, budget: Budget) -> tuple[int, ...]:
+        """Exits that keep the budget's depth, compute and quality bounds, ascending.
+
+        Raises:
+            InvalidRequestError: the bounds name an exit that does not exist, or leave none.
+        """
+        if budget.exit_layer is not None:
+            self._require_exit(budget.exit_layer, "budget.exit_layer")
+            return (budget.exit_layer,)
+        if budget.min_exit_layer is not None and budget.min_exit_layer > self.full:
+            raise InvalidRequestError(
+                f"budget.min_exit_layer={shortened(budget.min_exit_layer)} is deeper than the "
+                f"model: the exits are {list(self.layers)}.",
+                param="budget.min_exit_layer",
+            )
+        candidates = [
+            info
+            for info in self.exits
+            if budget.min_exit_layer is None or info.exit_layer >= budget.min_exit_layer
+        ]
+        if budget.min_quality is not None:
+            candidates = [info for info in candidates if self._score(info) >= budget.min_quality]
+        floor = candidates
+        if budget.compute is not None:
+            candidates = [info for info in candidates if info.compute <= budget.compute]
+        if not candidates:
+            shallowest = floor[0]
+            raise InvalidRequestError(
+                f"budget.compute={budget.compute} leaves no exit: the shallowest allowed one, "
+                f"exit {shallowest.exit_layer}, costs {shallowest.compute:.3f} of the full model. "
+                "Raise compute or lower the floor.",
+                param="budget.compute",
+            )
+        return tuple(info.exit_layer for info in candidates)
+
+    def _require_exit(self, exit_layer: int, param: str) -> None:
+        if exit_layer not in self.layers:
+            raise InvalidRequestError(
+                f"{param}={shortened(exit_layer)} is not an exit of this checkpoint: "
+                f"choose one of {list(self.layers)}.",
+                param=param,
+            )
+
+    def _score(self, info: ExitInfo) -> float:
+        if info.exit_layer == self.full:
+            return 1.0
+        if info.score is None:
+            raise InvalidRequestError(
+                "budget.min_quality needs a checkpoint whose sorted.json has measured quality "
+                f"scores; exit {info.exit_layer} has none. Use min_exit_layer instead.",
+                param="budget.min_quality",
+            )
+        return info.score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What one request may cost. All fields are optional and combine; times in milliseconds.
+
+    ``exit_layer`` excludes every bound that would choose an exit (compute and the floors).
+
+    Raises:
+        InvalidRequestError: a value is out of range or two fields contradict each other.
+    """
+
+    latency_ms: float | None = None
+    """The whole answer, from arrival to the last token."""
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    """Mean time per output token after the first."""
+    compute: float | None = None
+    """Largest share of the full model's FLOPs per token, head included; in (0, 1]."""
+    exit_layer: int | None = None
+    min_exit_layer: int | None = None
+    min_quality: float | None = None
+    on_miss: OnMiss = OnMiss.DEGRADE
+
+    def __post_init__(self) -> None:
+        for name in ("latency_ms", "ttft_ms", "tpot_ms"):
+            self._check_number(name, high=MAX_MS, allowed=MILLISECONDS)
+        for name in ("compute", "min_quality"):
+            self._check_number(name, high=1, allowed=SHARE)
+        for name in ("exit_layer", "min_exit_layer"):
+            value = getattr(self, name)
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 1
+            ):
+                raise _refuse(name, value, "an integer >= 1, an exit of the checkpoint")
+        try:
+            object.__setattr__(self, "on_miss", OnMiss(self.on_miss))
+        except ValueError:
+            raise _refuse("on_miss", self.on_miss, "degrade, truncate or reject") from None
+        if self.exit_layer is not None:
+            for name in ("compute", "min_exit_layer", "min_quality"):
+                if getattr(self, name) is not None:
+                    raise InvalidRequestError(
+                        f"budget.exit_layer={self.exit_layer} fixes the depth, so budget.{name} "
+                        "cannot be given with it. Drop one of the two.",
+                        param=f"budget.{name}",
+                    )
+        ttft, latency = self.ttft_ms, self.latency_ms
+        if ttft is not None and latency is not None and ttft > latency:
+            raise InvalidRequestError(
+                f"budget.ttft_ms={ttft} is above budget.latency_ms={latency}: "
+                "the first token cannot be due after the whole answer.",
+                param="budget.ttft_ms",
+            )
+
+    def _check_number(self, name: str, *, high: int, allowed: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        # Only comparisons: they are exact and false for NaN, and no integer is too large for them.
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number and 0 < value <= high):
+            raise _refuse(name, value, allowed)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Budget:
+        """A budget from a JSON object; null means absent.
+
+        Raises:
+            InvalidRequestError: an unknown field, or a value that is not allowed.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise InvalidRequestError(
+                    f"budget.{name} is not a field: a budget may have {', '.join(known)}.",
+                    param=f"budget.{name}",
+                )
+        return cls(**{name: value for name, value in values.items() if value is not None})
+
+    @property
+    def has_latency(self) -> bool:
+        """Whether any time is bounded."""
+        return not (self.latency_ms is None and self.ttft_ms is None and self.tpot_ms is None)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The bounds that were given, for the ``kind`` label of the metrics."""
+        names = ("latency_ms", "ttft_ms", "tpot_ms", "compute", "exit_layer")
+        floors = ("min_exit_layer", "min_quality")
+        return tuple(n for n in (*names, *floors) if getattr(self, n) is not None)
+
+    def deadlines(self, arrival_s: float) -> Deadlines:
+        """The absolute times this budget means for a request that arrived at ``arrival_s``."""
+        return Deadlines(
+            ttft_s=None if self.ttft_ms is None else arrival_s + self.ttft_ms / 1e3,
+            e2e_s=None if self.latency_ms is None else arrival_s + self.latency_ms / 1e3,
+            tpot_s=None if self.tpot_ms is None else self.tpot_ms / 1e3,
+        )
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """Times on the engine's monotonic clock, in seconds; ``tpot_s`` is a duration."""
+
+    ttft_s: float | None = None
+    e2e_s: float | None = None
+    tpot_s: float | None = None
+
+
+def _refuse(name: str, value: object, allowed: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"budget.{name}={shortened(value)} is not allowed: it must be {allowed}.",
+        param=f"budget.{name}",
+    )

@@ -1,0 +1,71 @@
+"""The border between scheduler and runner: what to run in one step (no torch, no logic)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sortserve.core.sampling_params import SamplingRow
+
+__all__ = ["RowPlan", "StepPlan"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPlan:
+    """One sequence's share of a step."""
+
+    request_id: str
+    exit_layer: int
+    start: int
+    """Position of the first token to run: the number of tokens whose KV exists."""
+    token_ids: Sequence[int]
+    """Tokens to run, at least one."""
+    block_table_SB: NDArray[np.int32]
+    """Page ids [exit_layer / slab_size, blocks of tokens], a view: read it before the next step."""
+    sampling: SamplingRow | None
+    """How to sample after the last token; None while a prompt is unfinished."""
+    prompt_len: int | None = None
+    """Tokens of the prompt, the first of the sequence. None: a single token was generated, several
+    are of the prompt."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to run."""
+        return len(self.token_ids)
+
+    @property
+    def context_len(self) -> int:
+        """Tokens in the cache after the step."""
+        return self.start + len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """How many of the tokens to run are of the prompt."""
+        if self.prompt_len is None:
+            return self.num_tokens if self.num_tokens > 1 else 0
+        return min(max(self.prompt_len - self.start, 0), self.num_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """Rows to run together, deepest exit first."""
+
+    rows: tuple[RowPlan, ...]
+    depth_cap: int
+    """No row is deeper; rows of deeper exits sit this step out."""
+    first_scheduled: tuple[str, ...] = ()
+    """Requests that no step has worked on before."""
+    num_preemptions: int = 0
+    """Requests sent back to the queue since the plan before, to make room."""
+    exit_changes: tuple[tuple[int, int, str], ...] = ()
+    """(from, to, reason) of the requests that went shallower since the plan before."""
+    policy_failed: bool = False
+    """The policy raised, or chose what cannot be run, and a plain rule stood in for it."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows."""
+        return sum(row.num_tokens for row in self.rows)

@@ -1,0 +1,159 @@
+"""One request's life in the engine (no torch).
+
+         admit                finish
+WAITING ───────▶ RUNNING ───────────▶ FINISHED
+   ▲  ╲             │                    ▲
+   │   ╲────────────┼── finish (abort) ──╯
+   ╰────────────────╯
+        preempt
+
+There is no prefill phase and no decode phase, only counts: ``num_tokens - num_computed_tokens`` is
+the work left, and a row samples when a step brings it to zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from sortserve.core.budget import Deadlines
+from sortserve.core.request import Estimate, GenerationRequest
+from sortserve.core.sampling_params import SamplingRow
+
+__all__ = ["Promise", "Sequence", "Status"]
+
+
+@dataclass(frozen=True)
+class Promise:
+    """The times that admission found can be kept, and how they are spread over the request."""
+
+    pace: Deadlines
+    """The budget's deadlines, or a little earlier."""
+    first_due_s: float
+    """When the first token should be out; infinite if only later tokens were promised a time."""
+    gap_s: float
+    """The mean time between tokens that was planned for; infinite likewise."""
+
+
+class Status(Enum):
+    """Where a sequence is."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+_ALLOWED = {
+    Status.WAITING: {Status.RUNNING, Status.FINISHED},
+    Status.RUNNING: {Status.WAITING, Status.FINISHED},
+    Status.FINISHED: set[Status](),
+}
+
+
+class Sequence:
+    """A request, the tokens it has so far, and how far its KV reaches.
+
+    The scheduler owns ``status``, ``num_computed_tokens`` and the depth; the engine appends tokens
+    and stamps times.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        *,
+        exit_layer: int,
+        seed: int,
+        stop_token_ids: frozenset[int],
+        estimate: Estimate | None = None,
+        floor_layer: int | None = None,
+        promise: Promise | None = None,
+    ) -> None:
+        self.request = request
+        self.exit_layer = exit_layer
+        self.floor_layer = exit_layer if floor_layer is None else floor_layer
+        self.promise = promise
+        self.seed = seed
+        self.stop_token_ids = stop_token_ids
+        self.estimate = estimate
+        self.deadlines: Deadlines = request.budget.deadlines(request.arrival_s)
+
+        self.output_token_ids: list[int] = []
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.tokens_by_exit: dict[int, int] = {}
+
+        self.last_scheduled_s = request.arrival_s
+        self.first_scheduled_s: float | None = None
+        self.first_token_s: float | None = None
+        self.last_token_s: float | None = None
+        self._status = Status.WAITING
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return self.request.request_id
+
+    @property
+    def status(self) -> Status:
+        """Where the sequence is; ``move_to`` is the one door."""
+        return self._status
+
+    def move_to(self, status: Status) -> None:
+        """Follow an edge of the diagram; any other is our mistake."""
+        assert status in _ALLOWED[self._status], (
+            f"{self.request_id}: {self._status.value} -> {status.value} is not allowed"
+        )
+        self._status = status
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.output_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far: prompt and output."""
+        return self.num_prompt_tokens + len(self.output_token_ids)
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Known tokens without KV: the work left before the next sample."""
+        return self.num_tokens - self.num_computed_tokens
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Known tokens at positions ``start`` to ``stop``."""
+        prompt = self.request.prompt_token_ids
+        num_prompt = len(prompt)
+        if start >= num_prompt:
+            return self.output_token_ids[start - num_prompt : stop - num_prompt]
+        head = list(prompt[start:stop])
+        if stop > num_prompt:
+            head += self.output_token_ids[: stop - num_prompt]
+        return head
+
+    def append_token(self, token_id: int) -> None:
+        """Add a sampled token, made at the depth now in use."""
+        self.output_token_ids.append(token_id)
+        self.tokens_by_exit[self.exit_layer] = self.tokens_by_exit.get(self.exit_layer, 0) + 1
+
+    def sampling_row(self) -> SamplingRow:
+        """What the sampler needs to choose the next token."""
+        return SamplingRow(
+            params=self.request.sampling,
+            seed=self.seed,
+            prompt_token_ids=self.request.prompt_token_ids,
+            output_token_ids=self.output_token_ids,
+            stop_token_ids=self.stop_token_ids,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.request_id}, {self._status.value}, exit {self.exit_layer}, "
+            f"{self.num_computed_tokens}/{self.num_tokens} tokens)"
+        )

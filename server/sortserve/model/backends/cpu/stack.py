@@ -1,0 +1,128 @@
+"""Many decoder layers in one C++ call: ``kernels/layers.cpp``.
+
+One call a step instead of seven a layer: the GIL is taken once, and the threads stay together.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sortserve.model.attention import KVCache
+from sortserve.model.backends.cpu.attention import NativeAttention, Step
+from sortserve.model.backends.cpu.library import pointer
+from sortserve.model.batch import Batch
+from sortserve.model.layers import DecoderLayer
+from sortserve.model.linear import EitherLinear, LinearOp, Matrix, NativeLinear
+
+__all__ = ["NativeStack"]
+
+
+class _Layer(ctypes.Structure):
+    """Layer of ``kernels/layers.cpp``."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("input_norm", "post_attention_norm", "q_norm", "k_norm")
+        ),
+        *((name, Matrix) for name in ("qkv", "o", "gate_up", "down")),
+    )
+
+
+class _LayersCall(ctypes.Structure):
+    """LayersCall of ``kernels/layers.cpp``."""
+
+    _fields_ = (
+        ("layers", ctypes.c_void_p),
+        ("steps", ctypes.POINTER(Step)),
+        *((name, ctypes.c_void_p) for name in ("pages", "h", "delta", "x", "qkv", "heads", "mlp")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("num_slabs", "slab_size", "hidden_size", "plane_size")
+        ),
+    )
+
+
+class NativeStack:
+    """A LayerStack for layers whose every matrix is packed for the C++ kernel."""
+
+    def __init__(self, layers: Sequence[DecoderLayer], attention: NativeAttention) -> None:
+        self._attention = attention
+        self._layers = layers  # keeps the weights alive
+        self._structures = (_Layer * len(layers))(*map(_structure, layers))
+
+    @staticmethod
+    def supports(layers: Sequence[DecoderLayer]) -> bool:
+        """Whether all matrices are packed for the bf16 kernel."""
+        ops = (op for layer in layers for op in (layer.qkv, layer.o, layer.gated, layer.down))
+        matrices = map(_native, ops)
+        return all(m is not None and m.dtype == torch.bfloat16 for m in matrices)
+
+    def run(
+        self,
+        batch: Batch,
+        slabs: range,
+        num_rows: int,
+        h_TD: Tensor,
+        delta_TD: Tensor,
+        kv_cache: KVCache,
+    ) -> tuple[Tensor, Tensor]:
+        """See LayerStack."""
+        assert h_TD.dtype == kv_cache.pages.dtype == torch.bfloat16
+        config, slab_size = self._attention.config, kv_cache.slab_size
+        num_tokens, hidden_size = h_TD.shape
+        steps, _rows = self._attention.steps(batch, slabs, num_rows, kv_cache.block_size)
+        workspaces = [
+            h_TD.new_empty(num_tokens, width)
+            for width in (
+                hidden_size,
+                config.q_size + 2 * config.kv_size,
+                config.q_size,
+                config.intermediate_size,
+            )
+        ]
+        first_layer = slabs.start * slab_size
+        call = _LayersCall(
+            ctypes.addressof(self._structures) + first_layer * ctypes.sizeof(_Layer),
+            steps,
+            pointer(kv_cache.pages),
+            pointer(h_TD),
+            pointer(delta_TD),
+            *map(pointer, workspaces),
+            len(slabs),
+            slab_size,
+            hidden_size,
+            kv_cache.pages.stride(1),
+        )
+        self._attention.library.call("layers", call)
+        return h_TD, delta_TD
+
+
+def _native(op: LinearOp) -> NativeLinear | None:
+    if isinstance(op, EitherLinear):
+        op = op.few
+    return op if isinstance(op, NativeLinear) else None
+
+
+def _matrix(op: LinearOp) -> Matrix:
+    native = _native(op)
+    assert native is not None
+    return native.matrix
+
+
+def _structure(layer: DecoderLayer) -> _Layer:
+    norms = layer.head_norms
+    return _Layer(
+        pointer(layer.input_norm),
+        pointer(layer.post_attention_norm),
+        pointer(norms.query if norms else None),
+        pointer(norms.key if norms else None),
+        _matrix(layer.qkv),
+        _matrix(layer.o),
+        _matrix(layer.gated),
+        _matrix(layer.down),
+    )

@@ -1,0 +1,53 @@
+"""What a person reads when a server is ready: where it is, what it serves, one command to try."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from sortserve import __version__
+from sortserve.process.config import ServeSettings
+
+if TYPE_CHECKING:
+    from sortserve.process.build import Serving
+
+__all__ = ["banner", "base_url", "curl"]
+
+
+def banner(settings: ServeSettings, serving: Serving, port: int | None) -> str:
+    """What a person wants to read once the server is ready."""
+    cache, exits = serving.cache, serving.checkpoint.exits
+    url = base_url(settings, port)
+    lines = [
+        f"sortserve {__version__} serves {serving.model_name} on {settings.uds or url}",
+        f"  exits     {', '.join(map(str, exits.layers))} of {exits.full} layers",
+        f"  KV cache  {cache.num_pages} pages of {cache.block_size} tokens x {cache.slab_size} "
+        f"layers, {cache.num_bytes / 2**20:.0f} MiB",
+    ]
+    if settings.enable_docs and settings.uds is None:
+        lines.append(f"  docs      {url}/docs")
+    return "\n".join([*lines, "", "Try:", "", f"  {curl(settings, url)}", ""])
+
+
+def base_url(settings: ServeSettings, port: int | None) -> str:
+    """Where a client on this machine finds the server; the port is None on a Unix socket."""
+    scheme = "http" if settings.ssl_certfile is None else "https"
+    if port is None:
+        return f"{scheme}://localhost"
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
+    host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    return f"{scheme}://{host}:{port}"
+
+
+def curl(settings: ServeSettings, url: str) -> str:
+    """One request with a budget, to paste into a shell."""
+    body = {
+        "messages": [{"role": "user", "content": "What is gravity?"}],
+        "max_tokens": 48,
+        "budget": {"latency_ms": 2000},
+    }
+    parts = ["curl", *(["--unix-socket", settings.uds] if settings.uds else []), f"{url}/generate"]
+    parts += ["-H 'Content-Type: application/json'"]
+    if settings.api_keys:
+        parts += ['-H "Authorization: Bearer $SORTSERVE_API_KEY"']
+    return " ".join([*parts, f"-d '{json.dumps(body)}'"])

@@ -1,0 +1,492 @@
+"""Every setting of ``sortserve serve``, in one frozen model.
+
+Flag > environment (``SORTSERVE_*``) > ``--config`` file > default. The model below *is* the command
+line, the environment, the file and ``docs/configuration.md``: a field's name, type, default and
+docstring are written once (``flags.py`` turns them into flags and pages).
+``python -m sortserve.process.flags`` prints the page.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import reprlib
+import stat
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ByteSize,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from sortserve.core.errors import ConfigError
+
+__all__ = ["ServeSettings", "load_settings", "settings_yaml"]
+
+ENV_PREFIX = "SORTSERVE_"
+FOREIGN_VARIABLES = frozenset({"SORTSERVE_URL", "SORTSERVE_CACHE_DIR"})
+"""Read elsewhere: by ``sortserve generate``, and where converted weights and kernels are kept."""
+KUBERNETES_PREFIXES = ("SORTSERVE_SERVICE_", "SORTSERVE_PORT_")
+"""Kubernetes sets these in every pod beside a Service called ``sortserve``."""
+
+
+def _split_commas(value: object) -> object:
+    """``"9,18"`` and ``["9,18", "30"]`` as lists of their parts; anything else unchanged."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    if isinstance(value, list | tuple):
+        parts = [_split_commas(item) if isinstance(item, str) else [item] for item in value]
+        return [part for group in parts if isinstance(group, list) for part in group]
+    return value
+
+
+def _number(value: object) -> object:
+    """Anything but ``true`` and ``false``, which YAML would pass off as 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("it should be a number")
+    return value
+
+
+def _text(value: str) -> str:
+    if len(value) > MAX_TEXT:
+        raise ValueError(f"it should have at most {MAX_TEXT} characters")
+    if not value.isprintable():
+        raise ValueError("it should be printable text, without control characters")
+    return value
+
+
+def _path(value: object) -> object:
+    if isinstance(value, str):
+        if not value:
+            raise ValueError("it should name a file")
+        _text(value)
+    return value
+
+
+def _secret(value: SecretStr) -> SecretStr:
+    _text(value.get_secret_value())
+    return value
+
+
+def _host(value: str) -> str:
+    try:
+        value.encode("idna")
+    except UnicodeError:
+        raise ValueError("it should be an address or the name of a host") from None
+    return value
+
+
+MAX_TEXT = 800
+MAX_SHOWN = 60
+MAX_COUNT = 2**31 - 1
+MAX_SECONDS = 366 * 24 * 3600
+MAX_THREADS = 1024
+MAX_FILE_BYTES = 1 << 20
+"""Largest file of settings, keys or certificates that is read."""
+
+Number = BeforeValidator(_number)
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT), Number]
+Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False), Number]
+PositiveSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False), Number]
+Size = Annotated[ByteSize, Field(ge=1, le=2**60), Number]
+Text = Annotated[str, AfterValidator(_text)]
+FilePath = Annotated[Path, BeforeValidator(_path)]
+Layers = Annotated[tuple[Count, ...], BeforeValidator(_split_commas), Field(min_length=1)]
+Strings = Annotated[tuple[Text, ...], BeforeValidator(_split_commas)]
+Secrets = Annotated[
+    tuple[Annotated[SecretStr, AfterValidator(_secret)], ...], BeforeValidator(_split_commas)
+]
+
+
+class ServeSettings(BaseSettings):
+    """What a server is started with. Reads the environment and the file unless given by keyword."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        validate_default=False,
+    )
+
+    # Model
+    model: Text = "sorted-smollm2-135m"
+    """What to serve: a folder, a Hugging Face id, `package:NAME/FILE`, a file inside an installed
+    Python package, or the name of a checkpoint that comes with sortserve."""
+    served_model_name: Text | None = None
+    """Name in the API and the metrics. Default: the checkpoint's own."""
+    exits: Layers | None = None
+    """Exit layers to open, separated by commas. Default: those of the checkpoint's sorted.json."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of weights and KV cache. auto: the checkpoint's where the device is fast at it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+    revision: Text | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    max_model_len: Annotated[int, Field(ge=2, le=MAX_COUNT), Number] | None = None
+    """Most tokens of prompt and answer together, 2 or more. Default: what the checkpoint allows."""
+    attention_backend: Text = "auto"
+    """Implementation of attention. auto: the fastest that works here."""
+    linear_backend: Text = "auto"
+    """Implementation of the linear layers. auto: the fastest that works here."""
+    num_threads: Annotated[int, Field(ge=1, le=MAX_THREADS), Number] | None = None
+    """CPU threads of the model, at most 1024; more than there are cores are not started. Default:
+    PyTorch's choice."""
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), Number] | None = None
+    """Makes requests without a seed of their own repeatable, in their order of arrival."""
+
+    # Network
+    host: Annotated[Text, AfterValidator(_host), Field(min_length=1)] = "127.0.0.1"
+    """Address to listen on. 0.0.0.0 is every interface."""
+    port: Annotated[int, Field(ge=0, le=65535), Number] = 8000
+    """Port to listen on. 0 takes a free one."""
+    uds: Annotated[Text, Field(min_length=1)] | None = None
+    """Path of a Unix socket to listen on, instead of host and port."""
+    root_path: Text = ""
+    """Path prefix that a reverse proxy strips."""
+    ssl_certfile: FilePath | None = None
+    """TLS certificate (PEM). Needs --ssl-keyfile."""
+    ssl_keyfile: FilePath | None = None
+    """TLS private key (PEM). Needs --ssl-certfile."""
+    cors_allow_origins: Strings = ()
+    """Origins that browsers may call from, separated by commas. Default: none."""
+    enable_docs: bool = True
+    """Serve /docs and /openapi.json."""
+    forwarded_allow_ips: Strings = ()
+    """Addresses or networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed,
+    separated by commas; `*` is everybody. Default: none, the log shows who is connected."""
+    allowed_hosts: Strings = ()
+    """Names that requests may give as their Host, beside localhost and --host, separated by commas;
+    `*` is any. Default: any, but on a loopback address without keys no other name is answered, so
+    that no web page can reach the server under a name of its own."""
+
+    # Security
+    api_key: Secrets = ()
+    """Keys that clients must send as `Authorization: Bearer KEY`, separated by commas. Prefer the
+    variable or --api-key-file: other users of the machine can read flags."""
+    api_key_file: FilePath | None = None
+    """File with one key a line; empty lines and lines that start with # are skipped."""
+
+    # Scheduling
+    policy: Literal["deadline", "fair", "lockstep"] = "deadline"
+    """What each step runs: deadline keeps the promised times, fair gives every depth the same
+    time, lockstep is the baseline."""
+    overload_delay: Seconds = 2.0
+    """Predicted seconds in the queue beyond which requests without a budget get shallower exits,
+    one at a time. 0: never."""
+    max_num_seqs: Count = 256
+    """Most sequences that run at once."""
+    max_num_batched_tokens: Count = 1024
+    """Most tokens of one step; longer prompts are prefilled in chunks."""
+    calibrate: bool = True
+    """Measure step times at start-up, so that latency budgets can be judged."""
+
+    # KV cache
+    kv_cache_memory: Size | None = None
+    """Memory of the KV cache, such as 2GiB. Default: a quarter of the free memory, and never more
+    than --max-num-seqs sequences of full length need."""
+    block_size: Count = 16
+    """Tokens of one KV block."""
+    enable_prefix_caching: bool = True
+    """Reuse the KV of prompts that begin alike."""
+
+    # Limits
+    max_num_queued_reqs: Count = 512
+    """Most requests waiting; more are answered 429."""
+    max_num_queued_tokens: Count = 200_000
+    """Most prompt tokens waiting; more are answered 429."""
+    max_body_size: Size = ByteSize(4 << 20)
+    """Largest request body; larger ones are answered 413."""
+    max_header_size: Size = ByteSize(64 << 10)
+    """Most bytes of a request's first line and headers; more are answered 431."""
+    max_num_headers: Count = 200
+    """Most header fields of a request; more are answered 431."""
+    max_connections: Count = 1000
+    """Most open connections. Beyond them only probes are answered, all else gets 503."""
+    keep_alive: PositiveSeconds = 75.0
+    """Seconds that a connection without a request stays open."""
+    header_timeout: PositiveSeconds = 10.0
+    """Seconds from a request's first byte to the end of its headers; slower ones get 408."""
+    body_timeout: PositiveSeconds = 60.0
+    """Seconds from the end of a request's headers to the end of its body; slower ones get 408."""
+    write_timeout: PositiveSeconds = 60.0
+    """Seconds that a client may leave its answer unread before its connection is cut."""
+    request_timeout: Seconds | None = None
+    """Seconds after which any request is cut off and answered 504. Default: never."""
+    shutdown_timeout: Seconds = 30.0
+    """Seconds that running requests get to finish after SIGTERM."""
+
+    # Failures
+    max_failed_steps: Count = 3
+    """Steps in a row that may fail whole, with a self-test after each, before the process ends."""
+    step_timeout: Seconds = 300.0
+    """Seconds after which an engine that does not get on has failed, and the process ends. The
+    longest step must fit in. 0: never."""
+    debug: bool = False
+    """Check the engine's books whenever it is idle; a mistake in them ends the process."""
+
+    # Logs
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe messages to write."""
+    log_format: Literal["human", "json"] = "human"
+    """Lines for people, or one JSON object a line."""
+    log_prompts: bool = False
+    """Write prompts and answers into the log. They may be private."""
+    access_log: bool = False
+    """One line per HTTP request, probes excepted."""
+
+    # File
+    config: FilePath | None = None
+    """YAML file with any of these settings; keys are flag names without the dashes in front."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Keywords, then our reading of the environment, then the file: first come, first kept."""
+        environment = read_environment(os.environ)
+        path = {**environment, **init_settings()}.get("config")
+        return (
+            init_settings,
+            InitSettingsSource(settings_cls, environment),
+            InitSettingsSource(settings_cls, read_file(Path(path)) if path else {}),
+        )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> ServeSettings:
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("--ssl-certfile and --ssl-keyfile go together: give both or neither")
+        for name in ("ssl_certfile", "ssl_keyfile"):
+            if (path := getattr(self, name)) is not None:
+                read_small_file(path, name, errors="replace")  # comments in it may be anything
+        if self.api_key_file is not None and not self.api_keys:
+            raise ValueError(f"--api-key-file {self.api_key_file} has no key in it")
+        for proxy in self.forwarded_allow_ips:
+            if proxy != "*" and not _is_network(proxy):
+                raise ValueError(
+                    f"--forwarded-allow-ips {proxy!r} is not an address, a network or *"
+                )
+        return self
+
+    @cached_property
+    def api_keys(self) -> tuple[str, ...]:
+        """All accepted keys, in clear: from flags or environment, and from the key file.
+
+        The file is read once: what the settings were checked with is what holds.
+        """
+        keys = [key.get_secret_value() for key in self.api_key]
+        if self.api_key_file is not None:
+            text = read_small_file(self.api_key_file, "api_key_file")
+            lines = (line.strip() for line in text.splitlines())
+            keys += [line for line in lines if line and not line.startswith("#")]
+            if not all(map(str.isprintable, keys)):
+                raise ValueError(f"--api-key-file {self.api_key_file} holds control characters")
+        return tuple(dict.fromkeys(keys))
+
+    def masked(self) -> dict[str, Any]:
+        """The settings as plain values for logs and ``--print-config``; secrets are stars."""
+        values = self.model_dump(mode="json")
+        for name, value in self:
+            if isinstance(value, ByteSize):
+                values[name] = value.human_readable().replace(".0", "")
+        return values
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        return False
+    return True
+
+
+# Sources
+
+
+def read_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The settings among the environment variables, by field name; empty ones count as unset.
+
+    Raises:
+        ConfigError: a ``SORTSERVE_*`` variable is not a setting.
+    """
+    values = {}
+    for variable, value in environ.items():
+        if not variable.startswith(ENV_PREFIX) or variable in FOREIGN_VARIABLES:
+            continue
+        if variable.startswith(KUBERNETES_PREFIXES) or value.startswith("tcp://"):
+            continue
+        name = variable.removeprefix(ENV_PREFIX).lower()
+        if name not in ServeSettings.model_fields:
+            known = [variable_name(field) for field in ServeSettings.model_fields]
+            raise ConfigError(
+                f"environment variable {variable} is not a setting{_suggest(variable, known)}",
+                param=variable,
+            )
+        if value:
+            values[name] = value
+    return values
+
+
+def read_small_file(path: Path, field: str, *, errors: str = "strict") -> str:
+    """The text of a regular file of at most MAX_FILE_BYTES; nothing else is so much as opened.
+
+    Args:
+        path: the file.
+        field: the setting that names it.
+        errors: what ``bytes.decode`` does with bytes that are not UTF-8.
+
+    Raises:
+        ConfigError: it cannot be read, is no regular file, is too large, or no UTF-8 text.
+    """
+    if not str(path).isprintable() or len(str(path)) > MAX_TEXT:
+        raise ConfigError(f"--{key_name(field)} {shown(str(path))} names no file.", param=field)
+    named = f"--{key_name(field)} {path}"
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+            raise ConfigError(f"{named} cannot be read: it is {kind}.", param=field)
+        if status.st_size > MAX_FILE_BYTES:
+            raise ConfigError(f"{named} has more than {MAX_FILE_BYTES} bytes.", param=field)
+        with path.open("rb") as file:
+            return file.read(MAX_FILE_BYTES).decode(errors=errors)
+    except UnicodeDecodeError:
+        raise ConfigError(f"{named} cannot be read: it is not UTF-8 text.", param=field) from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"{named} cannot be read: {reason}.", param=field) from error
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file by field name; null counts as unset.
+
+    Raises:
+        ConfigError: the file cannot be read, is not a mapping, or has a key that is no setting.
+    """
+    try:
+        content = yaml.safe_load(read_small_file(path, "config"))
+    except yaml.MarkedYAMLError as error:
+        # Its own text quotes the line, which may hold a key.
+        mark = error.problem_mark
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        reason = f"{error.problem or 'syntax error'}{where}"
+        raise ConfigError(f"--config {path} is not valid YAML: {reason}.", param="config") from None
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = f"it holds a value that is out of range ({type(error).__name__})"
+        raise ConfigError(f"--config {path} is not valid YAML: {reason}.", param="config") from None
+    if not isinstance(content, dict | None):
+        raise ConfigError(
+            f"--config {path} must hold `key: value` lines, not a {type(content).__name__}.",
+            param="config",
+        )
+    values = {}
+    for key, value in (content or {}).items():
+        name = str(key).replace("-", "_")
+        if name not in ServeSettings.model_fields or name == "config":
+            known = [key_name(field) for field in ServeSettings.model_fields if field != "config"]
+            raise ConfigError(
+                f"unknown key {str(key)!r} in {path}{_suggest(key_name(name), known)}",
+                param=str(key),
+            )
+        if value is not None:
+            values[name] = value
+    return values
+
+
+def load_settings(flags: Mapping[str, Any] | None = None) -> ServeSettings:
+    """The settings from flags (by field name), environment, file and defaults.
+
+    Raises:
+        ConfigError: one line that names the flag, variable or key, its value and what is allowed.
+    """
+    flags = dict(flags or {})
+    try:
+        return ServeSettings(**flags)
+    except ValidationError as error:
+        raise _config_error(error, flags) from None
+
+
+def settings_yaml(settings: ServeSettings) -> str:
+    """The resolved settings as a config file; what is unset is left out, and secrets are."""
+    values = {
+        key_name(name): value
+        for name, value in settings.masked().items()
+        if value is not None and name not in ("api_key", "config")
+    }
+    keys = f"# api-key: {len(settings.api_key)} not shown\n" if settings.api_key else ""
+    return str(yaml.safe_dump(values, sort_keys=False)) + keys
+
+
+def _config_error(error: ValidationError, flags: Mapping[str, Any]) -> ConfigError:
+    first = error.errors(include_url=False)[0]
+    message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    message = message.rstrip(".")
+    if first["type"] in ("too_short", "string_too_short"):
+        message = "it must not be empty"
+    if not first["loc"]:
+        return ConfigError(f"{message}.")
+    name = str(first["loc"][0])
+    given = "'***'" if name == "api_key" else shown(first["input"])
+    return ConfigError(
+        f"{_origin(name, flags)}: {given} is not allowed: {message}.", param=key_name(name)
+    )
+
+
+def shown(value: object) -> str:
+    """A wrong value as a message quotes it: cut, however large or deep it is."""
+    cut = reprlib.Repr()
+    cut.maxlevel, cut.maxstring, cut.maxother, cut.maxlong = 2, MAX_SHOWN, MAX_SHOWN, MAX_SHOWN
+    return cut.repr(value)
+
+
+def _origin(name: str, flags: Mapping[str, Any]) -> str:
+    """Where a value came from, in the words the user typed."""
+    if name in flags:
+        return flag_name(name)
+    environment = read_environment(os.environ)
+    if name in environment:
+        return f"environment variable {variable_name(name)}"
+    return f"key {key_name(name)!r} in {flags.get('config') or environment.get('config')}"
+
+
+def _suggest(given: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(given, known, n=1)
+    return f": did you mean {close[0]!r}?" if close else ": see `sortserve serve --help`."
+
+
+def flag_name(field: str) -> str:
+    """A field as the user types it on the command line."""
+    return "MODEL" if field == "model" else f"--{key_name(field)}"
+
+
+def variable_name(field: str) -> str:
+    """A field's environment variable."""
+    return f"{ENV_PREFIX}{field.upper()}"
+
+
+def key_name(field: str) -> str:
+    """A field's key in the file."""
+    return field.replace("_", "-")

@@ -1,0 +1,69 @@
+"""``sortserve profile``: time the steps of this machine, fit the cost model, print and plot it."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from sortserve.core.errors import ConfigError
+from sortserve.cost.model import CostModel, Samples
+from sortserve.process.build import build
+from sortserve.process.config import ServeSettings
+from sortserve.process.svg import Series, line_chart
+
+__all__ = ["chart", "profile", "table"]
+
+COEFFICIENTS = ("step", "layer", "layer-token", "layer-KV-token", "sampled row")
+
+
+def profile(settings: ServeSettings, plot: Path | None = None) -> int:
+    """Measure, keep the result for the next ``serve``, print it; returns the exit code.
+
+    Raises:
+        ConfigError: the plot cannot be written.
+    """
+    serving = build(settings)
+    samples = serving.measure()
+    model = CostModel.fit(samples)
+    print(table(samples, model))
+    if plot is not None:
+        try:
+            plot.write_text(chart(samples, model, serving.model_name))
+        except OSError as error:
+            raise ConfigError(f"--plot {plot} cannot be written: {error}", param="plot") from error
+        print(f"plot: {plot}")
+    return 0
+
+
+def table(samples: Samples, model: CostModel) -> str:
+    """Each measured step beside what the model says of it, the errors, and the coefficients."""
+    lines = ["layers tokens  rows  measured ms  model ms   error"]
+    errors = []
+    for shape, seconds in samples:
+        predicted = model.step_s(shape)
+        errors.append(abs(predicted / seconds - 1))
+        lines.append(
+            f"{shape.num_layers:>6} {shape.num_tokens:>6} {shape.num_sampled:>5} "
+            f"{seconds * 1e3:>12.2f} {predicted * 1e3:>9.2f} {predicted / seconds - 1:>+7.1%}"
+        )
+    high = sorted(errors)[int(0.95 * (len(errors) - 1))]
+    lines += ["", f"error: median {statistics.median(errors):.1%}, 95th percentile {high:.1%}"]
+    for name, line in (("small", model.small), ("large", model.large)):
+        terms = (f"{c * 1e6:.3g} us a {n}" for c, n in zip(line, COEFFICIENTS, strict=True))
+        lines.append(f"{name} steps: {', '.join(terms)}")
+    return "\n".join(lines)
+
+
+def chart(samples: Samples, model: CostModel, title: str) -> str:
+    """Step time over tokens, a line of the model and the measured dots for each depth."""
+    series: list[Series] = []
+    for i, layers in enumerate(sorted({shape.num_layers for shape, _ in samples})):
+        own = sorted(
+            ((shape, s) for shape, s in samples if shape.num_layers == layers),
+            key=lambda sample: sample[0].num_tokens,
+        )
+        modelled = [(shape.num_tokens, 1e3 * model.step_s(shape)) for shape, _ in own]
+        measured = [(shape.num_tokens, 1e3 * seconds) for shape, seconds in own]
+        series.append(Series(f"{layers} layers", modelled, colour=i))
+        series.append(Series("measured", measured, dots=True, colour=i))
+    return line_chart(f"{title}: time of a step", "tokens in the step", "ms", series)

@@ -1,0 +1,354 @@
+"""The life of a server process: listen, load, serve, drain, end.
+
+The socket opens first, so that probes get an answer while the model loads. On SIGTERM or SIGINT
+``/health`` turns 503, new work is refused, running requests finish up to ``--shutdown-timeout``,
+the rest end with ``finish_reason: "abort"``, and the process ends with 0. A second signal ends it
+now. Whatever hangs meanwhile, a step, the event loop or the reader of the log, the process ends:
+``signals.py`` sees to that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import ssl
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sortserve import __version__
+from sortserve.api.app import create_app, create_loading_app
+from sortserve.api.hosts import HostCheckMiddleware
+from sortserve.api.http_protocol import ConnectionLimits, HttpProtocol
+from sortserve.api.settings import ApiSettings
+from sortserve.process.banner import banner, base_url
+from sortserve.process.config import ServeSettings
+from sortserve.process.garbage import calm_garbage_collector
+from sortserve.process.listening import (
+    BACKLOG,
+    allow_open_files,
+    is_loopback,
+    listening,
+    tls_context,
+)
+from sortserve.process.signals import SignalGuard
+from sortserve.telemetry.log_writer import LogWriter
+from sortserve.telemetry.logs import fields, logging_to
+from sortserve.text.template_renderer import shared_renderer
+
+if TYPE_CHECKING:
+    from sortserve.process.build import Serving
+
+__all__ = ["FrontDoor", "serve"]
+
+logger = logging.getLogger(__name__)
+
+LAST_EVENTS_S = 3
+"""Seconds that connections get to take the end of their answers after the engine has stopped."""
+HEALTH_POLL_S = 0.2
+STEP_END_S = 1.0
+"""Seconds that the step under way gets to end after a second signal or a failure."""
+MAX_END_S = 9.0
+"""Seconds after ``--shutdown-timeout``, or after a failure, at which the process is gone: the
+engine's last step and the last events take less unless something hangs."""
+MAX_FORCED_END_S = 3.0
+"""The same after a second signal."""
+LAST_WORDS_S = 0.5
+"""Seconds that the log gets to say that the process was ended by force."""
+
+
+def serve(settings: ServeSettings) -> int:
+    """Run a server until a signal ends it; returns the process's exit code.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be served.
+        ConfigError: the address cannot be listened on, or settings do not fit the checkpoint.
+    """
+    with logging_to(level=settings.log_level, log_format=settings.log_format) as log:
+        given = {k: v for k, v in settings.masked().items() if v not in (None, "", [])}
+        logger.info("configuration", extra=fields(version=__version__, **given))
+        process = ServerProcess(settings, log)
+        exit_code = process.run()
+    if not (process.has_ended and log.is_complete):
+        # A thread that is stuck, in a download, a compiler, a step or a write to a pipe, cannot be
+        # cancelled, and the interpreter's own end would wait for it or change the exit code.
+        os._exit(exit_code)
+    return exit_code
+
+
+class FrontDoor:
+    """Hands connections to ``app``: first to what answers while the model loads, then to the API.
+
+    Args:
+        cors_allow_origins: may read even that the model is still loading.
+    """
+
+    def __init__(self, cors_allow_origins: Sequence[str] = ()) -> None:
+        self.app = create_loading_app(cors_allow_origins=cors_allow_origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One ASGI connection."""
+        await self.app(scope, receive, send)
+
+
+class _HTTPServer(uvicorn.Server):
+    """uvicorn without its signal handlers: a signal does not close the socket, we drain first."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class ServerProcess:
+    """One server from its socket to its exit code."""
+
+    def __init__(self, settings: ServeSettings, log: LogWriter) -> None:
+        self.settings = settings
+        self.has_ended = True
+        """Whether no thread of ours is left that may be stuck."""
+        self._log = log
+        self._signals: list[int] = []
+        self._door = FrontDoor(settings.cors_allow_origins)
+        self._guard = SignalGuard(self._hear, last_words=self._say_last_words)
+
+    def run(self) -> int:
+        """Listen, load, serve, drain; returns the exit code."""
+        tls = tls_context(self.settings)
+        with listening(self.settings) as listener, self._guard, asyncio.Runner() as runner:
+            self._loop = runner.get_loop()
+            self._signalled = asyncio.Event()
+            self._signalled_twice = asyncio.Event()
+            return runner.run(self._run(listener, tls))
+
+    async def _run(self, listener: socket.socket, tls: ssl.SSLContext | None) -> int:
+        http = _http_server(self.settings, self._door, listener, tls)
+        serving_http = asyncio.create_task(http.serve(sockets=[listener]))
+        exit_code = 1
+        try:
+            exit_code = await self._load_and_serve(listener, serving_http)
+        finally:
+            self._guard.end_within(MAX_END_S, self._exit_code(exit_code))
+            http.force_exit = self._signalled_twice.is_set()
+            http.should_exit = True
+            await asyncio.wait([serving_http])
+        return self._exit_code(exit_code)
+
+    def _exit_code(self, otherwise: int) -> int:
+        return 128 + self._signals[1] if len(self._signals) > 1 else otherwise
+
+    async def _load_and_serve(self, listener: socket.socket, serving_http: _Task) -> int:
+        serving = await self._load(serving_http)
+        if serving is None:
+            return _report_http(serving_http) if serving_http.done() else 0
+        worker = serving.worker
+        api = _api_settings(self.settings, serving)
+        self._door.app = create_app(worker, serving.tokenizer, api, serving.metrics)
+        calm_garbage_collector()
+        self._announce(serving, listener)
+        while not (self._signalled.is_set() or serving_http.done() or worker.state == "failed"):
+            await _first(self._signalled, serving_http, timeout_s=HEALTH_POLL_S)
+        if worker.state == "failed":
+            reason = worker.failure
+            logger.error(
+                "the engine has failed: ending, so that a supervisor can start anew",
+                extra=fields(reason=reason),
+            )
+            exit_code = 1
+        elif serving_http.done():
+            exit_code = _report_http(serving_http)
+        else:
+            exit_code = await self._drain(serving)
+        self.has_ended = await asyncio.to_thread(worker.stop, STEP_END_S)
+        return exit_code
+
+    async def _load(self, serving_http: _Task) -> Serving | None:
+        """The loaded model; None if a signal or the end of the HTTP server came first."""
+        loaded: Future[Serving] = Future()
+        self.has_ended = False
+
+        def load() -> None:
+            try:
+                shared_renderer().start()  # it loads on another core, while torch does on this one
+                from sortserve.process.build import (
+                    build,  # torch takes seconds: the socket is open by now
+                )
+
+                serving = build(self.settings)
+                serving.worker.start(serving.prepare)
+                loaded.set_result(serving)
+            except BaseException as error:
+                loaded.set_exception(error)
+
+        threading.Thread(target=load, name="load", daemon=True).start()
+        loading = asyncio.ensure_future(asyncio.wrap_future(loaded))
+        await _first(self._signalled, loading, serving_http)
+        if not loading.done():
+            logger.info("stopped while loading")
+            return None
+        self.has_ended = True
+        return loading.result()
+
+    async def _drain(self, serving: Serving) -> int:
+        worker, timeout_s = serving.worker, self.settings.shutdown_timeout
+        stats = worker.stats()
+        logger.info(
+            "draining",
+            extra=fields(running=stats.num_running, waiting=stats.num_waiting, timeout_s=timeout_s),
+        )
+        draining = asyncio.create_task(worker.drain(timeout_s))
+        await _first(self._signalled_twice, draining)
+        if draining.done():
+            clean = draining.result()
+        else:
+            draining.cancel()
+            clean = False
+            await asyncio.to_thread(worker.stop, STEP_END_S)
+        if worker.state == "failed":
+            logger.error("the engine failed while it drained", extra=fields(reason=worker.failure))
+            return 1
+        logger.info("stopped", extra=fields(all_requests_finished=clean))
+        return 0
+
+    def _announce(self, serving: Serving, listener: socket.socket) -> None:
+        """Say where the server listens, what it serves, and one command to try."""
+        settings = self.settings
+        port = None if settings.uds is not None else listener.getsockname()[1]
+        cache, exits = serving.cache, serving.checkpoint.exits
+        logger.info(
+            "ready",
+            extra=fields(
+                url=settings.uds or base_url(settings, port),
+                model=serving.model_name,
+                exits=exits.layers,
+                max_model_len=serving.worker.max_model_len,
+                kv_pages=cache.num_pages,
+                kv_cache_mib=round(cache.num_bytes / 2**20),
+            ),
+        )
+        if settings.log_format == "human":
+            text = banner(settings, serving, port)
+            threading.Thread(target=_print, args=(text,), name="banner", daemon=True).start()
+
+    # ---- on the guard's thread ----
+
+    def _hear(self, sig: int) -> None:
+        """Take a signal: the first drains, the second ends, the third does not even ask."""
+        self._signals.append(sig)
+        if len(self._signals) == 1:
+            self._guard.end_within(self.settings.shutdown_timeout + MAX_END_S, exit_code=1)
+            self._tell(self._signalled)
+        else:
+            max_end_s = MAX_FORCED_END_S if len(self._signals) == 2 else 0.0
+            self._guard.end_within(max_end_s, self._exit_code(1))
+            self._tell(self._signalled_twice)
+
+    def _tell(self, event: asyncio.Event) -> None:
+        try:
+            self._loop.call_soon_threadsafe(event.set)
+        except RuntimeError:  # the loop is closed: the end is near
+            return
+
+    def _say_last_words(self, exit_code: int) -> None:
+        logger.error(
+            "the process did not end in time: ended by force", extra=fields(exit_code=exit_code)
+        )
+        self._log.wait(LAST_WORDS_S)
+
+
+_Task = asyncio.Task[None]
+
+
+def _http_server(
+    settings: ServeSettings, door: ASGIApp, listener: socket.socket, tls: ssl.SSLContext | None
+) -> _HTTPServer:
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    proxies = list(settings.forwarded_allow_ips)
+    config = uvicorn.Config(
+        _with_host_check(settings, door, listener),
+        http=partial(HttpProtocol, limits=_limits(settings)),  # type: ignore[arg-type]
+        ws="none",
+        log_config=None,
+        access_log=settings.access_log,
+        proxy_headers=bool(proxies),
+        forwarded_allow_ips="*" if "*" in proxies else proxies,
+        lifespan="off",
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=LAST_EVENTS_S,
+    )
+    config.load()
+    config.ssl = tls
+    return _HTTPServer(config)
+
+
+def _with_host_check(settings: ServeSettings, app: ASGIApp, listener: socket.socket) -> ASGIApp:
+    """Guard a server that any page in a local browser could otherwise reach, or that is told to."""
+    names, on_loopback = settings.allowed_hosts, is_loopback(listener)
+    is_needed = bool(names) or (on_loopback and not settings.api_keys)
+    if "*" in names or not is_needed:
+        return app
+    return HostCheckMiddleware(app, names=[*names, settings.host], any_address=not on_loopback)
+
+
+def _limits(settings: ServeSettings) -> ConnectionLimits:
+    max_connections = allow_open_files(settings.max_connections)
+    if max_connections < settings.max_connections:
+        logger.warning(
+            "fewer connections than --max-connections: the system allows too few open files",
+            extra=fields(max_connections=max_connections),
+        )
+    return ConnectionLimits(
+        max_connections=max_connections,
+        max_num_headers=settings.max_num_headers,
+        max_header_bytes=int(settings.max_header_size),
+        keep_alive_s=settings.keep_alive,
+        header_timeout_s=settings.header_timeout,
+        body_timeout_s=settings.body_timeout,
+        write_timeout_s=settings.write_timeout,
+    )
+
+
+def _report_http(serving_http: _Task) -> int:
+    logger.error(
+        "the HTTP server has ended: ending, so that a supervisor can start anew",
+        exc_info=serving_http.exception(),
+    )
+    return 1
+
+
+def _api_settings(settings: ServeSettings, serving: Serving) -> ApiSettings:
+    return ApiSettings(
+        served_model_name=serving.model_name,
+        api_keys=settings.api_keys,
+        max_body_bytes=int(settings.max_body_size),
+        cors_allow_origins=settings.cors_allow_origins,
+        root_path=settings.root_path,
+        enable_docs=settings.enable_docs,
+        max_token_chars=serving.tokenizer.max_token_chars,
+        generation_defaults=serving.checkpoint.generation_defaults,
+        request_timeout_s=settings.request_timeout,
+        log_prompts=settings.log_prompts,
+    )
+
+
+async def _first(
+    event: asyncio.Event, *work: asyncio.Future[Any], timeout_s: float | None = None
+) -> None:
+    """Wait for an event, work or a time, whichever comes first; the work goes on."""
+    waiting = asyncio.create_task(event.wait())
+    await asyncio.wait([*work, waiting], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+
+
+def _print(text: str) -> None:
+    """Print on a thread that may wait for its reader, and past a buffer that would outlive it."""
+    with suppress(OSError, ValueError, AttributeError):  # no reader, no file, no standard output
+        os.write(sys.stdout.fileno(), f"{text}\n".encode())

@@ -1,0 +1,384 @@
+"""Prometheus series of one server: what the engine and the HTTP service tell, as text to scrape.
+
+Names follow vLLM's suffixes under the prefix ``sortserve_``. Every series carries ``model_name``;
+those that differ by depth carry ``exit_layer``. No label takes a client's string, so the number of
+series is bounded. ``docs/metrics.md`` lists them all, and a test compares.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from sortserve.core.budget import Budget
+from sortserve.core.request import EngineStats, FinishReason, RequestReport, StepRecord
+
+__all__ = ["Metrics"]
+
+# vLLM's bounds, with finer ones where a small model on a CPU lives: from 1 ms up.
+# fmt: off
+TTFT_BOUNDS_S = (
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0,
+    2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
+)
+TOKEN_BOUNDS_S = (
+    0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.035, 0.05, 0.075, 0.1, 0.15,
+    0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)
+REQUEST_BOUNDS_S = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0,
+    10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
+)
+# fmt: on
+ERROR_RATIO_BOUNDS = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.5, 2.0, 4.0)
+ROWS_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+PREDICTED_KINDS = ("ttft", "tpot", "e2e")
+BUDGET_KINDS = tuple(field.name for field in dataclasses.fields(Budget) if field.name != "on_miss")
+OUTCOMES = ("met", "missed", "degraded", "truncated", "rejected")
+HTTP_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+SERVED = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.DEADLINE)
+"""Finish reasons of requests that got an answer: only their times are worth a histogram."""
+
+C = TypeVar("C", Counter, Gauge, Histogram)
+Key = int | str | tuple[int | str, ...]
+
+
+class _Children(dict[Key, C]):
+    """The children of one family by label values, each made once: a look-up is a dict access."""
+
+    def __init__(self, family: C, model_name: str) -> None:
+        super().__init__()
+        self._family: C = family
+        self._model_name = model_name
+
+    def __missing__(self, key: Key) -> C:
+        values = key if isinstance(key, tuple) else (key,)
+        child = self[key] = self._family.labels(self._model_name, *map(str, values))
+        return child
+
+
+class _WithoutCreated(Collector):
+    """A registry without the client library's ``_created`` samples, which nobody here reads."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in self._registry.collect():
+            metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
+            yield metric
+
+
+class _Promise(NamedTuple):
+    """One time of a request in seconds: what was asked for, foretold, and what it came to."""
+
+    kind: str
+    limit_s: float | None
+    predicted_s: float | None
+    actual_s: float | None
+
+
+class Metrics:
+    """All series of one served model, in a registry of their own. Implements ``Observer``.
+
+    Engine calls cost tens of microseconds: gauges are only written when somebody scrapes.
+
+    Args:
+        model_name: the served name, the label of every series.
+        exits: exit layers served, ascending; their series exist from the start, at zero.
+        version: of sortserve, for ``build_info``.
+    """
+
+    def __init__(self, model_name: str, exits: Sequence[int], *, version: str) -> None:
+        self._model_name = model_name
+        self._exits = tuple(exits)
+        self._registry = CollectorRegistry()
+        self._read_stats: Callable[[], EngineStats] = EngineStats
+        ProcessCollector(registry=self._registry)
+        self._declare_gauges()
+        self._declare_times()
+        self._declare_counters()
+        self._declare_budget_series()
+        self._build_info[(version, platform.python_version())].set(1)
+        for reason in FinishReason:
+            self._finished[reason.value]
+        for failure in ("exception", "non_finite", "text"):
+            self._failed_rows[failure]
+        for kind in PREDICTED_KINDS:
+            self._violations[kind]
+        for budget_kind in BUDGET_KINDS:
+            for outcome in OUTCOMES if budget_kind.endswith("_ms") else ("met", "rejected"):
+                self._budgets[(budget_kind, outcome)]
+
+    # Declarations: one line a series.
+
+    def _declare_gauges(self) -> None:
+        gauge = self._gauge
+        self._running = gauge("num_requests_running", "Requests that hold KV pages", "exit_layer")
+        self._waiting = gauge("num_requests_waiting", "Requests in the queue")
+        self._kv_usage = gauge("kv_cache_usage_perc", "Share of KV pages in use; 1 is all")
+        self._kv_used = gauge("kv_pages_used", "KV pages held by live requests")
+        self._kv_cached = gauge("kv_pages_cached", "Free KV pages that hold a reusable prefix")
+        self._kv_total = gauge("kv_pages_total", "KV pages of the pool")
+        self._build_info = gauge("build_info", "Always 1", "version", "python_version")
+
+    def _declare_times(self) -> None:
+        exit_ = "exit_layer"
+        self._ttft = self._histogram(
+            "time_to_first_token_seconds", "Arrival to first token", TTFT_BOUNDS_S, exit_
+        )
+        self._itl = self._histogram(
+            "inter_token_latency_seconds", "Gap between two tokens", TOKEN_BOUNDS_S, exit_
+        )
+        self._tpot = self._histogram(
+            "request_time_per_output_token_seconds",
+            "Mean time per output token after the first",
+            TOKEN_BOUNDS_S,
+            exit_,
+        )
+        self._e2e = self._histogram(
+            "e2e_request_latency_seconds", "Arrival to last token", REQUEST_BOUNDS_S, exit_
+        )
+        self._queue_time = self._histogram(
+            "request_queue_time_seconds", "Arrival to first step", REQUEST_BOUNDS_S
+        )
+        self._prefill_time = self._histogram(
+            "request_prefill_time_seconds", "First step to first token", REQUEST_BOUNDS_S
+        )
+        self._decode_time = self._histogram(
+            "request_decode_time_seconds", "First token to last token", REQUEST_BOUNDS_S
+        )
+        self._step_duration = self._histogram(
+            "step_duration_seconds", "One engine step", TOKEN_BOUNDS_S
+        )
+        self._batch_rows = self._histogram("batch_rows", "Rows of a step", ROWS_BOUNDS, exit_)
+        self._depth_cap = self._histogram("step_depth_cap", "Deepest layer of a step", self._exits)
+
+    def _declare_counters(self) -> None:
+        counter = self._counter
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of scheduled requests")
+        self._output_tokens = counter("generation_tokens", "Output tokens", "exit_layer")
+        self._cache_queries = counter("prefix_cache_queries", "Prompt tokens looked up")
+        self._cache_hits = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
+        self._preemptions = counter("num_preemptions", "Requests sent back to the queue")
+        self._failed_rows = counter("failed_rows", "Rows that gave no token", "reason")
+        self._failed_steps = counter("failed_steps", "Steps whose every row failed")
+        self._policy_failures = counter(
+            "policy_failures", "Decisions of the policy or the forecast replaced by a plain rule"
+        )
+        self._finished = counter("request_success", "Requests that ended", "finished_reason")
+        self._exit_changes = counter(
+            "exit_changes", "Changes of depth in flight", "from", "to", "reason"
+        )
+        self._layers_run = counter("layers_run", "Token-layers run")
+        self._layers_full = counter("layers_full", "Token-layers that full depth would have run")
+        self._http_requests = counter(
+            "http_requests", "HTTP requests answered", "route", "method", "status"
+        )
+
+    def _declare_budget_series(self) -> None:
+        self._budgets = self._counter(
+            "budget_requests", "Budgets by what became of them", "kind", "outcome"
+        )
+        self._violations = self._counter("slo_violation", "Times that were not kept", "kind")
+        self._rejected = self._counter("admission_rejected", "Requests refused", "reason")
+        bounds = {"ttft": TTFT_BOUNDS_S, "tpot": TOKEN_BOUNDS_S, "e2e": REQUEST_BOUNDS_S}
+        self._predicted = {
+            kind: self._histogram(f"predicted_{kind}_seconds", f"Foretold {kind.upper()}", bound)
+            for kind, bound in bounds.items()
+        }
+        self._error_ratio = self._histogram(
+            "prediction_error_ratio", "Actual over predicted", ERROR_RATIO_BOUNDS, "kind"
+        )
+
+    def _gauge(self, name: str, doc: str, *labels: str) -> _Children[Gauge]:
+        return self._children(
+            Gauge(*self._head(name, doc, labels), registry=self._registry), labels
+        )
+
+    def _counter(self, name: str, doc: str, *labels: str) -> _Children[Counter]:
+        head = self._head(name, doc, labels)
+        return self._children(Counter(*head, registry=self._registry), labels)
+
+    def _histogram(
+        self, name: str, doc: str, bounds: Sequence[float], *labels: str
+    ) -> _Children[Histogram]:
+        head = self._head(name, doc, labels)
+        return self._children(Histogram(*head, registry=self._registry, buckets=bounds), labels)
+
+    def _head(self, name: str, doc: str, labels: tuple[str, ...]) -> tuple[str, str, list[str]]:
+        return f"sortserve_{name}", doc, ["model_name", *labels]
+
+    def _children(self, family: C, labels: tuple[str, ...]) -> _Children[C]:
+        """The family's children; those known now start at zero, so that ``rate()`` sees the first.
+
+        Which reasons, kinds and routes there will be is not known here; exits are.
+        """
+        children = _Children(family, self._model_name)
+        known: tuple[Key, ...] = ((),) if not labels else ()
+        for key in self._exits if labels == ("exit_layer",) else known:
+            children[key]
+        return children
+
+    # What the engine tells.
+
+    def on_step(self, record: StepRecord) -> None:
+        """Count one step. Called on the engine's thread."""
+        for reason, num_rows in record.failed_rows.items():
+            self._failed_rows[reason].inc(num_rows)
+        if record.num_preemptions:
+            self._preemptions[()].inc(record.num_preemptions)
+        for change in record.exit_changes:
+            self._exit_changes[change].inc()
+        if record.policy_failed:
+            self._policy_failures[()].inc()
+        if record.num_prompt_tokens:
+            self._prompt_tokens[()].inc(record.num_prompt_tokens)
+            self._cache_queries[()].inc(record.prefix_cache_queries)
+            self._cache_hits[()].inc(record.prefix_cache_hits)
+        if record.rows_by_exit:
+            self._count_work(record)
+        else:
+            self._failed_steps[()].inc()
+
+    def _count_work(self, record: StepRecord) -> None:
+        """Count what the rows of a step did."""
+        self._step_duration[()].observe(record.duration_s)
+        if record.predicted_s:
+            self._error_ratio["step"].observe(record.duration_s / record.predicted_s)
+        self._depth_cap[()].observe(record.depth_cap)
+        self._layers_run[()].inc(record.layers_run)
+        self._layers_full[()].inc(record.layers_full)
+        for exit_layer, num_rows in record.rows_by_exit.items():
+            self._batch_rows[exit_layer].observe(num_rows)
+        for exit_layer, num_tokens in record.tokens_by_exit.items():
+            self._output_tokens[exit_layer].inc(num_tokens)
+        for exit_layer, seconds in record.ttfts:
+            self._ttft[exit_layer].observe(seconds)
+        for exit_layer, seconds in record.itls:
+            self._itl[exit_layer].observe(seconds)
+
+    def on_finished(self, report: RequestReport) -> None:
+        """Count one request that ended. Called on the engine's thread."""
+        self._finished[report.finish_reason.value].inc()
+        self._count_budget(report)
+        if report.finish_reason not in SERVED:
+            return
+        exit_layer = report.exit_layer
+        self._e2e[exit_layer].observe(report.e2e_s)
+        if report.tpot_s is not None:
+            self._tpot[exit_layer].observe(report.tpot_s)
+        if report.queue_s is not None:
+            self._queue_time[()].observe(report.queue_s)
+        first, last = report.first_token_s, report.last_token_s
+        if first is not None and report.first_scheduled_s is not None:
+            self._prefill_time[()].observe(first - report.first_scheduled_s)
+        if first is not None and last is not None:
+            self._decode_time[()].observe(last - first)
+        self._observe_predictions(report)
+
+    def on_rejected(self, reason: str, budget: Budget | None) -> None:
+        """Count one request refused before any compute; no budget if it was not yet read."""
+        self._rejected[reason].inc()
+        for kind in budget.kinds if budget is not None else ():
+            self._budgets[(kind, "rejected")].inc()
+
+    def on_forecast_failed(self) -> None:
+        """Count a request that was let in although nothing could be foretold."""
+        self._policy_failures[()].inc()
+
+    def _count_budget(self, report: RequestReport) -> None:
+        if report.finish_reason is FinishReason.ABORT:
+            return  # the client left: nobody was kept waiting
+        for kind in report.budget.kinds:
+            # A bound on depth or compute is kept by construction; only times can be missed.
+            timed = kind.endswith("_ms")
+            outcome = (report.outcome or ("met" if report.met else "missed")) if timed else "met"
+            self._budgets[(kind, outcome)].inc()
+        for promise in _promises(report):
+            limit_s, actual_s = promise.limit_s, promise.actual_s
+            if limit_s is not None and actual_s is not None and actual_s > limit_s:
+                self._violations[promise.kind].inc()
+
+    def _observe_predictions(self, report: RequestReport) -> None:
+        for promise in _promises(report):
+            if promise.predicted_s is None:
+                continue
+            self._predicted[promise.kind][()].observe(promise.predicted_s)
+            if promise.actual_s is not None and promise.predicted_s > 0:
+                self._error_ratio[promise.kind].observe(promise.actual_s / promise.predicted_s)
+
+    # What the HTTP service tells and asks.
+
+    def http_request(self, route: str, method: str, status: int) -> None:
+        """Count one answered HTTP request.
+
+        Args:
+            route: the route's template (``/v1/models/{name}``), never the raw path.
+            method: HTTP method; an invented one is counted as ``OTHER``.
+            status: HTTP status code.
+        """
+        known = method if method in HTTP_METHODS else "OTHER"
+        self._http_requests[(route, known, status)].inc()
+
+    def set_cache_config(self, **config: int | str | bool) -> None:
+        """Publish the cache's shape as labels of ``cache_config_info``; call it once."""
+        labels = {name: str(value) for name, value in config.items()}
+        Gauge(
+            "sortserve_cache_config_info",
+            "Always 1; the KV cache's configuration as labels",
+            ["model_name", *labels],
+            registry=self._registry,
+        ).labels(model_name=self._model_name, **labels).set(1)
+
+    def watch(self, read_stats: Callable[[], EngineStats]) -> None:
+        """Read the engine's state from here at each scrape, so that an idle engine shows too."""
+        self._read_stats = read_stats
+
+    def render(self, accept: str | None = None) -> tuple[bytes, str]:
+        """The exposition text and its content type, as the ``Accept`` header wishes."""
+        self._write_gauges(self._read_stats())
+        encode, content_type = choose_encoder(accept or "")
+        return encode(_WithoutCreated(self._registry)), content_type
+
+    def _write_gauges(self, stats: EngineStats) -> None:
+        for exit_layer in self._exits:
+            self._running[exit_layer].set(stats.running_by_exit.get(exit_layer, 0))
+        self._waiting[()].set(stats.num_waiting)
+        total = stats.kv_pages_total
+        self._kv_usage[()].set(stats.kv_pages_used / total if total else 0.0)
+        self._kv_used[()].set(stats.kv_pages_used)
+        self._kv_cached[()].set(stats.kv_pages_cached)
+        self._kv_total[()].set(total)
+
+
+def _promises(report: RequestReport) -> tuple[_Promise, _Promise, _Promise]:
+    """The three times of a finished request: TTFT, TPOT, E2E.
+
+    A request that ended without a first token waited until it ended. The predicted E2E is taken for
+    the tokens that came, not for ``max_tokens``: an early stop is no error of the cost model.
+    """
+    budget, predicted = report.budget, report.predicted
+    num_gaps = max(report.num_output_tokens - 1, 0)
+    waited_s = report.ttft_s if report.ttft_s is not None else report.e2e_s
+    foretold: tuple[float | None, float | None, float | None] = (None, None, None)
+    if predicted is not None:
+        e2e_s = predicted.ttft_s + num_gaps * predicted.tpot_s
+        foretold = (predicted.ttft_s, predicted.tpot_s, e2e_s)
+    return (
+        _Promise("ttft", _seconds(budget.ttft_ms), foretold[0], waited_s),
+        _Promise("tpot", _seconds(budget.tpot_ms), foretold[1], report.tpot_s),
+        _Promise("e2e", _seconds(budget.latency_ms), foretold[2], report.e2e_s),
+    )
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3

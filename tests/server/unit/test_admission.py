@@ -1,0 +1,327 @@
+"""What a newcomer is told, and what becomes of it: predictions, exits, refusals, downgrades."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from typing import Any
+
+import pytest
+
+from sortserve.admission.choose import choose_exit
+from sortserve.admission.forecast import Forecast, Load, Newcomer, forecast, predicted_drain_s
+from sortserve.core.budget import Budget, Deadlines, OnMiss
+from sortserve.core.errors import MAX_RETRY_AFTER_S, BudgetUnattainableError, OverloadedError
+from sortserve.core.request import Estimate
+from sortserve.core.sequence import Promise
+from sortserve.cost.model import LEAST, CostModel
+from support.timed import MODEL, Timed, make_demand, make_timed, timed_request
+
+
+def newcomer(**budget: float) -> Newcomer:
+    return Newcomer(
+        num_prompt_tokens=100,
+        num_output_tokens=50,
+        arrival_s=0.0,
+        deadlines=Budget.from_mapping(budget).deadlines(0.0),
+        floor_layer=2,
+    )
+
+
+def load(*demands: Any, policy: str = "deadline") -> Load:
+    return Load(now=0.0, demands=demands, policy=policy)
+
+
+# ---- choosing, from given forecasts ----
+
+
+def predict(exit_layer: int) -> Forecast:
+    """Exit 9 takes 180 ms, exit 15 300 ms, exit 30 600 ms; only 9 fits, with others lowered."""
+    estimate = Estimate(0.01 * exit_layer, 0.001 * exit_layer, 0.02 * exit_layer)
+    promise = Promise(Deadlines(), 0.0, 1.0)
+    return Forecast(estimate, exit_layer <= 15, True, promise)
+
+
+def test_the_deepest_exit_that_keeps_everything_is_chosen() -> None:
+    choice = choose_exit(Budget(latency_ms=400), (9, 15, 30), predict)
+
+    assert (choice.exit_layer, choice.floor_layer, choice.fits) == (15, 9, True)
+    assert choice.promise is not None
+
+
+def test_without_a_time_nothing_is_promised() -> None:
+    choice = choose_exit(Budget(), (9, 15), predict)
+
+    assert (choice.exit_layer, choice.promise) == (15, None)
+
+
+def test_if_it_fits_only_once_others_are_shallower_it_gets_its_floor() -> None:
+    choice = choose_exit(Budget(latency_ms=500), (30,), predict)
+
+    assert (choice.exit_layer, choice.fits) == (30, True)
+    assert choice.promise is not None
+
+
+def never(exit_layer: int) -> Forecast:
+    return dataclasses.replace(predict(exit_layer), keeps=False, keeps_lowered=False)
+
+
+def test_when_nothing_fits_degrade_serves_the_shallowest_without_a_promise() -> None:
+    choice = choose_exit(Budget(latency_ms=1), (9, 15, 30), never)
+
+    assert (choice.exit_layer, choice.fits, choice.promise) == (9, False, None)
+
+
+@pytest.mark.parametrize(("drain_s", "retry_after_s"), [(None, 1.0), (7.5, 7.5), (0.2, 1.0)])
+def test_when_nothing_fits_reject_answers_with_the_time_until_it_would(
+    drain_s: float | None, retry_after_s: float
+) -> None:
+    budget = Budget(latency_ms=1, on_miss=OnMiss.REJECT)
+
+    with pytest.raises(BudgetUnattainableError, match="exit 9, needs 180 ms") as error:
+        choose_exit(budget, (9, 15, 30), never, drain_s=lambda: drain_s)
+
+    assert error.value.param == "budget.latency_ms"
+    assert error.value.retry_after_s == retry_after_s
+
+
+@pytest.mark.parametrize(
+    ("predicted_s", "told_s"),
+    [(1e300, MAX_RETRY_AFTER_S), (math.inf, MAX_RETRY_AFTER_S), (math.nan, 0.0), (-5.0, 0.0)],
+)
+def test_whatever_was_predicted_nobody_is_told_to_stay_away_for_more_than_an_hour(
+    predicted_s: float, told_s: float
+) -> None:
+    assert OverloadedError("full", retry_after_s=predicted_s).retry_after_s == told_s
+
+
+def test_a_time_that_is_past_is_promised_to_nobody_however_fast_the_machine() -> None:
+    fast = CostModel(LEAST, LEAST)
+    late = dataclasses.replace(
+        newcomer(latency_ms=10), arrival_s=-1.0, deadlines=Deadlines(e2e_s=-0.9)
+    )
+
+    found = forecast(2, late, load(), fast)
+
+    assert not found.keeps
+    assert not found.keeps_lowered
+
+
+def test_a_refusal_for_the_sake_of_others_says_so() -> None:
+    budget = Budget(latency_ms=5000, on_miss=OnMiss.REJECT)
+
+    with pytest.raises(BudgetUnattainableError, match="would break promises made to others"):
+        choose_exit(budget, (9, 15, 30), never)
+
+
+def test_without_calibration_the_deepest_exit_is_taken_on_trust() -> None:
+    choice = choose_exit(Budget(latency_ms=1), (9, 30), lambda exit_layer: None)
+
+    assert (choice.exit_layer, choice.estimate) == (30, None)
+
+
+# ---- forecasts ----
+
+
+def e2e_s(exit_layer: int, *demands: Any, policy: str = "deadline") -> float:
+    return forecast(exit_layer, newcomer(), load(*demands, policy=policy), MODEL).estimate.e2e_s
+
+
+def test_a_shallower_exit_is_predicted_faster_and_a_loaded_engine_slower() -> None:
+    busy = [make_demand(str(i), 6) for i in range(8)]
+    queued = make_demand("prompt", 6, num_pending=2000)
+
+    assert e2e_s(2) < e2e_s(4) < e2e_s(6)
+    assert e2e_s(2, *busy) > e2e_s(2)
+    assert e2e_s(6, *busy, queued) > e2e_s(6, *busy)
+
+
+def test_in_lockstep_a_shallow_exit_beside_deep_rows_gains_no_tpot() -> None:
+    deep = [make_demand(str(i), 6) for i in range(8)]
+
+    def tpot(policy: str) -> float:
+        return forecast(2, newcomer(), load(*deep, policy=policy), MODEL).estimate.tpot_s
+
+    assert tpot("fair") < 0.8 * tpot("lockstep")
+
+
+@pytest.mark.parametrize(
+    ("budget", "keeps"),
+    [
+        ({"latency_ms": 1000}, True),
+        ({"latency_ms": 300}, False),
+        ({"tpot_ms": 10}, True),
+        ({"tpot_ms": 7}, False),
+        ({"ttft_ms": 100}, True),
+        ({"ttft_ms": 5}, False),
+        ({"ttft_ms": 100, "tpot_ms": 7}, False),
+        ({"ttft_ms": 100, "tpot_ms": 10, "latency_ms": 600}, True),
+    ],
+)
+def test_each_kind_of_bound_is_judged_on_an_idle_machine(
+    budget: dict[str, float], keeps: bool
+) -> None:
+    # A step at exit 6 takes 7 ms, with the safety factor 7.7 ms; fifty of them 385 ms.
+    assert forecast(6, newcomer(**budget), load(), MODEL).keeps is keeps
+
+
+def test_a_promise_to_others_is_not_broken_for_a_newcomer() -> None:
+    tight = [make_demand(f"t{i}", 2, due_s=0.01, gap_s=0.0045, floor_layer=2) for i in range(3)]
+
+    found = forecast(6, newcomer(latency_ms=500), load(*tight), MODEL)
+
+    assert not found.keeps
+    assert not found.keeps_lowered
+
+
+def test_room_can_come_from_others_going_shallower() -> None:
+    tight = [make_demand(f"t{i}", 6, due_s=0.02, gap_s=0.0078, floor_layer=2) for i in range(2)]
+
+    found = forecast(2, newcomer(latency_ms=600), load(*tight), MODEL)
+
+    assert not found.keeps
+    assert found.keeps_lowered
+
+
+def test_retry_after_is_when_enough_promises_have_ended() -> None:
+    tight = [
+        dataclasses.replace(
+            make_demand(f"t{i}", 2, due_s=0.01, gap_s=0.0034, floor_layer=2), end_s=float(1 + i)
+        )
+        for i in range(3)
+    ]
+
+    found = predicted_drain_s(2, newcomer(latency_ms=500), load(*tight), MODEL)
+
+    assert found == 3.0
+    assert predicted_drain_s(2, newcomer(latency_ms=1), load(*tight), MODEL) is None
+
+
+# ---- through the whole engine, with steps that take time ----
+
+
+def run(*requests: Any, **config: Any) -> Timed:
+    timed = make_timed(**config)
+    timed.run(requests)
+    return timed
+
+
+@pytest.mark.parametrize(("latency_ms", "exit_layer"), [(200, 6), (75, 4), (40, 2)])
+def test_slack_is_spent_on_depth(latency_ms: float, exit_layer: int) -> None:
+    timed = run(timed_request("r", max_tokens=10, latency_ms=latency_ms))
+
+    report = timed.reports["r"]
+    assert report.tokens_by_exit == {exit_layer: 10}
+    assert report.met is True
+    assert report.outcome == "met"
+
+
+def test_the_floor_is_kept_and_the_budget_missed_where_both_cannot_be() -> None:
+    report = run(timed_request("r", latency_ms=30, min_exit_layer=4)).reports["r"]
+
+    assert report.tokens_by_exit == {4: 10}
+    assert (report.met, report.outcome) == (False, "degraded")
+
+
+def test_a_request_goes_shallower_in_flight_to_let_a_tighter_one_in() -> None:
+    timed = run(
+        timed_request("first", max_tokens=100, latency_ms=900),
+        timed_request("second", max_tokens=60, latency_ms=450, at=0.05),
+    )
+
+    reports = timed.reports
+    assert reports["first"].met is True
+    assert reports["second"].met is True
+    assert len(reports["first"].tokens_by_exit) > 1
+    assert list(reports["first"].tokens_by_exit) == sorted(
+        reports["first"].tokens_by_exit, reverse=True
+    )
+
+
+def test_an_explicit_exit_never_changes() -> None:
+    timed = run(
+        timed_request("fixed", max_tokens=60, exit_layer=6, latency_ms=600),
+        timed_request("plain", max_tokens=60, exit_layer=6),
+        *(timed_request(f"t{i}", max_tokens=40, latency_ms=350, at=0.02) for i in range(6)),
+    )
+
+    assert timed.reports["fixed"].tokens_by_exit == {6: 60}
+    assert timed.reports["plain"].tokens_by_exit == {6: 60}
+
+
+def test_an_unbudgeted_request_does_not_starve_beside_promises() -> None:
+    timed = make_timed()
+    arrivals = [
+        timed_request(f"t{i}", max_tokens=20, latency_ms=130, on_miss="reject", at=0.05 * i)
+        for i in range(100)
+    ]
+
+    timed.run([timed_request("plain", max_tokens=20, exit_layer=6), *arrivals])
+
+    plain = timed.reports["plain"]
+    assert plain.num_output_tokens == 20
+    assert plain.e2e_s < 4.0
+    met = [r.met for id_, r in timed.reports.items() if id_ != "plain"]
+    assert sum(map(bool, met)) >= 0.95 * len(met)
+
+
+def test_overload_lowers_the_depth_of_unbudgeted_requests_and_calm_raises_it() -> None:
+    timed = make_timed(overload_delay_s=0.2, max_num_seqs=4)
+    burst = [timed_request(f"b{i}", 200, max_tokens=5, at=0.001 * i) for i in range(50)]
+    calm = [timed_request(f"c{i}", 10, max_tokens=2, at=50.0 + i) for i in range(9)]
+
+    timed.run([*burst, *calm, timed_request("after", 10, at=60.0)])
+
+    exits = {id_: choice.exit_layer for id_, choice in timed.choices.items()}
+    assert exits["b0"] == 6
+    assert min(exits.values()) < 6
+    assert exits["after"] == 6
+
+
+def test_a_request_that_expired_in_the_queue_never_runs() -> None:
+    timed = make_timed(max_num_seqs=1)
+    hog = timed_request("hog", max_tokens=100, exit_layer=6)
+    late = timed_request("late", ttft_ms=100, on_miss="reject", at=0.001)
+    cut = timed_request("cut", latency_ms=200, on_miss="truncate", at=0.002)
+
+    timed.run([hog, late, cut])
+
+    ran = {row.request_id for plan in timed.runner.plans for row in plan.rows}
+    assert ran == {"hog"}
+    assert timed.errors["late"].status == 429  # type: ignore[attr-defined]
+    assert timed.reports["cut"].finish_reason == "deadline"
+
+
+def test_a_truncated_request_is_paced_and_stops_in_time() -> None:
+    report = run(timed_request("r", max_tokens=200, latency_ms=300, on_miss="truncate"))
+    done = report.reports["r"]
+
+    assert done.finish_reason == "deadline"
+    assert done.met is True
+    assert done.num_output_tokens > 50
+
+
+def test_under_twice_the_load_those_let_in_are_served_in_time_and_the_rest_is_told_when() -> None:
+    rng = random.Random(4)
+    timed = make_timed(seed=4)
+    arrivals = [
+        timed_request(
+            f"r{i}",
+            rng.randint(10, 100),
+            max_tokens=rng.randint(5, 60),
+            latency_ms=rng.choice((250, 500, 1500)),
+            on_miss="reject",
+            at=i / 60,
+        )
+        for i in range(120)
+    ]
+
+    timed.run(arrivals)
+
+    assert len(timed.reports) + len(timed.refusals) == 120
+    met = [report.met for report in timed.reports.values()]
+    assert timed.refusals
+    assert sum(map(bool, met)) >= 0.9 * len(met)
+    assert all((e.retry_after_s or 0) >= 1.0 for e in timed.refusals.values())
+    assert timed.engine.stats().kv_pages_used == 0

@@ -1,0 +1,211 @@
+"""The C++ attention against the plain torch one, over random pages, shapes and batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from sortserve.model.attention import HeadNorms, KVCache, ReferenceAttention, RopeTables
+from sortserve.model.backends.cpu.attention import NativeAttention
+from sortserve.model.backends.cpu.library import NativeLibrary, load_native
+from sortserve.model.batch import Batch
+from sortserve.model.config import ModelConfig
+
+MAX_LEN = 1400
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@pytest.fixture(name="library")
+def _library() -> NativeLibrary:
+    library = load_native()
+    if library is None:
+        pytest.skip("no C++ compiler")
+    return library
+
+
+def make_config(num_heads: int, num_kv_heads: int, head_dim: int) -> ModelConfig:
+    return ModelConfig(
+        family="llama",
+        num_layers=1,
+        hidden_size=num_heads * head_dim,
+        intermediate_size=32,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=16,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=MAX_LEN,
+        tie_word_embeddings=True,
+    )
+
+
+def make_rope(head_dim: int) -> RopeTables:
+    inv_freq = 10_000.0 ** -(torch.arange(0, head_dim, 2).float() / head_dim)
+    return RopeTables.build(inv_freq, 1.0, MAX_LEN)
+
+
+class Case:
+    """One layer's inputs for rows of (cached tokens, new tokens), pages scattered."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rows: Sequence[tuple[int, int]],
+        *,
+        block_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        lens = [start + count for start, count in rows]
+        num_blocks = [math.ceil(n / block_size) for n in lens]
+        num_pages = sum(num_blocks) + 3
+        free = torch.randperm(num_pages, generator=self.generator).int()
+        tables = torch.full((1, len(rows), max(num_blocks)), -1, dtype=torch.int32)
+        for r, (table, count) in enumerate(
+            zip(free[: sum(num_blocks)].split_with_sizes(num_blocks), num_blocks, strict=True)
+        ):
+            tables[0, r, :count] = table
+        positions = torch.cat(
+            [torch.arange(n - count, n) for (_, count), n in zip(rows, lens, strict=True)]
+        )
+        row_T = torch.arange(len(rows)).repeat_interleave(torch.tensor([c for _, c in rows]))
+        starts = [0]
+        for _, count in rows:
+            starts.append(starts[-1] + count)
+        self.batch = Batch(
+            token_ids_T=torch.zeros_like(positions),
+            positions_T=positions,
+            query_starts=tuple(starts),
+            context_lens=tuple(lens),
+            exit_layers=(1,) * len(rows),
+            samples=(True,) * len(rows),
+            query_starts_R1=torch.tensor(starts, dtype=torch.int32),
+            context_lens_R=torch.tensor(lens, dtype=torch.int32),
+            block_tables_SRB=tables,
+            slots_ST=(
+                tables[0, row_T, positions // block_size].long() * block_size
+                + positions % block_size
+            )[None],
+        )
+        cache = KVCache.allocate(config, 1, num_pages, block_size, dtype, "cpu")
+        self.pages = self.random(*cache.layer(0).shape).to(dtype)
+        self.qkv_TX = self.random(starts[-1], config.q_size + 2 * config.kv_size).to(dtype)
+        self.norms = HeadNorms(
+            (1 + 0.3 * self.random(config.head_dim)).to(dtype),
+            (1 + 0.3 * self.random(config.head_dim)).to(dtype),
+        )
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def run(
+        self, backend: ReferenceAttention | NativeAttention, *, norms: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """(output, pages), leaving the inputs as they are."""
+        pages, rows = self.pages.clone(), self.batch.num_rows
+        (attend,) = backend.prepare(self.batch, range(1), rows)
+        return attend(self.qkv_TX.clone(), self.norms if norms else None, pages), pages
+
+
+MIXED_ROWS = [(0, 1), (30, 1), (0, 20), (15, 1), (5, 3), (0, 8), (33, 12), (64, 1)]
+
+
+def assert_native_equals_reference(
+    library: NativeLibrary, config: ModelConfig, case: Case, *, norms: bool = False
+) -> None:
+    rope = make_rope(config.head_dim)
+    expected, expected_pages = case.run(ReferenceAttention(config, rope), norms=norms)
+    got, pages = case.run(NativeAttention(config, rope, library, case.pages.dtype), norms=norms)
+    tolerance = TOLERANCES[case.pages.dtype]
+    torch.testing.assert_close(pages, expected_pages, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("head_dim", [10, 16, 24, 64, 80, 128])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (6, 2), (4, 1), (14, 2)])
+def test_native_attention_equals_the_reference(
+    library: NativeLibrary, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    config = make_config(num_heads, num_kv_heads, head_dim)
+    assert_native_equals_reference(library, config, Case(config, MIXED_ROWS, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("block_size", [8, 24, 32])
+def test_pages_may_have_any_size(
+    library: NativeLibrary, block_size: int, dtype: torch.dtype
+) -> None:
+    config = make_config(6, 2, 64)
+    case = Case(config, MIXED_ROWS, block_size=block_size, dtype=dtype)
+    assert_native_equals_reference(library, config, case)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_query_and_key_norms_come_before_the_rotation(
+    library: NativeLibrary, dtype: torch.dtype
+) -> None:
+    config = make_config(6, 2, 24)
+    case = Case(config, MIXED_ROWS, dtype=dtype)
+    case.qkv_TX *= 3
+    assert_native_equals_reference(library, config, case, norms=True)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_long_contexts_are_split_and_merged(library: NativeLibrary, dtype: torch.dtype) -> None:
+    config, partition = make_config(6, 2, 64), library.attention_partition
+    rows = [(2 * partition, 1), (partition - 1, 1), (partition, 1), (7, 1), (1300, 2), (600, 40)]
+    case = Case(config, rows, block_size=24, dtype=dtype)
+    # A page with far larger scores than the others must win in the merge.
+    page = int(case.batch.block_tables_SRB[0, 0, 30])
+    case.pages[0, page] *= 4
+    assert_native_equals_reference(library, config, case)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_a_row_gets_the_same_bits_whatever_rows_are_beside_it(
+    library: NativeLibrary, dtype: torch.dtype
+) -> None:
+    config, rope = make_config(6, 2, 64), make_rope(64)
+    together = Case(config, MIXED_ROWS, dtype=dtype)
+    native = NativeAttention(config, rope, library, dtype)
+    out_TX, _ = together.run(native)
+    batch = together.batch
+    for row, rows in enumerate(MIXED_ROWS):
+        tokens = slice(batch.query_starts[row], batch.query_starts[row + 1])
+        alone = Case(config, [rows], dtype=dtype)
+        alone.qkv_TX, alone.pages = together.qkv_TX[tokens], together.pages
+        alone.batch = Batch(
+            **{
+                **vars(alone.batch),
+                "block_tables_SRB": batch.block_tables_SRB[:, row : row + 1].contiguous(),
+                "slots_ST": batch.slots_ST[:, tokens].contiguous(),
+            }
+        )
+        assert torch.equal(alone.run(native)[0], out_TX[tokens])
+
+
+def test_stale_contents_of_pages_do_not_matter(library: NativeLibrary) -> None:
+    config, rope = make_config(6, 2, 16), make_rope(16)
+    case = Case(config, [(3, 1), (20, 1)])
+    native = NativeAttention(config, rope, library, torch.float32)
+    expected, _ = case.run(native)
+    seen = torch.zeros(case.pages.shape[1] * 16, dtype=torch.bool)
+    for table, length in zip(case.batch.block_tables_SRB[0], case.batch.context_lens, strict=True):
+        positions = torch.arange(length)
+        seen[table[positions // 16].long() * 16 + positions % 16] = True
+    stale = (~seen).view(1, -1, 1, 16, 1).expand_as(case.pages)
+    case.pages[stale] = float("nan")
+    assert torch.equal(case.run(native)[0], expected)
+
+
+def test_rows_run_through_the_kernel(library: NativeLibrary) -> None:
+    config, rope = make_config(6, 2, 16), make_rope(16)
+    before = library.calls["attention"]
+    Case(config, MIXED_ROWS).run(NativeAttention(config, rope, library, torch.float32))
+    assert library.calls["attention"] == before + 1

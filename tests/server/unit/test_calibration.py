@@ -1,0 +1,341 @@
+"""Calibrations: what is timed, kept between starts, checked before it is believed, drawn."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sortserve.cli import main
+from sortserve.core.plan import StepPlan
+from sortserve.core.sampling_params import SampledToken
+from sortserve.cost.cache import cache_path, read_samples, write_samples
+from sortserve.cost.calibration import (
+    DECODE_ROWS,
+    PREFILL_TOKENS,
+    calibrate,
+    fault_of,
+    slowed,
+    spot_check,
+)
+from sortserve.cost.model import (
+    REGIME_TOKENS,
+    CostModel,
+    RowShape,
+    Samples,
+    StepShape,
+)
+from sortserve.engine.steps import step_shape
+from sortserve.process.profiling import chart, table
+from sortserve.process.svg import Series, line_chart
+from support.scripted import FakeClock
+from support.tiny_models import make_tiny_checkpoint
+
+TRUTH = CostModel((2e-3, 5e-4, 2e-5, 2e-8, 5e-5), (3e-3, 6e-4, 1e-5, 1e-8, 5e-5))
+EXITS = (9, 15, 30)
+LIMITS: dict[str, Any] = {
+    "exits": EXITS,
+    "vocab_size": 100,
+    "max_model_len": 2048,
+    "max_num_batched_tokens": 1024,
+    "max_num_seqs": 256,
+}
+
+KEY = {"machine": "one", "dtype": "bf16", "threads": 2}
+
+
+def samples() -> list[tuple[StepShape, float]]:
+    shapes = [
+        StepShape.of([RowShape(layers, 1, 10, samples=True)] * rows)
+        for layers in (2, 6)
+        for rows in (1, 8, 64)
+    ]
+    return [(shape, 1e-3 * (1 + shape.num_layers + shape.num_tokens / 10)) for shape in shapes]
+
+
+def test_a_calibration_comes_back_as_it_was(tmp_path: Path) -> None:
+    path = cache_path(tmp_path, KEY)
+
+    write_samples(path, samples(), KEY)
+
+    assert read_samples(path) == samples()
+    assert json.loads(path.read_text())["key"]["machine"] == "one"
+
+
+@pytest.mark.parametrize("change", [{"machine": "two"}, {"dtype": "fp32"}, {"threads": 4}])
+def test_another_machine_dtype_or_thread_count_has_its_own(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    assert cache_path(tmp_path, {**KEY, **change}) != cache_path(tmp_path, KEY)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no json",
+        "[]",
+        "{}",
+        '{"format_version": 0}',
+        '{"format_version": 1}',
+        '{"format_version": 1, "samples": []}',
+        '{"format_version": 1, "samples": [[[1], 2]]}',
+        '{"format_version": 1, "samples": {"1": 2}}',
+        '{"format_version": 1, "samples": [[[6, 1, 6, 60, 1], 0]]}',
+        '{"format_version": 1, "samples": [[[6, 1, 6, 60, 1], NaN]]}',
+        '{"format_version": 1, "samples": [[[6, 1, 6, 60, 1], Infinity]]}',
+        '{"format_version": 1, "samples": [[[6, 1, 6, 60, 1], -1]]}',
+        '{"format_version": 1, "samples": [[[6, 1, 6, 60, 1], "1"]]}',
+        '{"format_version": 1, "samples": [[[6, 1, 6, 60, 1], 1%s]]}' % ("0" * 400),
+        '{"format_version": 1, "samples": [[[6, 1, 6, 60, 1%s], 1]]}' % ("0" * 400),
+        '{"format_version": 1, "samples": [[[6, 1, 6, 1e999, 1], 1]]}',
+        '{"format_version": 1, "samples": [[[6, 1, 6, -60, 1], 1]]}',
+        '{"format_version": 1, "samples": [[[0, 1, 6, 60, 1], 1]]}',
+        '{"format_version": 1, "samples": [["61661", 1]]}',
+        "[" * 100_000,
+        " " * 5_000_000,
+    ],
+    ids=lambda text: text[:70],
+)
+def test_a_file_that_cannot_be_used_counts_as_none(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text(text)
+
+    assert read_samples(path) is None
+
+
+def test_a_pipe_in_place_of_the_file_keeps_nobody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+
+    assert read_samples(tmp_path / "pipe.json") is None
+
+
+def test_a_folder_that_cannot_be_written_is_no_failure(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    write_samples(tmp_path / "file" / "calibration.json", samples(), KEY)
+
+
+def test_the_table_and_the_chart_show_each_sample() -> None:
+    model = CostModel.fit(samples())
+
+    text, drawing = table(samples(), model), ElementTree.fromstring(chart(samples(), model, "a<b"))
+
+    assert len(text.splitlines()) == 1 + 6 + 4
+    dots = [e for e in drawing.iter() if e.tag.endswith("circle")]
+    assert len(dots) == 6 + 2  # and their keys in the legend
+
+
+def test_an_empty_chart_is_a_drawing_too() -> None:
+    drawing = line_chart("nothing", "x", "y", [Series("none", [])])
+
+    assert ElementTree.fromstring(drawing).tag.endswith("svg")
+
+
+def test_a_profile_is_printed_drawn_and_used_by_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SORTSERVE_CACHE_DIR", str(tmp_path / "cache"))
+    checkpoint = make_tiny_checkpoint(tmp_path, "llama-tied", exits=(2, 6))
+    plot = tmp_path / "profile.svg"
+
+    quick = {"REPEATS": 1, "DECODE_ROWS": (1, 2), "PREFILL_TOKENS": (16, 60)}
+    for name, value in {**quick, "MAX_MEDIAN_ERROR": math.inf}.items():  # however busy the machine
+        monkeypatch.setattr(f"sortserve.cost.calibration.{name}", value)
+    small = ["--max-model-len=64", "--max-num-seqs=4"]
+
+    code = main(["profile", str(checkpoint), *small, "--plot", str(plot)])
+
+    assert code == 0
+    assert "95th percentile" in capsys.readouterr().out
+    assert ElementTree.fromstring(plot.read_text()).tag.endswith("svg")
+    (kept,) = (tmp_path / "cache" / "calibration").iterdir()
+    assert read_samples(kept) is not None
+
+
+# ---- what is timed ----
+
+
+class Machine:
+    """Takes the time that a model says, times some noise, and remembers what it ran."""
+
+    block_size, slab_size = 16, 3
+
+    def __init__(
+        self,
+        *,
+        model: CostModel = TRUTH,
+        slow: float = 1.0,
+        noise: Callable[[], float] = lambda: 1.0,
+        num_pages: int = 10_000,
+    ) -> None:
+        self.clock = FakeClock(now=0.0)
+        self.num_pages = num_pages
+        self.plans: list[StepPlan] = []
+        self._model, self._slow, self._noise = model, slow, noise
+
+    def execute(self, plan: StepPlan) -> list[SampledToken]:
+        self.plans.append(plan)
+        self.clock.now += self._slow * self._model.step_s(step_shape(plan)) * self._noise()
+        return []
+
+
+def calibrated(machine: Machine, **limits: Any) -> list[tuple[StepShape, float]]:
+    return calibrate(machine, clock=machine.clock, **{**LIMITS, **limits})
+
+
+def tokens_of(samples: Samples) -> list[int]:
+    return [shape.num_tokens for shape, _ in samples]
+
+
+def test_a_quick_machine_times_every_size_at_three_depths_and_two_contexts() -> None:
+    found = calibrated(Machine(slow=0.01))
+
+    shapes = [shape for shape, _ in found]
+    num_prompts, num_decodes = 3 * len(PREFILL_TOKENS), 3 * 2 * len(DECODE_ROWS)
+    assert len(set(shapes)) == len(shapes) == num_prompts + 2 + num_decodes  # 2 of short prompts
+    assert {shape.num_layers for shape in shapes} == set(EXITS)
+    assert set(tokens_of(found)) == {*PREFILL_TOKENS, *DECODE_ROWS}
+
+
+def test_however_slow_the_machine_prompts_are_timed_first_and_then_rows_that_decode() -> None:
+    machine = Machine(slow=1000.0)  # the first step takes longer than there is time
+
+    found = calibrated(machine)
+
+    assert [n > REGIME_TOKENS for n in tokens_of(found)] == [True] * 6 + [False] * 6
+    assert set(tokens_of(found)) == {64, 128, 1, 32}
+    assert len(machine.plans) == 1 + len(found)  # and each of them once only
+    assert fault_of(found, machine, **LIMITS) is None
+
+
+def test_the_few_steps_of_a_slow_machine_tell_all_costs_apart() -> None:
+    slow, all_samples = calibrated(Machine(slow=1000.0)), calibrated(Machine(slow=0.01))
+
+    model = CostModel.fit(slow)
+
+    for shape, seconds in all_samples:
+        assert model.step_s(shape) == pytest.approx(seconds * 1e5, rel=0.02)
+    rows = [RowShape(30, 1, 2000, samples=True)] * 8
+    for shape in (StepShape.of(rows), StepShape.of([*rows, RowShape(9, 300, 700, samples=False)])):
+        assert model.step_s(shape) == pytest.approx(1000 * TRUTH.step_s(shape), rel=0.02)
+
+
+def test_a_machine_in_between_gets_on_with_both_kinds_while_there_is_time() -> None:
+    found = calibrated(Machine(slow=3.0))
+
+    further = [n > REGIME_TOKENS for n in tokens_of(found)[12:]]
+    assert 12 < len(found) < 38
+    assert abs(sum(further) - sum(not large for large in further)) <= 1
+
+
+@given(
+    max_model_len=st.sampled_from([1, 2, 15, 16, 17, 40, 48, 49, 60, 300, 5000]),
+    max_num_batched_tokens=st.sampled_from([1, 2, 31, 48, 49, 63, 100, 1024]),
+    max_num_seqs=st.sampled_from([1, 2, 3, 31, 64]),
+    exits=st.sampled_from([(3,), (3, 30), (9, 15, 30), (3, 6, 9, 12, 30)]),
+    spare_pages=st.sampled_from([0, 7, 10_000]),
+    slow=st.sampled_from([0.01, 1e3]),
+)
+@settings(max_examples=60, deadline=None)
+def test_only_steps_are_timed_that_the_engine_could_run_and_each_kind_that_it_could(
+    max_model_len: int,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    exits: tuple[int, ...],
+    spare_pages: int,
+    slow: float,
+) -> None:
+    one = -(-max_model_len // 16) * (exits[-1] // 3)  # what the pool holds at least
+    machine = Machine(slow=slow, num_pages=one + spare_pages)
+    limits: dict[str, Any] = {
+        **LIMITS,
+        "exits": exits,
+        "max_model_len": max_model_len,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_num_seqs": max_num_seqs,
+    }
+
+    found = calibrated(machine, **limits)
+    ratio = spot_check(machine, CostModel.fit(found), clock=machine.clock, **limits)
+
+    for plan in machine.plans:
+        assert 0 < plan.num_tokens <= max_num_batched_tokens
+        assert len(plan.rows) <= max_num_seqs
+        pages = np.concatenate([row.block_table_SB.ravel() for row in plan.rows])
+        assert len(set(pages)) == len(pages)
+        assert pages.max() < machine.num_pages
+        for row in plan.rows:
+            assert 0 <= row.start < row.context_len <= max_model_len
+            assert row.block_table_SB.shape == (row.exit_layer // 3, -(-row.context_len // 16))
+    assert fault_of(found, machine, **limits) is None
+    assert 1 / 1.5 < ratio < 1.5
+    can_be_large = min(max_num_batched_tokens, max_num_seqs * max_model_len) > REGIME_TOKENS
+    if spare_pages == 10_000:
+        assert any(n > REGIME_TOKENS for n in tokens_of(found)) is can_be_large
+
+
+# ---- what is believed ----
+
+
+def noise(sigma: float) -> Callable[[], float]:
+    rng = random.Random(5)
+    return lambda: math.exp(rng.gauss(0.0, sigma))
+
+
+def split(found: Samples) -> tuple[Samples, Samples]:
+    """Small and large ones."""
+    return (
+        [s for s in found if s[0].num_tokens <= REGIME_TOKENS],
+        [s for s in found if s[0].num_tokens > REGIME_TOKENS],
+    )
+
+
+def test_a_calibration_that_lacks_a_regime_is_not_believed() -> None:
+    machine = Machine()
+    small, large = split(calibrated(machine))
+
+    assert fault_of(small, machine, **LIMITS) == "no large step was timed"
+    assert fault_of(large, machine, **LIMITS) == "no small step was timed"
+
+
+def test_where_no_step_can_be_large_none_is_missed() -> None:
+    machine = Machine()
+    small, _ = split(calibrated(machine))
+
+    assert fault_of(small, machine, **{**LIMITS, "max_num_batched_tokens": 48}) is None
+
+
+def test_a_calibration_that_does_not_predict_its_own_samples_is_not_believed() -> None:
+    machine = Machine(noise=noise(0.1), slow=0.01)
+    assert fault_of(calibrated(machine), machine, **LIMITS) is None
+
+    rng = random.Random(1)
+    small, large = split(calibrated(machine))
+    wild = [(shape, rng.choice((0.001, 0.1, 10.0))) for shape, _ in large]
+
+    fault = fault_of([*small, *wild], machine, **LIMITS)
+    assert fault is not None
+    assert fault.startswith("a fit misses half of the large steps by ")
+
+
+def test_what_cannot_be_believed_is_served_with_slowed_down() -> None:
+    machine = Machine(noise=noise(1.0), slow=0.01)
+    found = calibrated(machine)
+
+    careful = slowed(found)
+
+    assert [shape for shape, _ in careful] == [shape for shape, _ in found]
+    covered = sum(slow >= seconds for (_, slow), (_, seconds) in zip(careful, found, strict=True))
+    assert covered >= 0.85 * len(found)
+    assert fault_of(careful, machine, **LIMITS) is None

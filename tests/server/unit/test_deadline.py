@@ -1,0 +1,305 @@
+"""The policy `deadline`, as pure functions of plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import pytest
+
+from sortserve.core.budget import Deadlines
+from sortserve.scheduling.capacity import lower, pressure
+from sortserve.scheduling.demand import Demand, paced, plan_pace
+from sortserve.scheduling.policy import (
+    MIN_CHUNK,
+    DepthClass,
+    Situation,
+    StepChoice,
+    deadline,
+    least_slack_first,
+    most_slack_last_admitted,
+)
+from support.timed import COSTS, make_demand
+
+EXITS = (2, 4, 6)
+DEEP_S = COSTS.decode_s(6, 10)
+SHALLOW_S = COSTS.decode_s(2, 10)
+
+
+def choose(
+    *rows: Demand, max_num_tokens: int = 1024, service: dict[int, float] | None = None
+) -> StepChoice:
+    served = service or {}
+    layers = sorted({row.exit_layer for row in rows}, reverse=True)
+    classes = [DepthClass(e, 1, float(e), served.get(e, 0.0)) for e in layers]
+    return deadline(Situation(0.0, rows, classes, COSTS, max_num_tokens))
+
+
+# ---- the depth cap ----
+
+
+def test_with_time_for_all_everybody_runs_as_deep_as_the_deepest() -> None:
+    choice = choose(make_demand("deep", 6, due_s=0.1), make_demand("shallow", 2, due_s=0.1))
+
+    assert choice.cap == 6
+    assert set(choice.request_ids) == {"deep", "shallow"}
+
+
+def test_a_shallow_row_that_a_deep_step_would_make_late_runs_alone() -> None:
+    choice = choose(
+        make_demand("deep", 6, due_s=0.1), make_demand("shallow", 2, due_s=1.5 * SHALLOW_S)
+    )
+
+    assert (choice.cap, choice.request_ids) == (2, ("shallow",))
+
+
+def test_a_deep_row_that_cannot_wait_for_a_shallow_step_sets_the_cap() -> None:
+    choice = choose(
+        make_demand("deep", 6, due_s=1.2 * DEEP_S), make_demand("shallow", 2, due_s=0.1)
+    )
+
+    assert choice.cap == 6
+
+
+def test_where_no_step_keeps_all_the_least_slack_goes_first() -> None:
+    deep, shallow = make_demand("deep", 6, due_s=1.1 * DEEP_S), make_demand("shallow", 2)
+    hurried = make_demand("hurried", 2, due_s=1.1 * SHALLOW_S)
+
+    choice = choose(deep, shallow, hurried)
+
+    assert (choice.cap, choice.request_ids) == (2, ("hurried",))  # slack 0.3 ms against 0.7 ms
+
+
+def test_a_row_that_is_late_rides_in_every_step_that_reaches_it() -> None:
+    choice = choose(make_demand("late", 4, due_s=-0.01), make_demand("deep", 6, due_s=0.1))
+
+    assert (choice.cap, choice.request_ids) == (6, ("late", "deep"))
+
+
+def test_rows_with_time_are_held_back_where_they_would_make_others_late() -> None:
+    room_s = COSTS.base_s(2) + 3.5 * COSTS.row_s(2, 10)
+    rows = [make_demand(f"r{i}", 2, due_s=0.5) for i in range(6)]
+
+    choice = choose(make_demand("tight", 2, due_s=room_s), *rows)
+
+    assert choice.request_ids == ("tight", "r0", "r1")
+
+
+def test_beside_soft_rows_the_depths_share_what_the_promises_leave() -> None:
+    rows = (make_demand("deep", 6), make_demand("shallow", 2), make_demand("kept", 6, due_s=0.1))
+
+    assert choose(*rows, service={6: 5.0, 2: 0.0}).cap == 2
+    assert choose(*rows, service={6: 0.0, 2: 5.0}).cap == 6
+
+
+def test_fairness_does_not_break_a_promise() -> None:
+    rows = (make_demand("soft", 2), make_demand("kept", 6, due_s=1.2 * DEEP_S))
+
+    assert choose(*rows, service={6: 5.0, 2: 0.0}).cap == 6
+
+
+def test_a_soft_row_that_was_left_out_for_long_is_as_urgent_as_a_promise() -> None:
+    starved = dataclasses.replace(make_demand("starved", 6), due_s=-1.0)
+    tight = [make_demand(f"tight{i}", 2, due_s=1.5 * SHALLOW_S) for i in range(3)]
+
+    choice = choose(starved, *tight)
+
+    assert choice.cap == 6
+    assert choice.request_ids == ("tight0", "tight1", "tight2", "starved")
+
+
+# ---- prompts ----
+
+
+def test_a_prompt_gets_as_many_tokens_as_the_least_slack_allows() -> None:
+    token_s = COSTS.token_s(6, 150)
+    decoding = make_demand("decoding", 6, due_s=DEEP_S + 100.5 * token_s)
+    prompt = make_demand("prompt", 6, due_s=5.0, num_pending=300)
+
+    choice = choose(decoding, prompt)
+
+    assert choice.num_prompt_tokens == 100
+    assert choice.request_ids == ("decoding", "prompt")
+
+
+def test_a_prompt_without_haste_waits_where_there_is_no_room() -> None:
+    decoding = make_demand("decoding", 6, due_s=1.01 * DEEP_S)
+    prompt = make_demand("prompt", 6, due_s=5.0, num_pending=300)
+
+    assert choose(decoding, prompt).request_ids == ("decoding",)
+
+
+def test_a_prompt_that_is_due_gets_on_beside_rows_that_are() -> None:
+    decoding = make_demand("decoding", 6, due_s=1.01 * DEEP_S)
+    prompt = make_demand("prompt", 6, due_s=0.001, num_pending=300)
+
+    choice = choose(decoding, prompt)
+
+    assert choice.request_ids == ("decoding", "prompt")
+    half = int(DEEP_S / COSTS.token_s(6, 150))
+    assert choice.num_prompt_tokens == half > MIN_CHUNK
+
+
+def test_an_urgent_prompt_is_left_a_token_where_those_who_are_due_fill_the_step() -> None:
+    """They may lose their pages before the step is made, and it must not be empty then."""
+    hurried = make_demand("hurried", 2, due_s=1.1 * SHALLOW_S)
+    prompt = make_demand("prompt", 6, due_s=0.001, num_pending=300)
+
+    choice = choose(hurried, prompt, max_num_tokens=1)
+
+    assert choice == StepChoice(6, ("hurried", "prompt"), 1)
+
+
+def test_alone_a_prompt_fills_the_step() -> None:
+    choice = choose(make_demand("prompt", 6, due_s=5.0, num_pending=3000), max_num_tokens=512)
+
+    assert choice.num_prompt_tokens == 512
+
+
+def test_prompts_get_tokens_in_the_order_in_which_they_are_due() -> None:
+    late, soon = (
+        make_demand("late", 6, due_s=5.0, num_pending=300),
+        make_demand("soon", 6, due_s=1.0, num_pending=300, order=1.0),
+    )
+    soft = make_demand("soft", 6, num_pending=300)
+
+    assert choose(soft, late, soon).request_ids == ("soon", "late", "soft")
+
+
+# ---- who enters, who leaves ----
+
+
+def test_the_least_slack_enters_first_and_equals_by_arrival() -> None:
+    waiting = [
+        make_demand("soft", num_pending=50),
+        make_demand("loose", due_s=9.0, num_pending=50),
+        make_demand("second", due_s=1.0, num_pending=50, order=2.0),
+        make_demand("first", due_s=1.0, num_pending=50, order=1.0),
+    ]
+
+    def order(*, soft_is_due: bool) -> list[str]:
+        found = least_slack_first(waiting, COSTS, soft_is_due=soft_is_due)
+        return [demand.request_id for demand in found]
+
+    assert order(soft_is_due=False) == ["first", "second", "loose", "soft"]
+    assert order(soft_is_due=True) == ["soft", "first", "second", "loose"]
+
+
+def test_soft_requests_lose_their_pages_first_then_the_promise_with_most_time() -> None:
+    kept, loose = make_demand("kept", due_s=1.0), make_demand("loose", due_s=9.0)
+
+    assert most_slack_last_admitted([make_demand("a"), make_demand("b"), kept]) == "b"
+    assert most_slack_last_admitted([kept, loose]) == "loose"
+
+
+# ---- pace ----
+
+
+def test_the_time_of_a_budget_is_spread_in_proportion() -> None:
+    pace = plan_pace(Deadlines(e2e_s=12.0), now=2.0, num_tokens=5, prefill_s=1.0, decode_s=1.0)
+
+    assert pace.first_due_s == pytest.approx(4.0)
+    assert pace.gap_s == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("deadlines", "first_due_s", "gap_s"),
+    [
+        (Deadlines(), math.inf, math.inf),
+        (Deadlines(ttft_s=3.0), 3.0, math.inf),
+        (Deadlines(tpot_s=0.5), math.inf, 0.5),
+        (Deadlines(ttft_s=3.0, e2e_s=12.0), 3.0, 9.0 / 4),
+        (Deadlines(tpot_s=0.5, e2e_s=12.0), 10.0, 0.5),
+        (Deadlines(tpot_s=0.5, ttft_s=3.0, e2e_s=12.0), 3.0, 0.5),
+    ],
+)
+def test_each_kind_of_bound_has_its_pace(
+    deadlines: Deadlines, first_due_s: float, gap_s: float
+) -> None:
+    pace = plan_pace(deadlines, now=2.0, num_tokens=5, prefill_s=1.0, decode_s=1.0)
+
+    assert pace.first_due_s == pytest.approx(first_due_s)
+    assert pace.gap_s == pytest.approx(gap_s)
+
+
+def test_whatever_the_ease_the_pace_ends_at_the_deadline() -> None:
+    for ease in (1.0, 0.6, 0.3):
+        pace = plan_pace(
+            Deadlines(e2e_s=12.0), now=2.0, num_tokens=5, prefill_s=1.0, decode_s=0.5, ease=ease
+        )
+        assert pace.first_due_s + 4 * pace.gap_s == pytest.approx(12.0)
+        assert 2.0 < pace.first_due_s < 12.0
+
+
+def test_times_are_paced_a_little_earlier_than_the_client_asked() -> None:
+    pace = paced(Deadlines(ttft_s=11.0, e2e_s=20.0, tpot_s=0.1), arrival_s=10.0)
+
+    assert pace.ttft_s is not None
+    assert pace.e2e_s is not None
+    assert pace.tpot_s is not None
+    assert 10.9 < pace.ttft_s < 11.0
+    assert 19.0 < pace.e2e_s < 20.0
+    assert 0.09 < pace.tpot_s < 0.1
+
+
+# ---- pressure, and going shallower ----
+
+
+def load_of(demands: Sequence[Demand]) -> float:
+    return pressure(demands, COSTS, now=0.0)
+
+
+def test_one_row_needs_its_steps_share_of_the_time() -> None:
+    assert load_of([make_demand(due_s=0.1, gap_s=2 * DEEP_S)]) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_step_is_paid_once_for_all_rows_that_it_reaches() -> None:
+    deep = make_demand("deep", 6, due_s=0.1, gap_s=10 * DEEP_S)
+    rider = make_demand("rider", 2, due_s=0.1, gap_s=10 * DEEP_S)
+    often = make_demand("often", 2, due_s=0.1, gap_s=5 * DEEP_S)
+
+    alone, with_rider, with_often = load_of([deep]), load_of([deep, rider]), load_of([deep, often])
+
+    assert with_rider - alone == pytest.approx(COSTS.row_s(2, 11) / (10 * DEEP_S))
+    assert with_often > with_rider
+
+
+def test_a_prompt_must_fit_before_it_is_due_and_only_later_ones_wait_for_it() -> None:
+    work_s = COSTS.prefill_s(6, 200)
+    first = make_demand("first", due_s=2 * work_s, num_pending=200)
+    second = make_demand("second", due_s=3 * work_s, num_pending=200, gap_s=100.0)
+
+    assert load_of([first]) == pytest.approx(0.5, abs=0.02)
+    assert 2 / 3 <= load_of([first, second]) < 0.85
+
+
+def test_nobody_goes_shallower_without_need() -> None:
+    assert lower([make_demand(due_s=0.1, gap_s=0.1)], EXITS, COSTS, now=0.0) == []
+
+
+def test_the_promise_that_asks_most_goes_shallower_one_exit_at_a_time() -> None:
+    loose = make_demand("loose", 6, due_s=0.1, gap_s=20 * DEEP_S)
+    tight = make_demand("tight", 6, due_s=0.1, gap_s=0.9 * DEEP_S)
+
+    lowered = lower([loose, tight], EXITS, COSTS, now=0.0)
+
+    assert lowered == [("tight", 4)]
+
+
+def test_nobody_goes_below_the_floor_even_where_that_breaks_the_promise() -> None:
+    tight = make_demand("tight", 6, floor_layer=4, due_s=0.1, gap_s=0.1 * DEEP_S)
+    fixed = make_demand("fixed", 6, floor_layer=6, due_s=0.1, gap_s=0.1 * DEEP_S)
+
+    assert lower([tight, fixed], EXITS, COSTS, now=0.0) == [("tight", 4)]
+    assert lower([tight], EXITS, COSTS, now=0.0) == [("tight", 4)]
+    assert lower([fixed], EXITS, COSTS, now=0.0) == []
+
+
+def test_requests_without_a_promise_go_shallower_before_those_with_one() -> None:
+    soft = make_demand("soft", 6, gap_s=1.5 * DEEP_S)
+    kept = make_demand("kept", 4, due_s=0.1, gap_s=1.2 * COSTS.decode_s(4, 10))
+
+    lowered = lower([soft, kept], EXITS, COSTS, now=0.0)
+
+    assert lowered == [("soft", 4)]

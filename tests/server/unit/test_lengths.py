@@ -1,0 +1,118 @@
+"""Expected lengths of answers."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from sortserve.admission.lengths import MIN_ENDED, LengthEstimator, expected_tokens
+from sortserve.admission.overload import CALM_S, HOLD_S, DepthLevel, next_level
+from support.scripted import make_request
+
+
+def learned(lengths: list[int], quantile: float = 0.9, limit: int = 10_000) -> LengthEstimator:
+    estimator = LengthEstimator(quantile)
+    for length in lengths:
+        estimator.observe(min(length, limit), cut=length > limit)
+    return estimator
+
+
+def exponential(mean: float, count: int) -> list[int]:
+    rng = random.Random(0)
+    return [1 + int(rng.expovariate(1 / mean)) for _ in range(count)]
+
+
+def test_nothing_is_said_before_enough_answers_have_ended() -> None:
+    estimator = learned([10] * (MIN_ENDED - 1))
+
+    assert estimator.expect(0, 500) is None
+
+
+@pytest.mark.parametrize("quantile", [0.5, 0.9])
+def test_the_wanted_share_of_answers_stays_within(quantile: float) -> None:
+    lengths = exponential(80, 2000)
+    expected = learned(lengths, quantile).expect(0, 10_000)
+
+    assert expected is not None
+    share = sum(length <= expected for length in lengths) / len(lengths)
+    assert share == pytest.approx(quantile, abs=0.07)
+
+
+def test_an_answer_that_has_come_far_is_expected_to_go_on() -> None:
+    estimator = learned([20] * 90 + [500] * 30)
+
+    early, late = estimator.expect(0, 10_000), estimator.expect(30, 10_000)
+
+    assert early is not None
+    assert late is not None
+    assert late >= 400
+    assert estimator.expect(450, 10_000) == pytest.approx(500, rel=0.25)
+    assert estimator.expect(5000, 10_000) in range(5001, 10_001)
+
+
+def test_answers_that_were_cut_off_do_not_look_short() -> None:
+    lengths = exponential(200, 1000)
+    free, cut = learned(lengths).expect(0, 150), learned(lengths, limit=100).expect(0, 150)
+
+    assert free == 150
+    assert cut is not None
+    assert cut > 100
+
+
+def test_the_limit_bounds_every_estimate() -> None:
+    estimator = learned([400] * 50)
+
+    assert estimator.expect(0, 30) == 30
+
+
+def test_without_history_the_limit_is_planned_or_what_the_service_assumes() -> None:
+    estimator = LengthEstimator()
+    plain = make_request(max_tokens=300)
+
+    assert expected_tokens(plain, 0, estimator) == 300
+    assumed = type(plain)(**{**vars(plain), "expected_tokens": 100})
+    assert expected_tokens(assumed, 0, estimator) == 100
+    assert 100 < expected_tokens(assumed, 100, estimator) <= 300
+    assert expected_tokens(assumed, 299, estimator) == 300
+
+
+def test_who_ignores_the_end_of_sequence_runs_to_the_limit() -> None:
+    request = make_request(max_tokens=300, ignore_eos=True)
+
+    assert expected_tokens(request, 0, learned([10] * 100)) == 300
+
+
+# ---- depth of requests without a budget under overload ----
+
+
+def play(delays: list[float], *, tick_s: float = 0.25, limit_s: float = 1.0) -> list[int]:
+    level, levels = DepthLevel(), []
+    for i, delay in enumerate(delays):
+        level = next_level(level, queue_delay_s=delay, limit_s=limit_s, num_exits=3, now=i * tick_s)
+        levels.append(level.num_down)
+    return levels
+
+
+def test_a_long_queue_lowers_the_depth_one_exit_at_a_time() -> None:
+    levels = play([5.0] * 12)
+
+    assert levels[0] == 1
+    assert levels[int(HOLD_S / 0.25)] == 2
+    assert levels[-1] == 2  # the shallowest of three
+
+
+def test_the_depth_comes_back_only_after_a_calm_while() -> None:
+    calm = int(CALM_S / 0.25)
+    levels = play([5.0, *[0.1] * (calm + 2)])
+
+    assert levels[calm] == 1
+    assert levels[-1] == 0
+
+
+def test_a_queue_that_hovers_changes_nothing() -> None:
+    assert play([5.0, *[0.8] * 40])[-1] == 1
+
+
+def test_a_limit_of_zero_switches_it_off() -> None:
+    assert set(play([9.0] * 20, limit_s=0.0)) == {0}

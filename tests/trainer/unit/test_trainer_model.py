@@ -1,0 +1,231 @@
+"""The trainer's view of a model: exits as transformers has them, packed rows, merged LoRA."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from sortserve.checkpoint.families import read_model_config
+from sortserve.model.config import ExitModuleKind
+from sortserve_trainer.model.exit_modules import ExitModules
+from sortserve_trainer.model.load import load_for_evaluation
+from sortserve_trainer.model.lora import merge_in_forward
+from sortserve_trainer.model.sorted_model import SortedModel
+from sortserve_trainer.run.terms import ExitTerm
+from sortserve_trainer.run.warm_start import prepare_affine_modules
+from support.tiny_models import (
+    VARIANTS,
+    hf_logits,
+    load_hf,
+    make_tiny_checkpoint,
+    read_exit_module,
+    tiny_hf_model,
+)
+
+EXITS = (2, 4, 6)
+KINDS = {2: "affine", 4: "mlp"}
+
+
+def packed(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """A packed row of random examples; every token but an example's last has a target."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = [torch.randint(3, 260, (n,), generator=generator) for n in lengths]
+    labels = [torch.cat([ids[1:], torch.tensor([-100])]) for ids in examples]
+    return {
+        "input_ids": torch.cat(examples)[None],
+        "labels": torch.cat(labels)[None],
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "lengths": torch.tensor(lengths),
+    }
+
+
+def plain_model(variant: str = "llama-tied") -> SortedModel:
+    trunk = tiny_hf_model(variant)
+    config = read_model_config(trunk.config)
+    modules = ExitModules({}, config, trunk.model.norm.weight.detach())
+    return SortedModel(trunk, EXITS, modules)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_exit_of_each_family_reads_what_transformers_computes(
+    tmp_path: Path, variant: str
+) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "model", variant, EXITS, KINDS)
+    reference = load_hf(folder)
+    loaded = load_for_evaluation(str(folder), dtype="float32", device="cpu")
+    batch = packed([11])
+
+    states = loaded.model.exit_states(
+        batch["input_ids"], batch["position_ids"], batch["lengths"], EXITS
+    )
+
+    for exit_layer in EXITS:
+        logits = states[exit_layer] @ loaded.model.head(exit_layer).T
+        expected = hf_logits(
+            reference,
+            batch["input_ids"][0].tolist(),
+            exit_layer,
+            read_exit_module(folder, exit_layer),
+        )
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_examples_of_a_packed_row_do_not_see_each_other() -> None:
+    model = plain_model()
+    together, alone = packed([7, 5]), packed([7, 5])
+
+    with torch.no_grad():
+        both = model.exit_states(
+            together["input_ids"], together["position_ids"], together["lengths"], EXITS
+        )
+        second = model.exit_states(
+            alone["input_ids"][:, 7:], alone["position_ids"][:, 7:], torch.tensor([5]), EXITS
+        )
+
+    for exit_layer in EXITS:
+        torch.testing.assert_close(both[exit_layer][7:], second[exit_layer])
+
+
+def test_bf16_products_attend_like_sdpa() -> None:
+    model = plain_model()
+    batch = packed([9, 30])
+    with torch.no_grad():
+        exact = model.exit_states(batch["input_ids"], batch["position_ids"], batch["lengths"], [6])[
+            6
+        ]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            close = model.exit_states(
+                batch["input_ids"], batch["position_ids"], batch["lengths"], [6]
+            )[6]
+
+    error = (close.float() - exact).norm() / exact.norm()
+    assert error < 0.05
+
+
+def lora_model(*, untrained: bool = False) -> SortedModel:
+    trunk = tiny_hf_model()
+    config = read_model_config(trunk.config)
+    norm = trunk.model.norm.weight.detach().clone()
+    torch.manual_seed(0)
+    targets = ["q_proj", "o_proj", "gate_proj", "down_proj"]
+    peft_model = get_peft_model(
+        trunk, LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=untrained)
+    )
+    return SortedModel(peft_model, EXITS, ExitModules({}, config, norm))
+
+
+def test_merged_lora_is_the_same_function_with_the_same_gradients() -> None:
+    model, batch = lora_model(), packed([8, 13])
+    terms = dict.fromkeys(EXITS, ExitTerm(ce=1 / 3))
+
+    def run() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        loss, _ = model(**batch, terms=terms)
+        loss.backward()
+        return loss.detach(), {
+            n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+        }
+
+    peft_loss, peft_grads = run()
+    changed = merge_in_forward(model.trunk)
+    merged_loss, merged_grads = run()
+
+    assert changed == 4 * 6
+    torch.testing.assert_close(merged_loss, peft_loss)
+    assert merged_grads.keys() == peft_grads.keys()
+    for name, grad in peft_grads.items():
+        torch.testing.assert_close(merged_grads[name], grad, rtol=1e-3, atol=1e-5)
+
+
+def test_the_base_teaches_what_it_said_before_it_had_an_adapter() -> None:
+    batch, terms = packed([8, 13]), {EXITS[-1]: ExitTerm(kl=1.0)}
+    fresh = lora_model(untrained=True)
+    merge_in_forward(fresh.trunk)
+    trained = lora_model()
+    merge_in_forward(trained.trunk)
+
+    own, _ = fresh(**batch, terms=terms, teacher="base")
+    moved, _ = trained(**batch, terms=terms, teacher="base")
+    own.backward()
+
+    assert float(own.detach()) == pytest.approx(0.0, abs=1e-5)
+    assert float(moved.detach()) > 0.1
+    assert any(p.requires_grad for p in trained.parameters())
+
+
+def test_an_unwanted_token_that_was_known_is_unlearned_and_the_others_are_kept() -> None:
+    model = plain_model()
+    batch = packed([9, 7])
+    terms = dict.fromkeys(EXITS, ExitTerm(ce=1 / 3))
+    optimizer = torch.optim.Adam(model.trunk.parameters(), lr=3e-3)
+    token = int(batch["labels"][0, 5])
+
+    def train(batch: dict[str, torch.Tensor]) -> tuple[dict[int, float], float]:
+        """The probability of the token at each exit, and the worst exit's loss on the targets."""
+        for _ in range(60):
+            loss, means = model(**batch, terms=terms, unlikelihood=1.0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            states = model.exit_states(
+                batch["input_ids"], batch["position_ids"], batch["lengths"], EXITS
+            )
+            probs = {e: (states[e][5] @ model.head(e).T).softmax(-1) for e in EXITS}
+        return {e: float(p[token]) for e, p in probs.items()}, max(map(float, means.values()))
+
+    known, _ = train(batch)
+    batch["unwanted"] = torch.full_like(batch["labels"], -100)
+    batch["unwanted"][0, 5], batch["labels"][0, 5] = token, -100
+    unlearned, loss = train(batch)
+
+    assert min(known.values()) > 0.5
+    assert max(unlearned.values()) < 0.05
+    assert loss < 0.5
+
+
+def test_lora_with_dropout_stays_with_peft() -> None:
+    trunk = tiny_hf_model()
+    model = get_peft_model(trunk, LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.1))
+
+    assert merge_in_forward(model) == 0
+
+
+def affine_model() -> SortedModel:
+    trunk = tiny_hf_model()
+    config = read_model_config(trunk.config)
+    kinds = {2: ExitModuleKind.AFFINE, 4: ExitModuleKind.AFFINE}
+    return SortedModel(trunk, EXITS, ExitModules(kinds, config, trunk.model.norm.weight.detach()))
+
+
+def loss_per_exit(model: SortedModel, batch: dict[str, torch.Tensor]) -> dict[int, float]:
+    with torch.no_grad():
+        _, means = model(**batch, terms=dict.fromkeys(EXITS, ExitTerm(ce=1 / 3)))
+    return {e: float(mean) for e, mean in means.items()}
+
+
+def test_a_fitted_affine_module_brings_an_exit_closer_to_the_full_depth() -> None:
+    model = affine_model()
+    batch = packed([60] * 20, seed=1)
+    states = model.trunk_states(batch["input_ids"], batch["position_ids"], batch["lengths"], EXITS)
+    full = model._read_out(6, states[6])
+    before = (model._read_out(4, states[4]) - full).norm()
+
+    prepare_affine_modules(model, [2, 4], [packed([60] * 20, seed=2)])
+
+    assert (model._read_out(4, states[4]) - full).norm() < 0.95 * before
+
+
+def test_rescaling_an_affine_module_leaves_its_function_alone() -> None:
+    model = affine_model()
+    torch.nn.init.normal_(model.exit_modules.by_exit[2].affine_weight, std=0.1)
+    batch = packed([20, 9])
+    before, tensors = loss_per_exit(model, batch), model.exit_modules.tensors()
+
+    prepare_affine_modules(model, [], [packed([40, 40], seed=3)])
+
+    assert not torch.equal(model.exit_modules.by_exit[2].input_scale, torch.ones(64))
+    assert loss_per_exit(model, batch) == pytest.approx(before, rel=1e-4)
+    for name, tensor in model.exit_modules.tensors().items():
+        torch.testing.assert_close(tensor, tensors[name])

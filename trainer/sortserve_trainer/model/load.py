@@ -1,0 +1,293 @@
+"""From what the user named to a ``SortedModel``: to be trained, or merged and evaluated."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from sortserve.checkpoint.adapter import ADAPTER_WEIGHTS, merge_adapter
+from sortserve.checkpoint.exit_modules import EXIT_MODULES, load_exit_modules
+from sortserve.checkpoint.families import read_model_config
+from sortserve.checkpoint.hf import load_hf_config, load_tokenizer, quiet
+from sortserve.checkpoint.load import (
+    CheckpointLayout,
+    open_checkpoint,
+    resolve_device,
+    resolve_dtype,
+)
+from sortserve.checkpoint.loader import SafetensorsReader, open_trunk
+from sortserve.checkpoint.sorted_json import SortedInfo, check_exits
+from sortserve.core.errors import CheckpointError, ConfigError
+from sortserve.model.config import ExitModuleKind, ModelConfig
+from sortserve_trainer.model.exit_modules import ExitModules
+from sortserve_trainer.model.lora import merge_in_forward
+from sortserve_trainer.model.sorted_model import SortedModel
+from sortserve_trainer.run.methods import Method
+from sortserve_trainer.run.settings import TrainSettings
+
+__all__ = ["EXIT_HEADS", "LoadedModel", "choose_exits", "load_for_evaluation", "load_for_training"]
+
+EXIT_HEADS = "exit_heads.safetensors"
+"""The heads of sft+ict, ``exits.{E}.lm_head.weight`` [V, D]: for evaluation, never served."""
+BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a block, in every supported family."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model in memory, and where it came from."""
+
+    model: SortedModel
+    tokenizer: Any
+    """transformers' ``PreTrainedTokenizerFast``."""
+    config: ModelConfig
+    base: str
+    """What its trunk is known as, findable from any working directory."""
+    sorted_info: SortedInfo | None
+    dtype: torch.dtype
+    """To compute in; weights that are trained are float32 whatever it is."""
+    device: torch.device
+    trains_weights: bool = False
+    """Whether the trunk's own weights are trained: not frozen, not under an adapter."""
+    new_modules: tuple[int, ...] = ()
+    """Exits whose module was made now and has not been trained."""
+
+
+def load_for_training(settings: TrainSettings, method: Method) -> LoadedModel:
+    """The base with everything ready to train that the settings ask for.
+
+    Raises:
+        CheckpointError: the base is bad, not supported, or has no weights.
+        ConfigError: the exits or the LoRA settings do not fit the base.
+    """
+    device = resolve_device(settings.device)
+    with open_checkpoint(settings.base, revision=settings.revision) as layout:
+        config = _check_weights(layout, read_model_config(load_hf_config(layout.model)))
+        dtype = resolve_dtype(settings.dtype, device, None)
+        exits = choose_exits(settings.exits, config.num_layers)
+        trunk_dtype = torch.float32 if settings.trains_weights else dtype
+        trunk = _load_trunk(layout, trunk_dtype, settings.quantize)
+        if not settings.trains_weights:
+            trunk.requires_grad_(False)
+        trunk = _with_adapter(trunk, layout, settings, method)
+        kinds = _module_kinds(layout, exits, method)
+        final_norm = _final_norm(trunk)
+        modules = ExitModules(kinds, config, final_norm)
+        trained = _load_modules(modules, layout)
+        tokenizer = load_tokenizer(layout.model)
+    model = SortedModel(trunk, exits, modules).to(device)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        config=config,
+        base=layout.base,
+        sorted_info=layout.sorted_info,
+        dtype=dtype,
+        device=device,
+        trains_weights=settings.trains_weights,
+        new_modules=tuple(e for e in modules.kinds(exits) if e not in trained),
+    )
+
+
+def load_for_evaluation(
+    source: str,
+    *,
+    exits: Sequence[int] | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+) -> LoadedModel:
+    """A checkpoint with its adapter merged, in eval mode, nothing to train.
+
+    Args:
+        source: as ``sortserve serve`` takes it.
+        exits: in place of those of ``sorted.json``; the full depth is added.
+        dtype: one of ``sortserve.checkpoint.load.DTYPES``.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        CheckpointError: the checkpoint is bad or not supported.
+        ConfigError: ``exits``, ``dtype`` or ``device`` is not possible.
+    """
+    torch_device = resolve_device(device)
+    with open_checkpoint(source, revision=revision) as layout:
+        config = _check_weights(layout, read_model_config(load_hf_config(layout.model)))
+        torch_dtype = resolve_dtype(dtype, torch_device, None)
+        info = layout.sorted_info
+        heads = _load_heads(layout)
+        known = info.exits if info is not None else (config.num_layers,)
+        known = tuple(sorted({*heads, *known}))
+        chosen = choose_exits(exits or known, config.num_layers)
+        trunk = _load_trunk(layout, torch.float32, "none")
+        if layout.is_adapter:
+            trunk.load_state_dict(merge_adapter(layout.own, layout.model))
+        kinds = {e: info.module_kind(e) for e in chosen[:-1] if info is not None}
+        modules = ExitModules(kinds, config, _final_norm(trunk))
+        _load_modules(modules, layout)
+        tokenizer = load_tokenizer(layout.model)
+    model = SortedModel(trunk, chosen, modules)
+    for exit_layer, head in heads.items():
+        if exit_layer in chosen:
+            model.exit_heads[str(exit_layer)] = nn.Parameter(head, requires_grad=False)
+    rotary = trunk.model.rotary_emb
+    inv_freq = rotary.inv_freq
+    model = model.to(device=torch_device, dtype=torch_dtype).eval()
+    rotary.inv_freq = inv_freq.to(torch_device)  # angles need float32, whatever the weights are in
+    model.requires_grad_(False)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        config=config,
+        base=layout.base,
+        sorted_info=layout.sorted_info,
+        dtype=torch_dtype,
+        device=torch_device,
+    )
+
+
+def choose_exits(exits: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """``exits`` with the full depth.
+
+    Raises:
+        ConfigError: they do not ascend, or are not layers of the model.
+    """
+    try:
+        check_exits(tuple(exits), num_layers)
+    except ValueError as error:
+        raise ConfigError(f"--exits: {error}.", param="exits") from error
+    return tuple(exits) if exits[-1] == num_layers else (*exits, num_layers)
+
+
+def _check_weights(layout: CheckpointLayout, config: ModelConfig) -> ModelConfig:
+    """Refuse missing, cut and misshapen weights by name, from the headers of the files alone.
+
+    Returns ``config``, untied where the files hold a head of its own.
+    """
+    with open_trunk(layout.model, config) as (_, config):
+        pass
+    if layout.is_adapter:
+        with SafetensorsReader([layout.own / ADAPTER_WEIGHTS], str(layout.own)):
+            pass
+    kinds = layout.sorted_info.exit_modules if layout.sorted_info else {}
+    load_exit_modules(layout.own, kinds, (), config, torch.float32, torch.device("cpu"))
+    return config
+
+
+def _load_trunk(layout: CheckpointLayout, dtype: torch.dtype, quantize: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    if quantize == "nf4":
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    try:
+        with quiet():
+            return AutoModelForCausalLM.from_pretrained(layout.model, **options)
+    except OSError as error:
+        reason = " ".join(str(error).split())[:400]
+        raise CheckpointError(f"{layout.model}: the weights cannot be read: {reason}") from error
+
+
+def _with_adapter(
+    trunk: Any, layout: CheckpointLayout, settings: TrainSettings, method: Method
+) -> Any:
+    """``trunk`` with the LoRA adapter to train or to keep: a new one, or the base's own."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if layout.is_adapter:
+        with quiet():
+            model: Any = PeftModel.from_pretrained(
+                trunk, str(layout.own), is_trainable=settings.trains_adapter
+            )
+        if settings.trains_weights:
+            return model.merge_and_unload()  # and saved as weights
+        _check_rank(model, settings, layout)
+        return _prepare_lora(model)
+    if not settings.trains_adapter:
+        return trunk
+    widest = max(trunk.config.hidden_size, trunk.config.intermediate_size)
+    if method.lora_rank > widest:
+        raise ConfigError(
+            f"--lora-rank {method.lora_rank} is more than the widest layer has rows ({widest}): "
+            "choose a smaller one, or 0 to train all weights.",
+            param="lora-rank",
+        )
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=method.lora_rank,
+        lora_alpha=settings.lora_alpha or method.lora_rank,
+        lora_dropout=settings.lora_dropout,
+        target_modules=list(settings.lora_targets or BLOCK_LINEARS),
+    )
+    torch.manual_seed(settings.seed)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _prepare_lora(get_peft_model(trunk, config))
+    except ValueError as error:
+        raise ConfigError(f"--lora-targets: {error}", param="lora-targets") from error
+
+
+def _check_rank(model: Any, settings: TrainSettings, layout: CheckpointLayout) -> None:
+    rank = model.active_peft_config.r
+    if settings.lora_rank is not None and settings.lora_rank != rank:
+        raise ConfigError(
+            f"--lora-rank {settings.lora_rank} does not fit {layout.own}, whose adapter has rank "
+            f"{rank} and goes on: leave the flag out.",
+            param="lora-rank",
+        )
+
+
+def _prepare_lora(model: Any) -> Any:
+    """Plain layers compute merged; in the others autocast chooses the dtype, where peft would
+    widen every activation to float32 first.
+    """
+    merge_in_forward(model)
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+    return model
+
+
+def _final_norm(trunk: Any) -> torch.Tensor:
+    get_base = getattr(trunk, "get_base_model", None)
+    weight: torch.Tensor = (get_base() if get_base is not None else trunk).model.norm.weight
+    return weight.detach().float()
+
+
+def _module_kinds(
+    layout: CheckpointLayout, exits: Sequence[int], method: Method
+) -> Mapping[int, ExitModuleKind]:
+    """The method's kind everywhere, but where the base has a module already."""
+    info = layout.sorted_info
+    own = info.exit_modules if info is not None else {}
+    return {e: own.get(e, method.exit_modules) for e in exits[:-1]}
+
+
+def _load_modules(modules: ExitModules, layout: CheckpointLayout) -> frozenset[int]:
+    """Fill in what the checkpoint has; returns the exits that were filled."""
+    path: Path = layout.own / EXIT_MODULES
+    info = layout.sorted_info
+    if info is None or not path.is_file():
+        return frozenset()
+    tensors = load_file(path)
+    modules.load(tensors)
+    names = {name.split(".")[1] for name in tensors}
+    return frozenset(int(e) for e in modules if e in names)
+
+
+def _load_heads(layout: CheckpointLayout) -> dict[int, torch.Tensor]:
+    path = layout.own / EXIT_HEADS
+    tensors = load_file(path) if path.is_file() else {}
+    return {int(name.split(".")[1]): tensor for name, tensor in tensors.items()}

@@ -1,0 +1,224 @@
+"""A transformers model read at several depths, for training and evaluation.
+
+``SortedModel`` runs the decoder layers of a Hugging Face causal model (plain or with peft's LoRA
+layers in it) one by one and takes the residual stream after each exit layer; an exit's module, or
+the model's own final norm, makes of it what the shared head reads.
+
+Shape legend: T tokens of a packed row (several examples end to end), D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sortserve_trainer.data import IGNORED
+from sortserve_trainer.model.attention import PACKED_ATTENTION
+from sortserve_trainer.model.exit_modules import ExitModules
+from sortserve_trainer.model.loss import Teacher, VocabSample, exit_losses, unlikelihood_loss
+from sortserve_trainer.run.terms import ExitTerm
+
+__all__ = ["SortedModel"]
+
+
+class SortedModel(nn.Module):
+    """The trunk, the exits' modules, and (for sft+ict only) the exits' own heads.
+
+    Args:
+        trunk: a transformers causal model of a supported family, or a peft model over one.
+        exits: ascending; the last is the number of layers.
+        exit_modules: of exits below full depth; an exit without one reads the final norm.
+    """
+
+    def __init__(self, trunk: nn.Module, exits: Sequence[int], exit_modules: ExitModules) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.exits = tuple(exits)
+        self.exit_modules = exit_modules
+        self.exit_heads = nn.ParameterDict()
+        self.base.config._attn_implementation = PACKED_ATTENTION
+        self.base.config.use_cache = False
+
+    @property
+    def base(self) -> Any:
+        """The transformers causal model itself, under peft or not."""
+        get_base = getattr(self.trunk, "get_base_model", None)
+        return get_base() if get_base is not None else self.trunk
+
+    @property
+    def config(self) -> Any:
+        """Transformers' config of the trunk (its Trainer asks for it)."""
+        return self.base.config
+
+    def train(self, mode: bool = True) -> SortedModel:
+        """As on any module, but 4-bit layers always stay in training mode.
+
+        On a CPU bitsandbytes repacks their weights for inference at the first call in eval mode.
+        """
+        super().train(mode)
+        for module in self.trunk.modules():
+            if type(module).__name__ == "Linear4bit":
+                module.train()
+        return self
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """As on transformers' models; the Trainer calls it."""
+        self.base.gradient_checkpointing_enable(**options)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor,
+        lengths: Tensor,
+        terms: Mapping[int, ExitTerm],
+        num_targets: float | None = None,
+        sample: VocabSample | None = None,
+        teacher: Literal["full", "base"] = "full",
+        unwanted: Tensor | None = None,
+        unlikelihood: float = 0.0,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The weighted loss over the target tokens, and each exit's mean cross-entropy.
+
+        Args:
+            input_ids: int64 [1, T].
+            labels: int64 [1, T]; the token after each position, or -100 where there is no target.
+            position_ids: int64 [1, T], from 0 in every example.
+            lengths: int64 [examples].
+            terms: exits to read, and the weights of their losses.
+            num_targets: of the whole global batch; None counts those of this row.
+            sample: see ``exit_losses``.
+            teacher: whose distribution KL terms learn from: the full depth's, or the base's
+                without its adapter.
+            unwanted: int64 [1, T]; the token to unlearn after each position, or -100; where it is
+                one, ``labels`` is not.
+            unlikelihood: weight of the loss on them beside that on targets.
+        """
+        is_target = labels[0] != IGNORED
+        targets = labels[0][is_target]
+        count = float(targets.numel()) if num_targets is None else float(num_targets)
+        # Distillation and vocabulary samples read the full depth, whatever its own weight.
+        exits = sorted({*terms, self.exits[-1]}) if _needs_full(terms, sample) else sorted(terms)
+        trunk_states = self.trunk_states(input_ids, position_ids, lengths, exits)
+        heads = {e: self.head(e) for e in exits}
+        loss, means = exit_losses(
+            self._read_rows(trunk_states, is_target),
+            heads,
+            targets,
+            terms,
+            num_targets=count,
+            sample=sample,
+            teacher=(
+                self._base_teacher(input_ids, position_ids, lengths, is_target)
+                if teacher == "base" and any(term.kl for term in terms.values())
+                else None
+            ),
+        )
+        if unwanted is None or not unlikelihood:
+            return loss, means
+        is_unwanted = unwanted[0] != IGNORED
+        if not is_unwanted.any():
+            return loss, means
+        own = unlikelihood_loss(
+            self._read_rows(trunk_states, is_unwanted),
+            heads,
+            unwanted[0][is_unwanted],
+            terms,
+            num_targets=count,
+        )
+        return loss + unlikelihood * own, means
+
+    @torch.no_grad()
+    def _base_teacher(
+        self, input_ids: Tensor, position_ids: Tensor, lengths: Tensor, rows: Tensor
+    ) -> Teacher:
+        """The trunk as it was before its adapter."""
+        full = self.exits[-1]
+        with self.trunk.disable_adapter():  # type: ignore[operator]
+            states = self.exit_states(input_ids, position_ids, lengths, (full,), rows)
+        return Teacher(states[full], self.base.get_output_embeddings().weight)
+
+    def exit_states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        lengths: Tensor,
+        exits: Iterable[int],
+        rows: Tensor | None = None,
+    ) -> dict[int, Tensor]:
+        """What the head reads at each of ``exits``: exit layer to [T, D] (or [rows, D]).
+
+        ``rows``: bool [T]; only these positions are kept.
+        """
+        return self._read_rows(self.trunk_states(input_ids, position_ids, lengths, exits), rows)
+
+    def trunk_states(
+        self, input_ids: Tensor, position_ids: Tensor, lengths: Tensor, exits: Iterable[int]
+    ) -> dict[int, Tensor]:
+        """The residual stream after each of ``exits`` layers, before any norm: [T, D] each."""
+        wanted = set(exits)
+        decoder = self.base.model
+        hidden = decoder.embed_tokens(input_ids)
+        if self.training and not hidden.requires_grad and _is_checkpointing(decoder):
+            hidden.requires_grad_()  # else checkpointed layers would see nothing to train
+        position_embeddings = decoder.rotary_emb(hidden, position_ids=position_ids)
+        spans = tuple(lengths.tolist())
+        states = {}
+        for depth, layer in enumerate(decoder.layers[: max(wanted)], start=1):
+            hidden = layer(
+                hidden,
+                attention_mask=None,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                lengths=spans,
+            )
+            if depth in wanted:
+                states[depth] = hidden[0]
+        return states
+
+    def head(self, exit_layer: int) -> Tensor:
+        """The head of an exit, [V, D]: the shared one, but for sft+ict."""
+        own = str(exit_layer)
+        if own in self.exit_heads:
+            head: Tensor = self.exit_heads[own]
+            return head
+        return _effective_weight(self.base.get_output_embeddings())
+
+    def _read_rows(
+        self, trunk_states: Mapping[int, Tensor], rows: Tensor | None
+    ) -> dict[int, Tensor]:
+        return {
+            exit_layer: self._read_out(exit_layer, h_TD if rows is None else h_TD[rows])
+            for exit_layer, h_TD in trunk_states.items()
+        }
+
+    def _read_out(self, exit_layer: int, h_TD: Tensor) -> Tensor:
+        name = str(exit_layer)
+        if name in self.exit_modules:
+            out: Tensor = self.exit_modules[name](h_TD)
+        else:
+            out = self.base.model.norm(h_TD)
+        return out
+
+
+def _needs_full(terms: Mapping[int, ExitTerm], sample: VocabSample | None) -> bool:
+    return sample is not None or any(term.kl for term in terms.values())
+
+
+def _is_checkpointing(decoder: Any) -> bool:
+    return bool(getattr(decoder, "gradient_checkpointing", False)) or any(
+        getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers
+    )
+
+
+def _effective_weight(head: Any) -> Tensor:
+    """The head's weight, with its LoRA product where peft has put one."""
+    weight: Tensor = head.weight
+    for name in getattr(head, "active_adapters", ()):
+        if name in getattr(head, "lora_A", ()):
+            delta = head.lora_B[name].weight @ head.lora_A[name].weight
+            weight = weight + head.scaling[name] * delta
+    return weight

@@ -1,0 +1,66 @@
+"""``OUTPUT.run``: what a run needs beside its result, and what lets it be resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sortserve.core.errors import ConfigError
+from sortserve_trainer.run.save import check_output, disk_errors
+from sortserve_trainer.run.settings import TrainSettings
+
+__all__ = ["Run", "plain_settings"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """``OUTPUT.run``: everything of a run but its result."""
+
+    folder: Path
+
+    @classmethod
+    def open(cls, settings: TrainSettings) -> Run:
+        """Begin a run, or find the one that these very settings began."""
+        check_output(settings.output)
+        run = cls(settings.output.with_name(f"{settings.output.name}.run"))
+        record, wanted = run.folder / "run.json", plain_settings(settings)
+        if int(os.environ.get("RANK", "0")) > 0:
+            return run
+        if record.is_file():
+            _check_same(json.loads(record.read_text(encoding="utf-8")), wanted, run.folder)
+            return run
+        with disk_errors(f"--output {settings.output}"):
+            run.folder.mkdir(parents=True, exist_ok=True)
+            draft = record.with_suffix(".tmp")
+            draft.write_text(json.dumps(wanted, indent=2), encoding="utf-8")
+            os.replace(draft, record)
+        return run
+
+    def finish(self) -> None:
+        """The states have done their work; the logs stay."""
+        for name in ("states", "heads"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        (self.folder / "run.json").unlink(missing_ok=True)
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    different = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+    if different:
+        name = different[0]
+        raise ConfigError(
+            f"{folder} holds an unfinished run with --{name.replace('_', '-')} "
+            f"{before.get(name)!r}, not {now.get(name)!r}: give the same flags to resume it, "
+            "name another --output, or delete that folder.",
+            param=name.replace("_", "-"),
+        )
+
+
+def plain_settings(settings: TrainSettings) -> dict[str, Any]:
+    """The settings that change the result, as JSON values."""
+    values: dict[str, Any] = settings.model_dump(mode="json", exclude={"output", "device"})
+    return values

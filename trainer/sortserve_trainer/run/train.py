@@ -1,0 +1,276 @@
+"""``sortserve train``: one run, from its settings to a checkpoint.
+
+A run lives in ``OUTPUT.run`` beside its target: what it was started with, states to resume from,
+logs. When it is done, the checkpoint appears at ``OUTPUT`` in one step. Run the same command again
+after any end but success and it goes on from the newest whole state, to the same weights that it
+would have had undisturbed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sortserve.core.errors import ConfigError
+from sortserve.process.arguments import Parser
+from sortserve.process.flags import add_flags
+from sortserve_trainer.data import Mixture, collate
+from sortserve_trainer.model.load import LoadedModel, load_for_training
+from sortserve_trainer.run.folder import Run, plain_settings
+from sortserve_trainer.run.methods import Method
+from sortserve_trainer.run.progress import ProgressDisplay
+from sortserve_trainer.run.recipe import card_text, command_line, versions
+from sortserve_trainer.run.run_data import RunData, load_run_data
+from sortserve_trainer.run.save import disk_errors, save_checkpoint
+from sortserve_trainer.run.settings import GROUPS, TrainSettings, load_train_settings
+from sortserve_trainer.run.trainer import SortedTrainer, newest_state
+from sortserve_trainer.run.warm_start import prepare_affine_modules
+
+__all__ = ["train", "train_command"]
+
+WARM_START_PACKS = 12
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def train_command(argv: Sequence[str]) -> int:
+    """Parse the command line and train; returns the exit code."""
+    parser = Parser(
+        prog="sortserve train", description="Turn a pretrained model into a sorted one."
+    )
+    add_flags(parser, TrainSettings, GROUPS)
+    settings = load_train_settings(vars(parser.parse_args(argv)))
+    with warnings.catch_warnings():
+        # Names that transformers and peft are about to change are not the user's concern.
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        train(settings, command=command_line(argv))
+    return 0
+
+
+def train(settings: TrainSettings, *, command: str = "") -> Path:
+    """Train and write the checkpoint; returns its folder.
+
+    Raises:
+        ConfigError: settings, data or output are wrong; one line says which and why.
+        CheckpointError: the base cannot be trained.
+    """
+    run = Run.open(settings)
+    _seed_everything(settings.seed)
+    method = settings.resolved
+    loaded = load_for_training(settings, method)
+    data = load_run_data(settings, loaded)
+    started_s = time.monotonic()
+    trainer = _train_phase(settings, method, loaded, data, run.folder / "states", run.folder)
+    held_out = trainer.last_evaluation()
+    steps = trainer.state.global_step
+    if method.has_head_phase:
+        _freeze_and_add_heads(loaded)
+        heads = replace(method, trains_exits=True, protect=0.0, has_head_phase=False)
+        trainer = _train_phase(settings, heads, loaded, data, run.folder / "heads", run.folder)
+        held_out = trainer.last_evaluation()
+        steps += trainer.state.global_step
+    loaded = _unsharded(trainer, loaded, settings, method)
+    if trainer.is_world_process_zero():
+        recipe = {
+            "method": method.name,
+            "command": command,
+            "steps": steps,
+            "tokens": data.mixture.num_tokens,
+            "seed": settings.seed,
+            "data": data.described,
+            "versions": versions(),
+            "held_out_loss": _by_exit(held_out),
+            "seconds_of_last_start": round(time.monotonic() - started_s, 1),
+            "world_size": trainer.args.world_size,
+            "settings": plain_settings(settings),
+        }
+        if loaded.sorted_info is not None:
+            recipe["continued_from"] = loaded.sorted_info.recipe
+        save_checkpoint(
+            loaded,
+            settings.output,
+            recipe=recipe,
+            card=card_text(settings, loaded.base, loaded.model.exits, recipe),
+            dtype=_DTYPES[settings.save_dtype],
+        )
+        run.finish()
+    trainer.accelerator.wait_for_everyone()
+    return settings.output
+
+
+# One phase of training
+
+
+def _train_phase(
+    settings: TrainSettings,
+    method: Method,
+    loaded: LoadedModel,
+    data: RunData,
+    states: Path,
+    logs: Path,
+) -> SortedTrainer:
+    with _tensorboard_logs_in(logs / "tensorboard"):
+        trainer = SortedTrainer(
+            loaded.model,
+            method,
+            seed=settings.seed,
+            mixture=data.mixture,
+            held_out=data.held_out,
+            args=_training_arguments(settings, method, loaded, data, states),
+            callbacks=[ProgressDisplay()],
+        )
+    state = newest_state(states)
+    loaded.model.train()
+    if state is None:
+        _warm_start(loaded, data.mixture)
+        if data.held_out:
+            trainer.evaluate()
+    with disk_errors(str(states)):
+        trainer.train(resume_from_checkpoint=None if state is None else str(state))
+    return trainer
+
+
+def _warm_start(loaded: LoadedModel, mixture: Mixture) -> None:
+    packs = (mixture[i] for i in range(min(WARM_START_PACKS, len(mixture))))
+    batches: Iterable[Mapping[str, Tensor]] = (collate([pack]) for pack in packs)
+    uses_autocast = loaded.dtype is not torch.float32
+    with torch.autocast(loaded.device.type, dtype=loaded.dtype, enabled=uses_autocast):
+        prepare_affine_modules(loaded.model, loaded.new_modules, batches)
+
+
+def _training_arguments(
+    settings: TrainSettings,
+    method: Method,
+    loaded: LoadedModel,
+    data: RunData,
+    states: Path,
+) -> Any:
+    from transformers import TrainingArguments
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    num_packs = len(data.mixture)
+    packs_per_step = settings.batch_size * settings.gradient_accumulation * world_size
+    max_steps = num_packs // packs_per_step
+    if max_steps == 0:
+        raise ConfigError(
+            f"--data: there are {num_packs} packs of --pack-length {settings.pack_length}, less "
+            f"than the {packs_per_step} of one step: give more data or smaller batches.",
+            param="data",
+        )
+    trackers = [t for t in settings.report_to if t != "none"]
+    return TrainingArguments(
+        output_dir=str(states),
+        max_steps=max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        learning_rate=method.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=int(settings.warmup * max_steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        adam_beta2=0.99,
+        optim="adamw_torch_fused",
+        bf16=loaded.dtype is torch.bfloat16,
+        use_cpu=loaded.device.type == "cpu",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        ddp_find_unused_parameters=method.exits_per_step is not None,
+        eval_strategy="steps" if data.held_out else "no",
+        eval_steps=settings.eval_every,
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        report_to=_known_trackers(trackers),
+        disable_tqdm=True,
+        log_level="error",
+        seed=settings.seed,
+        data_seed=settings.seed,
+    )
+
+
+@contextmanager
+def _tensorboard_logs_in(folder: Path) -> Iterator[None]:
+    """Where transformers' tracker writes that is made within, unless the user has said.
+
+    The environment is the one way to tell it; a second run of this process must not find it set.
+    """
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _known_trackers(names: Sequence[str]) -> list[str]:
+    """Refuse a tracker that is not installed, but let the default one go without a word.
+
+    Raises:
+        ConfigError: a tracker that was asked for cannot be used.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+
+    available = get_available_reporting_integrations()
+    if list(names) == ["tensorboard"] and "tensorboard" not in available:
+        return []
+    for name in names:
+        if name not in available:
+            raise ConfigError(
+                f"--report-to {name!r} is not possible here; installed: "
+                f"{', '.join(available) or 'none'}.",
+                param="report-to",
+            )
+    return list(names) or ["none"]
+
+
+def _unsharded(
+    trainer: SortedTrainer, loaded: LoadedModel, settings: TrainSettings, method: Method
+) -> LoadedModel:
+    """``loaded``, or under FSDP a copy with whole tensors, in the process that saves."""
+    if not trainer.is_fsdp_enabled:
+        return loaded
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes take part
+    if not trainer.is_world_process_zero():
+        return loaded
+    whole = load_for_training(settings, method)
+    if method.has_head_phase:
+        _freeze_and_add_heads(whole)
+    whole.model.load_state_dict(state, strict=False)
+    return whole
+
+
+def _freeze_and_add_heads(loaded: LoadedModel) -> None:
+    """The second phase of sft+ict: blocks frozen, and a copy of the head for every exit."""
+    model = loaded.model
+    model.requires_grad_(False)
+    for exit_layer in model.exits[:-1]:
+        head = model.head(exit_layer).detach().float().clone()
+        model.exit_heads[str(exit_layer)] = nn.Parameter(head)
+
+
+def _seed_everything(seed: int) -> None:
+    from transformers import set_seed
+
+    set_seed(seed)
+
+
+def _by_exit(metrics: Mapping[str, float]) -> dict[str, float]:
+    prefix = "eval_loss_exit_"
+    return {
+        name.removeprefix(prefix): round(value, 5)
+        for name, value in metrics.items()
+        if name.startswith(prefix)
+    }

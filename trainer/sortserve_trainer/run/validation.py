@@ -1,0 +1,36 @@
+"""A command's flags as its frozen settings, mistakes as one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from sortserve.core.errors import ConfigError
+from sortserve.process.config import flag_name, shown
+
+__all__ = ["validated"]
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def validated(settings: type[Settings], flags: Mapping[str, Any]) -> Settings:
+    """``settings`` from ``flags``, by field name; a field ``model`` is the positional MODEL.
+
+    Raises:
+        ConfigError: one line that names the flag, its value and what is allowed.
+    """
+    try:
+        return settings(**flags)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    message = message.rstrip(".")
+    if not first["loc"]:
+        raise ConfigError(f"{message}.")
+    flag = flag_name(str(first["loc"][0]))
+    param = flag.removeprefix("--").lower()
+    if first["type"] == "missing":
+        raise ConfigError(f"{flag} is missing.", param=param)
+    raise ConfigError(f"{flag}: {shown(first['input'])} is not allowed: {message}.", param=param)
