@@ -28,9 +28,8 @@ from sortserve.core.plan import RowPlan, StepPlan
 from sortserve.core.sampling_params import SamplingParams, SamplingRow
 from sortserve.cost.calibration import calibrate
 from sortserve.cost.learner import CostLearner
-from sortserve.cost.model import CostModel
+from sortserve.cost.model import CostModel, step_shape
 from sortserve.engine.runner import ModelRunner
-from sortserve.engine.steps import step_shape
 from sortserve.model.decoder import Decoder
 from sortserve.process.config import ServeSettings
 from sortserve.process.svg import Series, line_chart

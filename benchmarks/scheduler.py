@@ -26,8 +26,8 @@ from sortserve.admission.desk import AdmissionDesk
 from sortserve.core.budget import Budget
 from sortserve.core.plan import StepPlan
 from sortserve.core.sampling_params import SampledToken
+from sortserve.cost.model import step_shape
 from sortserve.engine.engine import Engine
-from sortserve.engine.steps import step_shape
 from sortserve.scheduling.policy import POLICIES
 
 __all__ = ["main", "measure"]

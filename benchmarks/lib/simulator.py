@@ -18,7 +18,7 @@ from benchmarks.lib.workload import RequestSpec
 from sortserve.admission.desk import AdmissionDesk
 from sortserve.core.budget import Budget, ExitInfo, ExitTable
 from sortserve.core.errors import SortserveError
-from sortserve.core.plan import StepPlan
+from sortserve.core.plan import Runner, StepPlan
 from sortserve.core.request import (
     GenerationRequest,
     Observer,
@@ -27,9 +27,8 @@ from sortserve.core.request import (
 )
 from sortserve.core.sampling_params import SampledToken, SamplingParams
 from sortserve.cost.learner import CostLearner
-from sortserve.cost.model import CostModel, Line, RowShape, StepShape
-from sortserve.engine.engine import Engine, EngineConfig, Runner
-from sortserve.engine.steps import step_shape
+from sortserve.cost.model import CostModel, Line, RowShape, StepShape, step_shape
+from sortserve.engine.engine import Engine, EngineConfig
 
 __all__ = [
     "MACHINES",

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
+from sortserve.core.plan import Runner
 from sortserve.core.sampling_params import SamplingParams, SamplingRow
 from sortserve.cost.model import CostModel
-from sortserve.engine.engine import Engine, EngineConfig, Runner
+from sortserve.engine.engine import Engine, EngineConfig
 from sortserve.engine.runner import ModelRunner
 from sortserve.model.decoder import Decoder
 from sortserve.text.tokenizer import TextStream, Tokenizer

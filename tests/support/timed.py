@@ -11,12 +11,11 @@ from sortserve.admission.choose import ExitChoice
 from sortserve.admission.desk import AdmissionDesk
 from sortserve.core.budget import Budget
 from sortserve.core.errors import BudgetUnattainableError
-from sortserve.core.plan import StepPlan
+from sortserve.core.plan import Runner, StepPlan
 from sortserve.core.request import GenerationRequest, RequestReport
 from sortserve.core.sampling_params import RowFailure, SampledToken
-from sortserve.cost.model import CostModel, Line
-from sortserve.engine.engine import Engine, Runner
-from sortserve.engine.steps import step_shape
+from sortserve.cost.model import CostModel, Line, step_shape
+from sortserve.engine.engine import Engine
 from sortserve.scheduling.demand import Demand, StepCosts
 from support.scripted import (
     Collected,

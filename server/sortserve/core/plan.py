@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sortserve.core.sampling_params import SamplingRow
+from sortserve.core.sampling_params import RowFailure, SampledToken, SamplingRow
 
-__all__ = ["RowPlan", "StepPlan"]
+__all__ = ["RowPlan", "Runner", "StepPlan"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,3 +70,14 @@ class StepPlan:
     def num_tokens(self) -> int:
         """Tokens of all rows."""
         return sum(row.num_tokens for row in self.rows)
+
+
+class Runner(Protocol):
+    """What executes a plan: weights and KV, no queues."""
+
+    num_pages: int
+    block_size: int
+    slab_size: int
+
+    def execute(self, plan: StepPlan) -> Sequence[SampledToken | RowFailure]:
+        """Run the plan; one result for each row that samples, in the plan's order."""

@@ -11,11 +11,9 @@ from itertools import chain, zip_longest
 
 import numpy as np
 
-from sortserve.core.plan import RowPlan, StepPlan
+from sortserve.core.plan import RowPlan, Runner, StepPlan
 from sortserve.core.sampling_params import SamplingParams, SamplingRow
-from sortserve.cost.model import REGIME_TOKENS, CostModel, Samples, StepShape
-from sortserve.engine.engine import Runner
-from sortserve.engine.steps import step_shape
+from sortserve.cost.model import REGIME_TOKENS, CostModel, Samples, StepShape, step_shape
 
 __all__ = ["calibrate", "fault_of", "slowed", "spot_check"]
 

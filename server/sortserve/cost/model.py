@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sortserve.core.plan import StepPlan
+
 __all__ = [
     "LEAST",
     "MOST_S",
@@ -29,6 +31,7 @@ __all__ = [
     "by_regime",
     "is_time",
     "solve_non_negative",
+    "step_shape",
 ]
 
 REGIME_TOKENS = 48
@@ -108,6 +111,14 @@ def by_regime(samples: Samples) -> tuple[Samples, Samples]:
     small = [s for s in samples if s[0].num_tokens <= REGIME_TOKENS]
     large = [s for s in samples if s[0].num_tokens > REGIME_TOKENS]
     return small or samples, large or samples
+
+
+def step_shape(plan: StepPlan) -> StepShape:
+    """A plan reduced to what its time depends on."""
+    return StepShape.of(
+        RowShape(row.exit_layer, row.num_tokens, row.context_len, row.sampling is not None)
+        for row in plan.rows
+    )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from sortserve.core.errors import (
     InvalidRequestError,
     SortserveError,
 )
-from sortserve.core.plan import StepPlan
+from sortserve.core.plan import Runner, StepPlan
 from sortserve.core.request import (
     EngineStats,
     FinishReason,
@@ -30,18 +30,18 @@ from sortserve.core.request import (
 from sortserve.core.sampling_params import RowFailure, SampledToken
 from sortserve.core.sequence import Sequence
 from sortserve.cost.learner import CostLearner
-from sortserve.cost.model import CostModel
-from sortserve.engine.execution import Execution, Runner, execute
+from sortserve.cost.model import CostModel, step_shape
+from sortserve.engine.execution import Execution, execute
 from sortserve.engine.finish import make_report
 from sortserve.engine.selftest import runs_a_token
-from sortserve.engine.steps import step_record, step_shape
+from sortserve.engine.steps import step_record
 from sortserve.engine.vocabulary import check_vocabulary
 from sortserve.scheduling.demand import Demand
 from sortserve.scheduling.kv_cache import KVCacheManager
 from sortserve.scheduling.policy import get_policy
 from sortserve.scheduling.scheduler import Scheduler
 
-__all__ = ["Engine", "EngineConfig", "Runner", "TextStream"]
+__all__ = ["Engine", "EngineConfig", "TextStream"]
 
 logger = logging.getLogger(__name__)
 

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
-from sortserve.core.plan import RowPlan, StepPlan
+from sortserve.core.plan import RowPlan, Runner, StepPlan
 from sortserve.core.sampling_params import RowFailure, SampledToken
 
-__all__ = ["Execution", "Runner", "execute"]
+__all__ = ["Execution", "execute"]
 
 logger = logging.getLogger(__name__)
-
-
-class Runner(Protocol):
-    """What executes a plan: weights and KV, no queues."""
-
-    num_pages: int
-    block_size: int
-    slab_size: int
-
-    def execute(self, plan: StepPlan) -> Sequence[SampledToken | RowFailure]:
-        """Run the plan; one result for each row that samples, in the plan's order."""
 
 
 @dataclass(frozen=True, kw_only=True)

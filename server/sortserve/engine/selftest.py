@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sortserve.core.plan import RowPlan, StepPlan
+from sortserve.core.plan import RowPlan, Runner, StepPlan
 from sortserve.core.sampling_params import SampledToken, SamplingParams, SamplingRow
-from sortserve.engine.execution import Runner
 
 __all__ = ["runs_a_token"]
 

@@ -9,17 +9,8 @@ from types import MappingProxyType
 from sortserve.core.plan import StepPlan
 from sortserve.core.request import StepRecord
 from sortserve.core.sequence import Sequence
-from sortserve.cost.model import RowShape, StepShape
 
-__all__ = ["step_record", "step_shape"]
-
-
-def step_shape(plan: StepPlan) -> StepShape:
-    """A plan reduced to what its time depends on."""
-    return StepShape.of(
-        RowShape(row.exit_layer, row.num_tokens, row.context_len, row.sampling is not None)
-        for row in plan.rows
-    )
+__all__ = ["step_record"]
 
 
 def step_record(

@@ -34,8 +34,8 @@ from sortserve.cost.model import (
     RowShape,
     Samples,
     StepShape,
+    step_shape,
 )
-from sortserve.engine.steps import step_shape
 from sortserve.process.profiling import chart, table
 from sortserve.process.svg import Series, line_chart
 from support.scripted import FakeClock
