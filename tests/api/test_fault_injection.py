@@ -235,9 +235,7 @@ async def test_a_text_that_cannot_be_made_harms_no_other(
 
     replies = await with_a_guilty_one(scene.service, {"prompt": GUILTY, "max_tokens": 4})
 
-    others = [reply for i, reply in enumerate(replies) if i != 3]
-    assert {reply.json()["choices"][0]["text"] for reply in others} == {"bcde"}
-    assert replies[3].status_code == (500 if part == "push" else 200)
+    assert only_the_guilty_one_failed(replies)
     assert await health(scene.service) == (200, 200)
 
 

@@ -69,7 +69,7 @@ class EngineConfig:
     """Predicted wait beyond which requests without a budget start shallower; 0: never."""
     enable_prefix_caching: bool = True
     max_failed_steps: int = 3
-    """So many steps in a row that fail whole, the self-test after each included, end the engine."""
+    """So many steps that fail and give no token, nor their self-tests, end the engine."""
     seed: int | None = None
     """Of the generator that draws seeds for requests without one."""
     vocab_size: int | None = None
@@ -103,12 +103,12 @@ def _push(live: _Live, token_id: int) -> tuple[str, bool]:
 
 
 def _rest(live: _Live) -> str:
-    """The text held back so far; none if the text stream is what failed."""
+    """The text held back so far."""
     try:
         return live.text.finish()
-    except Exception:
+    except Exception as error:
         logger.exception("the text of request %s lacks its end", live.sequence.request_id)
-        return ""
+        raise _TextError(type(error).__name__) from error
 
 
 class Engine:
@@ -198,9 +198,10 @@ class Engine:
             return outputs
         execution = execute(self._runner, plan, on_start=self._count_call)
         outputs += self._commit(plan, execution, now)
-        self._is_suspect = not execution.plan.rows
-        if not self._is_suspect:
+        # A part of a prompt that has been read says nothing: its scores are not looked at.
+        if execution.tokens:
             self._num_failed_steps = 0
+        self._is_suspect = bool(execution.failures) and not execution.tokens
         return outputs
 
     @property
@@ -270,18 +271,21 @@ class Engine:
             floor_layer=choice.floor_layer,
             promise=choice.promise,
         )
-        live = _Live(sequence, text, choice.fits)
-        self._live[request.request_id] = live
+        self.scheduler.add(sequence)
+        self._live[request.request_id] = _Live(sequence, text, choice.fits)
         if request.budget.has_latency and request.budget.on_miss is not OnMiss.DEGRADE:
             self._timed[request.request_id] = sequence
-        self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now and free all it holds; None if it is over already."""
         live = self._live.get(request_id)
         if live is None:
             return None
-        return self._finish(live, FinishReason.ABORT, self.clock(), text=_rest(live))
+        try:
+            text = _rest(live)
+        except _TextError:  # it is cut off in any case
+            text = ""
+        return self._finish(live, FinishReason.ABORT, self.clock(), text=text)
 
     def go_shallower(self, request_id: str, exit_layer: int, reason: str) -> None:
         """Continue a live request at a shallower exit: free, since all shallower KV exists."""
@@ -301,7 +305,7 @@ class Engine:
             late_end = deadlines.e2e_s is not None and now >= deadlines.e2e_s
             late_start = deadlines.ttft_s is not None and now >= deadlines.ttft_s
             if budget.on_miss is OnMiss.TRUNCATE and late_end:
-                outputs.append(self._finish(live, FinishReason.DEADLINE, now, text=_rest(live)))
+                outputs.append(self._truncate(live, now))
             elif (
                 budget.on_miss is OnMiss.REJECT
                 and sequence.first_scheduled_s is None
@@ -314,6 +318,14 @@ class Engine:
                 )
                 outputs.append(self._finish(live, FinishReason.ERROR, now, error=error))
         return outputs
+
+    def _truncate(self, live: _Live, now: float) -> RequestOutput:
+        """End a request at its deadline with what it has."""
+        try:
+            text = _rest(live)
+        except _TextError as error:
+            return self._fail(live, RowFailure("text", error.detail), now)
+        return self._finish(live, FinishReason.DEADLINE, now, text=text)
 
     def _commit(self, plan: StepPlan, execution: Execution, started: float) -> list[RequestOutput]:
         """Count what ran, hand out tokens, end what failed, tell the observer.
@@ -328,7 +340,7 @@ class Engine:
         sequences = {row.request_id: self._live[row.request_id].sequence for row in plan.rows}
         previous = {id_: s.last_token_s for id_, s in sequences.items()}
         self.scheduler.commit(ran, sequences)
-        predicted_s = self._predict(ran)
+        model = self.cost_model  # what the step was planned with
         if not (execution.was_retried or execution.failures):
             self._learn(ran, started if self._busy_since_s is None else self._busy_since_s, now)
         failures = dict(execution.failures)
@@ -341,17 +353,20 @@ class Engine:
                 except _TextError as error:
                     failures[row.request_id] = RowFailure("text", error.detail)
         outputs += [self._fail(self._live[id_], failure, now) for id_, failure in failures.items()]
-        record = step_record(
-            ran,
-            sequences,
-            full_depth=self.exits.full,
-            previous_token_s=previous,
-            started_s=started,
-            now=now,
-            predicted_s=predicted_s,
-            failed_rows=Counter(failure.reason for failure in failures.values()),
+        self.tell(
+            lambda observer: observer.on_step(
+                step_record(
+                    ran,
+                    sequences,
+                    full_depth=self.exits.full,
+                    previous_token_s=previous,
+                    started_s=started,
+                    now=now,
+                    predicted_s=None if model is None else model.step_s(step_shape(ran)),
+                    failed_rows=Counter(failure.reason for failure in failures.values()),
+                )
+            )
         )
-        self.tell(lambda observer: observer.on_step(record))
         self._busy_since_s = now if self.has_work else None
         return outputs
 
@@ -455,24 +470,24 @@ class Engine:
     def check_health(self) -> None:
         """Tell a broken engine from requests that no engine can serve; call it after each step.
 
-        A step whose every row failed is followed by one of a plain token: as long as that runs, the
-        requests were to blame, and however many of them come, they end nobody but themselves.
-        Otherwise the step counts, and ``failure`` is set when there are too many in a row.
+        A step in which rows failed and none gave a token is followed by one of a plain token: as
+        long as that runs, the requests were to blame, and however many of them come, they end
+        nobody but themselves. Otherwise the step counts, and ``failure`` is set when there are too
+        many of them before the next token. Where the pages are all taken the step counts for
+        nothing: there will be one whose failure has given some back.
         """
-        if not self._is_suspect:
+        num_pages = self.exits.full // self._runner.slab_size
+        if not self._is_suspect or num_pages > self.kv_cache.pool.num_free:
             return
         self._is_suspect = False
-        if self._self_test():
+        if self._self_test(num_pages):
             self._num_failed_steps = 0
             return
         self._num_failed_steps += 1
         if self._num_failed_steps >= self.config.max_failed_steps:
             self.failure = f"{self._num_failed_steps} steps in a row failed, self-tests included"
 
-    def _self_test(self) -> bool:
-        num_pages = self.exits.full // self._runner.slab_size
-        if num_pages > self.kv_cache.pool.num_free:
-            return False
+    def _self_test(self, num_pages: int) -> bool:
         with self.kv_cache.borrowed(num_pages) as pages:
             self._count_call()
             return runs_a_token(self._runner, self.exits.full, pages)
@@ -509,9 +524,6 @@ class Engine:
     def expect(self, request: GenerationRequest) -> int:
         """The output tokens to plan a newcomer for."""
         return expected_tokens(request, 0, self.lengths)
-
-    def _predict(self, plan: StepPlan) -> float | None:
-        return None if self.cost_model is None else self.cost_model.step_s(step_shape(plan))
 
     def check_invariants(self) -> None:
         """Assert that every part agrees with every other."""

@@ -6,14 +6,23 @@ from typing import Any
 
 import pytest
 
-from sortserve.core.budget import Budget
+from sortserve.core.budget import Budget, OnMiss
 from sortserve.core.request import GenerationRequest, RequestReport, StepRecord
 from sortserve.cost.learner import CostLearner
-from sortserve.cost.model import StepShape
+from sortserve.cost.model import CostModel, StepShape
 from sortserve.engine.engine import Engine
 from sortserve.engine.stall import StallDetector
 from support.faults import FaultyRunner
-from support.scripted import AsciiText, Collected, add, make_engine, make_request, run
+from support.scripted import (
+    AsciiText,
+    Collected,
+    FakeClock,
+    add,
+    make_engine,
+    make_request,
+    run,
+)
+from support.timed import MODEL
 
 NEIGHBOURS = ("left", "right")
 
@@ -185,6 +194,66 @@ def test_a_learner_that_raises_leaves_the_cost_model_as_it_is(
     assert engine.cost_model is model
 
 
+class EndlessText(AsciiText):
+    """Gives text, but not what it held back."""
+
+    def finish(self) -> str:
+        raise RuntimeError("a scripted fault")
+
+
+@pytest.mark.parametrize("max_tokens", [1, 4])
+def test_an_answer_without_its_end_is_a_failure_and_not_a_shorter_answer(max_tokens: int) -> None:
+    records = Records()
+    engine = make_engine(observer=records, make_text=lambda r: EndlessText(r.sampling))
+    add(engine, make_request("r", max_tokens=max_tokens, stop=("xyz",)))
+
+    results = run(engine)
+
+    assert error_of(results["r"]) == "The model failed on this request: text (RuntimeError)."
+    assert records.reports[0].finish_reason == "error"
+    assert dict(records.steps[-1].failed_rows) == {"text": 1}
+
+
+def test_an_answer_cut_by_its_deadline_fails_too_without_its_end() -> None:
+    clock = FakeClock()
+    engine = make_engine(clock=clock, make_text=lambda r: EndlessText(r.sampling))
+    budget = Budget(latency_ms=1000, on_miss=OnMiss.TRUNCATE)
+    add(engine, make_request("late", max_tokens=50, budget=budget))
+    add(engine, make_request("next", max_tokens=50))
+    engine.step()
+    clock.now += 2.0
+
+    outputs = {output.request_id: output for output in engine.step()}
+
+    assert str(outputs["late"].error) == "The model failed on this request: text (RuntimeError)."
+    assert outputs["next"].error is None
+    engine.check_invariants()
+
+
+@pytest.mark.parametrize("part", ["step_s", "line"])
+def test_a_cost_model_that_raises_costs_nobody_an_answer(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(observer=Records())
+    engine.cost_model = MODEL
+    monkeypatch.setattr(CostModel, part, lambda *args: 1 / 0)
+    add(engine, make_request("r"))
+
+    assert run(engine)["r"].text == "bcde"
+
+
+def test_a_request_that_cannot_be_queued_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.scheduler, "add", lambda sequence: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            add(engine, make_request("r"))
+
+    engine.check_invariants()
+    add(engine, make_request("r"))
+    assert run(engine)["r"].text == "bcde"
+
+
 # ---- a broken engine ----
 
 
@@ -242,6 +311,56 @@ def test_the_self_test_leaves_no_page_behind() -> None:
     assert runner.plans[-1].rows[0].request_id == "self-test"
     assert engine.kv_cache.pool.num_used == 0
     engine.check_invariants()
+
+
+def test_scores_that_are_never_finite_end_the_engine_however_long_the_prompts() -> None:
+    """A step that only reads a part of a prompt gives no token, so it says nothing of them."""
+    names = [str(i) for i in range(3)]
+    engine = make_engine(
+        runner=FaultyRunner(not_finite=[*names, "self-test"]),
+        max_failed_steps=3,
+        max_num_batched_tokens=8,
+    )
+    for name in names:
+        add(engine, make_request(name, "a" * 20))
+
+    while engine.has_work:
+        engine.step()
+        engine.check_health()
+
+    assert engine.failure == "3 steps in a row failed, self-tests included"
+
+
+def test_a_part_of_a_prompt_beside_rows_without_tokens_forgives_nothing() -> None:
+    names = [str(i) for i in range(3)]
+    runner = FaultyRunner(not_finite=[*names, "self-test"])
+    engine = make_engine(runner=runner, max_failed_steps=3, max_num_batched_tokens=8)
+    add(engine, make_request("long", "a" * 200))
+    engine.step()
+    for name in names:
+        add(engine, make_request(name, "a"))
+        engine.step()
+        engine.check_health()
+
+    assert engine.failure == "3 steps in a row failed, self-tests included"
+
+
+def test_where_no_page_is_free_for_a_self_test_the_step_counts_for_nothing() -> None:
+    """Three requests that no engine can serve, while others hold all the pages."""
+    guilty = ("g0", "g1", "g2")
+    runner = FaultyRunner(guilty=guilty)
+    runner.num_pages = 6
+    engine = make_engine(runner=runner, max_failed_steps=3, enable_prefix_caching=False)
+    held = engine.kv_cache.pool.allocate(4)
+    for name in guilty:
+        add(engine, make_request(name, "a"), exit_layer=2)
+        engine.step()
+        engine.check_health()
+
+    assert engine.failure is None
+    engine.kv_cache.pool.release(held, keep=lambda page: False)
+    add(engine, make_request("healthy"))
+    assert run(engine)["healthy"].text == "bcde"
 
 
 # ---- a stall ----
