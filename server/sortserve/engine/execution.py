@@ -73,14 +73,15 @@ def _run(runner: Runner, plan: StepPlan, on_start: Callable[[], None]) -> Execut
     results = runner.execute(plan)
     sampling = [row for row in plan.rows if row.sampling is not None]
     assert len(results) == len(sampling), f"{len(results)} results for {len(sampling)} rows"
+    tokens = tuple(result for result in results if not isinstance(result, RowFailure))
+    if len(tokens) == len(results):
+        return Execution(plan=plan, tokens=tokens)
     failures = {
         row.request_id: result
         for row, result in zip(sampling, results, strict=True)
         if isinstance(result, RowFailure)
     }
-    if failures:
-        plan = replace(plan, rows=tuple(r for r in plan.rows if r.request_id not in failures))
-    tokens = tuple(result for result in results if isinstance(result, SampledToken))
+    plan = replace(plan, rows=tuple(r for r in plan.rows if r.request_id not in failures))
     return Execution(plan=plan, tokens=tokens, failures=failures)
 
 

@@ -234,8 +234,8 @@ class ServeSettings(BaseSettings):
 
     # Failures
     max_failed_steps: Count = 3
-    """Steps in a row that may fail and give no token, with a self-test that fails after each, before
-    the process ends."""
+    """Steps in a row that may fail and give no token, each followed by a self-test that fails too,
+    before the process ends."""
     step_timeout: Seconds = 300.0
     """Seconds after which an engine that does not get on has failed, and the process ends. The
     longest step must fit in. 0: never."""

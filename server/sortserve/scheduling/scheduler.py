@@ -163,11 +163,11 @@ class Scheduler:
             self._lower(costs, now)
         self._admit(costs, now)
         while self._running:
-            choice = self._choose(costs, now)
-            chosen = {request_id: i for i, request_id in enumerate(choice.request_ids)}
-            rows = self._make_room([s for s in self._running if s.request_id in chosen], now)
+            choice, rows = self._choose(costs, now)
+            rows = self._make_room(rows, now)
             if rows:
-                rows.sort(key=lambda s: chosen[s.request_id])
+                rank = {request_id: i for i, request_id in enumerate(choice.request_ids)}
+                rows.sort(key=lambda s: rank[s.request_id])
                 return self._plan(rows, choice, now)
             # All rows of the step gave up their pages: others have room now.
         return None
@@ -179,8 +179,9 @@ class Scheduler:
         unseen = [s for s in self.sequences() if s.request_id not in self._demands]
         costs = StepCosts(self.cost_model, chunk=self._max_num_batched_tokens)
         self._look_again(unseen, costs, now)
-        seen = (self._demands.get(sequence.request_id) for sequence in self.sequences())
-        return [demand for demand in seen if demand is not None]
+        known = self._demands
+        ids = [s.request_id for s in self.sequences()]
+        return [known[request_id] for request_id in ids if request_id in known]
 
     def _decide(self, decision: Callable[[], T], stand_in: Callable[[], T], now: float) -> T:
         """What the policy decides; if it fails, what stands in for it."""
@@ -300,30 +301,34 @@ class Scheduler:
         self._running.append(sequence)
         return True
 
-    def _choose(self, costs: StepCosts | None, now: float) -> StepChoice:
-        """Ask the policy for the next step; ``fair`` stands in for one that fails."""
+    def _choose(self, costs: StepCosts | None, now: float) -> tuple[StepChoice, list[Sequence]]:
+        """The policy's next step and its rows as admitted; ``fair`` stands in if it fails."""
         classes = self._depth_classes()
         return self._decide(
             lambda: self._policys_choice(classes, costs, now),
-            lambda: self._all_up_to(fair(classes)),
+            lambda: self._with_rows(self._all_up_to(fair(classes))),
             now,
         )
 
     def _policys_choice(
         self, classes: list[DepthClass], costs: StepCosts | None, now: float
-    ) -> StepChoice:
+    ) -> tuple[StepChoice, list[Sequence]]:
         """What the policy chooses, if a step can be made of it."""
         if costs is None or self._policy.step is None:
             choice = self._all_up_to(self._policy.cap(classes))
         else:
             demands, most = self._demands_of(self._running), self._max_num_batched_tokens
             choice = self._policy.step(Situation(now, demands, classes, costs, most))
-        chosen = set(choice.request_ids)
-        rows = [s for s in self._running if s.request_id in chosen]
+        choice, rows = self._with_rows(choice)
         assert rows, "a step has at least one row"
-        assert all(s.exit_layer <= choice.cap for s in rows), "no row is deeper than the step"
+        assert max([s.exit_layer for s in rows]) <= choice.cap, "no row is deeper than the step"
         assert choice.num_prompt_tokens > 0 or all(s.num_pending_tokens == 1 for s in rows)
-        return choice
+        return choice, rows
+
+    def _with_rows(self, choice: StepChoice) -> tuple[StepChoice, list[Sequence]]:
+        """A choice and the sequences that it names, in order of admission."""
+        chosen = set(choice.request_ids)
+        return choice, [s for s in self._running if s.request_id in chosen]
 
     def _all_up_to(self, cap: int) -> StepChoice:
         """All rows that a cap reaches: those one token from a sample first, then prompts."""
