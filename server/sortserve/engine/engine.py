@@ -364,6 +364,7 @@ class Engine:
                     now=now,
                     predicted_s=None if model is None else model.step_s(step_shape(ran)),
                     failed_rows=Counter(failure.reason for failure in failures.values()),
+                    was_retried=execution.was_retried,
                 )
             )
         )

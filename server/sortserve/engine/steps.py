@@ -23,6 +23,7 @@ def step_record(
     now: float,
     predicted_s: float | None,
     failed_rows: Mapping[str, int] = MappingProxyType({}),
+    was_retried: bool = False,
 ) -> StepRecord:
     """The record of an executed plan.
 
@@ -36,6 +37,7 @@ def step_record(
         now: when it ended.
         predicted_s: what the cost model had said.
         failed_rows: rows that gave no token, by reason.
+        was_retried: it was run row by row after it had failed.
     """
     ttfts, itls = [], []
     for row in plan.rows:
@@ -51,7 +53,7 @@ def step_record(
     num_decode = sum(row.num_tokens == 1 for row in plan.rows)
     return StepRecord(
         duration_s=now - started_s,
-        predicted_s=predicted_s,
+        predicted_s=None if was_retried else predicted_s,  # of one run, not of two
         depth_cap=plan.depth_cap,
         num_prefill_tokens=plan.num_tokens - num_decode,
         num_decode_tokens=num_decode,
@@ -67,5 +69,6 @@ def step_record(
         prefix_cache_hits=sum(s.num_cached_tokens for s in first),
         exit_changes=plan.exit_changes,
         failed_rows=failed_rows,
+        was_retried=was_retried,
         policy_failed=plan.policy_failed,
     )

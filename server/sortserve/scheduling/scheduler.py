@@ -246,7 +246,7 @@ class Scheduler:
         if not chosen:
             return []
         by_id = {sequence.request_id: sequence for sequence in self.sequences()}
-        lowerings = [(by_id[request_id], exit_layer) for request_id, exit_layer in chosen]
+        lowerings = [(by_id.pop(request_id), exit_layer) for request_id, exit_layer in chosen]
         for sequence, exit_layer in lowerings:
             assert exit_layer in self._exits
             assert sequence.floor_layer <= exit_layer < sequence.exit_layer
@@ -322,6 +322,7 @@ class Scheduler:
         choice, rows = self._with_rows(choice)
         assert rows, "a step has at least one row"
         assert max([s.exit_layer for s in rows]) <= choice.cap, "no row is deeper than the step"
+        assert isinstance(choice.num_prompt_tokens, int), "tokens are whole"
         assert choice.num_prompt_tokens > 0 or all(s.num_pending_tokens == 1 for s in rows)
         return choice, rows
 

@@ -171,6 +171,7 @@ class Metrics:
         self._preemptions = counter("num_preemptions", "Requests sent back to the queue")
         self._failed_rows = counter("failed_rows", "Rows that gave no token", "reason")
         self._failed_steps = counter("failed_steps", "Steps whose every row failed")
+        self._retried_steps = counter("retried_steps", "Steps that failed and ran row by row")
         self._policy_failures = counter(
             "policy_failures", "Decisions of the policy or the forecast replaced by a plain rule"
         )
@@ -238,6 +239,8 @@ class Metrics:
             self._preemptions[()].inc(record.num_preemptions)
         for change in record.exit_changes:
             self._exit_changes[change].inc()
+        if record.was_retried:
+            self._retried_steps[()].inc()
         if record.policy_failed:
             self._policy_failures[()].inc()
         if record.num_prompt_tokens:

@@ -12,6 +12,7 @@ from sortserve.cost.learner import CostLearner
 from sortserve.cost.model import CostModel, StepShape
 from sortserve.engine.engine import Engine
 from sortserve.engine.stall import StallDetector
+from sortserve.telemetry.metrics import Metrics
 from support.faults import FaultyRunner
 from support.scripted import (
     AsciiText,
@@ -50,7 +51,9 @@ class Records:
 def run_three(runner: FaultyRunner, **options: Any) -> tuple[dict[str, Collected], Records]:
     """The results of a request called guilty between two neighbours."""
     records = Records()
+    model = options.pop("cost_model", None)
     engine = make_engine(runner=runner, observer=records, **options)
+    engine.cost_model = model
     for name in ("left", "guilty", "right"):
         add(engine, make_request(name, max_tokens=4))
     return run(engine), records
@@ -114,10 +117,27 @@ def test_a_step_that_fails_once_costs_nobody_anything() -> None:
     runner = FaultyRunner()
     runner.fail_next = True
 
-    results, records = run_three(runner)
+    results, records = run_three(runner, cost_model=MODEL)
 
     assert [results[name].text for name in ("left", "guilty", "right")] == ["bcde"] * 3
     assert not any(record.failed_rows for record in records.steps)
+    assert [record.was_retried for record in records.steps] == [True, False, False, False]
+    assert records.steps[0].predicted_s is None  # it took the time of two
+
+
+def test_steps_that_were_run_again_are_counted_whatever_came_of_it() -> None:
+    runner = FaultyRunner()
+    metrics = Metrics("tiny", (2, 4, 6), version="1")
+    engine = make_engine(runner=runner, observer=metrics)
+    for name in ("left", "right"):
+        add(engine, make_request(name))
+    runner.fail_next = True
+
+    run(engine)
+
+    text = metrics.render()[0].decode()
+    assert 'sortserve_retried_steps_total{model_name="tiny"} 1.0' in text
+    assert 'sortserve_failed_steps_total{model_name="tiny"} 0.0' in text
 
 
 def test_a_runner_that_answers_for_too_few_rows_has_failed() -> None:

@@ -128,9 +128,10 @@ def test_a_step_is_told_of_once_and_the_next_one_is_the_policys_again() -> None:
         lambda situation: StepChoice(6, ("nobody",), 64),
         lambda situation: StepChoice(2, tuple(d.request_id for d in situation.rows), 64),
         lambda situation: StepChoice(6, ("prompt",), 0),
+        lambda situation: StepChoice(6, ("prompt",), 1.5),  # type: ignore[arg-type]
         lambda situation: None,
     ],
-    ids=["nobody", "a stranger", "too deep", "no tokens", "nothing"],
+    ids=["nobody", "a stranger", "too deep", "no tokens", "half a token", "nothing"],
 )
 def test_a_choice_that_no_step_can_be_made_of_counts_as_a_failure(
     choose: Callable[[Situation], StepChoice],
@@ -146,14 +147,24 @@ def test_a_choice_that_no_step_can_be_made_of_counts_as_a_failure(
     assert recorder.records[0].num_prefill_tokens == 30
 
 
-@pytest.mark.parametrize("lowering", [("nobody", 2), ("r", 2), ("r", 6), ("r", 5), ("r",)])
+@pytest.mark.parametrize(
+    "lowerings",
+    [
+        [("nobody", 2)],
+        [("r", 2)],
+        [("r", 6)],
+        [("r", 5)],
+        [("r",)],
+        [("r", 4), ("r", 4)],
+    ],
+)
 def test_a_lowering_that_is_not_allowed_counts_as_a_failure_and_is_not_made(
-    lowering: tuple[Any, ...],
+    lowerings: list[Any],
 ) -> None:
     recorder = Recorder()
     timed = busy(recorder)
     timed.engine.scheduler._policy = dataclasses.replace(
-        get_policy("deadline"), lower=lambda *args, **kwargs: [lowering]
+        get_policy("deadline"), lower=lambda *args, **kwargs: lowerings
     )
     timed.arrive(timed_request("r", max_tokens=3, min_exit_layer=4))
 
