@@ -28,16 +28,16 @@ from sortserve.core.errors import InvalidRequestError
 __all__ = ["check_size"]
 
 _START = re.compile(rb"[ \t\r\n]*+\{")
-_LONG_NUMBER = re.compile(rb'[ \t\r\n\[\]{},:"][^ \t\r\n,]{%d}' % (MAX_NUMBER_CHARS + 1))
+_LONG_NUMBER = re.compile(rb'[ \t\r\n\[\]{},:"][^ \t\r\n,:]{%d}' % (MAX_NUMBER_CHARS + 1))
 """Begins where a number may begin, so that no byte is looked at twice."""
-_STRUCTURE = re.compile(rb'[\[\]{}:"]')
+_STRUCTURE = re.compile(rb'[\[\]{}"]')
 _PIECE_OF_STRING = re.compile(rb'(?:[^"\\]{1,4096}+|\\.){1,64}+', re.DOTALL)
 """Possessive and bounded: a match never goes back, and never holds the interpreter for long."""
 _CONTINUATION = bytes(range(0x80, 0xC0))
 """Bytes that begin no character of UTF-8."""
 _BLOCK_BYTES = 1 << 16
 """What is looked at in one call: other threads run between two."""
-_QUOTE, _COLON, _LIST, _OBJECT = b'":[{'
+_QUOTE, _LIST, _OBJECT = b'"[{'
 
 
 def check_size(
@@ -101,13 +101,15 @@ class _Scan:
                 at = end + 1
             elif byte in (_LIST, _OBJECT):
                 self._open(0 if byte == _LIST else "")
-            elif byte != _COLON and self._path:
+            else:
                 self._path.pop()
                 self._awaits_key = False
+                if not self._path:
+                    return  # the object has ended: the parser refuses whatever follows
             gap = at
 
     def _pass_by(self, gap: int, start: int, end: int) -> None:
-        """Go over numbers, constants, commas and white space; ``gap`` is where they began."""
+        """Go over numbers, constants, colons, commas and space; ``gap`` is where they began."""
         if end - gap > MAX_NUMBER_CHARS:
             begin = max(gap - 1, start - 1 - MAX_NUMBER_CHARS, 0)
             long_number = _LONG_NUMBER.search(self._text, begin, end)

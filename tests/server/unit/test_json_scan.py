@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import tracemalloc
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -128,6 +129,17 @@ def test_many_numbers_just_short_enough_are_looked_at_once() -> None:
     check_size(b'{"x":' + numbers + b"}", LIMITS)  # no JSON, but that is not known yet
 
     assert time.thread_time() - before < 1  # 30 ms, or ten seconds if each were a new start
+
+
+@pytest.mark.parametrize("rest", [b":", b"}", b"]", b":1", b"1:", b":,", b"} "], ids=repr)
+def test_what_is_no_json_is_not_looked_at_byte_by_byte(rest: bytes) -> None:
+    text = b'{"x":1' + rest * (4_000_000 // len(rest))
+    before = time.thread_time()
+
+    with suppress(InvalidRequestError):
+        check_size(text, LIMITS)
+
+    assert time.thread_time() - before < 1  # 60 ms, or three seconds of a step for each byte
 
 
 def test_a_field_that_comes_twice_counts_twice() -> None:
