@@ -88,7 +88,11 @@ def text_of_transformers(
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats() | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**30), 10**30)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
     lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=3), values),
     max_leaves=8,
 )

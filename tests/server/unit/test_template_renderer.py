@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from sortserve.text.template_renderer import (
     Renderer,
     TemplateFailed,
     TemplateStopped,
+    _as_json,
     shared_renderer,
 )
 from sortserve.text.template_worker import Limits
@@ -227,3 +229,26 @@ loop.start()
 def test_ctrl_c_in_the_terminal_is_not_for_the_process_that_renders(renderer: Renderer) -> None:
     renderer.render(SHOW, MESSAGES, {})
     assert os.getpgid(process_of(renderer)) != os.getpgid(0)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_none_of_jsons_is_refused(renderer: Renderer, number: float) -> None:
+    with pytest.raises(TemplateFailed, match="not JSON compliant"):
+        renderer.render(SHOW, [{"role": "user", "content": "a", "extra": number}], {})
+
+    with pytest.raises(TemplateFailed, match="not JSON compliant"):
+        renderer.render(SHOW, MESSAGES, {"x": [{"y": number}]})
+
+
+def test_writing_many_long_numbers_keeps_no_other_thread_waiting() -> None:
+    job = {"messages": [10**4299] * 2000}
+    writing = threading.Thread(target=_as_json, args=(job,))
+    longest_s, now = 0.0, time.monotonic()
+
+    writing.start()
+    while writing.is_alive():
+        writing.join(0.001)
+        before, now = now, time.monotonic()
+        longest_s = max(longest_s, now - before)
+
+    assert longest_s < 0.25  # 10 ms, or 0.5 s if it were written in one piece
