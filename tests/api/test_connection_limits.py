@@ -391,3 +391,72 @@ async def test_a_client_that_leaves_in_the_middle_of_its_request_is_gone() -> No
                 client.writer.write_eof()
                 assert await client.rest() == b""
         await server.connected(0)
+
+
+ORIGIN = "https://app.example"
+TOO_SOON_S = 0.001
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"a b: c\r\n\r\n", 400),
+        (b"", 408),
+        (b"content-length: 9\r\n\r\n", 408),
+        (b"a: b\r\n" * 300, 431),
+    ],
+)
+async def test_browsers_can_read_what_is_refused_before_the_application_and_find_its_id(
+    sent: bytes, status: int
+) -> None:
+    limits = ConnectionLimits(header_timeout_s=TOO_SOON_S, body_timeout_s=TOO_SOON_S)
+    head = b"GET / HTTP/1.1\r\norigin: %b\r\nx-request-id: r1\r\nx: y\r\n" % ORIGIN.encode()
+    async with (
+        raw_server(limits=limits, cors_allow_origins=(ORIGIN,)) as server,
+        server.client() as client,
+    ):
+        client.send(head + sent)
+        reply = await client.reply()
+
+    assert reply.status == status
+    assert reply.headers["x-request-id"] == "r1"
+    assert reply.headers["access-control-allow-origin"] == ORIGIN
+    assert "x-request-id" in reply.headers["access-control-expose-headers"].lower()
+    assert reply.headers.get("x-should-retry") == (None if status == 408 else "false")
+
+
+async def test_browsers_can_read_that_there_are_too_many_connections() -> None:
+    limits = ConnectionLimits(max_connections=1)
+    head = b" / HTTP/1.1\r\norigin: %b\r\nx-request-id: r1\r\n\r\n" % ORIGIN.encode()
+    async with (
+        raw_server(limits=limits, cors_allow_origins=(ORIGIN,)) as server,
+        server.client() as first,
+    ):
+        await server.connected(1)
+        async with server.client() as second, server.client() as third:
+            second.send(b"GET" + head)
+            refused = await second.reply()
+            third.send(b"OPTIONS" + head)
+            preflight = await third.reply()
+        first.writer.close()
+
+    assert (refused.status, refused.headers["access-control-allow-origin"]) == (503, ORIGIN)
+    assert refused.headers["x-request-id"] == "r1"
+    assert preflight.status == 200  # the application's own
+
+
+async def test_scripts_of_other_origins_may_not_read_refusals() -> None:
+    async with raw_server(cors_allow_origins=(ORIGIN,)) as server, server.client() as client:
+        client.send(b"GET / HTTP/1.1\r\norigin: https://other.example\r\na b: c\r\n\r\n")
+        reply = await client.reply()
+
+    assert reply.status == 400
+    assert "access-control-allow-origin" not in reply.headers
+
+
+async def test_one_read_takes_little_however_small_the_chunks_of_a_body() -> None:
+    """Each chunk is a call: 40,000 of them at once would hold the loop for 50 ms."""
+    async with raw_server() as server, server.client() as client:
+        await server.connected(1)
+        transport = protocol_of(server).transport
+        assert transport.max_size == 1 << 16  # type: ignore[attr-defined]

@@ -82,8 +82,10 @@ async def test_on_a_network_every_address_is_answered_but_no_foreign_name() -> N
 
 
 async def test_of_two_hosts_both_must_be_ours() -> None:
-    app = HostCheckMiddleware(PlainTextResponse("secret"), any_address=False)
-    headers = [("host", "localhost"), ("host", "evil.example")]
+    app = HostCheckMiddleware(
+        PlainTextResponse("secret"), any_address=False, cors_allow_origins=["https://app.example"]
+    )
+    headers = [("host", "localhost"), ("host", "evil.example"), ("origin", "https://app.example")]
 
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(app), base_url="http://localhost"
@@ -93,3 +95,5 @@ async def test_of_two_hosts_both_must_be_ours() -> None:
     assert reply.status_code == 421
     assert reply.json()["error"]["code"] == "host_not_allowed"
     assert "--allowed-hosts" in reply.json()["error"]["message"]
+    assert reply.headers["access-control-allow-origin"] == "https://app.example"
+    assert reply.headers["x-request-id"]

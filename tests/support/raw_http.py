@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,7 +142,10 @@ class RawServer:
 
 @asynccontextmanager
 async def raw_server(
-    asgi: ASGIApp | None = None, *, limits: ConnectionLimits | None = None
+    asgi: ASGIApp | None = None,
+    *,
+    limits: ConnectionLimits | None = None,
+    cors_allow_origins: Sequence[str] = (),
 ) -> AsyncIterator[RawServer]:
     app, state = App(), ServerState()
     config = uvicorn.Config(
@@ -152,7 +155,7 @@ async def raw_server(
     values = limits or ConnectionLimits()
 
     def protocol() -> HttpProtocol:
-        return HttpProtocol(config, state, {}, limits=values)
+        return HttpProtocol(config, state, {}, limits=values, cors_allow_origins=cors_allow_origins)
 
     server = await asyncio.get_running_loop().create_server(protocol, "127.0.0.1", 0)
     try:

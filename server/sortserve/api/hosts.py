@@ -9,11 +9,12 @@ from __future__ import annotations
 import ipaddress
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from sortserve.api.middleware import outer_headers
 from sortserve.api.problems import error_response, shortened
 from sortserve.core.errors import InvalidRequestError
 from sortserve.telemetry.logs import fields
@@ -32,16 +33,26 @@ class HostCheckMiddleware:
         app: what to guard.
         names: hosts to answer to, beside ``localhost`` and loopback addresses. Ports do not count.
         any_address: also answer to every other IP address: no page can take one for its name.
+        cors_allow_origins: whose scripts may read the refusal.
     """
 
-    def __init__(self, app: ASGIApp, *, names: Iterable[str] = (), any_address: bool) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        names: Iterable[str] = (),
+        any_address: bool,
+        cors_allow_origins: Sequence[str] = (),
+    ) -> None:
         self._app = app
+        self._cors_allow_origins = cors_allow_origins
         self._names = {"localhost", *map(_host_of, names)}
         self._any_address = any_address
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 421, or pass on."""
-        given = Headers(scope=scope).getlist("host") if scope["type"] == "http" else []
+        headers = Headers(scope=scope)
+        given = headers.getlist("host") if scope["type"] == "http" else []
         foreign = next((host for host in given if not self._is_ours(_host_of(host))), None)
         if foreign is None:
             await self._app(scope, receive, send)
@@ -53,7 +64,8 @@ class HostCheckMiddleware:
             param="Host",
             code="host_not_allowed",
         )
-        response = error_response(error)
+        added = outer_headers(headers, cors_allow_origins=self._cors_allow_origins)
+        response = error_response(error, added)
         response.status_code = MISDIRECTED_REQUEST
         await response(scope, receive, send)
 

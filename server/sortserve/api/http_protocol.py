@@ -11,18 +11,20 @@ is still on its way on the same connection: nothing may be written into the midd
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import select
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Literal
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from sortserve.api.http1 import Http1Protocol
+from sortserve.api.middleware import outer_headers
 from sortserve.api.problems import error_response
 from sortserve.api.security import OPEN_PATHS
 from sortserve.core.errors import InvalidRequestError, UnavailableError
@@ -38,6 +40,8 @@ MAX_PIPELINED = 16
 """Requests that may wait on one connection for the answer to an earlier one."""
 PEER_POLL_S = 0.2
 """How often to look whether a client that has finished sending is still there to read."""
+MAX_READ_BYTES = 1 << 16
+"""Most bytes that are parsed at once. Each chunk of a body is a call, though it be of one byte."""
 LINGER_S = 1.0
 """How long a refused client may go on sending: cut off at once, it might not see the refusal."""
 INTERIM_REPLY = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -78,8 +82,15 @@ class _RefusedError(Exception):
 class HttpProtocol(Http1Protocol):
     """One connection of the server."""
 
-    def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        limits: ConnectionLimits,
+        cors_allow_origins: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._cors_allow_origins = cors_allow_origins
         self.timeout_keep_alive = limits.keep_alive_s  # type: ignore[assignment]  # loop.call_later
         self._limits = limits
         self._phase: Literal["idle", "headers", "body"] = "idle"
@@ -100,10 +111,12 @@ class HttpProtocol(Http1Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the connection; beyond the cap only probes are answered on it."""
         super().connection_made(transport)
+        if hasattr(transport, "max_size"):  # asyncio's own; uvloop has none
+            transport.max_size = MAX_READ_BYTES
         cap = self._limits.max_connections
         self._is_over_cap = len(self.connections) > cap
         if self._is_over_cap:
-            self.app = _probes_only(self.app, cap)
+            self.app = _probes_only(self.app, cap, self._cors_allow_origins)
             self.timeout_keep_alive = self._limits.header_timeout_s  # type: ignore[assignment]
         if len(self.connections) > cap + RESERVED_CONNECTIONS:
             self._refuse(_too_many_connections(cap))
@@ -164,18 +177,19 @@ class HttpProtocol(Http1Protocol):
     def _reply(self, refusal: _Refusal) -> bytes:
         is_ours = refusal.status == HTTPStatus.SERVICE_UNAVAILABLE
         kind = UnavailableError if is_ours else InvalidRequestError
-        body = json.dumps(kind(refusal.message, code=refusal.code).body()).encode()
+        request = Headers(raw=self.headers or [])
+        added = outer_headers(request, cors_allow_origins=self._cors_allow_origins)
+        response = error_response(kind(refusal.message, code=refusal.code), added)
+        if refusal.status == HTTPStatus.REQUEST_TIMEOUT:  # it may be faster next time
+            del response.headers["x-should-retry"]
         headers = [
             *self.server_state.default_headers,
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(body)),
+            *response.raw_headers,
             (b"connection", b"close"),
         ]
-        if is_ours:
-            headers.append((b"retry-after", b"1"))
         lines = [f"HTTP/1.1 {refusal.status.value} {refusal.status.phrase}".encode()]
         lines += [name + b": " + value for name, value in headers]
-        return b"\r\n".join([*lines, b"", body])
+        return b"\r\n".join([*lines, b"", bytes(response.body)])
 
     # ---- receiving: the parser calls back ----
 
@@ -395,13 +409,16 @@ def _too_many_connections(cap: int) -> _Refusal:
     return _Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too_many_connections", message)
 
 
-def _probes_only(app: ASGIApp, cap: int) -> ASGIApp:
+def _probes_only(app: ASGIApp, cap: int, cors_allow_origins: Sequence[str]) -> ASGIApp:
     """The application for a connection over the cap."""
     refusal = _too_many_connections(cap)
     error = UnavailableError(refusal.message, code=refusal.code)
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        is_probe = any(scope["path"].endswith(path) for path in OPEN_PATHS)
-        await (app if is_probe else error_response(error))(scope, receive, send)
+        if scope["method"] == "OPTIONS" or any(scope["path"].endswith(path) for path in OPEN_PATHS):
+            await app(scope, receive, send)  # a browser shows no error if its preflight fails
+            return
+        added = outer_headers(Headers(scope=scope), cors_allow_origins=cors_allow_origins)
+        await error_response(error, added)(scope, receive, send)
 
     return answer

@@ -22,6 +22,7 @@ __all__ = [
     "ContextMiddleware",
     "ErrorMiddleware",
     "HeadMiddleware",
+    "outer_headers",
     "outer_layers",
 ]
 
@@ -63,6 +64,28 @@ def outer_layers(
     return [*layers, Middleware(ErrorMiddleware)]
 
 
+def outer_headers(request: Headers, *, cors_allow_origins: Sequence[str]) -> dict[str, str]:
+    """What the outer layers add to a reply, for one that is written before they are reached.
+
+    Args:
+        request: the headers of the request, as far as they have come.
+        cors_allow_origins: whose scripts may read the reply.
+    """
+    headers = {"X-Request-Id": _request_id(request)}
+    origin = request.get("origin")
+    if origin is not None and cors_allow_origins:
+        headers["Vary"] = "Origin"
+        if origin in cors_allow_origins or "*" in cors_allow_origins:
+            headers["Access-Control-Allow-Origin"] = origin
+            headers["Access-Control-Expose-Headers"] = ", ".join(EXPOSED_HEADERS)
+    return headers
+
+
+def _request_id(request: Headers) -> str:
+    given = request.get("x-request-id", "")
+    return given if re.fullmatch(REQUEST_ID_PATTERN, given) else uuid.uuid4().hex
+
+
 class ContextMiddleware:
     """Gives each request an id and an end: every reply carries the id and is counted.
 
@@ -82,9 +105,7 @@ class ContextMiddleware:
             return
         scope["root_path"] = scope.get("root_path") or self._root_path
         status = CLIENT_CLOSED_REQUEST
-        request_id = Headers(scope=scope).get("x-request-id", "")
-        if re.fullmatch(REQUEST_ID_PATTERN, request_id) is None:
-            request_id = uuid.uuid4().hex
+        request_id = _request_id(Headers(scope=scope))
         scope.setdefault("state", {})["request_id"] = request_id
         id_header = (b"x-request-id", request_id.encode("ascii"))
 

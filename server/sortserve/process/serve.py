@@ -274,7 +274,11 @@ def _http_server(
     proxies = list(settings.forwarded_allow_ips)
     config = uvicorn.Config(
         _with_host_check(settings, door, listener),
-        http=partial(HttpProtocol, limits=_limits(settings)),  # type: ignore[arg-type]
+        http=partial(  # type: ignore[arg-type]
+            HttpProtocol,
+            limits=_limits(settings),
+            cors_allow_origins=settings.cors_allow_origins,
+        ),
         ws="none",
         log_config=None,
         access_log=settings.access_log,
@@ -295,7 +299,12 @@ def _with_host_check(settings: ServeSettings, app: ASGIApp, listener: socket.soc
     is_needed = bool(names) or (on_loopback and not settings.api_keys)
     if "*" in names or not is_needed:
         return app
-    return HostCheckMiddleware(app, names=[*names, settings.host], any_address=not on_loopback)
+    return HostCheckMiddleware(
+        app,
+        names=[*names, settings.host],
+        any_address=not on_loopback,
+        cors_allow_origins=settings.cors_allow_origins,
+    )
 
 
 def _limits(settings: ServeSettings) -> ConnectionLimits:
