@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from sortserve.api import body_limits
-from sortserve.api.middleware import REQUEST_ID_PATTERN
+from sortserve.api.bodies import limits
+from sortserve.api.http.middleware import REQUEST_ID_PATTERN
 from support.http_service import HttpService, make_service
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
@@ -66,20 +66,20 @@ def most_on_page() -> dict[str, str]:
 
 
 def test_the_page_says_every_limit_as_the_code_has_it() -> None:
-    constants = {name for name in vars(body_limits) if name.startswith(("MAX_", "MIN_"))}
+    constants = {name for name in vars(limits) if name.startswith(("MAX_", "MIN_"))}
     found = most_on_page()
 
     assert constants == set(ROWS.values())
     for what, name in ROWS.items():
         assert found[what].split()[-1 if "character" not in found[what] else -2] == (
-            f"{getattr(body_limits, name):,}"
+            f"{getattr(limits, name):,}"
         ), what
     assert found["characters of `request_id`"] in REQUEST_ID_PATTERN
 
 
 def test_the_limits_that_depend_on_the_context_are_as_the_page_says() -> None:
-    short = body_limits.BodyLimits(max_model_len=100, max_token_chars=10, max_sequences=4)
-    long = body_limits.BodyLimits(max_model_len=200_000, max_token_chars=10, max_sequences=4)
+    short = limits.BodyLimits(max_model_len=100, max_token_chars=10, max_sequences=4)
+    long = limits.BodyLimits(max_model_len=200_000, max_token_chars=10, max_sequences=4)
 
     assert (short.max_text_chars, long.max_text_chars) == (1000, 2_000_000)
     assert (short.max_tokenize_chars, long.max_tokenize_chars) == (524_288, 2_000_000)

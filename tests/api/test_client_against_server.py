@@ -13,7 +13,7 @@ import uvicorn
 
 import sortserve
 from sortserve.api.app import create_app
-from sortserve.api.schemas import GenerateRequest
+from sortserve.api.bodies.models import GenerateRequest
 from sortserve.api.settings import ApiSettings
 from sortserve.core.plan import StepPlan
 from sortserve.core.sampling_params import SampledToken

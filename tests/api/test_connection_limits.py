@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from sortserve.api.http_protocol import (
+from sortserve.api.http.protocol import (
     MAX_PIPELINED,
     RESERVED_CONNECTIONS,
     ConnectionLimits,

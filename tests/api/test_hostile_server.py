@@ -38,7 +38,7 @@ FIELDS = [
 
 def run_server(folder: Path, listener: socket.socket) -> None:
     from sortserve.api.app import create_app
-    from sortserve.api.body_limits import max_encoded_tokens
+    from sortserve.api.bodies.limits import max_encoded_tokens
     from sortserve.api.settings import ApiSettings
     from sortserve.engine.worker import EngineWorker
     from sortserve.process.garbage import calm_garbage_collector

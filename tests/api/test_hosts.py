@@ -6,7 +6,7 @@ import httpx
 import pytest
 from starlette.responses import PlainTextResponse
 
-from sortserve.api.hosts import HostCheckMiddleware
+from sortserve.api.http.hosts import HostCheckMiddleware
 
 
 async def status(host: str | None, *, any_address: bool = False) -> int:

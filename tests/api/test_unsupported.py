@@ -8,9 +8,9 @@ import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsStreaming as TextParams
 
-from sortserve.api import unsupported
-from sortserve.api.schemas import ChatCompletionRequest, CompletionRequest
-from sortserve.api.unsupported import refuse_unsupported
+from sortserve.api.bodies import unsupported
+from sortserve.api.bodies.models import ChatCompletionRequest, CompletionRequest
+from sortserve.api.bodies.unsupported import refuse_unsupported
 from sortserve.core.errors import InvalidRequestError
 from support.http_service import HttpService
 

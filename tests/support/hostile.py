@@ -11,19 +11,19 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
-from sortserve.api import schemas
+from sortserve.api.bodies import models
 
 __all__ = ["KINDS", "ROUTES", "HostileBody", "hostile_bodies"]
 
 ROUTES: dict[str, tuple[type[BaseModel], dict[str, object]]] = {
-    "/generate": (schemas.GenerateRequest, {"prompt": "a", "max_tokens": 1}),
-    "/v1/completions": (schemas.CompletionRequest, {"prompt": "a", "max_tokens": 1}),
+    "/generate": (models.GenerateRequest, {"prompt": "a", "max_tokens": 1}),
+    "/v1/completions": (models.CompletionRequest, {"prompt": "a", "max_tokens": 1}),
     "/v1/chat/completions": (
-        schemas.ChatCompletionRequest,
+        models.ChatCompletionRequest,
         {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
     ),
-    "/tokenize": (schemas.TokenizeRequest, {"prompt": "a"}),
-    "/detokenize": (schemas.DetokenizeRequest, {"tokens": [97]}),
+    "/tokenize": (models.TokenizeRequest, {"prompt": "a"}),
+    "/detokenize": (models.DetokenizeRequest, {"tokens": [97]}),
 }
 """Each route's body, and one that is served."""
 

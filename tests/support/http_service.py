@@ -18,9 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import sortserve
 from sortserve.api.app import create_app
-from sortserve.api.http_protocol import ConnectionLimits, HttpProtocol
+from sortserve.api.http.protocol import ConnectionLimits, HttpProtocol
+from sortserve.api.replies.streaming import COMMENT
 from sortserve.api.settings import ApiSettings
-from sortserve.api.streaming import COMMENT
 from sortserve.core.budget import Budget
 from sortserve.core.errors import InvalidRequestError
 from sortserve.core.plan import StepPlan

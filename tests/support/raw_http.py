@@ -13,7 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from sortserve.api.http_protocol import ConnectionLimits, HttpProtocol
+from sortserve.api.http.protocol import ConnectionLimits, HttpProtocol
 
 WAIT_S = 30
 

@@ -11,19 +11,19 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sortserve import __version__
-from sortserve.api.docs import docs_routes
+from sortserve.api.http.middleware import outer_layers
+from sortserve.api.http.security import ApiKeyMiddleware, BodyLimitMiddleware
 from sortserve.api.interfaces import HttpMetrics, Tokenizer
-from sortserve.api.middleware import outer_layers
 from sortserve.api.openapi import install_openapi
 from sortserve.api.problems import (
     http_exception_response,
     sortserve_error_response,
     unavailable_response,
 )
+from sortserve.api.routes.docs import docs_routes
 from sortserve.api.routes.native import native_routes
 from sortserve.api.routes.openai import openai_routes
 from sortserve.api.routes.operations import operation_routes
-from sortserve.api.security import ApiKeyMiddleware, BodyLimitMiddleware
 from sortserve.api.service import Service
 from sortserve.api.settings import ApiSettings
 from sortserve.core.errors import SortserveError

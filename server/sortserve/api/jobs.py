@@ -8,10 +8,10 @@ from typing import Any
 
 from starlette.requests import Request
 
-from sortserve.api.limits import BUDGET_HEADERS, ModelChoice, read_budget, read_sampling
+from sortserve.api.bodies.models import GenerationFields
+from sortserve.api.bodies.parameters import BUDGET_HEADERS, ModelChoice, read_budget, read_sampling
+from sortserve.api.bodies.prompts import Prompt
 from sortserve.api.problems import renamed
-from sortserve.api.prompts import Prompt
-from sortserve.api.schemas import GenerationFields
 from sortserve.core.budget import Budget
 from sortserve.core.errors import InvalidRequestError
 from sortserve.core.sampling_params import SamplingParams

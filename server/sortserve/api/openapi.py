@@ -11,16 +11,16 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from sortserve import __version__
-from sortserve.api.limits import BUDGET_HEADERS
-from sortserve.api.replies import ErrorReply
-from sortserve.api.schemas import (
+from sortserve.api.bodies.models import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
     GenerateRequest,
     TokenizeRequest,
 )
-from sortserve.api.security import OPEN_PATHS
+from sortserve.api.bodies.parameters import BUDGET_HEADERS
+from sortserve.api.http.security import OPEN_PATHS
+from sortserve.api.replies.models import ErrorReply
 from sortserve.api.settings import ApiSettings
 from sortserve.core.budget import MAX_MS
 

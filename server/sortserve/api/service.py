@@ -14,13 +14,13 @@ from pydantic import BaseModel
 from starlette.requests import Request
 
 from sortserve.admission.queue_limits import Reservation
-from sortserve.api.bodies import read_body
-from sortserve.api.body_limits import MAX_LOGPROBS_PER_REPLY, BodyLimits
+from sortserve.api.bodies.limits import MAX_LOGPROBS_PER_REPLY, BodyLimits
+from sortserve.api.bodies.prompts import encode_all
+from sortserve.api.bodies.reading import read_body
 from sortserve.api.generation import Generation
 from sortserve.api.interfaces import HttpMetrics, Tokenizer
 from sortserve.api.jobs import Job
 from sortserve.api.problems import renamed
-from sortserve.api.prompts import encode_all
 from sortserve.api.settings import ApiSettings
 from sortserve.api.text_threads import TextThreads
 from sortserve.core.errors import InvalidRequestError, SortserveError

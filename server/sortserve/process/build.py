@@ -12,7 +12,7 @@ from typing import TypedDict
 import torch
 
 from sortserve import __version__
-from sortserve.api.body_limits import max_encoded_tokens
+from sortserve.api.bodies.limits import max_encoded_tokens
 from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
 from sortserve.core.errors import ConfigError
 from sortserve.core.request import GenerationRequest

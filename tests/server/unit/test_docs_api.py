@@ -13,7 +13,8 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from sortserve.api import limits, replies, schemas, unsupported
+from sortserve.api.bodies import models, parameters, unsupported
+from sortserve.api.replies import models as replies
 from sortserve.core.budget import Budget, OnMiss
 from sortserve.core.errors import SortserveError
 from sortserve.core.request import FinishReason
@@ -61,12 +62,12 @@ def test_every_route_is_on_the_page() -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        schemas.GenerateRequest,
-        schemas.CompletionRequest,
-        schemas.ChatCompletionRequest,
-        schemas.TokenizeRequest,
-        schemas.DetokenizeRequest,
-        schemas.StreamOptions,
+        models.GenerateRequest,
+        models.CompletionRequest,
+        models.ChatCompletionRequest,
+        models.TokenizeRequest,
+        models.DetokenizeRequest,
+        models.StreamOptions,
         replies.BudgetReply,
         replies.ExitEntry,
         replies.ModelEntry,
@@ -81,7 +82,7 @@ def test_every_field_of_a_body_is_on_the_page(model: type[BaseModel]) -> None:
 def test_every_part_of_a_budget_is_on_the_page() -> None:
     names = [field.name for field in fields(Budget)]
 
-    assert missing([*names, *OnMiss, *limits.BUDGET_HEADERS]) == []
+    assert missing([*names, *OnMiss, *parameters.BUDGET_HEADERS]) == []
 
 
 def test_every_reason_to_finish_a_reply_is_on_the_page() -> None:

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sortserve.api.body_limits import (
+from sortserve.api.bodies.json_scan import _count_chars, check_size
+from sortserve.api.bodies.limits import (
     MAX_FIELDS,
     MAX_KEY_CHARS,
     MAX_NUMBER_CHARS,
@@ -22,7 +23,6 @@ from sortserve.api.body_limits import (
     MAX_TOKEN_IDS,
     BodyLimits,
 )
-from sortserve.api.json_scan import _count_chars, check_size
 from sortserve.core.errors import InvalidRequestError
 
 LIMITS = BodyLimits(max_model_len=8192, max_token_chars=81, max_sequences=128)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sortserve.api.large_json import THREAD_FROM_VALUES, json_pieces, json_reply
+from sortserve.api.replies.large_json import THREAD_FROM_VALUES, json_pieces, json_reply
 from sortserve.api.text_threads import TextThreads
 
 SCALARS = (

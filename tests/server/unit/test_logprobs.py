@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sortserve.api.interfaces import Tokenizer
-from sortserve.api.logprobs import CompletionLogprobs, token_entries
+from sortserve.api.replies.logprobs import CompletionLogprobs, token_entries
 from sortserve.core.sampling_params import SampledToken, TokenLogprob
 
 

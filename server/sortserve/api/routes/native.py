@@ -7,12 +7,13 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from sortserve.api.formats import GenerateFormat
-from sortserve.api.jobs import Job, make_job
-from sortserve.api.large_json import json_reply
-from sortserve.api.limits import ModelChoice, read_model
-from sortserve.api.openapi import documented
-from sortserve.api.prompts import (
+from sortserve.api.bodies.models import (
+    DetokenizeRequest,
+    GenerateRequest,
+    TokenizeRequest,
+)
+from sortserve.api.bodies.parameters import ModelChoice, read_model
+from sortserve.api.bodies.prompts import (
     Prompt,
     check_token_ids,
     encode_all,
@@ -20,19 +21,18 @@ from sortserve.api.prompts import (
     read_messages,
     read_prompt,
 )
-from sortserve.api.replies import (
+from sortserve.api.jobs import Job, make_job
+from sortserve.api.openapi import documented
+from sortserve.api.replies.formats import GenerateFormat
+from sortserve.api.replies.large_json import json_reply
+from sortserve.api.replies.models import (
     DetokenizeReply,
     ExitsReply,
     GenerateReply,
     TokenizeReply,
 )
-from sortserve.api.schemas import (
-    DetokenizeRequest,
-    GenerateRequest,
-    TokenizeRequest,
-)
+from sortserve.api.replies.streaming import GenerationReply, GenerationStream
 from sortserve.api.service import Service
-from sortserve.api.streaming import GenerationReply, GenerationStream
 from sortserve.core.budget import ExitInfo
 from sortserve.core.errors import InvalidRequestError
 

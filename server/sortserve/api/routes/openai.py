@@ -9,18 +9,18 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from sortserve.api.body_limits import MAX_ECHO_CHARS
-from sortserve.api.formats import ChatFormat, CompletionFormat, GenerateFormat
+from sortserve.api.bodies.limits import MAX_ECHO_CHARS
+from sortserve.api.bodies.models import ChatCompletionRequest, CompletionRequest
+from sortserve.api.bodies.parameters import ModelChoice, read_model
+from sortserve.api.bodies.prompts import TextPrompt, TokenPrompt, read_messages, read_prompts
+from sortserve.api.bodies.unsupported import refuse_unsupported
 from sortserve.api.generation import Generation
 from sortserve.api.jobs import Job, make_job
-from sortserve.api.limits import ModelChoice, read_model
 from sortserve.api.openapi import documented
-from sortserve.api.prompts import TextPrompt, TokenPrompt, read_messages, read_prompts
-from sortserve.api.replies import ChatReply, CompletionReply, ModelEntry, ModelList
-from sortserve.api.schemas import ChatCompletionRequest, CompletionRequest
+from sortserve.api.replies.formats import ChatFormat, CompletionFormat, GenerateFormat
+from sortserve.api.replies.models import ChatReply, CompletionReply, ModelEntry, ModelList
+from sortserve.api.replies.streaming import GenerationReply, GenerationStream
 from sortserve.api.service import Service
-from sortserve.api.streaming import GenerationReply, GenerationStream
-from sortserve.api.unsupported import refuse_unsupported
 from sortserve.core.errors import InvalidRequestError
 
 __all__ = ["openai_routes"]

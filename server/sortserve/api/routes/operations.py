@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 from sortserve import __version__
 from sortserve.api.openapi import documented
 from sortserve.api.problems import unavailable_response
-from sortserve.api.replies import StatusReply, VersionReply
+from sortserve.api.replies.models import StatusReply, VersionReply
 from sortserve.api.service import Service
 
 __all__ = ["operation_routes"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
-from sortserve.api.body_limits import MAX_MESSAGE_FIELDS, MAX_PARTS, MAX_ROLE_CHARS
+from sortserve.api.bodies.limits import MAX_MESSAGE_FIELDS, MAX_PARTS, MAX_ROLE_CHARS
 from sortserve.api.interfaces import Tokenizer
 from sortserve.api.problems import shortened
 from sortserve.api.text_threads import TextThreads

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from sortserve.api import body_limits
-from sortserve.api.middleware import REQUEST_ID_PATTERN
+from sortserve.api.bodies import limits
+from sortserve.api.http.middleware import REQUEST_ID_PATTERN
 from sortserve.core.budget import MAX_MS, OnMiss
 
 __all__ = [
@@ -84,27 +84,27 @@ def _as_list(value: object) -> object:
 
 
 # One error is enough: a body may hold thousands of wrong items.
-Name = Annotated[str, Field(max_length=body_limits.MAX_NAME_CHARS)]
-StopString = Annotated[str, Field(max_length=body_limits.MAX_STOP_CHARS)]
+Name = Annotated[str, Field(max_length=limits.MAX_NAME_CHARS)]
+StopString = Annotated[str, Field(max_length=limits.MAX_STOP_CHARS)]
 StopStrings = Annotated[
     list[StopString],
-    Field(max_length=body_limits.MAX_STOP_STRINGS, fail_fast=True),
+    Field(max_length=limits.MAX_STOP_STRINGS, fail_fast=True),
     BeforeValidator(_as_list),
 ]
-TokenIds = Annotated[list[int], Field(max_length=body_limits.MAX_STOP_TOKEN_IDS, fail_fast=True)]
+TokenIds = Annotated[list[int], Field(max_length=limits.MAX_STOP_TOKEN_IDS, fail_fast=True)]
 LogitBias = Annotated[
     dict[str, Any],
-    Field(max_length=body_limits.MAX_LOGIT_BIAS),
+    Field(max_length=limits.MAX_LOGIT_BIAS),
     WithJsonSchema(_LOGIT_BIAS_SCHEMA),
 ]
 RequestId = Annotated[str, Field(pattern=f"^{REQUEST_ID_PATTERN}$")]
 BudgetObject = Annotated[
-    dict[str, Any], Field(max_length=body_limits.MAX_BUDGET_FIELDS), WithJsonSchema(_BUDGET_SCHEMA)
+    dict[str, Any], Field(max_length=limits.MAX_BUDGET_FIELDS), WithJsonSchema(_BUDGET_SCHEMA)
 ]
 Messages = Annotated[
-    list[Any], Field(max_length=body_limits.MAX_MESSAGES), WithJsonSchema(_MESSAGES_SCHEMA)
+    list[Any], Field(max_length=limits.MAX_MESSAGES), WithJsonSchema(_MESSAGES_SCHEMA)
 ]
-TemplateVariables = Annotated[dict[str, Any], Field(max_length=body_limits.MAX_TEMPLATE_VARIABLES)]
+TemplateVariables = Annotated[dict[str, Any], Field(max_length=limits.MAX_TEMPLATE_VARIABLES)]
 
 
 class _Body(BaseModel):

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 from sortserve.api.generation import ChoiceResult, Generation
 from sortserve.api.interfaces import Tokenizer
-from sortserve.api.logprobs import CompletionLogprobs, token_entries
-from sortserve.api.streaming import event
+from sortserve.api.replies.logprobs import CompletionLogprobs, token_entries
+from sortserve.api.replies.streaming import event
 from sortserve.core.request import RequestOutput
 from sortserve.core.sampling_params import SampledToken
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from starlette.datastructures import Headers
 
+from sortserve.api.bodies.models import GenerationFields
 from sortserve.api.problems import shortened
-from sortserve.api.schemas import GenerationFields
 from sortserve.core.budget import MILLISECONDS, Budget, ExitTable
 from sortserve.core.errors import InvalidRequestError, NotFoundError
 from sortserve.core.sampling_params import SamplingParams

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from sortserve.api.body_limits import (
+from sortserve.api.bodies.limits import (
     MAX_FIELDS,
     MAX_KEY_CHARS,
     MAX_NUMBER_CHARS,

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sortserve.api.middleware import outer_headers
+from sortserve.api.http.middleware import outer_headers
 from sortserve.api.problems import error_response, shortened
 from sortserve.core.errors import InvalidRequestError
 from sortserve.telemetry.logs import fields

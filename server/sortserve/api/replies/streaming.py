@@ -18,8 +18,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sortserve.api.generation import Generation, Outputs
-from sortserve.api.large_json import json_reply
 from sortserve.api.problems import error_body
+from sortserve.api.replies.large_json import json_reply
 from sortserve.api.text_threads import TextThreads
 from sortserve.core.errors import EngineError, SortserveError
 from sortserve.core.request import RequestOutput

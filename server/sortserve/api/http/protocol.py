@@ -23,10 +23,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from sortserve.api.http1 import Http1Protocol
-from sortserve.api.middleware import outer_headers
+from sortserve.api.http.http1 import Http1Protocol
+from sortserve.api.http.middleware import outer_headers
+from sortserve.api.http.security import OPEN_PATHS
 from sortserve.api.problems import error_response
-from sortserve.api.security import OPEN_PATHS
 from sortserve.core.errors import InvalidRequestError, UnavailableError
 from sortserve.telemetry.logs import fields
 

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request
 
-from sortserve.api.body_limits import BodyLimits
-from sortserve.api.json_scan import check_size
+from sortserve.api.bodies.json_scan import check_size
+from sortserve.api.bodies.limits import BodyLimits
 from sortserve.api.problems import invalid_body, shortened
 from sortserve.api.text_threads import TextThreads
 from sortserve.core.errors import InvalidRequestError

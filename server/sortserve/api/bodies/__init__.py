@@ -1,0 +1,1 @@
+"""What clients send: bounded, scanned, parsed, checked, and turned into what the engine takes."""

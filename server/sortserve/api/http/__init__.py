@@ -1,0 +1,1 @@
+"""The connection and what wraps every request: protocol, hosts, keys, ids, errors."""

@@ -1,0 +1,1 @@
+"""What clients get: whole answers, streams, log probabilities, large JSON."""
