@@ -13,7 +13,7 @@ import uvicorn
 
 import sortserve
 from sortserve.api.app import create_app
-from sortserve.api.bodies.models import GenerateRequest
+from sortserve.api.bodies.models import GenerateBody
 from sortserve.api.settings import ApiSettings
 from sortserve.core.plan import StepPlan
 from sortserve.core.sampling_params import SampledToken
@@ -242,4 +242,4 @@ async def test_many_depths_at_once(served: Served) -> None:
 def test_the_client_knows_every_field_that_the_server_takes() -> None:
     by_name = {"prompt", "messages", "budget", "stream", "stream_options"}
 
-    assert SamplingOptions.__annotations__.keys() == GenerateRequest.model_fields.keys() - by_name
+    assert SamplingOptions.__annotations__.keys() == GenerateBody.model_fields.keys() - by_name

@@ -379,7 +379,7 @@ async def test_the_document_says_how_each_route_may_answer(
     assert set(responses) == {str(status) for status in statuses}
     for status in statuses - {200}:
         schema = responses[str(status)]["content"]["application/json"]["schema"]
-        assert schema["$ref"].endswith("/ErrorReply")
+        assert schema["$ref"].endswith("/ErrorResponse")
 
 
 async def test_the_document_says_that_answers_may_be_streamed(shared: HttpService) -> None:

@@ -9,7 +9,7 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsStr
 from openai.types.completion_create_params import CompletionCreateParamsStreaming as TextParams
 
 from sortserve.api.bodies import unsupported
-from sortserve.api.bodies.models import ChatCompletionRequest, CompletionRequest
+from sortserve.api.bodies.models import ChatCompletionBody, CompletionBody
 from sortserve.api.bodies.unsupported import refuse_unsupported
 from sortserve.core.errors import InvalidRequestError
 from support.http_service import HttpService
@@ -193,10 +193,10 @@ TOLERATED = {
 
 
 @pytest.mark.parametrize(
-    ("params", "schema"), [(ChatParams, ChatCompletionRequest), (TextParams, CompletionRequest)]
+    ("params", "schema"), [(ChatParams, ChatCompletionBody), (TextParams, CompletionBody)]
 )
 def test_everything_that_openais_client_can_send_is_served_refused_or_does_not_matter(
-    params: type, schema: type[ChatCompletionRequest] | type[CompletionRequest]
+    params: type, schema: type[ChatCompletionBody] | type[CompletionBody]
 ) -> None:
     known = {*schema.model_fields, *unsupported._HARMLESS_VALUES, *TOLERATED}
 

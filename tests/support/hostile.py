@@ -16,14 +16,14 @@ from sortserve.api.bodies import models
 __all__ = ["KINDS", "ROUTES", "HostileBody", "hostile_bodies"]
 
 ROUTES: dict[str, tuple[type[BaseModel], dict[str, object]]] = {
-    "/generate": (models.GenerateRequest, {"prompt": "a", "max_tokens": 1}),
-    "/v1/completions": (models.CompletionRequest, {"prompt": "a", "max_tokens": 1}),
+    "/generate": (models.GenerateBody, {"prompt": "a", "max_tokens": 1}),
+    "/v1/completions": (models.CompletionBody, {"prompt": "a", "max_tokens": 1}),
     "/v1/chat/completions": (
-        models.ChatCompletionRequest,
+        models.ChatCompletionBody,
         {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
     ),
-    "/tokenize": (models.TokenizeRequest, {"prompt": "a"}),
-    "/detokenize": (models.DetokenizeRequest, {"tokens": [97]}),
+    "/tokenize": (models.TokenizeBody, {"prompt": "a"}),
+    "/detokenize": (models.DetokenizeBody, {"tokens": [97]}),
 }
 """Each route's body, and one that is served."""
 

@@ -12,15 +12,15 @@ from pydantic.json_schema import models_json_schema
 
 from sortserve import __version__
 from sortserve.api.bodies.models import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    GenerateRequest,
-    TokenizeRequest,
+    ChatCompletionBody,
+    CompletionBody,
+    DetokenizeBody,
+    GenerateBody,
+    TokenizeBody,
 )
 from sortserve.api.bodies.parameters import BUDGET_HEADERS
 from sortserve.api.http.security import OPEN_PATHS
-from sortserve.api.replies.models import ErrorReply
+from sortserve.api.replies.models import ErrorResponse
 from sortserve.api.settings import ApiSettings
 from sortserve.core.budget import MAX_MS
 
@@ -28,11 +28,11 @@ __all__ = ["documented", "install_openapi"]
 
 _SCHEMA_REF = "#/components/schemas/{model}"
 _BODIES = (
-    GenerateRequest,
-    CompletionRequest,
-    ChatCompletionRequest,
-    TokenizeRequest,
-    DetokenizeRequest,
+    GenerateBody,
+    CompletionBody,
+    ChatCompletionBody,
+    TokenizeBody,
+    DetokenizeBody,
 )
 _ERRORS = {
     400: "A field is missing, unknown or has a value that is not allowed",
@@ -78,7 +78,7 @@ def documented(
         errors = _GENERATION_ERRORS if generates else (401,) if body is None else _BODY_ERRORS
     responses: dict[int | str, dict[str, Any]] = {200: {"model": reply}}
     for status in sorted(errors):
-        responses[status] = {"model": ErrorReply, "description": _ERRORS[status]}
+        responses[status] = {"model": ErrorResponse, "description": _ERRORS[status]}
     extra: dict[str, Any] = {}
     if generates:
         responses[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}

@@ -16,13 +16,13 @@ from sortserve.api.http.middleware import REQUEST_ID_PATTERN
 from sortserve.core.budget import MAX_MS, OnMiss
 
 __all__ = [
-    "ChatCompletionRequest",
-    "CompletionRequest",
-    "DetokenizeRequest",
-    "GenerateRequest",
+    "ChatCompletionBody",
+    "CompletionBody",
+    "DetokenizeBody",
+    "GenerateBody",
     "GenerationFields",
     "StreamOptions",
-    "TokenizeRequest",
+    "TokenizeBody",
 ]
 
 # Every value that OpenAI's own client knows.
@@ -171,7 +171,7 @@ class GenerationFields(_Body):
     """Add `token_ids` to each choice."""
 
 
-class GenerateRequest(GenerationFields):
+class GenerateBody(GenerationFields):
     """Body of `POST /generate`."""
 
     prompt: Annotated[Any, WithJsonSchema(_ONE_PROMPT_SCHEMA)] = None
@@ -196,7 +196,7 @@ class _OpenAIFields(GenerationFields):
     """Accepted for compatibility; not used."""
 
 
-class CompletionRequest(_OpenAIFields):
+class CompletionBody(_OpenAIFields):
     """Body of `POST /v1/completions`."""
 
     prompt: Annotated[Any, WithJsonSchema(_PROMPTS_SCHEMA)] = None
@@ -212,7 +212,7 @@ class CompletionRequest(_OpenAIFields):
     add_special_tokens: bool | None = None
 
 
-class ChatCompletionRequest(_OpenAIFields):
+class ChatCompletionBody(_OpenAIFields):
     """Body of `POST /v1/chat/completions`."""
 
     messages: Messages
@@ -227,7 +227,7 @@ class ChatCompletionRequest(_OpenAIFields):
     chat_template_kwargs: TemplateVariables | None = None
 
 
-class TokenizeRequest(_Body):
+class TokenizeBody(_Body):
     """Body of `POST /tokenize`."""
 
     model: Name | None = None
@@ -241,7 +241,7 @@ class TokenizeRequest(_Body):
     """Add `token_strs`: each token as text."""
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeBody(_Body):
     """Body of `POST /detokenize`."""
 
     model: Name | None = None

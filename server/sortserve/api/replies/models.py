@@ -7,17 +7,17 @@ from typing import Any
 from pydantic import BaseModel
 
 __all__ = [
-    "ChatReply",
-    "CompletionReply",
-    "DetokenizeReply",
-    "ErrorReply",
-    "ExitsReply",
-    "GenerateReply",
-    "ModelEntry",
-    "ModelList",
-    "StatusReply",
-    "TokenizeReply",
-    "VersionReply",
+    "ChatCompletionResponse",
+    "CompletionResponse",
+    "DetokenizeResponse",
+    "ErrorResponse",
+    "ExitsResponse",
+    "GenerateResponse",
+    "ModelResponse",
+    "ModelsResponse",
+    "StatusResponse",
+    "TokenizeResponse",
+    "VersionResponse",
 ]
 
 
@@ -36,7 +36,7 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptTokensDetails
 
 
-class BudgetReply(BaseModel):
+class BudgetReport(BaseModel):
     """What became of the budget. Times in milliseconds."""
 
     exit_layer: int
@@ -56,7 +56,7 @@ class _Choice(BaseModel):
     finish_reason: str
     logprobs: Any = None
     token_ids: list[int] | None = None
-    budget: BudgetReply | None = None
+    budget: BudgetReport | None = None
 
 
 class TextChoice(_Choice):
@@ -78,20 +78,20 @@ class MessageChoice(_Choice):
     message: Message
 
 
-class _Reply(BaseModel):
+class _GenerationResponse(BaseModel):
     id: str
     model: str
     usage: Usage
-    budget: BudgetReply | None = None
+    budget: BudgetReport | None = None
 
 
-class GenerateReply(_Reply):
+class GenerateResponse(_GenerationResponse):
     """Reply of `POST /generate`."""
 
     choices: list[TextChoice]
 
 
-class CompletionReply(_Reply):
+class CompletionResponse(_GenerationResponse):
     """Reply of `POST /v1/completions`."""
 
     object: str
@@ -99,7 +99,7 @@ class CompletionReply(_Reply):
     choices: list[TextChoice]
 
 
-class ChatReply(_Reply):
+class ChatCompletionResponse(_GenerationResponse):
     """Reply of `POST /v1/chat/completions`."""
 
     object: str
@@ -107,7 +107,7 @@ class ChatReply(_Reply):
     choices: list[MessageChoice]
 
 
-class ModelEntry(BaseModel):
+class ModelResponse(BaseModel):
     """One name that the server answers to."""
 
     id: str
@@ -120,11 +120,11 @@ class ModelEntry(BaseModel):
     exits: list[int]
 
 
-class ModelList(BaseModel):
+class ModelsResponse(BaseModel):
     """Reply of `GET /v1/models`."""
 
     object: str
-    data: list[ModelEntry]
+    data: list[ModelResponse]
 
 
 class ExitEstimate(BaseModel):
@@ -154,14 +154,14 @@ class EstimateFor(BaseModel):
     max_tokens: int
 
 
-class ExitsReply(BaseModel):
+class ExitsResponse(BaseModel):
     """Reply of `GET /exits`."""
 
     exits: list[ExitEntry]
     estimate_for: EstimateFor
 
 
-class TokenizeReply(BaseModel):
+class TokenizeResponse(BaseModel):
     """Reply of `POST /tokenize`."""
 
     count: int
@@ -170,19 +170,19 @@ class TokenizeReply(BaseModel):
     token_strs: list[str] | None = None
 
 
-class DetokenizeReply(BaseModel):
+class DetokenizeResponse(BaseModel):
     """Reply of `POST /detokenize`."""
 
     prompt: str
 
 
-class StatusReply(BaseModel):
+class StatusResponse(BaseModel):
     """Reply of the probes."""
 
     status: str
 
 
-class VersionReply(BaseModel):
+class VersionResponse(BaseModel):
     """Reply of `GET /version`."""
 
     version: str
@@ -197,7 +197,7 @@ class ErrorDetails(BaseModel):
     code: str | None
 
 
-class ErrorReply(BaseModel):
+class ErrorResponse(BaseModel):
     """Every error, as OpenAI writes it."""
 
     error: ErrorDetails

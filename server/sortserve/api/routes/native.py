@@ -8,9 +8,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from sortserve.api.bodies.models import (
-    DetokenizeRequest,
-    GenerateRequest,
-    TokenizeRequest,
+    DetokenizeBody,
+    GenerateBody,
+    TokenizeBody,
 )
 from sortserve.api.bodies.parameters import ModelChoice, read_model
 from sortserve.api.bodies.prompts import (
@@ -26,10 +26,10 @@ from sortserve.api.openapi import documented
 from sortserve.api.replies.formats import GenerateFormat
 from sortserve.api.replies.large_json import json_reply
 from sortserve.api.replies.models import (
-    DetokenizeReply,
-    ExitsReply,
-    GenerateReply,
-    TokenizeReply,
+    DetokenizeResponse,
+    ExitsResponse,
+    GenerateResponse,
+    TokenizeResponse,
 )
 from sortserve.api.replies.streaming import GenerationReply, GenerationStream
 from sortserve.api.service import Service
@@ -46,12 +46,12 @@ def native_routes(service: Service) -> APIRouter:
     """The routes that are ours alone."""
     router = APIRouter(tags=["sortserve"])
 
-    @router.post("/generate", **documented(GenerateReply, GenerateRequest, generates=True))
+    @router.post("/generate", **documented(GenerateResponse, GenerateBody, generates=True))
     async def generate(request: Request) -> Response:
         """Generate text within a budget."""
         return await _generate(service, request)
 
-    @router.get("/exits", **documented(ExitsReply))
+    @router.get("/exits", **documented(ExitsResponse))
     async def exits() -> dict[str, Any]:
         """The sub-models: what each costs, how good it is, how fast it would be now."""
         num_tokens = _typical_tokens(service)
@@ -60,15 +60,15 @@ def native_routes(service: Service) -> APIRouter:
             "estimate_for": {"prompt_tokens": num_tokens, "max_tokens": num_tokens},
         }
 
-    @router.post("/tokenize", **documented(TokenizeReply, TokenizeRequest))
+    @router.post("/tokenize", **documented(TokenizeResponse, TokenizeBody))
     async def tokenize(request: Request) -> Response:
         """A prompt or messages as token ids, exactly as the generation routes see them."""
         return await _tokenize(service, request)
 
-    @router.post("/detokenize", **documented(DetokenizeReply, DetokenizeRequest))
+    @router.post("/detokenize", **documented(DetokenizeResponse, DetokenizeBody))
     async def detokenize(request: Request) -> dict[str, Any]:
         """Token ids as text."""
-        return await service.read(request, DetokenizeRequest, partial(_detokenized, service))
+        return await service.read(request, DetokenizeBody, partial(_detokenized, service))
 
     return router
 
@@ -76,7 +76,7 @@ def native_routes(service: Service) -> APIRouter:
 async def _generate(service: Service, request: Request) -> Response:
     arrival_s = service.worker.clock()
     read = partial(_generate_job, service, request, arrival_s)
-    body, model, job = await service.read(request, GenerateRequest, read)
+    body, model, job = await service.read(request, GenerateBody, read)
     generation = await service.start(job)
     options = body.stream_options
     format_ = GenerateFormat(
@@ -94,8 +94,8 @@ async def _generate(service: Service, request: Request) -> Response:
 
 
 def _generate_job(
-    service: Service, request: Request, arrival_s: float, body: GenerateRequest
-) -> tuple[GenerateRequest, ModelChoice, Job]:
+    service: Service, request: Request, arrival_s: float, body: GenerateBody
+) -> tuple[GenerateBody, ModelChoice, Job]:
     settings, worker, tokenizer = service.settings, service.worker, service.tokenizer
     model = read_model(body.model, settings.served_model_name, worker.exits)
     prompt = _prompt_of(body, tokenizer.vocab_size, service.limits.max_text_chars)
@@ -115,7 +115,7 @@ def _generate_job(
     return body, model, job
 
 
-def _prompt_of(body: GenerateRequest | TokenizeRequest, vocab_size: int, max_chars: int) -> Prompt:
+def _prompt_of(body: GenerateBody | TokenizeBody, vocab_size: int, max_chars: int) -> Prompt:
     exactly_one(body.prompt, body.messages)
     if body.messages is not None:
         return read_messages(
@@ -137,12 +137,12 @@ def _prompt_of(body: GenerateRequest | TokenizeRequest, vocab_size: int, max_cha
 
 
 async def _tokenize(service: Service, request: Request) -> Response:
-    def read(body: TokenizeRequest) -> tuple[TokenizeRequest, Prompt]:
+    def read(body: TokenizeBody) -> tuple[TokenizeBody, Prompt]:
         read_model(body.model, service.settings.served_model_name, service.worker.exits)
         max_chars = service.limits.max_tokenize_chars
         return body, _prompt_of(body, service.tokenizer.vocab_size, max_chars)
 
-    body, prompt = await service.read(request, TokenizeRequest, read)
+    body, prompt = await service.read(request, TokenizeBody, read)
     [token_ids] = await encode_all(
         [prompt],
         service.tokenizer,
@@ -164,7 +164,7 @@ async def _tokenize(service: Service, request: Request) -> Response:
     return await json_reply(reply, len(token_ids), service.threads)
 
 
-def _detokenized(service: Service, body: DetokenizeRequest) -> dict[str, Any]:
+def _detokenized(service: Service, body: DetokenizeBody) -> dict[str, Any]:
     read_model(body.model, service.settings.served_model_name, service.worker.exits)
     tokenizer = service.tokenizer
     token_ids = check_token_ids(body.tokens, "tokens", tokenizer.vocab_size)

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from sortserve.api.bodies.limits import MAX_ECHO_CHARS
-from sortserve.api.bodies.models import ChatCompletionRequest, CompletionRequest
+from sortserve.api.bodies.models import ChatCompletionBody, CompletionBody
 from sortserve.api.bodies.parameters import ModelChoice, read_model
 from sortserve.api.bodies.prompts import TextPrompt, TokenPrompt, read_messages, read_prompts
 from sortserve.api.bodies.unsupported import refuse_unsupported
@@ -18,7 +18,12 @@ from sortserve.api.generation import Generation
 from sortserve.api.jobs import Job, make_job
 from sortserve.api.openapi import documented
 from sortserve.api.replies.formats import ChatFormat, CompletionFormat, GenerateFormat
-from sortserve.api.replies.models import ChatReply, CompletionReply, ModelEntry, ModelList
+from sortserve.api.replies.models import (
+    ChatCompletionResponse,
+    CompletionResponse,
+    ModelResponse,
+    ModelsResponse,
+)
 from sortserve.api.replies.streaming import GenerationReply, GenerationStream
 from sortserve.api.service import Service
 from sortserve.core.errors import InvalidRequestError
@@ -37,7 +42,7 @@ def openai_routes(service: Service) -> APIRouter:
     created = int(time.time())
 
     @router.post(
-        "/v1/completions", **documented(CompletionReply, CompletionRequest, generates=True)
+        "/v1/completions", **documented(CompletionResponse, CompletionBody, generates=True)
     )
     async def completions(request: Request) -> Response:
         """Continue a prompt, or several."""
@@ -45,20 +50,20 @@ def openai_routes(service: Service) -> APIRouter:
 
     @router.post(
         "/v1/chat/completions",
-        **documented(ChatReply, ChatCompletionRequest, generates=True),
+        **documented(ChatCompletionResponse, ChatCompletionBody, generates=True),
     )
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         return await _chat(service, request)
 
-    @router.get("/v1/models", **documented(ModelList))
+    @router.get("/v1/models", **documented(ModelsResponse))
     async def models() -> dict[str, Any]:
         """The served name, and `NAME@E` for each exit."""
         name, exits = service.settings.served_model_name, service.worker.exits
         names = [name, *(f"{name}@{exit_layer}" for exit_layer in exits.layers)]
         return {"object": "list", "data": [_model_entry(service, n, created) for n in names]}
 
-    @router.get("/v1/models/{model_id:path}", **documented(ModelEntry, errors=(401, 404)))
+    @router.get("/v1/models/{model_id:path}", **documented(ModelResponse, errors=(401, 404)))
     async def model(model_id: str) -> dict[str, Any]:
         """One of them."""
         choice = read_model(model_id, service.settings.served_model_name, service.worker.exits)
@@ -85,7 +90,7 @@ def _model_entry(service: Service, name: str, created: int) -> dict[str, Any]:
 async def _completions(service: Service, request: Request) -> Response:
     arrival_s = service.worker.clock()
     read = partial(_completion_job, service, request, arrival_s)
-    body, model, prompts, job = await service.read(request, CompletionRequest, read)
+    body, model, prompts, job = await service.read(request, CompletionBody, read)
     echo = await _echo(service, job, prompts) if body.echo else None
     generation = await service.start(job)
     options = body.stream_options
@@ -103,8 +108,8 @@ async def _completions(service: Service, request: Request) -> Response:
 
 
 def _completion_job(
-    service: Service, request: Request, arrival_s: float, body: CompletionRequest
-) -> tuple[CompletionRequest, ModelChoice, list[TextPrompt | TokenPrompt], Job]:
+    service: Service, request: Request, arrival_s: float, body: CompletionBody
+) -> tuple[CompletionBody, ModelChoice, list[TextPrompt | TokenPrompt], Job]:
     settings, tokenizer = service.settings, service.tokenizer
     model = read_model(body.model, settings.served_model_name, service.worker.exits)
     refuse_unsupported({**(body.model_extra or {}), "suffix": body.suffix})
@@ -156,7 +161,7 @@ async def _echo(
     return lambda index: texts[index // job.n]
 
 
-def _check_completion(body: CompletionRequest) -> None:
+def _check_completion(body: CompletionBody) -> None:
     if body.echo and body.logprobs is not None:
         raise InvalidRequestError(
             "echo=true cannot be given with logprobs: the prompt's own log probabilities are not "
@@ -173,7 +178,7 @@ def _check_completion(body: CompletionRequest) -> None:
 async def _chat(service: Service, request: Request) -> Response:
     arrival_s = service.worker.clock()
     read = partial(_chat_job, service, request, arrival_s)
-    body, model, job = await service.read(request, ChatCompletionRequest, read)
+    body, model, job = await service.read(request, ChatCompletionBody, read)
     generation = await service.start(job)
     options = body.stream_options
     object_ = "chat.completion.chunk" if body.stream else "chat.completion"
@@ -190,8 +195,8 @@ async def _chat(service: Service, request: Request) -> Response:
 
 
 def _chat_job(
-    service: Service, request: Request, arrival_s: float, body: ChatCompletionRequest
-) -> tuple[ChatCompletionRequest, ModelChoice, Job]:
+    service: Service, request: Request, arrival_s: float, body: ChatCompletionBody
+) -> tuple[ChatCompletionBody, ModelChoice, Job]:
     settings = service.settings
     model = read_model(body.model, settings.served_model_name, service.worker.exits)
     refuse_unsupported(body.model_extra or {})
@@ -219,7 +224,7 @@ def _chat_job(
     return body, model, job
 
 
-def _chat_max_tokens(body: ChatCompletionRequest) -> int | None:
+def _chat_max_tokens(body: ChatCompletionBody) -> int | None:
     new, old = body.max_completion_tokens, body.max_tokens
     if new is not None and old is not None and new != old:
         raise InvalidRequestError(
@@ -229,7 +234,7 @@ def _chat_max_tokens(body: ChatCompletionRequest) -> int | None:
     return old if new is None else new
 
 
-def _chat_logprobs(body: ChatCompletionRequest) -> int | None:
+def _chat_logprobs(body: ChatCompletionBody) -> int | None:
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs=true.", param="top_logprobs")
     return (body.top_logprobs or 0) if body.logprobs else None

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 from sortserve import __version__
 from sortserve.api.openapi import documented
 from sortserve.api.problems import unavailable_response
-from sortserve.api.replies.models import StatusReply, VersionReply
+from sortserve.api.replies.models import StatusResponse, VersionResponse
 from sortserve.api.service import Service
 
 __all__ = ["operation_routes"]
@@ -20,8 +20,8 @@ def operation_routes(service: Service) -> APIRouter:
     """What orchestrators and monitoring ask for."""
     router = APIRouter(tags=["operations"])
 
-    @router.get("/health", **documented(StatusReply, errors=(503,)))
-    @router.get("/readyz", **documented(StatusReply, errors=(503,)))
+    @router.get("/health", **documented(StatusResponse, errors=(503,)))
+    @router.get("/readyz", **documented(StatusResponse, errors=(503,)))
     async def health() -> Response:
         """200 when requests are taken; 503 while loading, draining or after a failure."""
         state = service.worker.state
@@ -29,7 +29,7 @@ def operation_routes(service: Service) -> APIRouter:
             return JSONResponse({"status": state})
         return unavailable_response(state, f"The server is {state}.")
 
-    @router.get("/livez", **documented(StatusReply, errors=(503,)))
+    @router.get("/livez", **documented(StatusResponse, errors=(503,)))
     async def livez() -> Response:
         """200 unless the engine has failed, which only a restart can mend."""
         state = service.worker.state
@@ -37,7 +37,7 @@ def operation_routes(service: Service) -> APIRouter:
             return unavailable_response(state, f"The server is {state}.")
         return JSONResponse({"status": "alive"})
 
-    @router.get("/version", **documented(VersionReply))
+    @router.get("/version", **documented(VersionResponse))
     async def version() -> dict[str, Any]:
         """The server's version."""
         return {"version": __version__}
