@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response
@@ -19,11 +20,9 @@ from sortserve.api.problems import (
     http_exception_response,
     sortserve_error_response,
     unavailable_response,
+    validation_response,
 )
-from sortserve.api.routes.docs import docs_routes
-from sortserve.api.routes.native import native_routes
-from sortserve.api.routes.openai import openai_routes
-from sortserve.api.routes.operations import operation_routes
+from sortserve.api.routes import docs, native, openai, operations
 from sortserve.api.service import Service
 from sortserve.api.settings import ApiSettings
 from sortserve.core.errors import SortserveError
@@ -57,14 +56,15 @@ def create_app(
         redirect_slashes=False,
         middleware=_layers(settings, metrics),
     )
-    service = Service(worker, tokenizer, settings, metrics)
-    app.include_router(native_routes(service))
-    app.include_router(openai_routes(service))
-    app.include_router(operation_routes(service))
+    app.state.service = Service(worker, tokenizer, settings, metrics)
+    routers = (native.router, openai.router, operations.router)
+    for router in routers:
+        app.include_router(router)
     if settings.enable_docs:
-        app.include_router(docs_routes())
-        install_openapi(app, settings)
+        app.include_router(docs.router)
+        install_openapi(app, routers, settings)
     app.add_exception_handler(SortserveError, sortserve_error_response)
+    app.add_exception_handler(RequestValidationError, validation_response)
     app.add_exception_handler(HTTPException, http_exception_response)
     return app
 

@@ -9,7 +9,13 @@ from typing import Any
 from starlette.requests import Request
 
 from sortserve.api.bodies.models import GenerationFields
-from sortserve.api.bodies.parameters import BUDGET_HEADERS, ModelChoice, read_budget, read_sampling
+from sortserve.api.bodies.parameters import (
+    BUDGET_HEADERS,
+    BudgetHeaders,
+    ModelChoice,
+    read_budget,
+    read_sampling,
+)
 from sortserve.api.bodies.prompts import Prompt
 from sortserve.api.problems import renamed
 from sortserve.core.budget import Budget
@@ -34,17 +40,18 @@ class Job:
     """Cached prefixes are shared between jobs of equal salt; it holds the API key's digest."""
     stream: bool
     arrival_s: float
+    """On the engine's clock."""
     field_names: Mapping[str, str]
     """The engine's field names as this request spells them, for errors."""
 
 
 def make_job(
     request: Request,
+    headers: BudgetHeaders,
     body: GenerationFields,
     prompts: Sequence[Prompt],
     model: ModelChoice,
     *,
-    arrival_s: float,
     max_tokens: int | None,
     default_max_tokens: int,
     logprobs: int | None,
@@ -55,11 +62,11 @@ def make_job(
     """Check everything that can be checked without tokenising.
 
     Args:
-        request: for its headers and its id.
+        request: for its id, its key and its arrival.
+        headers: its budget headers.
         body: the fields that all routes share.
         prompts: read from the body already.
         model: read from the body already.
-        arrival_s: when the request came, on the engine's clock.
         max_tokens: what the client gave; None: the default.
         default_max_tokens: as many as this, or as fit the context.
         logprobs: rivals per token; None: no log probabilities.
@@ -74,9 +81,9 @@ def make_job(
         raise InvalidRequestError(
             "stream_options can only be given with stream=true.", param="stream_options"
         )
-    names = {**_header_names(request, body.budget or {}), **(field_names or {})}
+    names = {**_header_names(headers, body.budget or {}), **(field_names or {})}
     try:
-        budget = read_budget(body.budget, request.headers, model)
+        budget = read_budget(body.budget, headers, model)
         sampling = read_sampling(
             body,
             defaults=sampling_defaults,
@@ -95,7 +102,7 @@ def make_job(
         budget=budget,
         cache_salt=_cache_salt(request, body.cache_salt or ""),
         stream=bool(body.stream),
-        arrival_s=arrival_s,
+        arrival_s=request.state.arrival_s,
         field_names=names,
     )
 
@@ -108,10 +115,10 @@ def _cache_salt(request: Request, salt: str) -> str:
     return getattr(request.state, "key_digest", "") + salt
 
 
-def _header_names(request: Request, budget: Mapping[str, Any]) -> dict[str, str]:
+def _header_names(headers: BudgetHeaders, budget: Mapping[str, Any]) -> dict[str, str]:
     """Budget fields that came by header, under the header's name."""
     return {
         f"budget.{name}": header
         for header, name in BUDGET_HEADERS.items()
-        if header in request.headers and budget.get(name) is None
+        if getattr(headers, name) is not None and budget.get(name) is None
     }

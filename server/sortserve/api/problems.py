@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -25,12 +25,12 @@ __all__ = [
     "error_body",
     "error_response",
     "http_exception_response",
-    "invalid_body",
     "renamed",
     "shortened",
     "sortserve_error_response",
     "unavailable_response",
     "unknown_field",
+    "validation_response",
 ]
 
 MAX_MESSAGE_CHARS = 1000
@@ -95,10 +95,15 @@ async def http_exception_response(request: Request, error: Exception) -> Respons
     return response
 
 
-def invalid_body(error: ValidationError) -> InvalidRequestError:
-    """One sentence on the first thing that is wrong with a body: field, value, what is allowed."""
-    first = error.errors(include_url=False)[0]
-    param = ".".join(str(part) for part in first["loc"])
+async def validation_response(request: Request, error: Exception) -> Response:
+    """Handler of what pydantic refuses, in bodies and parameters."""
+    assert isinstance(error, RequestValidationError)
+    return error_response(_invalid(error.errors()[0]))
+
+
+def _invalid(first: Mapping[str, Any]) -> InvalidRequestError:
+    """One sentence on the first thing that is wrong: field, value, what is allowed."""
+    param = ".".join(str(part) for part in first["loc"][1:])  # without body, header or path
     if first["type"] == "missing":
         return InvalidRequestError(f"{param} is missing; it is required.", param=param)
     allowed = first["msg"].removeprefix("Value error, ")

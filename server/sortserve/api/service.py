@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TypeVar
 
-from pydantic import BaseModel
 from starlette.requests import Request
 
 from sortserve.admission.queue_limits import Reservation
 from sortserve.api.bodies.limits import MAX_LOGPROBS_PER_REPLY, BodyLimits
 from sortserve.api.bodies.prompts import encode_all
-from sortserve.api.bodies.reading import read_body
 from sortserve.api.generation import Generation
 from sortserve.api.interfaces import HttpMetrics, Tokenizer
 from sortserve.api.jobs import Job
@@ -34,7 +33,6 @@ EXPECTED_TOKENS = 256
 """Output tokens that a latency budget is planned for where the client sets no limit: the context's
 end, thousands of tokens away, would push every such request to the shallowest exit."""
 
-T = TypeVar("T", bound=BaseModel)
 R = TypeVar("R")
 
 logger = logging.getLogger("sortserve.requests")
@@ -49,6 +47,8 @@ class Service:
     settings: ApiSettings
     metrics: HttpMetrics | None = None
     threads: TextThreads = field(default_factory=TextThreads)
+    created_s: int = field(default_factory=lambda: int(time.time()))
+    """When the service came up, in seconds of the epoch."""
     _serials: Iterator[int] = field(default_factory=itertools.count)
 
     @cached_property
@@ -60,9 +60,9 @@ class Service:
             max_sequences=self.settings.max_n,
         )
 
-    async def read(self, request: Request, schema: type[T], then: Callable[[T], R]) -> R:
-        """What ``then`` makes of the body; see ``read_body``."""
-        return await read_body(request, schema, then, limits=self.limits, threads=self.threads)
+    async def work_on_body(self, request: Request, work: Callable[[], R]) -> R:
+        """What ``work`` returns or raises; it runs on a thread where the body was read on one."""
+        return await self.threads.run(work) if request.state.is_large else work()
 
     async def start(self, job: Job) -> Generation:
         """Take places in the queue, tokenise, submit every sequence.

@@ -3,24 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from starlette.datastructures import Headers
+from pydantic import BaseModel, Field, WithJsonSchema
 
 from sortserve.api.bodies.models import GenerationFields
 from sortserve.api.problems import shortened
-from sortserve.core.budget import MILLISECONDS, Budget, ExitTable
+from sortserve.core.budget import MAX_MS, MILLISECONDS, Budget, ExitTable
 from sortserve.core.errors import InvalidRequestError, NotFoundError
 from sortserve.core.sampling_params import SamplingParams
 
-__all__ = ["BUDGET_HEADERS", "ModelChoice", "read_budget", "read_model", "read_sampling"]
+__all__ = [
+    "BUDGET_HEADERS",
+    "BudgetHeaders",
+    "ModelChoice",
+    "read_budget",
+    "read_model",
+    "read_sampling",
+]
 
-BUDGET_HEADERS = {
-    "x-slo-ttft-ms": "ttft_ms",
-    "x-slo-tpot-ms": "tpot_ms",
-    "x-slo-e2e-ms": "latency_ms",
-}
-"""Headers by which routers pass latency budgets, and the budget fields they mean."""
+_Milliseconds = Annotated[
+    str | None,  # read by ``_milliseconds``: pydantic would take 1_0 for 10
+    WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": MAX_MS}),
+]
+
+
+class BudgetHeaders(BaseModel):
+    """Headers by which routers pass latency budgets."""
+
+    ttft_ms: _Milliseconds = Field(
+        None,
+        alias="x-slo-ttft-ms",
+        description="The same as budget.ttft_ms of the body, which wins.",
+    )
+    tpot_ms: _Milliseconds = Field(
+        None,
+        alias="x-slo-tpot-ms",
+        description="The same as budget.tpot_ms of the body, which wins.",
+    )
+    latency_ms: _Milliseconds = Field(
+        None,
+        alias="x-slo-e2e-ms",
+        description="The same as budget.latency_ms of the body, which wins.",
+    )
+
+
+BUDGET_HEADERS = {str(field.alias): name for name, field in BudgetHeaders.model_fields.items()}
+"""Each header, and the budget field it means."""
 SAMPLING_FIELDS = (
     *("min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "seed", "ignore_eos"),
@@ -58,7 +87,9 @@ def read_model(name: str | None, served_name: str, exits: ExitTable) -> ModelCho
     )
 
 
-def read_budget(body: Mapping[str, Any] | None, headers: Headers, model: ModelChoice) -> Budget:
+def read_budget(
+    body: Mapping[str, Any] | None, headers: BudgetHeaders, model: ModelChoice
+) -> Budget:
     """The budget of body, headers and model name; the body wins over the headers.
 
     Raises:
@@ -67,8 +98,8 @@ def read_budget(body: Mapping[str, Any] | None, headers: Headers, model: ModelCh
     in_body = Budget.from_mapping(body or {})  # so that an error names what the body says
     values = {name: value for name, value in (body or {}).items() if value is not None}
     for header, name in BUDGET_HEADERS.items():
-        if header in headers:
-            values.setdefault(name, _milliseconds(header, headers[header]))
+        if (value := getattr(headers, name)) is not None:
+            values.setdefault(name, _milliseconds(header, value))
     if model.exit_layer is not None:
         _check_exit_alone(in_body, model)
         values["exit_layer"] = model.exit_layer

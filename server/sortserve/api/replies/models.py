@@ -1,4 +1,4 @@
-"""The bodies of replies, for the OpenAPI document alone: replies are built as plain dicts."""
+"""The bodies of replies. Generations are written as plain dicts in their form (``formats.py``)."""
 
 from __future__ import annotations
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.resources import files
 
 from fastapi import APIRouter, Response
 
-__all__ = ["docs_routes"]
+__all__ = ["router"]
 
 _HEADERS = {
     "Content-Type": "text/html; charset=utf-8",
@@ -17,13 +18,11 @@ _HEADERS = {
 }
 
 
-def docs_routes() -> APIRouter:
+router = APIRouter()
+_page = cache(files("sortserve.api").joinpath("static/docs.html").read_bytes)
+
+
+@router.get("/docs", include_in_schema=False)
+async def docs() -> Response:
     """The page that shows ``/openapi.json``."""
-    router = APIRouter()
-    page = files("sortserve.api").joinpath("static/docs.html").read_bytes()
-
-    @router.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        return Response(page, headers=_HEADERS)
-
-    return router
+    return Response(_page(), headers=_HEADERS)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Header, Request, Response
 
 from sortserve.api.bodies.limits import MAX_ECHO_CHARS
 from sortserve.api.bodies.models import ChatCompletionBody, CompletionBody
-from sortserve.api.bodies.parameters import ModelChoice, read_model
+from sortserve.api.bodies.parameters import BudgetHeaders, ModelChoice, read_model
 from sortserve.api.bodies.prompts import TextPrompt, TokenPrompt, read_messages, read_prompts
 from sortserve.api.bodies.unsupported import refuse_unsupported
 from sortserve.api.generation import Generation
 from sortserve.api.jobs import Job, make_job
-from sortserve.api.openapi import documented
 from sortserve.api.replies.formats import ChatFormat, CompletionFormat, GenerateFormat
 from sortserve.api.replies.models import (
     ChatCompletionResponse,
@@ -25,10 +24,12 @@ from sortserve.api.replies.models import (
     ModelsResponse,
 )
 from sortserve.api.replies.streaming import GenerationReply, GenerationStream
+from sortserve.api.routes.dependencies import Serving, body_of
+from sortserve.api.routes.responses import GENERATION_RESPONSES, errors
 from sortserve.api.service import Service
 from sortserve.core.errors import InvalidRequestError
 
-__all__ = ["openai_routes"]
+__all__ = ["router"]
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's own default."""
@@ -36,61 +37,49 @@ THREAD_FROM_IDS = 2048
 """Prompts of so many token ids are decoded on a thread."""
 
 
-def openai_routes(service: Service) -> APIRouter:
-    """Routes that clients of OpenAI's API know."""
-    router = APIRouter(tags=["OpenAI"])
-    created = int(time.time())
+router = APIRouter(tags=["OpenAI"])
+"""Routes that clients of OpenAI's API know."""
 
-    @router.post(
-        "/v1/completions", **documented(CompletionResponse, CompletionBody, generates=True)
+
+@router.get("/v1/models", responses=errors(401))
+async def models(service: Serving) -> ModelsResponse:
+    """The served name, and `NAME@E` for each exit."""
+    name, exits = service.settings.served_model_name, service.worker.exits
+    names = [name, *(f"{name}@{exit_layer}" for exit_layer in exits.layers)]
+    return ModelsResponse(object="list", data=[_model_entry(service, name) for name in names])
+
+
+@router.get("/v1/models/{model_id:path}", responses=errors(401, 404))
+async def model(model_id: str, service: Serving) -> ModelResponse:
+    """One of them."""
+    return _model_entry(service, model_id)
+
+
+def _model_entry(service: Service, name: str) -> ModelResponse:
+    exits, served_name = service.worker.exits, service.settings.served_model_name
+    choice = read_model(name, served_name, exits)
+    return ModelResponse(
+        id=choice.name,
+        object="model",
+        created=service.created_s,
+        owned_by="sortserve",
+        root=served_name,
+        max_model_len=service.worker.max_model_len,
+        exit_layer=choice.exit_layer,
+        exits=list(exits.layers),
     )
-    async def completions(request: Request) -> Response:
-        """Continue a prompt, or several."""
-        return await _completions(service, request)
-
-    @router.post(
-        "/v1/chat/completions",
-        **documented(ChatCompletionResponse, ChatCompletionBody, generates=True),
-    )
-    async def chat_completions(request: Request) -> Response:
-        """Answer a conversation."""
-        return await _chat(service, request)
-
-    @router.get("/v1/models", **documented(ModelsResponse))
-    async def models() -> dict[str, Any]:
-        """The served name, and `NAME@E` for each exit."""
-        name, exits = service.settings.served_model_name, service.worker.exits
-        names = [name, *(f"{name}@{exit_layer}" for exit_layer in exits.layers)]
-        return {"object": "list", "data": [_model_entry(service, n, created) for n in names]}
-
-    @router.get("/v1/models/{model_id:path}", **documented(ModelResponse, errors=(401, 404)))
-    async def model(model_id: str) -> dict[str, Any]:
-        """One of them."""
-        choice = read_model(model_id, service.settings.served_model_name, service.worker.exits)
-        return _model_entry(service, choice.name, created)
-
-    return router
 
 
-def _model_entry(service: Service, name: str, created: int) -> dict[str, Any]:
-    exits = service.worker.exits
-    choice = read_model(name, service.settings.served_model_name, exits)
-    return {
-        "id": name,
-        "object": "model",
-        "created": created,
-        "owned_by": "sortserve",
-        "root": service.settings.served_model_name,
-        "max_model_len": service.worker.max_model_len,
-        "exit_layer": choice.exit_layer,
-        "exits": list(exits.layers),
-    }
-
-
-async def _completions(service: Service, request: Request) -> Response:
-    arrival_s = service.worker.clock()
-    read = partial(_completion_job, service, request, arrival_s)
-    body, model, prompts, job = await service.read(request, CompletionBody, read)
+@router.post("/v1/completions", response_model=CompletionResponse, responses=GENERATION_RESPONSES)
+async def completions(
+    request: Request,
+    headers: Annotated[BudgetHeaders, Header()],
+    body: Annotated[CompletionBody, body_of(CompletionBody)],
+    service: Serving,
+) -> Response:
+    """Continue a prompt, or several."""
+    read = partial(_completion_job, service, request, headers, body)
+    model, prompts, job = await service.work_on_body(request, read)
     echo = await _echo(service, job, prompts) if body.echo else None
     generation = await service.start(job)
     options = body.stream_options
@@ -108,8 +97,8 @@ async def _completions(service: Service, request: Request) -> Response:
 
 
 def _completion_job(
-    service: Service, request: Request, arrival_s: float, body: CompletionBody
-) -> tuple[CompletionBody, ModelChoice, list[TextPrompt | TokenPrompt], Job]:
+    service: Service, request: Request, headers: BudgetHeaders, body: CompletionBody
+) -> tuple[ModelChoice, list[TextPrompt | TokenPrompt], Job]:
     settings, tokenizer = service.settings, service.tokenizer
     model = read_model(body.model, settings.served_model_name, service.worker.exits)
     refuse_unsupported({**(body.model_extra or {}), "suffix": body.suffix})
@@ -122,17 +111,17 @@ def _completion_job(
     )
     job = make_job(
         request,
+        headers,
         body,
         prompts,
         model,
-        arrival_s=arrival_s,
         max_tokens=body.max_tokens,
         default_max_tokens=DEFAULT_COMPLETION_TOKENS,
         logprobs=body.logprobs,
         sampling_defaults=settings.sampling_defaults,
         vocab_size=tokenizer.vocab_size,
     )
-    return body, model, prompts, job
+    return model, prompts, job
 
 
 async def _echo(
@@ -175,10 +164,20 @@ def _check_completion(body: CompletionBody) -> None:
         )
 
 
-async def _chat(service: Service, request: Request) -> Response:
-    arrival_s = service.worker.clock()
-    read = partial(_chat_job, service, request, arrival_s)
-    body, model, job = await service.read(request, ChatCompletionBody, read)
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatCompletionResponse,
+    responses=GENERATION_RESPONSES,
+)
+async def chat_completions(
+    request: Request,
+    headers: Annotated[BudgetHeaders, Header()],
+    body: Annotated[ChatCompletionBody, body_of(ChatCompletionBody)],
+    service: Serving,
+) -> Response:
+    """Answer a conversation."""
+    read = partial(_chat_job, service, request, headers, body)
+    model, job = await service.work_on_body(request, read)
     generation = await service.start(job)
     options = body.stream_options
     object_ = "chat.completion.chunk" if body.stream else "chat.completion"
@@ -195,8 +194,8 @@ async def _chat(service: Service, request: Request) -> Response:
 
 
 def _chat_job(
-    service: Service, request: Request, arrival_s: float, body: ChatCompletionBody
-) -> tuple[ChatCompletionBody, ModelChoice, Job]:
+    service: Service, request: Request, headers: BudgetHeaders, body: ChatCompletionBody
+) -> tuple[ModelChoice, Job]:
     settings = service.settings
     model = read_model(body.model, settings.served_model_name, service.worker.exits)
     refuse_unsupported(body.model_extra or {})
@@ -210,10 +209,10 @@ def _chat_job(
     limit_name = "max_completion_tokens" if is_new_name else "max_tokens"
     job = make_job(
         request,
+        headers,
         body,
         [prompt],
         model,
-        arrival_s=arrival_s,
         max_tokens=_chat_max_tokens(body),
         default_max_tokens=service.worker.max_model_len,
         logprobs=_chat_logprobs(body),
@@ -221,7 +220,7 @@ def _chat_job(
         vocab_size=service.tokenizer.vocab_size,
         field_names={"prompt": "messages", "max_tokens": limit_name, "logprobs": "top_logprobs"},
     )
-    return body, model, job
+    return model, job
 
 
 def _chat_max_tokens(body: ChatCompletionBody) -> int | None:

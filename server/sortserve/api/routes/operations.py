@@ -2,52 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request, Response
-from starlette.responses import JSONResponse
 
 from sortserve import __version__
-from sortserve.api.openapi import documented
 from sortserve.api.problems import unavailable_response
 from sortserve.api.replies.models import StatusResponse, VersionResponse
-from sortserve.api.service import Service
+from sortserve.api.routes.dependencies import Serving
+from sortserve.api.routes.responses import errors
 
-__all__ = ["operation_routes"]
+__all__ = ["router"]
+
+router = APIRouter(tags=["operations"])
+"""What orchestrators and monitoring ask for."""
 
 
-def operation_routes(service: Service) -> APIRouter:
-    """What orchestrators and monitoring ask for."""
-    router = APIRouter(tags=["operations"])
+@router.get("/health", response_model=StatusResponse, responses=errors(503))
+@router.get("/readyz", response_model=StatusResponse, responses=errors(503))
+async def health(service: Serving) -> StatusResponse | Response:
+    """200 when requests are taken; 503 while loading, draining or after a failure."""
+    state = service.worker.state
+    if state == "ready":
+        return StatusResponse(status=state)
+    return unavailable_response(state, f"The server is {state}.")
 
-    @router.get("/health", **documented(StatusResponse, errors=(503,)))
-    @router.get("/readyz", **documented(StatusResponse, errors=(503,)))
-    async def health() -> Response:
-        """200 when requests are taken; 503 while loading, draining or after a failure."""
-        state = service.worker.state
-        if state == "ready":
-            return JSONResponse({"status": state})
+
+@router.get("/livez", response_model=StatusResponse, responses=errors(503))
+async def livez(service: Serving) -> StatusResponse | Response:
+    """200 unless the engine has failed, which only a restart can mend."""
+    state = service.worker.state
+    if state == "failed":
         return unavailable_response(state, f"The server is {state}.")
+    return StatusResponse(status="alive")
 
-    @router.get("/livez", **documented(StatusResponse, errors=(503,)))
-    async def livez() -> Response:
-        """200 unless the engine has failed, which only a restart can mend."""
-        state = service.worker.state
-        if state == "failed":
-            return unavailable_response(state, f"The server is {state}.")
-        return JSONResponse({"status": "alive"})
 
-    @router.get("/version", **documented(VersionResponse))
-    async def version() -> dict[str, Any]:
-        """The server's version."""
-        return {"version": __version__}
+@router.get("/version", responses=errors(401))
+async def version() -> VersionResponse:
+    """The server's version."""
+    return VersionResponse(version=__version__)
 
-    @router.get("/metrics", response_class=Response)
-    async def metrics(request: Request) -> Response:
-        """Prometheus series."""
-        if service.metrics is None:
-            return Response(b"", media_type="text/plain; version=0.0.4")
-        content, content_type = service.metrics.render(request.headers.get("accept"))
-        return Response(content, headers={"Content-Type": content_type})
 
-    return router
+@router.get("/metrics", response_class=Response)
+async def metrics(request: Request, service: Serving) -> Response:
+    """Prometheus series."""
+    if service.metrics is None:
+        return Response(b"", media_type="text/plain; version=0.0.4")
+    content, content_type = service.metrics.render(request.headers.get("accept"))
+    return Response(content, headers={"Content-Type": content_type})

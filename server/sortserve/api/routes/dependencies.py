@@ -1,0 +1,35 @@
+"""What routes ask for in their signatures: the service, and the body as its model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+from pydantic import BaseModel
+
+from sortserve.api.bodies.reading import read_body
+from sortserve.api.service import Service
+
+__all__ = ["Serving", "body_of"]
+
+
+async def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+Serving = Annotated[Service, Depends(_service)]
+
+
+def body_of(model: type[BaseModel]) -> Any:
+    """What makes a route's parameter ``body`` a validated ``model``.
+
+    FastAPI's own reading would parse a body before anything bounds it, and on the event loop.
+    """
+
+    async def read(request: Request) -> BaseModel:
+        service = await _service(request)
+        request.state.arrival_s = service.worker.clock()
+        return await read_body(request, model, limits=service.limits, threads=service.threads)
+
+    return Depends(read)
