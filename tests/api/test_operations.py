@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 import sortserve
 from sortserve.api.routes import native, openai, operations
 from sortserve.api.settings import ApiSettings
+from sortserve.core import budget, sampling_params
 from sortserve.core.errors import InvalidRequestError
 from sortserve.cost.model import CostModel, RowShape, StepShape
 from support.http_service import Connection, HttpService, as_json
@@ -361,6 +362,24 @@ async def test_the_openapi_document_describes_bodies_and_the_budget(shared: Http
     assert {"latency_ms", "exit_layer", "on_miss"} <= set(fields)
     assert schema["additionalProperties"] is False
     assert headers == ["x-slo-ttft-ms", "x-slo-tpot-ms", "x-slo-e2e-ms"]
+
+
+@pytest.mark.parametrize("model", ["GenerateBody", "CompletionBody", "ChatCompletionBody"])
+async def test_the_document_says_which_numbers_the_engine_takes(
+    shared: HttpService, model: str
+) -> None:
+    document = (await shared.get("/openapi.json")).json()
+
+    properties = document["components"]["schemas"][model]["properties"]
+    for name, range_ in sampling_params.RANGES.items():
+        if name == "seed":  # pydantic's own check, and its words for it
+            continue
+        if model == "ChatCompletionBody" and name == "logprobs":
+            name = "top_logprobs"
+        assert range_.json_schema in properties[name]["anyOf"]
+    [parts] = [option for option in properties["budget"]["anyOf"] if "properties" in option]
+    for name, range_ in budget.RANGES.items():
+        assert range_.json_schema.items() <= parts["properties"][name].items()
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,30 @@ from enum import StrEnum
 from typing import Any
 
 from sortserve.core.errors import InvalidRequestError, shortened
+from sortserve.core.ranges import Range
 
-__all__ = ["MAX_MS", "MILLISECONDS", "Budget", "Deadlines", "ExitInfo", "ExitTable", "OnMiss"]
+__all__ = ["MILLISECONDS", "RANGES", "Budget", "Deadlines", "ExitInfo", "ExitTable", "OnMiss"]
 
 MAX_MS = 86_400_000
 """The longest time that a budget may name: a day. Beyond it, leave the bound out."""
-MILLISECONDS = f"a number of milliseconds above 0, to {MAX_MS}"
-SHARE = "a number above 0, to 1"
+MILLISECONDS = Range(
+    least=0,
+    most=MAX_MS,
+    without_least=True,
+    allowed=f"a number of milliseconds above 0, to {MAX_MS}",
+)
+_SHARE = Range(least=0, most=1, without_least=True, allowed="a number above 0, to 1")
+_LAYER = Range(least=1, is_integer=True, allowed="an integer >= 1, an exit of the checkpoint")
+RANGES = {
+    "latency_ms": MILLISECONDS,
+    "ttft_ms": MILLISECONDS,
+    "tpot_ms": MILLISECONDS,
+    "compute": _SHARE,
+    "min_quality": _SHARE,
+    "exit_layer": _LAYER,
+    "min_exit_layer": _LAYER,
+}
+"""What the numbers of a ``Budget`` may be."""
 
 
 class OnMiss(StrEnum):
@@ -144,16 +161,10 @@ class Budget:
     on_miss: OnMiss = OnMiss.DEGRADE
 
     def __post_init__(self) -> None:
-        for name in ("latency_ms", "ttft_ms", "tpot_ms"):
-            self._check_number(name, high=MAX_MS, allowed=MILLISECONDS)
-        for name in ("compute", "min_quality"):
-            self._check_number(name, high=1, allowed=SHARE)
-        for name in ("exit_layer", "min_exit_layer"):
+        for name, range_ in RANGES.items():
             value = getattr(self, name)
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 1
-            ):
-                raise _refuse(name, value, "an integer >= 1, an exit of the checkpoint")
+            if value is not None and value not in range_:
+                raise _refuse(name, value, range_.allowed)
         try:
             object.__setattr__(self, "on_miss", OnMiss(self.on_miss))
         except ValueError:
@@ -173,15 +184,6 @@ class Budget:
                 "the first token cannot be due after the whole answer.",
                 param="budget.ttft_ms",
             )
-
-    def _check_number(self, name: str, *, high: int, allowed: str) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        # Only comparisons: they are exact and false for NaN, and no integer is too large for them.
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (is_number and 0 < value <= high):
-            raise _refuse(name, value, allowed)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Budget:

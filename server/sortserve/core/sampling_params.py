@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sortserve.core.errors import InvalidRequestError
+from sortserve.core.ranges import Range, integers, numbers
 
 __all__ = ["RowFailure", "SampledToken", "SamplingParams", "SamplingRow", "TokenLogprob"]
 
@@ -37,13 +38,25 @@ def _shown(value: object) -> str:
     return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "..."
 
 
-def _is_int(value: object, least: int, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
-def _is_number(value: object, least: float, most: float) -> bool:
-    """Compares and converts nothing: an integer may be too large for a float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+_TOKEN_ID = integers(0, MAX_INT)
+LOGIT_BIAS = numbers(-100, 100)
+RANGES = {
+    "max_tokens": integers(1, MAX_INT),
+    "min_tokens": integers(0, MAX_INT),  # and no more than max_tokens
+    "top_k": replace(integers(-1, MAX_INT), allowed=f"an integer from -1 or 0 (off) to {MAX_INT}"),
+    "seed": integers(-MAX_SEED - 1, MAX_SEED),
+    "logprobs": integers(0, MAX_LOGPROBS),
+    "temperature": numbers(0, 100),
+    "top_p": numbers(0, 1),
+    "min_p": numbers(0, 1),
+    "repetition_penalty": Range(
+        least=0, most=100, without_least=True, allowed="a number above 0, to 100"
+    ),
+    "presence_penalty": numbers(-2, 2),
+    "frequency_penalty": numbers(-2, 2),
+}
+"""What the numbers of ``SamplingParams`` may be."""
+_OPTIONAL = ("seed", "logprobs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,43 +96,26 @@ class SamplingParams:
     from the model's distribution before penalties and temperature."""
 
     def __post_init__(self) -> None:
-        self._check_int("max_tokens", 1, MAX_INT)
-        self._check_int("min_tokens", 0, self.max_tokens, "0 to max_tokens=")
-        self._check_int("top_k", -1, MAX_INT, "-1 or 0 (off) to ")
-        if self.seed is not None:
-            self._check_int("seed", -MAX_SEED - 1, MAX_SEED)
-        if self.logprobs is not None:
-            self._check_int("logprobs", 0, MAX_LOGPROBS)
-        self._check_number("temperature", 0, 100)
-        self._check_number("top_p", 0, 1)
-        self._check_number("min_p", 0, 1)
-        _require(
-            _is_number(self.repetition_penalty, 0, 100) and self.repetition_penalty > 0,
-            "repetition_penalty",
-            self.repetition_penalty,
-            "a number above 0, to 100",
-        )
-        self._check_number("presence_penalty", -2, 2)
-        self._check_number("frequency_penalty", -2, 2)
+        self._check("max_tokens", RANGES["max_tokens"])
+        allowed = f"an integer from 0 to max_tokens={self.max_tokens}"
+        self._check("min_tokens", replace(integers(0, self.max_tokens), allowed=allowed))
+        for name, range_ in RANGES.items():
+            if not (name in _OPTIONAL and getattr(self, name) is None):
+                self._check(name, range_)
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             value = getattr(self, name)
             _require(isinstance(value, bool), name, value, "true or false")
         self._check_collections()
 
-    def _check_int(self, name: str, least: int, most: int, range_: str | None = None) -> None:
+    def _check(self, name: str, range_: Range) -> None:
         value = getattr(self, name)
-        allowed = f"an integer from {range_ or f'{least} to '}{most}"
-        _require(_is_int(value, least, most), name, value, allowed)
-
-    def _check_number(self, name: str, least: int, most: int) -> None:
-        value = getattr(self, name)
-        _require(_is_number(value, least, most), name, value, f"a number from {least} to {most}")
+        _require(value in range_, name, value, range_.allowed)
 
     def _check_collections(self) -> None:
-        allowed = "token ids >= 0, each with a bias from -100 to 100"
+        allowed = f"token ids >= 0, each with a bias from {LOGIT_BIAS.least} to {LOGIT_BIAS.most}"
         _require(isinstance(self.logit_bias, Mapping), "logit_bias", self.logit_bias, allowed)
         for token_id, bias in self.logit_bias.items():
-            ok = _is_int(token_id, 0, MAX_INT) and _is_number(bias, -100, 100)
+            ok = token_id in _TOKEN_ID and bias in LOGIT_BIAS
             param = f"logit_bias.{token_id if isinstance(token_id, str) else _shown(token_id)}"
             _require(ok, param[:_MAX_SHOWN_CHARS], bias, allowed)
         allowed = f"at most {MAX_STOP_STRINGS} non-empty strings"
@@ -129,9 +125,7 @@ class SamplingParams:
         ids = self.stop_token_ids
         _require(isinstance(ids, tuple | list), "stop_token_ids", ids, "a list of token ids")
         for i, token_id in enumerate(ids):
-            _require(
-                _is_int(token_id, 0, MAX_INT), f"stop_token_ids.{i}", token_id, "a token id >= 0"
-            )
+            _require(token_id in _TOKEN_ID, f"stop_token_ids.{i}", token_id, "a token id >= 0")
 
     @property
     def greedy(self) -> bool:

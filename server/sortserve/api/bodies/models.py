@@ -13,7 +13,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from sortserve.api.bodies import limits
 from sortserve.api.http.middleware import REQUEST_ID_PATTERN
-from sortserve.core.budget import MAX_MS, OnMiss
+from sortserve.core import budget, sampling_params
+from sortserve.core.budget import OnMiss
+from sortserve.core.sampling_params import LOGIT_BIAS, MAX_SEED
 
 __all__ = [
     "ChatCompletionBody",
@@ -27,23 +29,24 @@ __all__ = [
 
 # Every value that OpenAI's own client knows.
 ServiceTier = Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"]
-_INT64 = 2**63
-
-_MS = {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_MS}
-_SHARE = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
-_LAYER = {"type": "integer", "minimum": 1}
+_BUDGET_WORDS = {
+    "latency_ms": "Arrival to the last token.",
+    "ttft_ms": "Arrival to the first token.",
+    "tpot_ms": "Mean time per output token after the first.",
+    "compute": "Largest share of the full model's FLOPs a token.",
+    "exit_layer": "Exactly this exit; see GET /exits.",
+    "min_exit_layer": "No exit shallower than this.",
+    "min_quality": "No exit with a lower score.",
+}
 _BUDGET_SCHEMA: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
     "description": "What the request may cost. Every field is optional.",
     "properties": {
-        "latency_ms": {**_MS, "description": "Arrival to the last token."},
-        "ttft_ms": {**_MS, "description": "Arrival to the first token."},
-        "tpot_ms": {**_MS, "description": "Mean time per output token after the first."},
-        "compute": {**_SHARE, "description": "Largest share of the full model's FLOPs a token."},
-        "exit_layer": {**_LAYER, "description": "Exactly this exit; see GET /exits."},
-        "min_exit_layer": {**_LAYER, "description": "No exit shallower than this."},
-        "min_quality": {**_SHARE, "description": "No exit with a lower score."},
+        **{
+            name: {**budget.RANGES[name].json_schema, "description": words}
+            for name, words in _BUDGET_WORDS.items()
+        },
         "on_miss": {
             "enum": [choice.value for choice in OnMiss],
             "default": OnMiss.DEGRADE.value,
@@ -52,10 +55,7 @@ _BUDGET_SCHEMA: dict[str, Any] = {
     },
     "example": {"latency_ms": 800, "min_quality": 0.9},
 }
-_LOGIT_BIAS_SCHEMA = {
-    "type": "object",
-    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-}
+_LOGIT_BIAS_SCHEMA = {"type": "object", "additionalProperties": LOGIT_BIAS.json_schema}
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer"}}
 _ONE_PROMPT_SCHEMA = {"anyOf": [{"type": "string"}, _TOKEN_IDS], "example": "Once upon a time"}
 _PROMPTS_SCHEMA = {
@@ -81,6 +81,11 @@ _MESSAGES_SCHEMA = {
 def _as_list(value: object) -> object:
     """One stop string as a list of one."""
     return [value] if isinstance(value, str) else value
+
+
+def _ranged(name: str) -> WithJsonSchema:
+    """The range that ``SamplingParams`` checks, in the document."""
+    return WithJsonSchema(sampling_params.RANGES[name].json_schema)
 
 
 # One error is enough: a body may hold thousands of wrong items.
@@ -133,23 +138,23 @@ class GenerationFields(_Body):
 
     model: Name | None = None
     """The served name, or `NAME@E` for exit E. Default: the served name."""
-    max_tokens: int | None = None
+    max_tokens: Annotated[int, _ranged("max_tokens")] | None = None
     """Most tokens to generate. Default: what fits the context; 16 on `/v1/completions`."""
-    min_tokens: int | None = None
+    min_tokens: Annotated[int, _ranged("min_tokens")] | None = None
     """The answer does not end by itself before this many tokens."""
-    temperature: float | None = None
+    temperature: Annotated[float, _ranged("temperature")] | None = None
     """0 is greedy."""
-    top_p: float | None = None
-    top_k: int | None = None
+    top_p: Annotated[float, _ranged("top_p")] | None = None
+    top_k: Annotated[int, _ranged("top_k")] | None = None
     """0 or -1 keeps every token."""
-    min_p: float | None = None
-    repetition_penalty: float | None = None
+    min_p: Annotated[float, _ranged("min_p")] | None = None
+    repetition_penalty: Annotated[float, _ranged("repetition_penalty")] | None = None
     """Over prompt and output, as in Hugging Face."""
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    presence_penalty: Annotated[float, _ranged("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, _ranged("frequency_penalty")] | None = None
     logit_bias: LogitBias | None = None
     """Token id to a bias from -100 to 100; at most 1024."""
-    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
+    seed: Annotated[int, Field(ge=-MAX_SEED - 1, lt=MAX_SEED + 1)] | None = None
     """Makes the sample repeatable, whatever else the server does."""
     stop: StopStrings | None = None
     """The answer ends before the first of these texts: a string, or at most 16."""
@@ -178,7 +183,7 @@ class GenerateBody(GenerationFields):
     """Text or token ids. Give this or `messages`."""
     messages: Messages | None = None
     """A conversation, put through the model's chat template."""
-    logprobs: int | None = None
+    logprobs: Annotated[int, _ranged("logprobs")] | None = None
     """Log probabilities of each token and of this many rivals, 0 to 20."""
     add_special_tokens: bool | None = None
     """Begin a text prompt with the tokenizer's special tokens. Default: true."""
@@ -201,7 +206,7 @@ class CompletionBody(_OpenAIFields):
 
     prompt: Annotated[Any, WithJsonSchema(_PROMPTS_SCHEMA)] = None
     """A text, a list of texts, token ids, or a list of lists of token ids."""
-    logprobs: int | None = None
+    logprobs: Annotated[int, _ranged("logprobs")] | None = None
     """Log probabilities of each token and of this many rivals, 0 to 20."""
     echo: bool | None = None
     """Begin each answer with its prompt."""
@@ -217,11 +222,11 @@ class ChatCompletionBody(_OpenAIFields):
 
     messages: Messages
     """The conversation. Content is a text, or a list of parts of type `text`."""
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Annotated[int, _ranged("max_tokens")] | None = None
     """The newer name of `max_tokens`."""
     logprobs: bool | None = None
     """Send the log probability of each token."""
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int, _ranged("logprobs")] | None = None
     """And of this many rivals, 0 to 20. Needs `logprobs`."""
     add_generation_prompt: bool | None = None
     chat_template_kwargs: TemplateVariables | None = None

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, WithJsonSchema
 
 from sortserve.api.bodies.models import GenerationFields
 from sortserve.api.problems import shortened
-from sortserve.core.budget import MAX_MS, MILLISECONDS, Budget, ExitTable
+from sortserve.core.budget import MILLISECONDS, Budget, ExitTable
 from sortserve.core.errors import InvalidRequestError, NotFoundError
 from sortserve.core.sampling_params import SamplingParams
 
@@ -24,7 +24,7 @@ __all__ = [
 
 _Milliseconds = Annotated[
     str | None,  # read by ``_milliseconds``: pydantic would take 1_0 for 10
-    WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": MAX_MS}),
+    WithJsonSchema(MILLISECONDS.json_schema),
 ]
 
 
@@ -114,7 +114,7 @@ def _milliseconds(header: str, value: str) -> float:
         Budget(latency_ms=milliseconds)  # which numbers make sense is for the budget to say
     except ValueError:  # InvalidRequestError is one
         raise InvalidRequestError(
-            f"{header}={shortened(value)} is not allowed: it must be {MILLISECONDS}.",
+            f"{header}={shortened(value)} is not allowed: it must be {MILLISECONDS.allowed}.",
             param=header,
         ) from None
     return milliseconds
