@@ -456,7 +456,7 @@ async def test_scripts_of_other_origins_may_not_read_refusals() -> None:
 
 async def test_one_read_takes_little_however_small_the_chunks_of_a_body() -> None:
     """Each chunk is a call: 40,000 of them at once would hold the loop for 50 ms."""
-    async with raw_server() as server, server.client() as client:
+    async with raw_server() as server, server.client():
         await server.connected(1)
         transport = protocol_of(server).transport
         assert transport.max_size == 1 << 16  # type: ignore[attr-defined]
