@@ -6,12 +6,8 @@ import asyncio
 
 import pytest
 
-from sortserve.api.http.protocol import (
-    MAX_PIPELINED,
-    RESERVED_CONNECTIONS,
-    ConnectionLimits,
-    HttpProtocol,
-)
+from sortserve.api.http.limits import MAX_PIPELINED, ConnectionLimits
+from sortserve.api.http.protocol import RESERVED_CONNECTIONS, HttpProtocol
 from support.raw_http import RawServer, raw_server
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n"

@@ -14,7 +14,8 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from sortserve.api.http.protocol import ConnectionLimits, HttpProtocol
+from sortserve.api.http.limits import ConnectionLimits
+from sortserve.api.http.protocol import HttpProtocol
 from support.http_service import HttpService, as_json, listening
 
 BODY = as_json({"prompt": "a", "max_tokens": 3})

@@ -18,7 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import sortserve
 from sortserve.api.app import create_app
-from sortserve.api.http.protocol import ConnectionLimits, HttpProtocol
+from sortserve.api.http.limits import ConnectionLimits
+from sortserve.api.http.protocol import HttpProtocol
 from sortserve.api.replies.streaming import COMMENT
 from sortserve.api.settings import ApiSettings
 from sortserve.core.budget import Budget

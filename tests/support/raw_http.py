@@ -13,7 +13,8 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from sortserve.api.http.protocol import ConnectionLimits, HttpProtocol
+from sortserve.api.http.limits import ConnectionLimits
+from sortserve.api.http.protocol import HttpProtocol
 
 WAIT_S = 30
 

@@ -28,7 +28,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from sortserve import __version__
 from sortserve.api.app import create_app, create_loading_app
 from sortserve.api.http.hosts import HostCheckMiddleware
-from sortserve.api.http.protocol import ConnectionLimits, HttpProtocol
+from sortserve.api.http.limits import ConnectionLimits
+from sortserve.api.http.protocol import HttpProtocol
 from sortserve.api.settings import ApiSettings
 from sortserve.process.banner import banner, base_url
 from sortserve.process.config import ServeSettings

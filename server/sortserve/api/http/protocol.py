@@ -15,29 +15,30 @@ import logging
 import select
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Literal
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from sortserve.api.http.http1 import Http1Protocol
-from sortserve.api.http.middleware import outer_headers
-from sortserve.api.http.security import OPEN_PATHS
-from sortserve.api.problems import error_response
-from sortserve.core.errors import InvalidRequestError, UnavailableError
+from sortserve.api.http.limits import (
+    MAX_PIPELINED,
+    ConnectionLimits,
+    Refusal,
+    headers_too_large,
+    probes_only,
+    too_many_connections,
+    too_many_pipelined,
+)
 from sortserve.telemetry.logs import fields
 
-__all__ = ["ConnectionLimits", "HttpProtocol"]
+__all__ = ["HttpProtocol"]
 
 logger = logging.getLogger(__name__)
 
 RESERVED_CONNECTIONS = 32
 """Connections beyond the cap that may still ask for probes: a crowd must not look like a death."""
-MAX_PIPELINED = 16
-"""Requests that may wait on one connection for the answer to an earlier one."""
 PEER_POLL_S = 0.2
 """How often to look whether a client that has finished sending is still there to read."""
 MAX_READ_BYTES = 1 << 16
@@ -45,34 +46,6 @@ MAX_READ_BYTES = 1 << 16
 LINGER_S = 1.0
 """How long a refused client may go on sending: cut off at once, it might not see the refusal."""
 INTERIM_REPLY = b"HTTP/1.1 100 Continue\r\n\r\n"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConnectionLimits:
-    """What one client may send and hold. Times are in seconds."""
-
-    max_connections: int = 1000
-    max_num_headers: int = 200
-    """Header fields of one request, trailers included."""
-    max_header_bytes: int = 64 << 10
-    """Request line and header fields of one request together."""
-    keep_alive_s: float = 75.0
-    """From one request to the next, and from the connection to the first."""
-    header_timeout_s: float = 10.0
-    """From the first byte of a request to the end of its headers."""
-    body_timeout_s: float = 60.0
-    """From the end of the headers to the end of the body."""
-    write_timeout_s: float = 60.0
-    """For which an answer may lie unread."""
-
-
-@dataclass(frozen=True)
-class _Refusal:
-    """A final reply that is written without asking the application."""
-
-    status: HTTPStatus
-    code: str
-    message: str
 
 
 class _RefusedError(Exception):
@@ -99,7 +72,7 @@ class HttpProtocol(Http1Protocol):
         self._bytes_since_callback = 0
         self._is_over_cap = False
         self._is_refused = False
-        self._refusal: _Refusal | None = None
+        self._refusal: Refusal | None = None
         self._running: RequestResponseCycle | None = None
         """The request being answered; ``cycle`` is the last received, perhaps in the pipeline."""
         self._receipt_timer: asyncio.TimerHandle | None = None
@@ -116,10 +89,10 @@ class HttpProtocol(Http1Protocol):
         cap = self._limits.max_connections
         self._is_over_cap = len(self.connections) > cap
         if self._is_over_cap:
-            self.app = _probes_only(self.app, cap, self._cors_allow_origins)
+            self.app = probes_only(self.app, cap, self._cors_allow_origins)
             self.timeout_keep_alive = self._limits.header_timeout_s  # type: ignore[assignment]
         if len(self.connections) > cap + RESERVED_CONNECTIONS:
-            self._refuse(_too_many_connections(cap))
+            self._refuse(too_many_connections(cap))
         else:
             self._wait_for_request()
 
@@ -139,7 +112,7 @@ class HttpProtocol(Http1Protocol):
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _refuse(self, refusal: _Refusal) -> None:
+    def _refuse(self, refusal: Refusal) -> None:
         """Answer, if nothing else is being answered, and close."""
         client = self.client[0] if self.client else None
         logger.info("connection refused", extra=fields(reason=refusal.code, client=client))
@@ -147,7 +120,13 @@ class HttpProtocol(Http1Protocol):
             if self._is_answering:  # the application still waits for this body: it is told to stop
                 self.cycle.disconnected = True
                 self.cycle.message_event.set()
-            self.transport.write(self._reply(refusal))
+            self.transport.write(
+                refusal.reply(
+                    Headers(raw=self.headers or []),
+                    default_headers=self.server_state.default_headers,
+                    cors_allow_origins=self._cors_allow_origins,
+                )
+            )
             self._linger()
         else:
             self.transport.abort()
@@ -174,23 +153,6 @@ class HttpProtocol(Http1Protocol):
             return self.cycle is not self._running
         return self._is_answering
 
-    def _reply(self, refusal: _Refusal) -> bytes:
-        is_ours = refusal.status == HTTPStatus.SERVICE_UNAVAILABLE
-        kind = UnavailableError if is_ours else InvalidRequestError
-        request = Headers(raw=self.headers or [])
-        added = outer_headers(request, cors_allow_origins=self._cors_allow_origins)
-        response = error_response(kind(refusal.message, code=refusal.code), added)
-        if refusal.status == HTTPStatus.REQUEST_TIMEOUT:  # it may be faster next time
-            del response.headers["x-should-retry"]
-        headers = [
-            *self.server_state.default_headers,
-            *response.raw_headers,
-            (b"connection", b"close"),
-        ]
-        lines = [f"HTTP/1.1 {refusal.status.value} {refusal.status.phrase}".encode()]
-        lines += [name + b": " + value for name, value in headers]
-        return b"\r\n".join([*lines, b"", bytes(response.body)])
-
     # ---- receiving: the parser calls back ----
 
     def data_received(self, data: bytes) -> None:
@@ -202,7 +164,7 @@ class HttpProtocol(Http1Protocol):
         if self._is_refused or self.transport.is_closing():
             return
         if self._bytes_since_callback > self._limits.max_header_bytes:
-            self._refuse(self._headers_too_large())  # one field without an end
+            self._refuse(headers_too_large(self._limits))  # one field without an end
         elif self._phase == "idle":
             self._wait_for_request()
         elif self._receipt_timer is None:
@@ -224,7 +186,7 @@ class HttpProtocol(Http1Protocol):
         self._num_headers += 1
         self._count_header_bytes(len(name) + len(value))
         if self._num_headers > self._limits.max_num_headers:
-            self._stop_parsing(self._headers_too_large())
+            self._stop_parsing(headers_too_large(self._limits))
         if self._phase == "headers":
             super().on_header(name, value)
 
@@ -242,7 +204,7 @@ class HttpProtocol(Http1Protocol):
         if self._is_over_cap:
             self.cycle.keep_alive = False
         if len(self.pipeline) > MAX_PIPELINED:
-            self._stop_parsing(_TOO_MANY_PIPELINED)
+            self._stop_parsing(too_many_pipelined())
 
     def on_body(self, body: bytes) -> None:
         """Some of the body is here."""
@@ -260,25 +222,16 @@ class HttpProtocol(Http1Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """The parser has stopped: what came is not HTTP, or over a limit."""
-        malformed = _Refusal(HTTPStatus.BAD_REQUEST, "invalid_http", msg)
+        malformed = Refusal(HTTPStatus.BAD_REQUEST, "invalid_http", msg)
         self._refuse(self._refusal or malformed)
 
     def _count_header_bytes(self, num_bytes: int) -> None:
         self._bytes_since_callback = 0
         self._header_bytes += num_bytes
         if self._header_bytes > self._limits.max_header_bytes:
-            self._stop_parsing(self._headers_too_large())
+            self._stop_parsing(headers_too_large(self._limits))
 
-    def _headers_too_large(self) -> _Refusal:
-        limits = self._limits
-        return _Refusal(
-            HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
-            "headers_too_large",
-            f"The request line and headers are over the limit of {limits.max_num_headers} fields "
-            f"and {limits.max_header_bytes} bytes.",
-        )
-
-    def _stop_parsing(self, refusal: _Refusal) -> None:
+    def _stop_parsing(self, refusal: Refusal) -> None:
         self._refusal = refusal
         raise _RefusedError
 
@@ -315,7 +268,7 @@ class HttpProtocol(Http1Protocol):
             return
         part = "headers" if self._phase == "headers" else "body"
         message = f"The {part} of the request did not arrive within {timeout_s:g} seconds."
-        self._refuse(_Refusal(HTTPStatus.REQUEST_TIMEOUT, f"{part}_timeout", message))
+        self._refuse(Refusal(HTTPStatus.REQUEST_TIMEOUT, f"{part}_timeout", message))
 
     # ---- answering ----
 
@@ -395,30 +348,3 @@ class HttpProtocol(Http1Protocol):
             self.transport.abort()
         else:
             self._peer_timer = self.loop.call_later(PEER_POLL_S, self._watch_peer)
-
-
-_TOO_MANY_PIPELINED = _Refusal(
-    HTTPStatus.BAD_REQUEST,
-    "too_many_pipelined",
-    f"More than {MAX_PIPELINED} requests wait on this connection.",
-)
-
-
-def _too_many_connections(cap: int) -> _Refusal:
-    message = f"The server has its --max-connections={cap} open already. Come back soon."
-    return _Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too_many_connections", message)
-
-
-def _probes_only(app: ASGIApp, cap: int, cors_allow_origins: Sequence[str]) -> ASGIApp:
-    """The application for a connection over the cap."""
-    refusal = _too_many_connections(cap)
-    error = UnavailableError(refusal.message, code=refusal.code)
-
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["method"] == "OPTIONS" or any(scope["path"].endswith(path) for path in OPEN_PATHS):
-            await app(scope, receive, send)  # a browser shows no error if its preflight fails
-            return
-        added = outer_headers(Headers(scope=scope), cors_allow_origins=cors_allow_origins)
-        await error_response(error, added)(scope, receive, send)
-
-    return answer
