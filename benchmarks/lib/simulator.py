@@ -356,7 +356,7 @@ def make_engine(
         clock=clock,
         observer=observer,
     )
-    engine.learn_from(CostLearner(calibration_samples(machine)))
+    engine.costs.learn_from(CostLearner(calibration_samples(machine)))
     return engine
 
 
@@ -369,7 +369,7 @@ def make_desk(engine: Engine) -> AdmissionDesk:
         overload_delay_s=engine.config.overload_delay_s,
         clock=engine.clock,
         expect=engine.expect,
-        get_model=lambda: engine.cost_model,
+        costs=engine.costs,
     )
 
 

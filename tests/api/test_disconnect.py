@@ -209,7 +209,7 @@ async def test_what_refuses_a_stream_on_arrival_has_its_own_status(
     body = {**LONG, "stream": True}
     line = (0.0, 1e-3, 0.0, 0.0, 0.0)
     service = make(worker_options={"max_num_queued_reqs": 1})
-    service.engine.cost_model = CostModel(line, line)
+    service.engine.costs.use(CostModel(line, line))
     late = {"budget": {"latency_ms": 1, "on_miss": "reject"}}
 
     wrong = await service.post("/generate", {**body, "top_p": 2})

@@ -51,7 +51,7 @@ class Scene:
 async def scene(make: Make) -> Scene:
     service = make(worker_options={"step_timeout_s": STEP_TIMEOUT_S}, start=False)
     learner = CostLearner(samples())
-    service.engine.learn_from(learner)
+    service.engine.costs.learn_from(learner)
     service.worker.start()
     return Scene(service, learner)
 
@@ -288,7 +288,7 @@ async def test_a_policy_that_raises_is_replaced_and_nobody_notices(
 
 async def test_the_cost_model_of_a_broken_calibration_serves_everyone(scene: Scene) -> None:
     nothing = (0.0, 0.0, 0.0, 0.0, 0.0)
-    scene.service.engine.cost_model = CostModel(nothing, nothing)
+    scene.service.engine.costs.use(CostModel(nothing, nothing))
 
     replies = await eight(scene.service)
 

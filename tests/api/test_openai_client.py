@@ -218,7 +218,7 @@ def test_a_budget_that_cannot_be_met_is_asked_for_once(
 ) -> None:
     service, _ = served
     line = (0.0, 1e-3, 0.0, 0.0, 0.0)
-    service.engine.cost_model = CostModel(line, line)
+    service.engine.costs.use(CostModel(line, line))
     service.ended.rejections.clear()
     budget = {"latency_ms": 1, "on_miss": "reject"}
 
@@ -228,7 +228,7 @@ def test_a_budget_that_cannot_be_met_is_asked_for_once(
                 model=MODEL, prompt="a", stream=stream, extra_body={"budget": budget}
             )
 
-    service.engine.cost_model = None
+    service.engine.costs.use(None)
     assert service.ended.rejections == ["budget_unattainable"] * 2
 
 

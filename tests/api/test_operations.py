@@ -223,7 +223,7 @@ async def test_exits_say_what_each_costs_and_how_good_it_is(shared: HttpService)
 
 
 async def test_a_calibrated_engine_estimates_each_exit(service: HttpService) -> None:
-    service.engine.cost_model = cost_model()
+    service.engine.costs.use(cost_model())
 
     reply = (await service.get("/exits")).json()
 
@@ -238,7 +238,7 @@ async def test_a_calibrated_engine_estimates_each_exit(service: HttpService) -> 
 async def test_a_budget_that_cannot_be_met_is_refused_with_a_time_to_come_back(
     service: HttpService,
 ) -> None:
-    service.engine.cost_model = cost_model()
+    service.engine.costs.use(cost_model())
     body = {"prompt": "a", "max_tokens": 100, "budget": {"latency_ms": 1, "on_miss": "reject"}}
 
     reply = await service.post("/generate", body)
@@ -255,7 +255,7 @@ async def test_a_budget_that_cannot_be_met_is_refused_with_a_time_to_come_back(
 
 
 async def test_a_refusal_does_not_wait_for_the_step_under_way(service: HttpService) -> None:
-    service.engine.cost_model = cost_model()
+    service.engine.costs.use(cost_model())
     service.runner.gated = True
     busy = Connection(service.app, "/generate", as_json({"prompt": "a", "max_tokens": 100}))
     task = busy.open()

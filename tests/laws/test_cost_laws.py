@@ -316,7 +316,7 @@ def test_two_plain_requests_beside_each_other_after_a_calibration_without_prompt
     """What ended servers: steps that all took as long, so a token of a prompt seemed to be free."""
     rows = [StepShape.of([RowShape(e, 1, 16, samples=True)] * n) for e in EXITS for n in (1, 4)]
     timed = make_timed()
-    timed.engine.cost_model = CostModel.fit([(shape, 0.05) for shape in rows])
+    timed.engine.costs.use(CostModel.fit([(shape, 0.05) for shape in rows]))
     first = timed_request("Hello there", 2, max_tokens=100)
 
     timed.run([first, timed_request("hi", 1, max_tokens=2, at=0.2), timed_request("or", 9, at=0.3)])
@@ -371,7 +371,7 @@ def test_everybody_is_answered_in_numbers_and_no_policy_fails(
         max_num_batched_tokens=chunk,
         overload_delay_s=overload_delay_s,
     )
-    timed.engine.cost_model = model
+    timed.engine.costs.use(model)
     workload = [
         timed_request(str(i), (1, 9, 40)[i % 3], max_tokens=8, at=0.01 * i, **budget)
         for i, budget in enumerate(budgets)

@@ -139,7 +139,7 @@ class Storm:
             max_num_seqs=self.rng.choice([2, 5, 64]),
             make_text=self._make_text,
         )
-        self.engine.cost_model = self.rng.choice([MODEL, MODEL, None])
+        self.engine.costs.use(self.rng.choice([MODEL, MODEL, None]))
         self.desk = make_desk(self.engine)
         scheduler = self.engine.scheduler
         parts = {name: getattr(scheduler._policy, name) for name in ("cap", "step", "lower")}

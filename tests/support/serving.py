@@ -50,7 +50,7 @@ class Served:
         model = ModelRunner(self.decoder, num_pages=num_pages, block_size=block_size)
         runner = TimedModel(model, clock, truth)
         engine = self._engine_of(runner, clock, config)
-        engine.cost_model = believed
+        engine.costs.use(believed)
         return Timed(engine, runner, clock, make_desk(engine))
 
     def _engine_of(self, runner: Runner, clock: FakeClock, config: dict[str, Any]) -> Engine:

@@ -141,7 +141,7 @@ def make_timed(
         overload_delay_s=overload_delay_s,
         **config,
     )
-    engine.cost_model = MODEL
+    engine.costs.use(MODEL)
     return Timed(engine, runner, clock, make_desk(engine))
 
 
@@ -154,7 +154,7 @@ def make_desk(engine: Engine) -> AdmissionDesk:
         overload_delay_s=engine.config.overload_delay_s,
         clock=engine.clock,
         expect=engine.expect,
-        get_model=lambda: engine.cost_model,
+        costs=engine.costs,
     )
 
 

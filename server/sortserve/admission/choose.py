@@ -31,7 +31,7 @@ class ExitChoice:
 def choose_exit(
     budget: Budget,
     allowed: Sequence[int],
-    predict: Callable[[int], Forecast | None],
+    predict: Callable[[int], Forecast],
     *,
     drain_s: Callable[[], float | None] = lambda: None,
 ) -> ExitChoice:
@@ -43,7 +43,7 @@ def choose_exit(
     Args:
         budget: what the request may cost.
         allowed: exits that keep its other bounds, ascending, at least one.
-        predict: an exit's present forecast; None where nothing was calibrated.
+        predict: an exit's present forecast.
         drain_s: predicted seconds until it would fit; None: never.
 
     Raises:
@@ -53,12 +53,9 @@ def choose_exit(
     floor = allowed[0]
     for exit_layer in reversed(allowed):
         found = predict(exit_layer)
-        if found is None:
-            return ExitChoice(exit_layer, None, fits=True, floor_layer=floor)
         if found.keeps:
             promise = found.promise if budget.has_latency else None
             return ExitChoice(exit_layer, found.estimate, True, floor, promise)
-    assert found is not None
     if found.keeps_lowered:
         return ExitChoice(floor, found.estimate, True, floor, found.promise)
     if budget.on_miss is OnMiss.REJECT:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -28,6 +28,7 @@ from sortserve.admission.overload import DepthLevel, next_level
 from sortserve.core.budget import ExitTable
 from sortserve.core.errors import SortserveError
 from sortserve.core.request import Estimate, GenerationRequest
+from sortserve.cost.costs import Costs
 from sortserve.cost.model import CostModel
 from sortserve.scheduling.demand import Demand
 from sortserve.scheduling.failures import FailureLog
@@ -55,7 +56,7 @@ class AdmissionDesk:
     clock: Callable[[], float]
     expect: Callable[[GenerationRequest], int]
     """The output tokens to plan a request for."""
-    get_model: Callable[[], CostModel | None]
+    costs: Costs
     on_failure: Callable[[], None] = lambda: None
     """Told of each forecast that raised."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -96,20 +97,22 @@ class AdmissionDesk:
         Raises:
             BudgetUnattainableError: none fits and the budget says reject.
         """
-        unpromised = ExitChoice(
-            allowed[-1], None, fits=not request.budget.has_latency, floor_layer=allowed[0]
+        deepest = ExitChoice(allowed[-1], None, fits=True, floor_layer=allowed[0])
+        unpromised = replace(deepest, fits=not request.budget.has_latency)
+        return self._ask(
+            lambda model: self._judge(request, allowed, model), unknown=deepest, failed=unpromised
         )
-        return self._attempt(lambda: self._judge(request, allowed), unpromised)
 
-    def _judge(self, request: GenerationRequest, allowed: tuple[int, ...]) -> ExitChoice:
-        model, load = self.get_model(), self.load()
+    def _judge(
+        self, request: GenerationRequest, allowed: tuple[int, ...], model: CostModel
+    ) -> ExitChoice:
+        load = self.load()
         newcomer = self._newcomer(request, allowed[0])
 
-        def predict(exit_layer: int) -> Forecast | None:
-            return None if model is None else forecast(exit_layer, newcomer, load, model)
+        def predict(exit_layer: int) -> Forecast:
+            return forecast(exit_layer, newcomer, load, model)
 
         def drain_s() -> float | None:
-            assert model is not None
             drain = partial(predicted_drain_s, allowed[0], newcomer, load, model)
             return self._attempt(drain, None)
 
@@ -117,10 +120,15 @@ class AdmissionDesk:
             allowed = self._up_to_level(allowed, load, model)
         return choose_exit(request.budget, allowed, predict, drain_s=drain_s)
 
-    def _attempt(self, foretell: Callable[[], T], otherwise: T) -> T:
+    def _ask(self, question: Callable[[CostModel], T], *, unknown: T, failed: T) -> T:
+        """What the cost model says to a question; what can be said without one, or if it fails."""
+        model = self.costs.model
+        return unknown if model is None else self._attempt(lambda: question(model), failed)
+
+    def _attempt(self, predict: Callable[[], T], otherwise: T) -> T:
         """What a forecast says; if it fails, what can be said without one."""
         try:
-            return foretell()
+            return predict()
         except SortserveError:
             raise  # a refusal is an answer
         except Exception as error:
@@ -159,11 +167,8 @@ class AdmissionDesk:
 
     def estimate(self, exit_layer: int, num_prompt_tokens: int, max_tokens: int) -> Estimate | None:
         """Predicted times of an unbudgeted newcomer now; None before calibration."""
-        model = self.get_model()
-        if model is None:
-            return None
 
-        def foretell() -> Estimate:
+        def predict(model: CostModel) -> Estimate | None:
             load = self.load()
             newcomer = Newcomer(
                 num_prompt_tokens=num_prompt_tokens,
@@ -172,14 +177,13 @@ class AdmissionDesk:
             )
             return forecast(exit_layer, newcomer, load, model).estimate
 
-        return self._attempt(foretell, None)
+        return self._ask(predict, unknown=None, failed=None)
 
     def queue_delay_s(self) -> float:
         """Predicted seconds until all prompts that wait or run now have been read."""
-        model = self.get_model()
-        if model is None:
-            return 0.0
-        return self._attempt(lambda: self._queue_delay_s(self.load(), model), 0.0)
+        return self._ask(
+            lambda model: self._queue_delay_s(self.load(), model), unknown=0.0, failed=0.0
+        )
 
     def _queue_delay_s(self, load: Load, model: CostModel) -> float:
         chunk = self.max_num_batched_tokens
@@ -190,11 +194,9 @@ class AdmissionDesk:
         )
 
     def _up_to_level(
-        self, allowed: tuple[int, ...], load: Load, model: CostModel | None
+        self, allowed: tuple[int, ...], load: Load, model: CostModel
     ) -> tuple[int, ...]:
         """The allowed exits that overload leaves to requests without a budget."""
-        if model is None:
-            return allowed
         layers = self.exits.layers
         self._level = next_level(
             self._level,

@@ -29,8 +29,8 @@ from sortserve.core.request import (
 )
 from sortserve.core.sampling_params import RowFailure, SampledToken
 from sortserve.core.sequence import Sequence
-from sortserve.cost.learner import CostLearner
-from sortserve.cost.model import CostModel, step_shape
+from sortserve.cost.costs import Costs
+from sortserve.cost.model import step_shape
 from sortserve.engine.execution import Execution, execute
 from sortserve.engine.finish import make_report
 from sortserve.engine.selftest import runs_a_token
@@ -143,8 +143,8 @@ class Engine:
         """How often the model has been given something to do: any thread may look."""
         self.failure: str | None = None
         """Why the engine must end; its owner looks after each step."""
-        self.learner: CostLearner | None = None
-        """Owns the cost model where it is learned from the steps."""
+        self.costs = Costs()
+        """What steps cost: any thread may read its model."""
         self.lengths = LengthEstimator()
         self._runner = runner
         self._eos_token_ids = eos_token_ids
@@ -159,6 +159,7 @@ class Engine:
         self.scheduler = Scheduler(
             self.kv_cache,
             policy=get_policy(config.policy),
+            costs=self.costs,
             exits=exits.layers,
             cost_of={info.exit_layer: info.compute for info in exits.exits}.__getitem__,
             max_num_seqs=config.max_num_seqs,
@@ -172,20 +173,6 @@ class Engine:
         self._busy_since_s: float | None = None
         self._num_failed_steps = 0
         self._is_suspect = False
-
-    @property
-    def cost_model(self) -> CostModel | None:
-        """What steps cost; None: nobody knows, and every budget counts as possible."""
-        return self.scheduler.cost_model
-
-    @cost_model.setter
-    def cost_model(self, model: CostModel | None) -> None:
-        self.scheduler.cost_model = model
-
-    def learn_from(self, learner: CostLearner) -> None:
-        """Use a learner's cost model, and let it learn from every step."""
-        self.learner = learner
-        self.cost_model = learner.model
 
     # ---- the main loop's body ----
 
@@ -340,9 +327,11 @@ class Engine:
         sequences = {row.request_id: self._live[row.request_id].sequence for row in plan.rows}
         previous = {id_: s.last_token_s for id_, s in sequences.items()}
         self.scheduler.commit(ran, sequences)
-        model = self.cost_model  # what the step was planned with
+        shape, model = step_shape(ran), self.costs.model  # what the step was planned with
         if not (execution.was_retried or execution.failures):
-            self._learn(ran, started if self._busy_since_s is None else self._busy_since_s, now)
+            # Between two steps of a busy engine no time is lost from sight.
+            begun_s = started if self._busy_since_s is None else self._busy_since_s
+            self.costs.observe(shape, now - begun_s)
         failures = dict(execution.failures)
         outputs = []
         for row in ran.rows:
@@ -362,7 +351,7 @@ class Engine:
                     previous_token_s=previous,
                     started_s=started,
                     now=now,
-                    predicted_s=None if model is None else model.step_s(step_shape(ran)),
+                    predicted_s=None if model is None else model.step_s(shape),
                     failed_rows=Counter(failure.reason for failure in failures.values()),
                     was_retried=execution.was_retried,
                 )
@@ -370,16 +359,6 @@ class Engine:
         )
         self._busy_since_s = now if self.has_work else None
         return outputs
-
-    def _learn(self, plan: StepPlan, begun_s: float, now: float) -> None:
-        """Refit the cost model; between two steps of a busy engine no time is lost from sight."""
-        if self.learner is None:
-            return
-        try:
-            self.learner.observe(step_shape(plan), now - begun_s)
-            self.cost_model = self.learner.model
-        except Exception:
-            logger.exception("the cost model could not learn from a step and stays as it is")
 
     def _learn_length(self, sequence: Sequence, *, cut: bool) -> None:
         try:

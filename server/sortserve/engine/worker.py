@@ -166,7 +166,7 @@ class EngineWorker:
             overload_delay_s=engine.config.overload_delay_s,
             clock=engine.clock,
             expect=engine.expect,
-            get_model=lambda: engine.cost_model,
+            costs=engine.costs,
             on_failure=self._forecast_failed,
         )
         self._thread: threading.Thread | None = None

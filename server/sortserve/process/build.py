@@ -149,7 +149,7 @@ def build(settings: ServeSettings) -> Serving:
 
     def prepare() -> None:
         if settings.calibrate:
-            engine.learn_from(CostLearner(calibrator.samples()))
+            engine.costs.learn_from(CostLearner(calibrator.samples()))
 
     metrics.watch(worker.stats)
     metrics.set_cache_config(

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from sortserve.core.plan import RowPlan, StepPlan
 from sortserve.core.sequence import Sequence, Status
-from sortserve.cost.model import CostModel
+from sortserve.cost.costs import Costs
 from sortserve.scheduling.demand import SOFT_GAP_S, Demand, StepCosts, demand_of
 from sortserve.scheduling.failures import FailureLog
 from sortserve.scheduling.kv_cache import KVCacheManager
@@ -49,6 +49,8 @@ class Scheduler:
     Args:
         kv_cache: all pages.
         policy: what decides.
+        costs: of steps. As long as nothing is known, the policy knows no times: it sets a cap, and
+            all else is first come, first served.
         exits: all exit layers, ascending.
         cost_of: relative cost of a step to an exit.
         max_num_seqs: most sequences that run at once.
@@ -61,6 +63,7 @@ class Scheduler:
         kv_cache: KVCacheManager,
         *,
         policy: Policy,
+        costs: Costs,
         exits: SequenceOf[int],
         cost_of: Callable[[int], float],
         max_num_seqs: int,
@@ -70,10 +73,8 @@ class Scheduler:
         assert max_num_seqs > 0
         assert max_num_batched_tokens > 0
         self.kv_cache = kv_cache
-        self.cost_model: CostModel | None = None
-        """Without one the policy knows no times: it sets a cap, and all else is first come first
-        served."""
         self._policy = policy
+        self._costs = costs
         self._exits = tuple(exits)
         self._expect = expect
         self._cost_of = cost_of
@@ -174,10 +175,11 @@ class Scheduler:
 
     def demands(self, now: float) -> list[Demand]:
         """What every live sequence still needed when the last step was chosen, or needs now."""
-        if self.cost_model is None:
+        model = self._costs.model
+        if model is None:
             return []
         unseen = [s for s in self.sequences() if s.request_id not in self._demands]
-        costs = StepCosts(self.cost_model, chunk=self._max_num_batched_tokens)
+        costs = StepCosts(model, chunk=self._max_num_batched_tokens)
         self._look_again(unseen, costs, now)
         known = self._demands
         ids = [s.request_id for s in self.sequences()]
@@ -195,12 +197,11 @@ class Scheduler:
     def _see(self, now: float) -> StepCosts | None:
         """See afresh what the sequences need; None if the policy does without times."""
         self._demands = {}
-        if self.cost_model is None or not self._policy.uses_times:
+        model = self._costs.model
+        if model is None or not self._policy.uses_times:
             return None
         num_decoding = sum(s.num_pending_tokens == 1 for s in self._running)
-        costs = StepCosts(
-            self.cost_model, num_rows=num_decoding, chunk=self._max_num_batched_tokens
-        )
+        costs = StepCosts(model, num_rows=num_decoding, chunk=self._max_num_batched_tokens)
         if self._look_again(self.sequences(), costs, now):
             return costs
         self._demands = {}

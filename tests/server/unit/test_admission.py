@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sortserve.admission.choose import choose_exit
+from sortserve.admission.choose import ExitChoice, choose_exit
 from sortserve.admission.forecast import Forecast, Load, Newcomer, forecast, predicted_drain_s
 from sortserve.core.budget import Budget, Deadlines, OnMiss
 from sortserve.core.errors import MAX_RETRY_AFTER_S, BudgetUnattainableError, OverloadedError
@@ -116,9 +116,14 @@ def test_a_refusal_for_the_sake_of_others_says_so() -> None:
 
 
 def test_without_calibration_the_deepest_exit_is_taken_on_trust() -> None:
-    choice = choose_exit(Budget(latency_ms=1), (9, 30), lambda exit_layer: None)
+    timed = make_timed()
+    timed.engine.costs.use(None)
 
-    assert (choice.exit_layer, choice.estimate) == (30, None)
+    choice = timed.desk.choose(timed_request("r", latency_ms=1), (2, 6))
+
+    assert choice == ExitChoice(6, None, fits=True, floor_layer=2)
+    assert timed.desk.estimate(6, 10, 10) is None
+    assert timed.desk.queue_delay_s() == 0.0
 
 
 # ---- forecasts ----

@@ -132,7 +132,7 @@ def example_service() -> Iterator[HttpService]:
     clock = FakeClock()
     service = make_service(rule=spelling(clock), engine_options={"clock": clock})
     line = (0.0, 1e-3, 0.0, 0.0, 0.0)
-    service.engine.cost_model = CostModel(line, line)
+    service.engine.costs.use(CostModel(line, line))
     try:
         yield service
     finally:

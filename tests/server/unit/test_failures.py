@@ -53,7 +53,7 @@ def run_three(runner: FaultyRunner, **options: Any) -> tuple[dict[str, Collected
     records = Records()
     model = options.pop("cost_model", None)
     engine = make_engine(runner=runner, observer=records, **options)
-    engine.cost_model = model
+    engine.costs.use(model)
     for name in ("left", "guilty", "right"):
         add(engine, make_request(name, max_tokens=4))
     return run(engine), records
@@ -205,13 +205,13 @@ def test_a_learner_that_raises_leaves_the_cost_model_as_it_is(
     shape = StepShape(num_layers=6, num_tokens=1, layer_tokens=6, layer_kv_tokens=6, num_sampled=1)
     learner = CostLearner([(shape, 0.01)])
     engine = make_engine()
-    engine.learn_from(learner)
-    model = engine.cost_model
+    engine.costs.learn_from(learner)
+    model = engine.costs.model
     monkeypatch.setattr(learner, "observe", lambda *args: 1 / 0)
     add(engine, make_request("r"))
 
     assert run(engine)["r"].text == "bcde"
-    assert engine.cost_model is model
+    assert engine.costs.model is model
 
 
 class EndlessText(AsciiText):
@@ -255,7 +255,7 @@ def test_a_cost_model_that_raises_costs_nobody_an_answer(
     part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(observer=Records())
-    engine.cost_model = MODEL
+    engine.costs.use(MODEL)
     monkeypatch.setattr(CostModel, part, lambda *args: 1 / 0)
     add(engine, make_request("r"))
 

@@ -17,6 +17,7 @@ from sortserve.admission.lengths import MIN_ENDED, LengthEstimator
 from sortserve.admission.queue_limits import QueueLimits, Reservation
 from sortserve.core.errors import EngineError, OverloadedError, UnavailableError
 from sortserve.core.request import StepRecord
+from sortserve.cost.costs import Costs
 from sortserve.engine.worker import EngineWorker, RequestStream
 from sortserve.scheduling.demand import Demand
 from sortserve.telemetry.metrics import Metrics
@@ -106,7 +107,7 @@ def test_a_request_on_its_way_to_the_engine_is_counted_once() -> None:
         overload_delay_s=0.0,
         clock=lambda: 0.0,
         expect=lambda request: 4,
-        get_model=lambda: None,
+        costs=Costs(),
     )
     entered = threading.Event()
     taken = threading.Event()

@@ -194,7 +194,7 @@ async def test_outputs_that_are_here_already_can_be_taken_without_waiting(
 async def test_a_budget_without_a_limit_is_planned_for_the_expected_tokens() -> None:
     engine = make_engine(exits=(2, 6))
     line = (0.0, 1e-3, 0.0, 0.0, 0.0)  # a millisecond a layer
-    engine.cost_model = CostModel(line, line)
+    engine.costs.use(CostModel(line, line))
     worker = EngineWorker(engine)
     worker.start()
     budget = Budget(latency_ms=500)
