@@ -28,7 +28,7 @@ from sortserve.core.plan import StepPlan
 from sortserve.core.sampling_params import SampledToken
 from sortserve.cost.model import step_shape
 from sortserve.engine.engine import Engine
-from sortserve.scheduling.policy import POLICIES
+from sortserve.scheduling.policies.table import POLICIES
 
 __all__ = ["main", "measure"]
 

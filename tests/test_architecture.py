@@ -23,7 +23,7 @@ TORCH_FREE = (
     "sortserve.core.request",
     "sortserve.core.sampling_params",
     "sortserve.scheduling",
-    "sortserve.scheduling.policy",
+    "sortserve.scheduling.policies.table",
     "sortserve.scheduling.scheduler",
     "sortserve.core.sequence",
 )

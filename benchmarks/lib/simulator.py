@@ -364,7 +364,7 @@ def make_desk(engine: Engine) -> AdmissionDesk:
     """The desk that judges newcomers of an engine."""
     return AdmissionDesk(
         exits=engine.exits,
-        policy=engine.config.policy,
+        policy=engine.policy,
         max_num_batched_tokens=engine.config.max_num_batched_tokens,
         overload_delay_s=engine.config.overload_delay_s,
         clock=engine.clock,

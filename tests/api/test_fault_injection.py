@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -270,15 +270,13 @@ async def test_an_admission_that_raises_never_fails_a_request(
     assert await health(scene.service) == (200, 200)
 
 
-@pytest.mark.parametrize("part", ["cap", "step", "lower"])
+@pytest.mark.parametrize("part", ["cap", "choose", "lower", "entry_order", "victim"])
 async def test_a_policy_that_raises_is_replaced_and_nobody_notices(
     part: str, scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler = scene.service.engine.scheduler
-    policy = scheduler._policy
-    monkeypatch.setattr(
-        scheduler, "_policy", type(policy)(**{**vars(policy), part: lambda *a, **k: 1 / 0})
-    )
+    faulty: dict[str, Any] = {part: lambda *args: 1 / 0}
+    monkeypatch.setattr(scheduler, "_policy", replace(scheduler._policy, **faulty))
 
     replies = await eight(scene.service)
 

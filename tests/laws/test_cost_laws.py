@@ -26,17 +26,15 @@ from sortserve.cost.learner import CostLearner
 from sortserve.cost.model import CostModel, Line, RowShape, StepShape
 from sortserve.scheduling.capacity import lower, pressure, shallowest
 from sortserve.scheduling.demand import Demand, StepCosts
-from sortserve.scheduling.policy import (
-    POLICIES,
-    DepthClass,
-    Situation,
+from sortserve.scheduling.policies.deadline import (
     deadline,
-    fair,
     least_slack_first,
-    lockstep,
-    mean_step_rates,
     most_slack_last_admitted,
 )
+from sortserve.scheduling.policies.fair import fair
+from sortserve.scheduling.policies.lockstep import lockstep
+from sortserve.scheduling.policies.table import DEFAULT_POLICY, POLICIES, get_policy
+from sortserve.scheduling.policy import DepthClass, Situation
 from support.timed import make_timed, timed_request
 
 EXITS = (2, 4, 6)
@@ -140,14 +138,12 @@ def test_every_step_has_a_row_that_gets_on_and_none_that_it_does_not_reach(
     assert lockstep(classes) == layers[0]
 
 
-@given(rows=loads(min_size=1), model=MODELS, soft_is_due=st.booleans())
+@given(rows=loads(min_size=1), model=MODELS)
 @settings(max_examples=80, deadline=None)
 def test_everybody_has_a_place_in_the_order_of_entry_and_one_of_them_leaves_first(
-    rows: list[Demand], model: CostModel, soft_is_due: bool
+    rows: list[Demand], model: CostModel
 ) -> None:
-    costs = StepCosts(model)
-
-    ordered = least_slack_first(rows, costs, soft_is_due=soft_is_due)
+    ordered = least_slack_first(rows, StepCosts(model))
 
     assert sorted(d.request_id for d in ordered) == [d.request_id for d in rows]
     assert most_slack_last_admitted(rows) in {d.request_id for d in rows}
@@ -180,7 +176,7 @@ def test_the_pressure_is_a_number_and_nobody_goes_deeper_or_below_the_floor(
 @example(policy="lockstep", costs={2: 0.0})
 @settings(max_examples=80, deadline=None)
 def test_the_rates_of_steps_are_above_zero_and_finite(policy: str, costs: dict[int, float]) -> None:
-    rates = mean_step_rates(policy, costs)
+    rates = get_policy(policy).rates(costs)
 
     assert rates.keys() == costs.keys()
     assert all(0.0 < rate < math.inf for rate in rates.values())
@@ -206,14 +202,15 @@ def test_forecasts_and_drain_times_are_numbers_or_none(
     policy: str,
     chunk: int,
 ) -> None:
-    load = Load(now=NOW, demands=rows, policy=policy, max_num_batched_tokens=chunk)
+    judged_by = get_policy(policy)
+    load = Load(now=NOW, demands=rows, policy=judged_by, max_num_batched_tokens=chunk)
 
     found = forecast(exit_layer, newcomer, load, model)
     drained_s = predicted_drain_s(exit_layer, newcomer, load, model)
 
     assert is_sound(found.estimate)
     assert drained_s is None or 0.0 <= drained_s < math.inf
-    if policy == "deadline" and newcomer.bounds_time and found.keeps_lowered:
+    if judged_by.keeps_promises and newcomer.bounds_time and found.keeps_lowered:
         assert found.promise.first_due_s > NOW, "no time is promised that is past"
 
 
@@ -232,7 +229,7 @@ def test_forecasts_and_drain_times_are_numbers_or_none(
 def test_a_request_gets_an_allowed_exit_or_a_time_to_come_back(
     budget: Budget, tokens: tuple[int, int], rows: list[Demand], model: CostModel
 ) -> None:
-    load = Load(now=NOW, demands=rows)
+    load = Load(now=NOW, demands=rows, policy=get_policy(DEFAULT_POLICY))
     newcomer = Newcomer(
         num_prompt_tokens=tokens[0],
         num_output_tokens=tokens[1],

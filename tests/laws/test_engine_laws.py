@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sortserve.engine.engine import Engine
+from sortserve.scheduling.policies.table import POLICIES
 from support.scripted import (
     Collected,
     ScriptedRunner,
@@ -47,7 +48,7 @@ def alone(prompt: str, max_tokens: int, exit_layer: int) -> list[int]:
 
 @given(
     workload=workloads(),
-    policy=st.sampled_from(["deadline", "fair", "lockstep"]),
+    policy=st.sampled_from(sorted(POLICIES)),
     num_pages=st.sampled_from([36, 48, 512]),
     chunk=st.sampled_from([5, 16, 256]),
     caching=st.booleans(),

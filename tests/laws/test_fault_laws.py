@@ -142,7 +142,8 @@ class Storm:
         self.engine.costs.use(self.rng.choice([MODEL, MODEL, None]))
         self.desk = make_desk(self.engine)
         scheduler = self.engine.scheduler
-        parts = {name: getattr(scheduler._policy, name) for name in ("cap", "step", "lower")}
+        decisions = ("cap", "choose", "lower", "entry_order", "victim")
+        parts = {name: getattr(scheduler._policy, name) for name in decisions}
         faulty: dict[str, Any] = {n: part and self.chaos.around(part) for n, part in parts.items()}
         scheduler._policy = replace(scheduler._policy, **faulty)
 

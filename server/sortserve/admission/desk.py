@@ -32,6 +32,7 @@ from sortserve.cost.costs import Costs
 from sortserve.cost.model import CostModel
 from sortserve.scheduling.demand import Demand
 from sortserve.scheduling.failures import FailureLog
+from sortserve.scheduling.policy import Policy
 
 __all__ = ["AdmissionDesk"]
 
@@ -49,7 +50,7 @@ class AdmissionDesk:
     """
 
     exits: ExitTable
-    policy: str
+    policy: Policy
     max_num_batched_tokens: int
     overload_delay_s: float
     """Predicted wait beyond which unbudgeted newcomers start shallower; 0: never."""

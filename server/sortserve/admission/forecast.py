@@ -12,7 +12,7 @@ from sortserve.core.sequence import Promise
 from sortserve.cost.model import CostModel, RowShape, StepShape
 from sortserve.scheduling.capacity import pressure, shallowest
 from sortserve.scheduling.demand import SOFT_GAP_S, Demand, StepCosts, paced, plan_pace
-from sortserve.scheduling.policy import mean_step_rates
+from sortserve.scheduling.policy import Policy
 
 __all__ = ["Forecast", "Load", "Newcomer", "forecast", "newcomer_demand", "predicted_drain_s"]
 
@@ -29,7 +29,7 @@ class Load:
     now: float
     demands: Sequence[Demand] = ()
     """Of all live requests, those that the engine has not yet taken included."""
-    policy: str = "deadline"
+    policy: Policy
     max_num_batched_tokens: int = 1024
 
 
@@ -74,7 +74,7 @@ def forecast(exit_layer: int, newcomer: Newcomer, load: Load, model: CostModel) 
     estimate = _estimate(exit_layer, newcomer, load, costs, own, promise)
     if not newcomer.bounds_time:
         return Forecast(estimate, True, True, promise)
-    if load.policy != "deadline":
+    if not load.policy.keeps_promises:
         in_time = _in_time(newcomer, estimate)
         return Forecast(estimate, in_time, in_time, promise)
     promises = [promise, *(_promise(newcomer, load.now, own, ease=ease) for ease in EASES[1:])]
@@ -237,7 +237,7 @@ def _estimate(
     shared_s = tpot_s if running else 0.0
     waited_s = max(0.0, load.now - newcomer.arrival_s)
     ttft_s = waited_s + _busy_s(load, costs) + queue_s + shared_s + own[0]
-    if load.policy == "deadline":
+    if load.policy.keeps_promises:
         hard = [d for d in load.demands if d.is_decoding and d.is_promised]
         share = min(pressure(hard, costs, now=load.now), MAX_BUSY_SHARE) if hard else 0.0
         tpot_s = max(tpot_s, own[1] / (1.0 - share)) if newcomer.bounds_time else tpot_s
@@ -258,7 +258,7 @@ def _kept(estimate: Estimate, newcomer: Newcomer, promise: Promise) -> Estimate:
 
 def _goes_before(demand: Demand, newcomer: Newcomer, promise: Promise, load: Load) -> bool:
     """Whether a prompt that is not read yet has its turn before the newcomer's."""
-    if load.policy != "deadline":
+    if not load.policy.keeps_promises:
         return True
     if math.isfinite(promise.first_due_s):
         return demand.is_hard and demand.due_s <= promise.first_due_s
@@ -281,9 +281,9 @@ def _shared_tpot_s(exit_layer: int, newcomer: Newcomer, load: Load, costs: StepC
             if e <= cap
         ]
         seconds[cap] = costs.model.step_s(StepShape.of(rows)) * costs.safety
-    soft = not newcomer.bounds_time or any(
+    any_soft = not newcomer.bounds_time or any(
         not d.is_promised for d in load.demands if not d.is_waiting
     )
-    policy = "fair" if load.policy == "deadline" and soft else load.policy
-    rates = mean_step_rates("lockstep" if policy == "deadline" else policy, seconds)
-    return 1.0 / rates[exit_layer]
+    if load.policy.keeps_promises and not any_soft:
+        return seconds[max(seconds)]  # a step is as deep as it can be while all are in time
+    return 1.0 / load.policy.rates(seconds)[exit_layer]

@@ -38,7 +38,7 @@ from sortserve.engine.steps import step_record
 from sortserve.engine.vocabulary import check_vocabulary
 from sortserve.scheduling.demand import Demand
 from sortserve.scheduling.kv_cache import KVCacheManager
-from sortserve.scheduling.policy import get_policy
+from sortserve.scheduling.policies.table import DEFAULT_POLICY, get_policy
 from sortserve.scheduling.scheduler import Scheduler
 
 __all__ = ["Engine", "EngineConfig", "TextStream"]
@@ -64,7 +64,8 @@ class EngineConfig:
     """Most tokens of prompt and output together."""
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 1024
-    policy: str = "deadline"
+    policy: str = DEFAULT_POLICY
+    """Its name in the table of policies."""
     overload_delay_s: float = 2.0
     """Predicted wait beyond which requests without a budget start shallower; 0: never."""
     enable_prefix_caching: bool = True
@@ -143,6 +144,7 @@ class Engine:
         """How often the model has been given something to do: any thread may look."""
         self.failure: str | None = None
         """Why the engine must end; its owner looks after each step."""
+        self.policy = get_policy(config.policy)
         self.costs = Costs()
         """What steps cost: any thread may read its model."""
         self.lengths = LengthEstimator()
@@ -158,7 +160,7 @@ class Engine:
         )
         self.scheduler = Scheduler(
             self.kv_cache,
-            policy=get_policy(config.policy),
+            policy=self.policy,
             costs=self.costs,
             exits=exits.layers,
             cost_of={info.exit_layer: info.compute for info in exits.exits}.__getitem__,

@@ -161,7 +161,7 @@ class EngineWorker:
         self._stats = engine.stats()
         self._desk = AdmissionDesk(
             exits=engine.exits,
-            policy=engine.config.policy,
+            policy=engine.policy,
             max_num_batched_tokens=engine.config.max_num_batched_tokens,
             overload_delay_s=engine.config.overload_delay_s,
             clock=engine.clock,

@@ -16,7 +16,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -36,6 +36,7 @@ from pydantic_settings import (
 )
 
 from sortserve.core.errors import ConfigError
+from sortserve.scheduling.policies.table import DEFAULT_POLICY, POLICIES
 
 __all__ = ["ServeSettings", "load_settings", "settings_yaml"]
 
@@ -108,6 +109,10 @@ Size = Annotated[ByteSize, Field(ge=1, le=2**60), Number]
 Text = Annotated[str, AfterValidator(_text)]
 FilePath = Annotated[Path, BeforeValidator(_path)]
 Layers = Annotated[tuple[Count, ...], BeforeValidator(_split_commas), Field(min_length=1)]
+if TYPE_CHECKING:
+    PolicyName = str
+else:  # one of those in the table
+    PolicyName = Literal[tuple(POLICIES)]
 Strings = Annotated[tuple[Text, ...], BeforeValidator(_split_commas)]
 Secrets = Annotated[
     tuple[Annotated[SecretStr, AfterValidator(_secret)], ...], BeforeValidator(_split_commas)
@@ -184,7 +189,7 @@ class ServeSettings(BaseSettings):
     """File with one key a line; empty lines and lines that start with # are skipped."""
 
     # Scheduling
-    policy: Literal["deadline", "fair", "lockstep"] = "deadline"
+    policy: PolicyName = DEFAULT_POLICY
     """What each step runs: deadline keeps the promised times, fair gives every depth the same
     time, lockstep is the baseline."""
     overload_delay: Seconds = 2.0

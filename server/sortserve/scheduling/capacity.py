@@ -23,6 +23,8 @@ from sortserve.scheduling.demand import NO_GAP_S, Demand, StepCosts
 
 __all__ = ["Lowering", "lower", "pressure", "shallowest"]
 
+MAX_PRESSURE = 1.0
+"""The whole of the machine: requests go shallower in flight when the promises need more."""
 LEAST_TIME_S = 1e-3
 """A prompt that is late counts as due in so many seconds."""
 MAX_LOWERED = 8
@@ -103,9 +105,9 @@ def lower(
     demands: Sequence[Demand],
     exits: Sequence[int],
     costs: StepCosts,
-    *,
     now: float,
-    limit: float = 1.0,
+    *,
+    limit: float = MAX_PRESSURE,
 ) -> list[Lowering]:
     """Which requests must go shallower for the promises to be kept, and to which exit.
 

@@ -1,35 +1,27 @@
-"""How deep does the next step go, and who is in it? Pure functions of plain values.
+"""What a policy is: the decisions that scheduling leaves to it.
 
 In lock-step a row that exits at layer 9 waits for the rows that run to 30 before it can start its
 next token, so depth saves arithmetic and gains no latency. A step therefore has a *depth cap*: rows
-of deeper exits sit it out, rows at or below it run (design 6). ``deadline`` may also hold rows back
-that have time, where there is no room for them.
+of deeper exits sit it out, rows at or below it run (design 6). A policy chooses the cap. It may
+also choose the rows, and say who goes shallower, who enters first, and who is preempted.
+
+It decides by pure functions of plain values, so a new one is a module of functions in ``policies/``
+and a line in ``policies/table.py``. What it decides is checked where it is carried out (see
+``Scheduler``): one that fails costs nobody an answer.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sortserve.core.errors import ConfigError
-from sortserve.scheduling.capacity import Lowering, lower
+from sortserve.scheduling.capacity import Lowering
 from sortserve.scheduling.demand import Demand, StepCosts
 
-__all__ = [
-    "POLICIES",
-    "DepthClass",
-    "Policy",
-    "Situation",
-    "StepChoice",
-    "deadline",
-    "fair",
-    "get_policy",
-    "least_slack_first",
-    "lockstep",
-    "mean_step_rates",
-    "most_slack_last_admitted",
-]
+__all__ = ["LEAST_STEP_S", "DepthClass", "Policy", "Situation", "StepChoice"]
+
+LEAST_STEP_S = 1e-9
+"""A step that costs nothing counts as this."""
 
 
 @dataclass(frozen=True)
@@ -42,29 +34,6 @@ class DepthClass:
     """Relative cost of one step to this depth (the exit's share of the full model's FLOPs)."""
     service: float
     """Cost of the steps this class has had a part in, since it became busy."""
-
-
-def lockstep(classes: Sequence[DepthClass]) -> int:
-    """Everybody runs every step, as deep as the deepest. The baseline that shows the trap."""
-    return max(c.exit_layer for c in classes)
-
-
-def fair(classes: Sequence[DepthClass]) -> int:
-    """Each depth gets the same compute time: the class that has had least sets the cap.
-
-    Stride scheduling (Waldspurger and Weihl, 1995) with the depth's cost as the stride. A class at
-    cost c gets tokens at a rate proportional to 1 / c; with k classes none is slowed by more than
-    k against running alone. At equal service the deepest goes first, since all others ride along.
-    """
-    return min(classes, key=lambda c: (c.service, -c.exit_layer)).exit_layer
-
-
-# ---- deadline ----
-
-MIN_CHUNK = 32
-"""Tokens of a prompt that must get on, whoever waits for it."""
-LEAST_STEP_S = 1e-9
-"""A step that costs nothing counts as this."""
 
 
 @dataclass(frozen=True)
@@ -92,214 +61,37 @@ class StepChoice:
     """Most tokens that all prompts together get."""
 
 
-def deadline(situation: Situation) -> StepChoice:
-    """The deepest cap that keeps every live promise; the least slack decides where none does.
-
-    Beside soft rows (those that were promised no time) ``fair`` chooses among the caps that keep
-    the promises, so that a shallow exit is worth something to them too. A soft row that has not had
-    a part in a step for long is as urgent as a promise, so nobody starves.
-    """
-    rows, now = situation.rows, situation.now
-    options = [_option(situation, c.exit_layer) for c in situation.classes]
-    good = [option for option in options if option.keeps]
-    if not good:
-        urgent = min(rows, key=lambda d: (d.due_s - d.work_s(situation.costs), d.order))
-        return _rescue(situation, urgent)
-    best = max(good, key=lambda option: option.cap)
-    if any(not d.is_hard for d in rows):
-        wanted = fair(situation.classes)
-        best = next((option for option in good if option.cap == wanted), best)
-    return best.choice(situation, now)
-
-
-@dataclass(frozen=True)
-class _Option:
-    """A step down to one cap: the rows that fit, and the time that is left for prompts."""
-
-    cap: int
-    keeps: bool
-    decoding: tuple[Demand, ...]
-    prompts: tuple[Demand, ...]
-    step_s: float
-    """Without prompts."""
-    until_s: float
-    """When the step must be over."""
-
-    def choice(self, situation: Situation, now: float) -> StepChoice:
-        num_tokens = _prompt_tokens(situation, self, now)
-        prompts = self.prompts if num_tokens else ()
-        ids = tuple(d.request_id for d in (*self.decoding, *prompts))
-        return StepChoice(self.cap, ids, num_tokens)
-
-
-def _option(situation: Situation, cap: int) -> _Option:
-    """Fill a step: rows in order of their due times, as long as all of them are in time."""
-    now, costs = situation.now, situation.costs
-    step_s, until_s = costs.base_s(cap), math.inf
-    reachable = sorted((d for d in situation.rows if d.exit_layer <= cap), key=_by_due)
-    decoding, prompts, any_late = [], [], False
-    held = [d for d in situation.rows if d.exit_layer > cap]
-    for demand in reachable:
-        if not demand.is_decoding:
-            prompts.append(demand)
-            continue
-        more_s = costs.row_s(demand.exit_layer, demand.context_len)
-        is_late = demand.due_s < now + costs.base_s(demand.exit_layer) + more_s
-        if is_late or now + step_s + more_s <= min(until_s, demand.due_s):
-            decoding.append(demand)
-            step_s += more_s
-            any_late = any_late or is_late
-            until_s = until_s if is_late else min(until_s, demand.due_s)
-        else:
-            held.append(demand)
-    keeps = True
-    for demand in held:
-        start_s = demand.due_s - demand.work_s(costs)
-        keeps = keeps and now + step_s <= start_s
-        until_s = min(until_s, start_s)
-    if any_late:  # what is late already should not get later: no prompt runs beside it at leisure
-        until_s = min(until_s, now + step_s)
-    return _Option(cap, keeps, tuple(decoding), tuple(prompts), step_s, until_s)
-
-
-def _by_due(demand: Demand) -> tuple[bool, float, float]:
-    """Promises by their due time, then soft rows in order of arrival."""
-    return not demand.is_hard, demand.due_s if demand.is_hard else 0.0, demand.order
-
-
-def _prompt_tokens(situation: Situation, option: _Option, now: float) -> int:
-    """Tokens of prompts that the step has time for."""
-    if not option.prompts:
-        return 0
-    costs = situation.costs
-    room = max(0, situation.max_num_tokens - len(option.decoding))
-    if math.isinf(option.until_s):
-        return room
-    first = option.prompts[0]
-    context_len = first.context_len + first.num_pending // 2
-    token_s = costs.token_s(first.exit_layer, context_len)
-    spare_s = option.until_s - now - option.step_s
-    num_tokens = int(max(0.0, spare_s / token_s))
-    urgent = any(d.due_s - d.work_s(costs) <= now + option.step_s for d in option.prompts)
-    if urgent or not option.decoding:
-        num_tokens = max(num_tokens, _hurried_tokens(option.step_s, token_s))
-    return min(room, num_tokens) if num_tokens >= min(MIN_CHUNK, first.num_pending) else 0
-
-
-def _hurried_tokens(step_s: float, token_s: float) -> int:
-    """Tokens of a prompt that is late beside rows that are: each gets half of the time."""
-    return max(MIN_CHUNK, int(step_s / token_s))
-
-
-def _rescue(situation: Situation, urgent: Demand) -> StepChoice:
-    """Nothing keeps every promise: a step for the least slack, and for all who are due with it."""
-    costs, cap = situation.costs, urgent.exit_layer
-    reachable = sorted((d for d in situation.rows if d.exit_layer <= cap), key=_by_due)
-    step_s = costs.base_s(cap)
-    due = [
-        d
-        for d in reachable
-        if d.is_decoding and (d.is_hard or d.due_s <= situation.now + step_s or d is urgent)
-    ]
-    if urgent.is_decoding:
-        return StepChoice(cap, tuple(d.request_id for d in due), 0)
-    step_s += sum(costs.row_s(d.exit_layer, d.context_len) for d in due)
-    token_s = costs.token_s(cap, urgent.context_len + urgent.num_pending // 2)
-    num_tokens = min(situation.max_num_tokens - len(due), _hurried_tokens(step_s, token_s))
-    # At least one: it may be all that is left, once those who are due have lost their pages.
-    return StepChoice(cap, tuple(d.request_id for d in (*due, urgent)), max(1, num_tokens))
-
-
-def least_slack_first(
-    waiting: Iterable[Demand], costs: StepCosts, *, soft_is_due: bool
-) -> list[Demand]:
-    """The order in which waiting requests enter: least slack first, FCFS within equals.
-
-    Soft requests come after the promises, but for the oldest when it is its turn.
-    """
-    ordered = sorted(
-        waiting,
-        key=lambda d: (not d.is_hard, d.due_s - d.work_s(costs) if d.is_hard else 0.0, d.order),
-    )
-    oldest = next((d for d in ordered if not d.is_hard), None)
-    if soft_is_due and oldest is not None:
-        ordered.remove(oldest)
-        ordered.insert(0, oldest)
-    return ordered
-
-
-def most_slack_last_admitted(candidates: Sequence[Demand]) -> str:
-    """Whom to preempt, of running requests in their order of admission.
-
-    The last admitted soft request; without one the promise that is due last.
-    """
-    for demand in reversed(candidates):
-        if not demand.is_promised:
-            return demand.request_id
-    return max(candidates, key=lambda d: d.due_s).request_id
-
-
-# ---- the table ----
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Policy:
-    """A policy by name: what it decides; None leaves it to the scheduler's plain way."""
+    """What decides, as functions; a decision that is None is made in the plain way.
+
+    ``cap`` and ``rates`` work without times. The other decisions see what each request needs and by
+    when, so they are asked only once the costs of steps are known.
+    """
 
     name: str
     cap: Callable[[Sequence[DepthClass]], int]
-    """The depth cap where no times are known."""
-    step: Callable[[Situation], StepChoice] | None = None
-    """Cap, rows and room for prompts; without it all rows up to ``cap`` run."""
-    lower: Callable[..., list[Lowering]] | None = None
-    """Who goes shallower in flight; without it nobody does."""
+    """The depth of the next step: one of the exits that have rows."""
+    rates: Callable[[Mapping[int, float]], dict[int, float]]
+    """Steps per second that each busy exit takes part in where no times are promised, from the
+    seconds of a step with its cap at each: what forecasts reckon with."""
+    choose: Callable[[Situation], StepChoice] | None = None
+    """Cap, rows and room for prompts. Plain: all rows up to ``cap``, prompts last."""
+    lower: Callable[[Sequence[Demand], Sequence[int], StepCosts, float], list[Lowering]] | None = (
+        None
+    )
+    """Who goes shallower in flight, from all live requests, the exits, costs and now. Plain: nobody
+    does."""
+    entry_order: Callable[[Sequence[Demand], StepCosts], Sequence[Demand]] | None = None
+    """The waiting requests in the order in which they enter. Plain: first come, first served. Once
+    in a while the oldest of those without a promise goes first in any case."""
+    victim: Callable[[Sequence[Demand]], str] | None = None
+    """Whom to preempt, of running requests in order of admission. Plain: the last admitted."""
+    keeps_promises: bool = False
+    """Whether rows are paced by what they were promised. Admission then asks if there is room for
+    one more promise; else a newcomer is told what it would see if the load stayed as it is."""
 
     @property
     def uses_times(self) -> bool:
-        """Whether it works with due times, and so needs a cost model."""
-        return self.step is not None
-
-
-POLICIES: dict[str, Policy] = {
-    "deadline": Policy("deadline", fair, step=deadline, lower=lower),
-    "fair": Policy("fair", fair),
-    "lockstep": Policy("lockstep", lockstep),
-}
-
-
-def get_policy(name: str) -> Policy:
-    """The policy of that name.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if name not in POLICIES:
-        raise ConfigError(
-            f"policy={name!r} is not known: choose one of {', '.join(sorted(POLICIES))}.",
-            param="policy",
-        )
-    return POLICIES[name]
-
-
-def mean_step_rates(policy: str, costs: dict[int, float]) -> dict[int, float]:
-    """Steps per second that each busy exit takes part in, where no times are promised.
-
-    Args:
-        policy: its name.
-        costs: seconds of a step with the depth cap at each busy exit.
-
-    ``lockstep``: one per deepest step. ``fair`` (and ``deadline`` among soft rows): while the
-    deepest exit takes one step, exit e takes cost(deepest) / cost(e); those beyond the next deeper
-    exit's have their cap at e.
-    """
-    costs = {e: max(seconds, LEAST_STEP_S) for e, seconds in costs.items()}
-    exits = sorted(costs, reverse=True)
-    deepest = costs[exits[0]]
-    if policy == "lockstep":
-        return dict.fromkeys(exits, 1.0 / deepest)
-    shares = {e: deepest / min(costs[e], deepest) for e in exits}
-    period, previous = 0.0, 0.0
-    for e in exits:
-        period += max(0.0, shares[e] - previous) * costs[e]
-        previous = max(previous, shares[e])
-    return {e: shares[e] / period for e in exits}
+        """Whether any of its decisions needs to know when requests are due."""
+        return any((self.choose, self.lower, self.entry_order, self.victim))

@@ -15,24 +15,14 @@ from sortserve.cost.costs import Costs
 from sortserve.scheduling.demand import SOFT_GAP_S, Demand, StepCosts, demand_of
 from sortserve.scheduling.failures import FailureLog
 from sortserve.scheduling.kv_cache import KVCacheManager
-from sortserve.scheduling.policy import (
-    DepthClass,
-    Policy,
-    Situation,
-    StepChoice,
-    fair,
-    least_slack_first,
-    most_slack_last_admitted,
-)
+from sortserve.scheduling.policies.fair import fair
+from sortserve.scheduling.policy import DepthClass, Policy, Situation, StepChoice
 
 __all__ = ["Scheduler"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-IN_FLIGHT_PRESSURE = 1.0
-"""Requests go shallower in flight when the promises need more of the machine than this."""
 
 
 class Scheduler:
@@ -242,8 +232,7 @@ class Scheduler:
         """Who goes shallower, and how far; each of them may."""
         if self._policy.lower is None:
             return []
-        demands = list(self._demands.values())
-        chosen = self._policy.lower(demands, self._exits, costs, now=now, limit=IN_FLIGHT_PRESSURE)
+        chosen = self._policy.lower(list(self._demands.values()), self._exits, costs, now)
         if not chosen:
             return []
         by_id = {sequence.request_id: sequence for sequence in self.sequences()}
@@ -273,18 +262,30 @@ class Scheduler:
 
     def _entry_order(self, costs: StepCosts | None, now: float) -> list[Sequence]:
         """The waiting sequences in the order in which they should enter."""
-        if costs is None or len(self._waiting) < 2:
+        order = self._policy.entry_order
+        if costs is None or order is None or len(self._waiting) < 2:
             return list(self._waiting)
-        return self._decide(lambda: self._by_slack(costs, now), lambda: list(self._waiting), now)
-
-    def _by_slack(self, costs: StepCosts, now: float) -> list[Sequence]:
-        by_id = {sequence.request_id: sequence for sequence in self._waiting}
-        ordered = least_slack_first(
-            self._demands_of(self._waiting),
-            costs,
-            soft_is_due=now - self._soft_admitted_s >= SOFT_GAP_S,
+        return self._decide(
+            lambda: self._ordered(order(self._demands_of(self._waiting), costs), now),
+            lambda: list(self._waiting),
+            now,
         )
-        return [by_id.pop(demand.request_id) for demand in ordered]
+
+    def _ordered(self, demands: Iterable[Demand], now: float) -> list[Sequence]:
+        """Everybody who waits, as the policy orders them; the oldest soft one when it is its turn.
+
+        It is once in ``SOFT_GAP_S``, so nobody starves whatever the order.
+        """
+        ordered = list(demands)
+        softs = [demand for demand in ordered if not demand.is_hard]
+        if softs and now - self._soft_admitted_s >= SOFT_GAP_S:
+            oldest = min(softs, key=lambda demand: demand.order)
+            ordered.remove(oldest)
+            ordered.insert(0, oldest)
+        by_id = {sequence.request_id: sequence for sequence in self._waiting}
+        sequences = [by_id.pop(demand.request_id) for demand in ordered]
+        assert not by_id, "nobody who waits is left out"
+        return sequences
 
     def _try_admit(self, sequence: Sequence, now: float) -> bool:
         # Leave every running sequence room to grow by a block, or a newcomer would be
@@ -315,11 +316,11 @@ class Scheduler:
         self, classes: list[DepthClass], costs: StepCosts | None, now: float
     ) -> tuple[StepChoice, list[Sequence]]:
         """What the policy chooses, if a step can be made of it."""
-        if costs is None or self._policy.step is None:
+        if costs is None or self._policy.choose is None:
             choice = self._all_up_to(self._policy.cap(classes))
         else:
             demands, most = self._demands_of(self._running), self._max_num_batched_tokens
-            choice = self._policy.step(Situation(now, demands, classes, costs, most))
+            choice = self._policy.choose(Situation(now, demands, classes, costs, most))
         choice, rows = self._with_rows(choice)
         assert rows, "a step has at least one row"
         assert max([s.exit_layer for s in rows]) <= choice.cap, "no row is deeper than the step"
@@ -371,11 +372,12 @@ class Scheduler:
         candidates = [s for s in self._running[1:] if s not in kept]
         if not candidates:
             return needy
-        if not self._demands:
+        choose = self._policy.victim
+        if choose is None or not self._demands:
             return candidates[-1]
         by_id = {sequence.request_id: sequence for sequence in candidates}
         return self._decide(
-            lambda: by_id[most_slack_last_admitted(self._demands_of(candidates))],
+            lambda: by_id[choose(self._demands_of(candidates))],
             lambda: candidates[-1],
             now,
         )

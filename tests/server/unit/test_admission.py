@@ -16,6 +16,7 @@ from sortserve.core.errors import MAX_RETRY_AFTER_S, BudgetUnattainableError, Ov
 from sortserve.core.request import Estimate
 from sortserve.core.sequence import Promise
 from sortserve.cost.model import LEAST, CostModel
+from sortserve.scheduling.policies.table import get_policy
 from support.timed import MODEL, Timed, make_demand, make_timed, timed_request
 
 
@@ -30,7 +31,7 @@ def newcomer(**budget: float) -> Newcomer:
 
 
 def load(*demands: Any, policy: str = "deadline") -> Load:
-    return Load(now=0.0, demands=demands, policy=policy)
+    return Load(now=0.0, demands=demands, policy=get_policy(policy))
 
 
 # ---- choosing, from given forecasts ----

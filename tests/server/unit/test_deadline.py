@@ -10,17 +10,15 @@ import pytest
 
 from sortserve.core.budget import Deadlines
 from sortserve.scheduling.capacity import lower, pressure
-from sortserve.scheduling.demand import Demand, paced, plan_pace
-from sortserve.scheduling.policy import (
+from sortserve.scheduling.demand import SOFT_GAP_S, Demand, paced, plan_pace
+from sortserve.scheduling.policies.deadline import (
     MIN_CHUNK,
-    DepthClass,
-    Situation,
-    StepChoice,
     deadline,
     least_slack_first,
     most_slack_last_admitted,
 )
-from support.timed import COSTS, make_demand
+from sortserve.scheduling.policy import DepthClass, Situation, StepChoice
+from support.timed import COSTS, make_demand, make_timed, timed_request
 
 EXITS = (2, 4, 6)
 DEEP_S = COSTS.decode_s(6, 10)
@@ -178,12 +176,28 @@ def test_the_least_slack_enters_first_and_equals_by_arrival() -> None:
         make_demand("first", due_s=1.0, num_pending=50, order=1.0),
     ]
 
-    def order(*, soft_is_due: bool) -> list[str]:
-        found = least_slack_first(waiting, COSTS, soft_is_due=soft_is_due)
-        return [demand.request_id for demand in found]
+    ordered = [demand.request_id for demand in least_slack_first(waiting, COSTS)]
 
-    assert order(soft_is_due=False) == ["first", "second", "loose", "soft"]
-    assert order(soft_is_due=True) == ["soft", "first", "second", "loose"]
+    assert ordered == ["first", "second", "loose", "soft"]
+
+
+@pytest.mark.parametrize(
+    ("waited_s", "first"), [(SOFT_GAP_S / 2, "promised"), (SOFT_GAP_S, "soft")]
+)
+def test_once_a_second_the_oldest_without_a_promise_enters_first(
+    waited_s: float, first: str
+) -> None:
+    timed = make_timed(max_num_seqs=1)
+    timed.arrive(timed_request("before", max_tokens=1))
+    timed.step()
+    timed.clock.now = waited_s
+    for name, budget in (("younger", {}), ("promised", {"latency_ms": 9000})):
+        timed.arrive(timed_request(name, max_tokens=1, at=0.2, **budget))
+    timed.arrive(timed_request("soft", max_tokens=1, at=0.1))
+
+    timed.step()
+
+    assert list(timed.reports) == ["before", first]
 
 
 def test_soft_requests_lose_their_pages_first_then_the_promise_with_most_time() -> None:

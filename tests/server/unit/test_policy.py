@@ -10,13 +10,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sortserve.core.errors import ConfigError
-from sortserve.scheduling.policy import (
-    DepthClass,
-    fair,
-    get_policy,
-    lockstep,
-    mean_step_rates,
-)
+from sortserve.scheduling.policies.fair import fair, fair_rates
+from sortserve.scheduling.policies.lockstep import lockstep, lockstep_rates
+from sortserve.scheduling.policies.table import POLICIES, get_policy
+from sortserve.scheduling.policy import DepthClass
 
 
 def play(
@@ -74,13 +71,18 @@ def test_predicted_rates_are_those_that_fair_produces(layers: list[int]) -> None
     caps, steps = play(fair, costs, 2000)
 
     elapsed = sum(costs[cap] for cap in caps)
-    rates = mean_step_rates("fair", costs)
+    rates = fair_rates(costs)
     for e in layers:
         assert steps[e] / elapsed == pytest.approx(rates[e], rel=0.05)
 
 
 def test_predicted_rates_of_lockstep_are_the_deepest_ones() -> None:
-    assert mean_step_rates("lockstep", {9: 0.01, 30: 0.04}) == {9: 25.0, 30: 25.0}
+    assert lockstep_rates({9: 0.01, 30: 0.04}) == {9: 25.0, 30: 25.0}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_table_has_each_policy_under_its_own_name(name: str) -> None:
+    assert get_policy(name).name == name
 
 
 def test_an_unknown_policy_is_refused_by_name() -> None:

@@ -13,16 +13,18 @@ from sortserve.core.budget import Budget
 from sortserve.core.errors import BudgetUnattainableError
 from sortserve.core.request import RequestReport, StepRecord
 from sortserve.scheduling.failures import LOG_EVERY_S, FailureLog
-from sortserve.scheduling.policy import Situation, StepChoice, deadline, get_policy
+from sortserve.scheduling.policies.deadline import deadline
+from sortserve.scheduling.policies.table import get_policy
+from sortserve.scheduling.policy import Situation, StepChoice
 from sortserve.telemetry.metrics import Metrics
 from support.timed import Timed, make_timed, timed_request
 
 DECISIONS = (
-    "step",
+    "choose",
     "cap",
     "lower",
-    "least_slack_first",
-    "most_slack_last_admitted",
+    "entry_order",
+    "victim",
     "demand_of",
     "none of them",
 )
@@ -81,11 +83,11 @@ def serve_all(timed: Timed) -> dict[str, RequestReport]:
 
 def break_decision(timed: Timed, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = timed.engine.scheduler
-    if name in ("step", "cap", "lower"):
+    if name == "demand_of":
+        monkeypatch.setattr("sortserve.scheduling.scheduler.demand_of", broken)
+    elif name != "none of them":
         changed: dict[str, Any] = {name: broken}
         scheduler._policy = dataclasses.replace(scheduler._policy, **changed)
-    elif name != "none of them":
-        monkeypatch.setattr(f"sortserve.scheduling.scheduler.{name}", broken)
 
 
 @pytest.mark.parametrize("name", DECISIONS)
@@ -111,7 +113,7 @@ def test_a_step_is_told_of_once_and_the_next_one_is_the_policys_again() -> None:
     calls = iter([broken])
     scheduler = timed.engine.scheduler
     scheduler._policy = dataclasses.replace(
-        scheduler._policy, step=lambda situation: next(calls, deadline)(situation)
+        scheduler._policy, choose=lambda situation: next(calls, deadline)(situation)
     )
     timed.arrive(timed_request("r", 4, max_tokens=3))
 
@@ -138,7 +140,7 @@ def test_a_choice_that_no_step_can_be_made_of_counts_as_a_failure(
 ) -> None:
     recorder = Recorder()
     timed = busy(recorder)
-    timed.engine.scheduler._policy = dataclasses.replace(get_policy("deadline"), step=choose)
+    timed.engine.scheduler._policy = dataclasses.replace(get_policy("deadline"), choose=choose)
     timed.arrive(timed_request("prompt", 30, max_tokens=2, exit_layer=6))
 
     timed.step()
@@ -177,7 +179,7 @@ def test_a_lowering_that_is_not_allowed_counts_as_a_failure_and_is_not_made(
 def test_failures_are_counted_in_the_metrics() -> None:
     metrics = Metrics("tiny", (2, 4, 6), version="1")
     timed = make_timed(observer=metrics)
-    timed.engine.scheduler._policy = dataclasses.replace(get_policy("deadline"), step=broken)
+    timed.engine.scheduler._policy = dataclasses.replace(get_policy("deadline"), choose=broken)
     timed.arrive(timed_request("r", max_tokens=3))
 
     timed.run()
@@ -189,7 +191,7 @@ def test_failures_are_counted_in_the_metrics() -> None:
 
 def test_a_policy_that_always_fails_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
     timed = make_timed()
-    timed.engine.scheduler._policy = dataclasses.replace(get_policy("deadline"), step=broken)
+    timed.engine.scheduler._policy = dataclasses.replace(get_policy("deadline"), choose=broken)
 
     timed.run([timed_request("r", max_tokens=100)])
 

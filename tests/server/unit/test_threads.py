@@ -20,6 +20,7 @@ from sortserve.core.request import StepRecord
 from sortserve.cost.costs import Costs
 from sortserve.engine.worker import EngineWorker, RequestStream
 from sortserve.scheduling.demand import Demand
+from sortserve.scheduling.policies.table import get_policy
 from sortserve.telemetry.metrics import Metrics
 from support.scripted import make_engine, make_exits, make_request
 
@@ -102,7 +103,7 @@ def test_a_place_in_the_queue_is_given_back_once_whoever_gives_it() -> None:
 def test_a_request_on_its_way_to_the_engine_is_counted_once() -> None:
     desk = AdmissionDesk(
         exits=make_exits(2, 4, 6),
-        policy="deadline",
+        policy=get_policy("deadline"),
         max_num_batched_tokens=64,
         overload_delay_s=0.0,
         clock=lambda: 0.0,

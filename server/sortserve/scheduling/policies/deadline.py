@@ -1,0 +1,169 @@
+"""``deadline``: what was promised is kept by pacing; what is left over is shared fairly.
+
+It may hold rows back that have time, where there is no room for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sortserve.scheduling.capacity import lower
+from sortserve.scheduling.demand import Demand, StepCosts
+from sortserve.scheduling.policies.fair import fair, fair_rates
+from sortserve.scheduling.policy import Policy, Situation, StepChoice
+
+__all__ = ["DEADLINE", "deadline", "least_slack_first", "most_slack_last_admitted"]
+
+MIN_CHUNK = 32
+"""Tokens of a prompt that must get on, whoever waits for it."""
+
+
+def deadline(situation: Situation) -> StepChoice:
+    """The deepest cap that keeps every live promise; the least slack decides where none does.
+
+    Beside soft rows (those that were promised no time) ``fair`` chooses among the caps that keep
+    the promises, so that a shallow exit is worth something to them too. A soft row that has not had
+    a part in a step for long is as urgent as a promise, so nobody starves.
+    """
+    rows, now = situation.rows, situation.now
+    options = [_option(situation, c.exit_layer) for c in situation.classes]
+    good = [option for option in options if option.keeps]
+    if not good:
+        urgent = min(rows, key=lambda d: (d.due_s - d.work_s(situation.costs), d.order))
+        return _rescue(situation, urgent)
+    best = max(good, key=lambda option: option.cap)
+    if any(not d.is_hard for d in rows):
+        wanted = fair(situation.classes)
+        best = next((option for option in good if option.cap == wanted), best)
+    return best.choice(situation, now)
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A step down to one cap: the rows that fit, and the time that is left for prompts."""
+
+    cap: int
+    keeps: bool
+    decoding: tuple[Demand, ...]
+    prompts: tuple[Demand, ...]
+    step_s: float
+    """Without prompts."""
+    until_s: float
+    """When the step must be over."""
+
+    def choice(self, situation: Situation, now: float) -> StepChoice:
+        num_tokens = _prompt_tokens(situation, self, now)
+        prompts = self.prompts if num_tokens else ()
+        ids = tuple(d.request_id for d in (*self.decoding, *prompts))
+        return StepChoice(self.cap, ids, num_tokens)
+
+
+def _option(situation: Situation, cap: int) -> _Option:
+    """Fill a step: rows in order of their due times, as long as all of them are in time."""
+    now, costs = situation.now, situation.costs
+    step_s, until_s = costs.base_s(cap), math.inf
+    reachable = sorted((d for d in situation.rows if d.exit_layer <= cap), key=_by_due)
+    decoding, prompts, any_late = [], [], False
+    held = [d for d in situation.rows if d.exit_layer > cap]
+    for demand in reachable:
+        if not demand.is_decoding:
+            prompts.append(demand)
+            continue
+        more_s = costs.row_s(demand.exit_layer, demand.context_len)
+        is_late = demand.due_s < now + costs.base_s(demand.exit_layer) + more_s
+        if is_late or now + step_s + more_s <= min(until_s, demand.due_s):
+            decoding.append(demand)
+            step_s += more_s
+            any_late = any_late or is_late
+            until_s = until_s if is_late else min(until_s, demand.due_s)
+        else:
+            held.append(demand)
+    keeps = True
+    for demand in held:
+        start_s = demand.due_s - demand.work_s(costs)
+        keeps = keeps and now + step_s <= start_s
+        until_s = min(until_s, start_s)
+    if any_late:  # what is late already should not get later: no prompt runs beside it at leisure
+        until_s = min(until_s, now + step_s)
+    return _Option(cap, keeps, tuple(decoding), tuple(prompts), step_s, until_s)
+
+
+def _by_due(demand: Demand) -> tuple[bool, float, float]:
+    """Promises by their due time, then soft rows in order of arrival."""
+    return not demand.is_hard, demand.due_s if demand.is_hard else 0.0, demand.order
+
+
+def _prompt_tokens(situation: Situation, option: _Option, now: float) -> int:
+    """Tokens of prompts that the step has time for."""
+    if not option.prompts:
+        return 0
+    costs = situation.costs
+    room = max(0, situation.max_num_tokens - len(option.decoding))
+    if math.isinf(option.until_s):
+        return room
+    first = option.prompts[0]
+    context_len = first.context_len + first.num_pending // 2
+    token_s = costs.token_s(first.exit_layer, context_len)
+    spare_s = option.until_s - now - option.step_s
+    num_tokens = int(max(0.0, spare_s / token_s))
+    urgent = any(d.due_s - d.work_s(costs) <= now + option.step_s for d in option.prompts)
+    if urgent or not option.decoding:
+        num_tokens = max(num_tokens, _hurried_tokens(option.step_s, token_s))
+    return min(room, num_tokens) if num_tokens >= min(MIN_CHUNK, first.num_pending) else 0
+
+
+def _hurried_tokens(step_s: float, token_s: float) -> int:
+    """Tokens of a prompt that is late beside rows that are: each gets half of the time."""
+    return max(MIN_CHUNK, int(step_s / token_s))
+
+
+def _rescue(situation: Situation, urgent: Demand) -> StepChoice:
+    """Nothing keeps every promise: a step for the least slack, and for all who are due with it."""
+    costs, cap = situation.costs, urgent.exit_layer
+    reachable = sorted((d for d in situation.rows if d.exit_layer <= cap), key=_by_due)
+    step_s = costs.base_s(cap)
+    due = [
+        d
+        for d in reachable
+        if d.is_decoding and (d.is_hard or d.due_s <= situation.now + step_s or d is urgent)
+    ]
+    if urgent.is_decoding:
+        return StepChoice(cap, tuple(d.request_id for d in due), 0)
+    step_s += sum(costs.row_s(d.exit_layer, d.context_len) for d in due)
+    token_s = costs.token_s(cap, urgent.context_len + urgent.num_pending // 2)
+    num_tokens = min(situation.max_num_tokens - len(due), _hurried_tokens(step_s, token_s))
+    # At least one: it may be all that is left, once those who are due have lost their pages.
+    return StepChoice(cap, tuple(d.request_id for d in (*due, urgent)), max(1, num_tokens))
+
+
+def least_slack_first(waiting: Sequence[Demand], costs: StepCosts) -> list[Demand]:
+    """The order in which waiting requests enter: promises by least slack, then FCFS."""
+    return sorted(
+        waiting,
+        key=lambda d: (not d.is_hard, d.due_s - d.work_s(costs) if d.is_hard else 0.0, d.order),
+    )
+
+
+def most_slack_last_admitted(candidates: Sequence[Demand]) -> str:
+    """Whom to preempt, of running requests in their order of admission.
+
+    The last admitted soft request; without one the promise that is due last.
+    """
+    for demand in reversed(candidates):
+        if not demand.is_promised:
+            return demand.request_id
+    return max(candidates, key=lambda d: d.due_s).request_id
+
+
+DEADLINE = Policy(
+    name="deadline",
+    cap=fair,
+    rates=fair_rates,
+    choose=deadline,
+    lower=lower,
+    entry_order=least_slack_first,
+    victim=most_slack_last_admitted,
+    keeps_promises=True,
+)
