@@ -1,4 +1,4 @@
-"""How well is the time of a step foretold? Random mixes of depth, batch, context and prefill.
+"""How well is the time of a step predicted? Random mixes of depth, batch, context and prefill.
 
 The cost model is calibrated as at start-up (every time anew here). Then random steps run that no
 calibration has seen: up to `--max-rows` decoding rows of random exits and contexts, and in two
@@ -184,7 +184,7 @@ def draw(points: Sequence[Sequence[float]]) -> str:
     agree = Series("equal", [(0.0, 0.0), (highest, highest)], colour=5)
     dots = Series("steps", [(p[0], p[1]) for p in points], dots=True, colour=0)
     return line_chart(
-        "Foretold and measured time of a step", "measured ms", "foretold", [agree, dots]
+        "Predicted and measured time of a step", "measured ms", "predicted", [agree, dots]
     )
 
 

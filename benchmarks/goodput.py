@@ -318,8 +318,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{system}: met by class: {shares}")
         for system, simulated in results.get("simulated", {}).items():
             real = results["systems"][system][rate]["goodput_share"]
-            foretold = simulated[rate]["goodput_share"]
-            print(f"{system}: goodput {_cell(real)}, simulated {_cell(foretold)}")
+            predicted = simulated[rate]["goodput_share"]
+            print(f"{system}: goodput {_cell(real)}, simulated {_cell(predicted)}")
     if arguments.plot is not None:
         arguments.plot.write_text(draw(results["systems"]))
         print(f"plot: {arguments.plot}")

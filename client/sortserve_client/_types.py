@@ -56,7 +56,7 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetReport:
-    """What the budget became: depth used, times foretold, times taken (milliseconds)."""
+    """What the budget became: depth used, times predicted, times taken (milliseconds)."""
 
     exit_layer: int | None = None
     """The exit in use at the end."""

@@ -218,13 +218,13 @@ def _budget(options: argparse.Namespace) -> Budget:
 
 
 def _summary(report: BudgetReport) -> str:
-    """``exit 18 | 741 ms, foretold 760 | first token 62 ms | budget met``."""
+    """``exit 18 | 741 ms, predicted 760 | first token 62 ms | budget met``."""
     by_exit = sorted(report.tokens_by_exit.items())
     used = ", ".join(f"{exit_layer} ({count} tokens)" for exit_layer, count in by_exit)
     parts = [f"exit {used or report.exit_layer}"]
     if report.actual_ms is not None:
-        foretold = "" if report.predicted_ms is None else f", foretold {report.predicted_ms:.0f}"
-        parts.append(f"{report.actual_ms:.0f} ms{foretold}")
+        predicted = "" if report.predicted_ms is None else f", predicted {report.predicted_ms:.0f}"
+        parts.append(f"{report.actual_ms:.0f} ms{predicted}")
     if report.ttft_ms is not None:
         parts.append(f"first token {report.ttft_ms:.0f} ms")
     if report.met is not None:

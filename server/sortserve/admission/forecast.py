@@ -11,7 +11,7 @@ from sortserve.core.request import Estimate
 from sortserve.core.sequence import Promise
 from sortserve.cost.model import CostModel, RowShape, StepShape
 from sortserve.scheduling.capacity import pressure, shallowest
-from sortserve.scheduling.demand import SOFT_GAP_S, Demand, StepCosts, paced, plan_pace
+from sortserve.scheduling.demand import SOFT_GAP_S, Demand, StepCosts, plan_pace, targets_of
 from sortserve.scheduling.policy import Policy
 
 __all__ = ["Forecast", "Load", "Newcomer", "forecast", "newcomer_demand", "predicted_drain_s"]
@@ -159,16 +159,16 @@ def _own_times(exit_layer: int, newcomer: Newcomer, costs: StepCosts) -> tuple[f
 
 
 def _promise(newcomer: Newcomer, now: float, own: tuple[float, float], *, ease: float) -> Promise:
-    pace = paced(newcomer.deadlines, newcomer.arrival_s)
-    spread = plan_pace(
-        pace,
+    targets = targets_of(newcomer.deadlines, newcomer.arrival_s)
+    pace = plan_pace(
+        targets,
         now=now,
         num_tokens=newcomer.num_output_tokens,
         prefill_s=own[0],
         decode_s=own[1],
         ease=ease,
     )
-    return Promise(pace, spread.first_due_s, spread.gap_s)
+    return Promise(targets, pace.first_due_s, pace.gap_s)
 
 
 def newcomer_demand(

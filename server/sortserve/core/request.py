@@ -241,4 +241,4 @@ class Observer(Protocol):
         """A request was refused before it entered the queue."""
 
     def on_forecast_failed(self) -> None:
-        """No times could be foretold for a request; it was let in without a promise."""
+        """No times could be predicted for a request; it was let in without a promise."""

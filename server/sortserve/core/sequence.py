@@ -27,8 +27,8 @@ __all__ = ["Promise", "Sequence", "Status"]
 class Promise:
     """The times that admission found can be kept, and how they are spread over the request."""
 
-    pace: Deadlines
-    """The budget's deadlines, or a little earlier."""
+    targets: Deadlines
+    """What it is paced to: the budget's deadlines, or a little earlier."""
     first_due_s: float
     """When the first token should be out; infinite if only later tokens were promised a time."""
     gap_s: float

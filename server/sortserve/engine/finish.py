@@ -14,7 +14,7 @@ __all__ = ["make_report"]
 def make_report(
     sequence: Sequence, reason: FinishReason, *, exits: ExitTable, now: float, promised: bool
 ) -> RequestReport:
-    """The report of a finished sequence; ``promised``: its budget was predicted to be kept."""
+    """The report of a finished sequence; ``promised``: its budget was promised to be kept."""
     report = RequestReport(
         request_id=sequence.request_id,
         budget=sequence.request.budget,

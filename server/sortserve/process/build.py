@@ -248,7 +248,7 @@ class _Calibrator:
         if self._fault_of(samples) is None:
             return samples
         logger.warning(
-            "no calibration that can be believed: times are foretold with caution until the steps "
+            "no calibration that can be believed: times are predicted with caution until the steps "
             "that run have shown better, and the next start measures again"
         )
         return slowed(samples)

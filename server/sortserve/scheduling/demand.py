@@ -24,8 +24,8 @@ __all__ = [
     "Pace",
     "StepCosts",
     "demand_of",
-    "paced",
     "plan_pace",
+    "targets_of",
 ]
 
 SOFT_GAP_S = 1.0
@@ -162,8 +162,8 @@ def plan_pace(
     return Pace(first_due, max(gap, NO_GAP_S))
 
 
-def paced(deadlines: Deadlines, arrival_s: float) -> Deadlines:
-    """Deadlines a little earlier than the client's, to pace by."""
+def targets_of(deadlines: Deadlines, arrival_s: float) -> Deadlines:
+    """What is paced to: a little earlier than the client's deadlines."""
 
     def earlier(deadline_s: float | None) -> float | None:
         return None if deadline_s is None else arrival_s + PACE_SHARE * (deadline_s - arrival_s)
@@ -198,7 +198,7 @@ def demand_of(
     promised = sequence.promise is not None
     if promised:
         num_left = max(1, expect(sequence) - sequence.num_output_tokens)
-        due_s, gap_s, end_s = _promise(sequence, num_left)
+        due_s, gap_s, end_s = _due_times(sequence, num_left)
         gap_s = max(gap_s, costs.decode_s(sequence.floor_layer, sequence.num_tokens))
         promised = math.isfinite(end_s) and not _is_hopeless(sequence, num_left, end_s, now, costs)
     if not promised:
@@ -220,7 +220,7 @@ def demand_of(
     )
 
 
-def _promise(sequence: Sequence, num_left: int) -> tuple[float, float, float]:
+def _due_times(sequence: Sequence, num_left: int) -> tuple[float, float, float]:
     """When the next token, each token after it, and the end are due; infinite where nothing is."""
     promise, first_s, last_s = sequence.promise, sequence.first_token_s, sequence.last_token_s
     assert promise is not None
@@ -230,11 +230,11 @@ def _promise(sequence: Sequence, num_left: int) -> tuple[float, float, float]:
             start_s = end_s if math.isfinite(end_s) else sequence.last_scheduled_s
             end_s = start_s + (num_left - 1) * promise.gap_s
         return promise.first_due_s, promise.gap_s, end_s
-    deadlines = promise.pace
-    end_s = math.inf if deadlines.e2e_s is None else deadlines.e2e_s
-    if deadlines.tpot_s is not None:
+    targets = promise.targets
+    end_s = math.inf if targets.e2e_s is None else targets.e2e_s
+    if targets.tpot_s is not None:
         num_gaps = sequence.num_output_tokens - 1 + num_left
-        end_s = min(end_s, first_s + num_gaps * deadlines.tpot_s)
+        end_s = min(end_s, first_s + num_gaps * targets.tpot_s)
     gap_s = max((end_s - last_s) / num_left, NO_GAP_S)
     return last_s + gap_s, gap_s, end_s
 

@@ -156,7 +156,7 @@ class Observers:
             observer.on_rejected(reason, budget)
 
     def on_forecast_failed(self) -> None:
-        """No times could be foretold for a request."""
+        """No times could be predicted for a request."""
         for observer in self._observers:
             observer.on_forecast_failed()
 

@@ -77,8 +77,8 @@ class _WithoutCreated(Collector):
             yield metric
 
 
-class _Promise(NamedTuple):
-    """One time of a request in seconds: what was asked for, foretold, and what it came to."""
+class _Timing(NamedTuple):
+    """One time of a request in seconds: what was asked for, predicted, and what it came to."""
 
     kind: str
     limit_s: float | None
@@ -193,7 +193,7 @@ class Metrics:
         self._rejected = self._counter("admission_rejected", "Requests refused", "reason")
         bounds = {"ttft": TTFT_BOUNDS_S, "tpot": TOKEN_BOUNDS_S, "e2e": REQUEST_BOUNDS_S}
         self._predicted = {
-            kind: self._histogram(f"predicted_{kind}_seconds", f"Foretold {kind.upper()}", bound)
+            kind: self._histogram(f"predicted_{kind}_seconds", f"Predicted {kind.upper()}", bound)
             for kind, bound in bounds.items()
         }
         self._error_ratio = self._histogram(
@@ -295,7 +295,7 @@ class Metrics:
             self._budgets[(kind, "rejected")].inc()
 
     def on_forecast_failed(self) -> None:
-        """Count a request that was let in although nothing could be foretold."""
+        """Count a request that was let in although nothing could be predicted."""
         self._policy_failures[()].inc()
 
     def _count_budget(self, report: RequestReport) -> None:
@@ -306,18 +306,18 @@ class Metrics:
             timed = kind.endswith("_ms")
             outcome = (report.outcome or ("met" if report.met else "missed")) if timed else "met"
             self._budgets[(kind, outcome)].inc()
-        for promise in _promises(report):
-            limit_s, actual_s = promise.limit_s, promise.actual_s
+        for timing in _timings(report):
+            limit_s, actual_s = timing.limit_s, timing.actual_s
             if limit_s is not None and actual_s is not None and actual_s > limit_s:
-                self._violations[promise.kind].inc()
+                self._violations[timing.kind].inc()
 
     def _observe_predictions(self, report: RequestReport) -> None:
-        for promise in _promises(report):
-            if promise.predicted_s is None:
+        for timing in _timings(report):
+            if timing.predicted_s is None:
                 continue
-            self._predicted[promise.kind][()].observe(promise.predicted_s)
-            if promise.actual_s is not None and promise.predicted_s > 0:
-                self._error_ratio[promise.kind].observe(promise.actual_s / promise.predicted_s)
+            self._predicted[timing.kind][()].observe(timing.predicted_s)
+            if timing.actual_s is not None and timing.predicted_s > 0:
+                self._error_ratio[timing.kind].observe(timing.actual_s / timing.predicted_s)
 
     # What the HTTP service tells and asks.
 
@@ -363,7 +363,7 @@ class Metrics:
         self._kv_total[()].set(total)
 
 
-def _promises(report: RequestReport) -> tuple[_Promise, _Promise, _Promise]:
+def _timings(report: RequestReport) -> tuple[_Timing, _Timing, _Timing]:
     """The three times of a finished request: TTFT, TPOT, E2E.
 
     A request that ended without a first token waited until it ended. The predicted E2E is taken for
@@ -372,14 +372,14 @@ def _promises(report: RequestReport) -> tuple[_Promise, _Promise, _Promise]:
     budget, predicted = report.budget, report.predicted
     num_gaps = max(report.num_output_tokens - 1, 0)
     waited_s = report.ttft_s if report.ttft_s is not None else report.e2e_s
-    foretold: tuple[float | None, float | None, float | None] = (None, None, None)
+    times: tuple[float | None, float | None, float | None] = (None, None, None)
     if predicted is not None:
         e2e_s = predicted.ttft_s + num_gaps * predicted.tpot_s
-        foretold = (predicted.ttft_s, predicted.tpot_s, e2e_s)
+        times = (predicted.ttft_s, predicted.tpot_s, e2e_s)
     return (
-        _Promise("ttft", _seconds(budget.ttft_ms), foretold[0], waited_s),
-        _Promise("tpot", _seconds(budget.tpot_ms), foretold[1], report.tpot_s),
-        _Promise("e2e", _seconds(budget.latency_ms), foretold[2], report.e2e_s),
+        _Timing("ttft", _seconds(budget.ttft_ms), times[0], waited_s),
+        _Timing("tpot", _seconds(budget.tpot_ms), times[1], report.tpot_s),
+        _Timing("e2e", _seconds(budget.latency_ms), times[2], report.e2e_s),
     )
 
 

@@ -135,7 +135,7 @@ def test_a_calibration_that_cannot_be_believed_is_made_again_and_never_kept(
 
     assert len(attempts) == num_attempts
     assert len(list(tmp_path.glob("cache/calibration/*.json"))) == is_kept
-    assert ("foretold with caution" in caplog.text) is not is_kept
+    assert ("predicted with caution" in caplog.text) is not is_kept
     assert estimate is not None
     assert estimate.ttft_s > 0
 

@@ -94,7 +94,8 @@ def test_an_answer_streams_to_the_terminal_and_its_story_goes_to_stderr(
     shown = capsys.readouterr()
     assert shown.out == "It falls.\n"
     assert shown.err == (
-        "exit 9 (2 tokens), 18 (1 tokens) | 741 ms, foretold 760 | first token 62 ms | budget met\n"
+        "exit 9 (2 tokens), 18 (1 tokens) | 741 ms, predicted 760 | first token 62 ms "
+        "| budget met\n"
     )
     assert server.asked[0]["stream"] is True
 

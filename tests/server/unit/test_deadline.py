@@ -10,7 +10,7 @@ import pytest
 
 from sortserve.core.budget import Deadlines
 from sortserve.scheduling.capacity import lower, pressure
-from sortserve.scheduling.demand import SOFT_GAP_S, Demand, paced, plan_pace
+from sortserve.scheduling.demand import SOFT_GAP_S, Demand, plan_pace, targets_of
 from sortserve.scheduling.policies.deadline import (
     MIN_CHUNK,
     deadline,
@@ -247,14 +247,14 @@ def test_whatever_the_ease_the_pace_ends_at_the_deadline() -> None:
 
 
 def test_times_are_paced_a_little_earlier_than_the_client_asked() -> None:
-    pace = paced(Deadlines(ttft_s=11.0, e2e_s=20.0, tpot_s=0.1), arrival_s=10.0)
+    targets = targets_of(Deadlines(ttft_s=11.0, e2e_s=20.0, tpot_s=0.1), arrival_s=10.0)
 
-    assert pace.ttft_s is not None
-    assert pace.e2e_s is not None
-    assert pace.tpot_s is not None
-    assert 10.9 < pace.ttft_s < 11.0
-    assert 19.0 < pace.e2e_s < 20.0
-    assert 0.09 < pace.tpot_s < 0.1
+    assert targets.ttft_s is not None
+    assert targets.e2e_s is not None
+    assert targets.tpot_s is not None
+    assert 10.9 < targets.ttft_s < 11.0
+    assert 19.0 < targets.e2e_s < 20.0
+    assert 0.09 < targets.tpot_s < 0.1
 
 
 # ---- pressure, and going shallower ----

@@ -45,7 +45,7 @@ class Records:
         raise AssertionError("nothing is refused here")
 
     def on_forecast_failed(self) -> None:
-        raise AssertionError("nothing is foretold here")
+        raise AssertionError("nothing is predicted here")
 
 
 def run_three(runner: FaultyRunner, **options: Any) -> tuple[dict[str, Collected], Records]:

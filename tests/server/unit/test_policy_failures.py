@@ -220,7 +220,7 @@ def test_a_minute_later_the_log_says_how_often_it_failed(
 
 @pytest.mark.parametrize("name", ["forecast", "Newcomer", "next_level"])
 @pytest.mark.parametrize("on_miss", ["reject", "degrade"])
-def test_a_request_that_nothing_can_be_foretold_for_gets_its_deepest_exit_and_no_promise(
+def test_a_request_that_nothing_can_be_predicted_for_gets_its_deepest_exit_and_no_promise(
     name: str, on_miss: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     budget: dict[str, Any] = {"latency_ms": 900, "on_miss": on_miss}
@@ -241,7 +241,7 @@ def test_a_request_that_nothing_can_be_foretold_for_gets_its_deepest_exit_and_no
     assert "nothing was promised" in caplog.text
 
 
-def test_a_refusal_stands_where_only_the_time_to_come_back_cannot_be_foretold(
+def test_a_refusal_stands_where_only_the_time_to_come_back_cannot_be_predicted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sortserve.admission.desk.predicted_drain_s", broken)
