@@ -274,9 +274,9 @@ async def test_an_admission_that_raises_never_fails_a_request(
 async def test_a_policy_that_raises_is_replaced_and_nobody_notices(
     part: str, scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scheduler = scene.service.engine.scheduler
+    decisions = scene.service.engine.scheduler._decisions
     faulty: dict[str, Any] = {part: lambda *args: 1 / 0}
-    monkeypatch.setattr(scheduler, "_policy", replace(scheduler._policy, **faulty))
+    monkeypatch.setattr(decisions, "policy", replace(decisions.policy, **faulty))
 
     replies = await eight(scene.service)
 

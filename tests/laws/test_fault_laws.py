@@ -141,11 +141,11 @@ class Storm:
         )
         self.engine.costs.use(self.rng.choice([MODEL, MODEL, None]))
         self.desk = make_desk(self.engine)
-        scheduler = self.engine.scheduler
-        decisions = ("cap", "choose", "lower", "entry_order", "victim")
-        parts = {name: getattr(scheduler._policy, name) for name in decisions}
+        decisions = self.engine.scheduler._decisions
+        names = ("cap", "choose", "lower", "entry_order", "victim")
+        parts = {name: getattr(decisions.policy, name) for name in names}
         faulty: dict[str, Any] = {n: part and self.chaos.around(part) for n, part in parts.items()}
-        scheduler._policy = replace(scheduler._policy, **faulty)
+        decisions.policy = replace(decisions.policy, **faulty)
 
     def _make_text(self, request: GenerationRequest) -> AsciiText:
         return self.texts.setdefault(request.request_id, AsciiText(request.sampling))

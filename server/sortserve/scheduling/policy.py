@@ -6,8 +6,8 @@ of deeper exits sit it out, rows at or below it run (design 6). A policy chooses
 also choose the rows, and say who goes shallower, who enters first, and who is preempted.
 
 It decides by pure functions of plain values, so a new one is a module of functions in ``policies/``
-and a line in ``policies/table.py``. What it decides is checked where it is carried out (see
-``Scheduler``): one that fails costs nobody an answer.
+and a line in ``policies/table.py``. What it decides is checked where it is asked (see
+``Decisions``): one that fails costs nobody an answer.
 """
 
 from __future__ import annotations

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from typing import TypeVar
 
 from sortserve.core.plan import RowPlan, StepPlan
 from sortserve.core.sequence import Sequence, Status
 from sortserve.cost.costs import Costs
-from sortserve.scheduling.demand import SOFT_GAP_S, Demand, StepCosts, demand_of
-from sortserve.scheduling.failures import FailureLog
+from sortserve.scheduling.decisions import Decisions
+from sortserve.scheduling.demand import Demand
 from sortserve.scheduling.kv_cache import KVCacheManager
-from sortserve.scheduling.policies.fair import fair
-from sortserve.scheduling.policy import DepthClass, Policy, Situation, StepChoice
+from sortserve.scheduling.policy import Policy, StepChoice
 
 __all__ = ["Scheduler"]
-
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class Scheduler:
@@ -33,14 +25,10 @@ class Scheduler:
     * ``running``: in order of admission. The first one's pages are never taken away, so it always
       gets on: nobody starves.
 
-    A policy that raises, or that chooses what cannot be run, costs nobody an answer: for that step
-    ``fair`` stands in for it, first come, first served, and the plan says so.
-
     Args:
         kv_cache: all pages.
         policy: what decides.
-        costs: of steps. As long as nothing is known, the policy knows no times: it sets a cap, and
-            all else is first come, first served.
+        costs: of steps.
         exits: all exit layers, ascending.
         cost_of: relative cost of a step to an exit.
         max_num_seqs: most sequences that run at once.
@@ -63,27 +51,23 @@ class Scheduler:
         assert max_num_seqs > 0
         assert max_num_batched_tokens > 0
         self.kv_cache = kv_cache
-        self._policy = policy
-        self._costs = costs
-        self._exits = tuple(exits)
-        self._expect = expect
-        self._cost_of = cost_of
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
-        # Compute time each busy exit has had a part in (see policy.fair).
-        self._service: dict[int, float] = {}
-        self._soft_admitted_s = -math.inf
-        # What the sequences needed when the last step was chosen; empty where no times are known.
-        self._demands: dict[str, Demand] = {}
+        self._decisions = Decisions(
+            policy,
+            running=self._running,
+            waiting=self._waiting,
+            costs=costs,
+            exits=exits,
+            cost_of=cost_of,
+            max_num_tokens=max_num_batched_tokens,
+            expect=expect,
+        )
         # What has happened since the last plan; the next one carries it.
         self._num_preemptions = 0
         self._exit_changes: list[tuple[int, int, str]] = []
-        self._policy_failed = False
-        self._failures = FailureLog(
-            logger, f"the policy {policy.name} failed: fair stood in for this step"
-        )
 
     # ---- views ----
 
@@ -149,12 +133,11 @@ class Scheduler:
         Args:
             now: the engine's clock, in seconds.
         """
-        costs = self._see(now)
-        if costs is not None:
-            self._lower(costs, now)
-        self._admit(costs, now)
+        self._decisions.see(now)
+        self._lower(now)
+        self._admit(now)
         while self._running:
-            choice, rows = self._choose(costs, now)
+            choice, rows = self._decisions.choose(now)
             rows = self._make_room(rows, now)
             if rows:
                 rank = {request_id: i for i, request_id in enumerate(choice.request_ids)}
@@ -165,82 +148,16 @@ class Scheduler:
 
     def demands(self, now: float) -> list[Demand]:
         """What every live sequence still needed when the last step was chosen, or needs now."""
-        model = self._costs.model
-        if model is None:
-            return []
-        unseen = [s for s in self.sequences() if s.request_id not in self._demands]
-        costs = StepCosts(model, chunk=self._max_num_batched_tokens)
-        self._look_again(unseen, costs, now)
-        known = self._demands
-        ids = [s.request_id for s in self.sequences()]
-        return [known[request_id] for request_id in ids if request_id in known]
+        return self._decisions.demands(now)
 
-    def _decide(self, decision: Callable[[], T], stand_in: Callable[[], T], now: float) -> T:
-        """What the policy decides; if it fails, what stands in for it."""
-        try:
-            return decision()
-        except Exception as error:
-            self._policy_failed = True
-            self._failures.add(error, now)
-            return stand_in()
-
-    def _see(self, now: float) -> StepCosts | None:
-        """See afresh what the sequences need; None if the policy does without times."""
-        self._demands = {}
-        model = self._costs.model
-        if model is None or not self._policy.uses_times:
-            return None
-        num_decoding = sum(s.num_pending_tokens == 1 for s in self._running)
-        costs = StepCosts(model, num_rows=num_decoding, chunk=self._max_num_batched_tokens)
-        if self._look_again(self.sequences(), costs, now):
-            return costs
-        self._demands = {}
-        return None
-
-    def _look_again(self, sequences: Iterable[Sequence], costs: StepCosts, now: float) -> bool:
-        """Look at sequences; False if that failed: what was known of them stays."""
-
-        def look() -> bool:
-            self._look_at(sequences, costs, now)
-            return True
-
-        return self._decide(look, lambda: False, now)
-
-    def _look_at(self, sequences: Iterable[Sequence], costs: StepCosts, now: float) -> None:
-        soft_gap_s = SOFT_GAP_S * max(1, sum(s.promise is None for s in self._running))
-        for sequence in sequences:
-            self._demands[sequence.request_id] = demand_of(
-                sequence, now=now, expect=self._expect, costs=costs, soft_gap_s=soft_gap_s
-            )
-
-    def _demands_of(self, sequences: Iterable[Sequence]) -> list[Demand]:
-        return [self._demands[sequence.request_id] for sequence in sequences]
-
-    def _lower(self, costs: StepCosts, now: float) -> None:
+    def _lower(self, now: float) -> None:
         """Let the policy take sequences to shallower exits, so that the promises can be kept."""
-        lowered: list[Sequence] = []
-        for sequence, exit_layer in self._decide(
-            lambda: self._lowerings(costs, now), lambda: [], now
-        ):
+        lowerings = self._decisions.lowerings(now)
+        for sequence, exit_layer in lowerings:
             reason = "unpromised" if sequence.promise is None else "behind"
             self.go_shallower(sequence, exit_layer, reason)
-            lowered.append(sequence)
-        if lowered:
-            self._look_again(lowered, costs, now)
-
-    def _lowerings(self, costs: StepCosts, now: float) -> list[tuple[Sequence, int]]:
-        """Who goes shallower, and how far; each of them may."""
-        if self._policy.lower is None:
-            return []
-        chosen = self._policy.lower(list(self._demands.values()), self._exits, costs, now)
-        if not chosen:
-            return []
-        by_id = {sequence.request_id: sequence for sequence in self.sequences()}
-        lowerings = [(by_id.pop(request_id), exit_layer) for request_id, exit_layer in chosen]
-        for sequence, exit_layer in lowerings:
-            assert exit_layer in self._exits
-            assert sequence.floor_layer <= exit_layer < sequence.exit_layer
-        return lowerings
+        if lowerings:
+            self._decisions.look_again([sequence for sequence, _ in lowerings], now)
 
     def commit(self, plan: StepPlan, sequences: dict[str, Sequence]) -> None:
         """The plan has run: its tokens have KV now. Call before appending the sampled tokens."""
@@ -248,46 +165,17 @@ class Scheduler:
             sequence = sequences[row.request_id]
             sequence.num_computed_tokens += row.num_tokens
             self.kv_cache.publish(sequence)
-        for exit_layer in {row.exit_layer for row in plan.rows}:
-            self._service[exit_layer] += self._cost_of(exit_layer)
+        self._decisions.ran({row.exit_layer for row in plan.rows})
 
-    def _admit(self, costs: StepCosts | None, now: float) -> None:
+    def _admit(self, now: float) -> None:
         if len(self._running) < self._max_num_seqs:
-            for sequence in self._entry_order(costs, now):
-                if len(self._running) == self._max_num_seqs or not self._try_admit(sequence, now):
+            for sequence in self._decisions.entry_order(now):
+                if len(self._running) == self._max_num_seqs or not self._try_admit(sequence):
                     break
-                if costs is not None:
-                    self._look_again([sequence], costs, now)
+                self._decisions.entered(sequence, now)
         assert self._running or not self._waiting, "the engine admits only what fits the pool alone"
 
-    def _entry_order(self, costs: StepCosts | None, now: float) -> list[Sequence]:
-        """The waiting sequences in the order in which they should enter."""
-        order = self._policy.entry_order
-        if costs is None or order is None or len(self._waiting) < 2:
-            return list(self._waiting)
-        return self._decide(
-            lambda: self._ordered(order(self._demands_of(self._waiting), costs), now),
-            lambda: list(self._waiting),
-            now,
-        )
-
-    def _ordered(self, demands: Iterable[Demand], now: float) -> list[Sequence]:
-        """Everybody who waits, as the policy orders them; the oldest soft one when it is its turn.
-
-        It is once in ``SOFT_GAP_S``, so nobody starves whatever the order.
-        """
-        ordered = list(demands)
-        softs = [demand for demand in ordered if not demand.is_hard]
-        if softs and now - self._soft_admitted_s >= SOFT_GAP_S:
-            oldest = min(softs, key=lambda demand: demand.order)
-            ordered.remove(oldest)
-            ordered.insert(0, oldest)
-        by_id = {sequence.request_id: sequence for sequence in self._waiting}
-        sequences = [by_id.pop(demand.request_id) for demand in ordered]
-        assert not by_id, "nobody who waits is left out"
-        return sequences
-
-    def _try_admit(self, sequence: Sequence, now: float) -> bool:
+    def _try_admit(self, sequence: Sequence) -> bool:
         # Leave every running sequence room to grow by a block, or a newcomer would be
         # preempted as soon as it is admitted.
         spare = sum(self.kv_cache.num_pages_needed(1, s.exit_layer) for s in self._running)
@@ -298,56 +186,8 @@ class Scheduler:
         sequence.num_computed_tokens = self.kv_cache.admit(sequence)
         if sequence.first_scheduled_s is None:
             sequence.num_cached_tokens = sequence.num_computed_tokens
-        if sequence.promise is None:
-            self._soft_admitted_s = now
         self._running.append(sequence)
         return True
-
-    def _choose(self, costs: StepCosts | None, now: float) -> tuple[StepChoice, list[Sequence]]:
-        """The policy's next step and its rows as admitted; ``fair`` stands in if it fails."""
-        classes = self._depth_classes()
-        return self._decide(
-            lambda: self._policys_choice(classes, costs, now),
-            lambda: self._with_rows(self._all_up_to(fair(classes))),
-            now,
-        )
-
-    def _policys_choice(
-        self, classes: list[DepthClass], costs: StepCosts | None, now: float
-    ) -> tuple[StepChoice, list[Sequence]]:
-        """What the policy chooses, if a step can be made of it."""
-        if costs is None or self._policy.choose is None:
-            choice = self._all_up_to(self._policy.cap(classes))
-        else:
-            demands, most = self._demands_of(self._running), self._max_num_batched_tokens
-            choice = self._policy.choose(Situation(now, demands, classes, costs, most))
-        choice, rows = self._with_rows(choice)
-        assert rows, "a step has at least one row"
-        assert max([s.exit_layer for s in rows]) <= choice.cap, "no row is deeper than the step"
-        assert isinstance(choice.num_prompt_tokens, int), "tokens are whole"
-        assert choice.num_prompt_tokens > 0 or all(s.num_pending_tokens == 1 for s in rows)
-        return choice, rows
-
-    def _with_rows(self, choice: StepChoice) -> tuple[StepChoice, list[Sequence]]:
-        """A choice and the sequences that it names, in order of admission."""
-        chosen = set(choice.request_ids)
-        return choice, [s for s in self._running if s.request_id in chosen]
-
-    def _all_up_to(self, cap: int) -> StepChoice:
-        """All rows that a cap reaches: those one token from a sample first, then prompts."""
-        rows = [s for s in self._running if s.exit_layer <= cap]
-        ids = tuple(s.request_id for s in sorted(rows, key=lambda s: s.num_pending_tokens > 1))
-        return StepChoice(cap, ids, self._max_num_batched_tokens)
-
-    def _depth_classes(self) -> list[DepthClass]:
-        counts = self.running_by_exit()
-        # A class that becomes busy starts level with the least served: idleness earns no credit.
-        level = min((self._service[e] for e in counts if e in self._service), default=0.0)
-        self._service = {e: max(self._service.get(e, level), level) for e in counts}
-        return [
-            DepthClass(e, counts[e], self._cost_of(e), self._service[e])
-            for e in sorted(counts, reverse=True)
-        ]
 
     def _make_room(self, rows: list[Sequence], now: float) -> list[Sequence]:
         """Grow each row to hold its known tokens, preempting others if need be."""
@@ -370,17 +210,7 @@ class Scheduler:
     def _victim(self, needy: Sequence, kept: list[Sequence], now: float) -> Sequence:
         """Whose pages to take: never those of the first admitted, unless it is the needy one."""
         candidates = [s for s in self._running[1:] if s not in kept]
-        if not candidates:
-            return needy
-        choose = self._policy.victim
-        if choose is None or not self._demands:
-            return candidates[-1]
-        by_id = {sequence.request_id: sequence for sequence in candidates}
-        return self._decide(
-            lambda: by_id[choose(self._demands_of(candidates))],
-            lambda: candidates[-1],
-            now,
-        )
+        return self._decisions.victim(candidates, now) if candidates else needy
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's pages; it recomputes them when it is admitted again."""
@@ -418,9 +248,9 @@ class Scheduler:
             first_scheduled=tuple(first_scheduled),
             num_preemptions=self._num_preemptions,
             exit_changes=tuple(self._exit_changes),
-            policy_failed=self._policy_failed,
+            policy_failed=self._decisions.take_failed(),
         )
-        self._num_preemptions, self._exit_changes, self._policy_failed = 0, [], False
+        self._num_preemptions, self._exit_changes = 0, []
         return plan
 
     def _row(self, sequence: Sequence, num_tokens: int) -> RowPlan:

@@ -82,12 +82,12 @@ def serve_all(timed: Timed) -> dict[str, RequestReport]:
 
 
 def break_decision(timed: Timed, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    scheduler = timed.engine.scheduler
+    decisions = timed.engine.scheduler._decisions
     if name == "demand_of":
-        monkeypatch.setattr("sortserve.scheduling.scheduler.demand_of", broken)
+        monkeypatch.setattr("sortserve.scheduling.decisions.demand_of", broken)
     elif name != "none of them":
         changed: dict[str, Any] = {name: broken}
-        scheduler._policy = dataclasses.replace(scheduler._policy, **changed)
+        decisions.policy = dataclasses.replace(decisions.policy, **changed)
 
 
 @pytest.mark.parametrize("name", DECISIONS)
@@ -111,9 +111,9 @@ def test_a_step_is_told_of_once_and_the_next_one_is_the_policys_again() -> None:
     recorder = Recorder()
     timed = busy(recorder)
     calls = iter([broken])
-    scheduler = timed.engine.scheduler
-    scheduler._policy = dataclasses.replace(
-        scheduler._policy, choose=lambda situation: next(calls, deadline)(situation)
+    decisions = timed.engine.scheduler._decisions
+    decisions.policy = dataclasses.replace(
+        decisions.policy, choose=lambda situation: next(calls, deadline)(situation)
     )
     timed.arrive(timed_request("r", 4, max_tokens=3))
 
@@ -140,7 +140,9 @@ def test_a_choice_that_no_step_can_be_made_of_counts_as_a_failure(
 ) -> None:
     recorder = Recorder()
     timed = busy(recorder)
-    timed.engine.scheduler._policy = dataclasses.replace(get_policy("deadline"), choose=choose)
+    timed.engine.scheduler._decisions.policy = dataclasses.replace(
+        get_policy("deadline"), choose=choose
+    )
     timed.arrive(timed_request("prompt", 30, max_tokens=2, exit_layer=6))
 
     timed.step()
@@ -165,7 +167,7 @@ def test_a_lowering_that_is_not_allowed_counts_as_a_failure_and_is_not_made(
 ) -> None:
     recorder = Recorder()
     timed = busy(recorder)
-    timed.engine.scheduler._policy = dataclasses.replace(
+    timed.engine.scheduler._decisions.policy = dataclasses.replace(
         get_policy("deadline"), lower=lambda *args, **kwargs: lowerings
     )
     timed.arrive(timed_request("r", max_tokens=3, min_exit_layer=4))
@@ -179,7 +181,9 @@ def test_a_lowering_that_is_not_allowed_counts_as_a_failure_and_is_not_made(
 def test_failures_are_counted_in_the_metrics() -> None:
     metrics = Metrics("tiny", (2, 4, 6), version="1")
     timed = make_timed(observer=metrics)
-    timed.engine.scheduler._policy = dataclasses.replace(get_policy("deadline"), choose=broken)
+    timed.engine.scheduler._decisions.policy = dataclasses.replace(
+        get_policy("deadline"), choose=broken
+    )
     timed.arrive(timed_request("r", max_tokens=3))
 
     timed.run()
@@ -191,7 +195,9 @@ def test_failures_are_counted_in_the_metrics() -> None:
 
 def test_a_policy_that_always_fails_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
     timed = make_timed()
-    timed.engine.scheduler._policy = dataclasses.replace(get_policy("deadline"), choose=broken)
+    timed.engine.scheduler._decisions.policy = dataclasses.replace(
+        get_policy("deadline"), choose=broken
+    )
 
     timed.run([timed_request("r", max_tokens=100)])
 
