@@ -49,6 +49,7 @@ def one_after_the_other(costs: Mapping[int, float]) -> dict[int, float]:
 
 SHORTEST = Policy(
     name="shortest",
+    about="takes the least work first",
     cap=lockstep,
     rates=one_after_the_other,
     choose=step_of_the_shortest,
@@ -167,7 +168,9 @@ from sortserve.scheduling.policies.lockstep import lockstep, lockstep_rates
 from sortserve.scheduling.policies.table import POLICIES
 from sortserve.scheduling.policy import Policy
 
-POLICIES["shortest"] = Policy(name="shortest", cap=lockstep, rates=lockstep_rates)
+POLICIES["shortest"] = Policy(
+    name="shortest", about="is new", cap=lockstep, rates=lockstep_rates
+)
 
 from sortserve.cli import main
 

@@ -109,6 +109,9 @@ Size = Annotated[ByteSize, Field(ge=1, le=2**60), Number]
 Text = Annotated[str, AfterValidator(_text)]
 FilePath = Annotated[Path, BeforeValidator(_path)]
 Layers = Annotated[tuple[Count, ...], BeforeValidator(_split_commas), Field(min_length=1)]
+ABOUT_POLICIES = (
+    f"What each step runs: {', '.join(f'{p.name} {p.about}' for p in POLICIES.values())}."
+)
 if TYPE_CHECKING:
     PolicyName = str
 else:  # one of those in the table
@@ -189,9 +192,7 @@ class ServeSettings(BaseSettings):
     """File with one key a line; empty lines and lines that start with # are skipped."""
 
     # Scheduling
-    policy: PolicyName = DEFAULT_POLICY
-    """What each step runs: deadline keeps the promised times, fair gives every depth the same
-    time, lockstep is the baseline."""
+    policy: PolicyName = Field(default=DEFAULT_POLICY, description=ABOUT_POLICIES)
     overload_delay: Seconds = 2.0
     """Predicted seconds in the queue beyond which requests without a budget get shallower exits,
     one at a time. 0: never."""

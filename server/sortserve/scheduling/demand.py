@@ -12,10 +12,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from sortserve.core.budget import Deadlines
 from sortserve.core.sequence import Sequence, Status
-from sortserve.cost.model import CostModel, Line
+
+if TYPE_CHECKING:  # the command line reads the table of policies, and need not wait for numpy
+    from sortserve.cost.model import CostModel, Line
 
 __all__ = [
     "NO_GAP_S",

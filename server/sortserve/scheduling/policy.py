@@ -70,6 +70,8 @@ class Policy:
     """
 
     name: str
+    about: str
+    """What it does, to follow its name in a sentence."""
     cap: Callable[[Sequence[DepthClass]], int]
     """The depth of the next step: one of the exits that have rows."""
     rates: Callable[[Mapping[int, float]], dict[int, float]]

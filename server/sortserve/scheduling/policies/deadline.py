@@ -159,6 +159,7 @@ def most_slack_last_admitted(candidates: Sequence[Demand]) -> str:
 
 DEADLINE = Policy(
     name="deadline",
+    about="keeps the promised times",
     cap=fair,
     rates=fair_rates,
     choose=deadline,

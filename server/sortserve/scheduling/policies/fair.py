@@ -35,4 +35,4 @@ def fair_rates(costs: Mapping[int, float]) -> dict[int, float]:
     return {e: shares[e] / period for e in exits}
 
 
-FAIR = Policy(name="fair", cap=fair, rates=fair_rates)
+FAIR = Policy(name="fair", about="gives every depth the same time", cap=fair, rates=fair_rates)

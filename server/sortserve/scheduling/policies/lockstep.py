@@ -19,4 +19,4 @@ def lockstep_rates(costs: Mapping[int, float]) -> dict[int, float]:
     return dict.fromkeys(costs, 1.0 / max(costs[max(costs)], LEAST_STEP_S))
 
 
-LOCKSTEP = Policy(name="lockstep", cap=lockstep, rates=lockstep_rates)
+LOCKSTEP = Policy(name="lockstep", about="is the baseline", cap=lockstep, rates=lockstep_rates)
