@@ -17,6 +17,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -25,19 +26,12 @@ from torch import Tensor
 from benchmarks.lib.common import environment, print_json, print_table
 from benchmarks.lib.floors import Machine, ModelCost, Work, measure_machine
 from sortserve.core.errors import ConfigError
-from sortserve.model.attention import (
-    AttentionBackend,
-    KVCache,
-    ReferenceAttention,
-    RopeTables,
-)
-from sortserve.model.backends.cpu.attention import NativeAttention
-from sortserve.model.backends.cpu.library import load_native
+from sortserve.model.attention import Attention, KVCache, RopeTables
+from sortserve.model.backend import LinearOp
+from sortserve.model.backends import attention_names, choose_backend, linear_names
 from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
 from sortserve.model.decoder import Decoder
-from sortserve.model.linear import LINEAR_BACKENDS, LinearOp, choose_linear_backend
-from sortserve.model.ops import TorchOps
 from sortserve.model.weights import LayerWeights, ModelWeights
 
 CONFIG = ModelConfig(
@@ -166,22 +160,13 @@ def bench_linears(dtype: torch.dtype, machine: Machine) -> list[Row]:
 
 
 def linear_ops(weights: Sequence[Tensor]) -> dict[str, list[LinearOp]]:
-    """The same weights packed by every backend that works here."""
-    ops = {}
-    for name in LINEAR_BACKENDS:
-        if name == "auto":
-            continue
-        try:
-            backend = choose_linear_backend(
-                name,
-                dtype=weights[0].dtype,
-                device=weights[0].device,
-                num_weight_bytes=0,
-                ops=TorchOps(),
-            )
-        except ConfigError:
-            continue
-        ops[name] = [backend.linear(weight) for weight in weights]
+    """The same weights packed by every backend that works here, "auto" first."""
+    ops: dict[str, list[LinearOp]] = {}
+    for name in linear_names():
+        with suppress(ConfigError):
+            backend = choose_backend(CONFIG, weights[0].dtype, weights[0].device, linear=name)
+            if backend.linear.name not in ops:
+                ops[backend.linear.name] = [backend.linear.linear(weight) for weight in weights]
     return ops
 
 
@@ -194,10 +179,11 @@ def rotate(ops: Sequence[LinearOp], x: Tensor) -> Callable[[], object]:
 
 
 def bench_attention(dtype: torch.dtype, machine: Machine) -> list[Row]:
-    rope = make_rope()
-    backends: list[AttentionBackend] = [ReferenceAttention(CONFIG, rope)]
-    if (library := load_native()) is not None:
-        backends.append(NativeAttention(CONFIG, rope, library, dtype))
+    attentions: dict[str, Attention] = {}
+    for name in attention_names():
+        with suppress(ConfigError):
+            part = choose_backend(CONFIG, dtype, torch.device("cpu"), attention=name).attention
+            attentions[part.name] = part.attention(make_rope())
     rows = []
     for num_rows, context_len in ATTENTION_SHAPES:
         num_pages = num_rows * math.ceil(context_len / BLOCK_SIZE)
@@ -207,7 +193,7 @@ def bench_attention(dtype: torch.dtype, machine: Machine) -> list[Row]:
         cache.pages.normal_()
         batch = make_batch(num_rows, 1, context_len, num_slabs=1)
         qkv = random(num_rows, CONFIG.q_size + 2 * CONFIG.kv_size).to(dtype)
-        runs = {b.name: attention_run(b, batch, qkv, cache) for b in backends}
+        runs = {n: attention_run(a, batch, qkv, cache) for n, a in attentions.items()}
         work = Work(
             num_bytes=num_rows * context_len * 2 * CONFIG.kv_size * dtype.itemsize,
             num_flops=num_rows * context_len * 4 * CONFIG.q_size,
@@ -218,9 +204,9 @@ def bench_attention(dtype: torch.dtype, machine: Machine) -> list[Row]:
 
 
 def attention_run(
-    backend: AttentionBackend, batch: Batch, qkv: Tensor, cache: KVCache
+    attention: Attention, batch: Batch, qkv: Tensor, cache: KVCache
 ) -> Callable[[], object]:
-    (attend,) = backend.prepare(batch, range(1), batch.num_rows)
+    (attend,) = attention.prepare(batch, range(1), batch.num_rows)
     layers = itertools.cycle(range(cache.slab_size))
     return lambda: attend(qkv, None, cache.layer(next(layers)))
 
@@ -243,8 +229,9 @@ def bench_steps(dtype: torch.dtype, machine: Machine) -> list[Row]:
                 weights,
                 exits=exits,
                 max_model_len=2048,
-                attention_backend=attention,
-                linear_backend=linear,
+                backend=choose_backend(
+                    CONFIG, dtype, torch.device("cpu"), attention=attention, linear=linear
+                ),
             )
         except ConfigError:
             continue

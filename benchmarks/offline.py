@@ -32,6 +32,7 @@ from sortserve.core.request import GenerationRequest
 from sortserve.core.sampling_params import SamplingParams
 from sortserve.engine.engine import Engine, EngineConfig
 from sortserve.engine.runner import ModelRunner
+from sortserve.model.backends import choose_backend
 from sortserve.model.decoder import Decoder
 from sortserve.text.tokenizer import TextStream, Tokenizer
 
@@ -53,8 +54,13 @@ class EngineBench:
             checkpoint.weights,
             exits=checkpoint.exits.layers,
             max_model_len=longest + 1,
-            attention_backend=arguments.attention_backend,
-            linear_backend=arguments.linear_backend,
+            backend=choose_backend(
+                checkpoint.config,
+                checkpoint.weights.dtype,
+                checkpoint.weights.device,
+                attention=arguments.attention_backend,
+                linear=arguments.linear_backend,
+            ),
         )
         self.device, self.dtype = decoder.device, decoder.dtype
         num_pages = max_rows * (longest // BLOCK_SIZE + 1) * decoder.num_slabs

@@ -14,6 +14,7 @@ from sortserve.core.sampling_params import SamplingParams, SamplingRow
 from sortserve.cost.model import CostModel
 from sortserve.engine.engine import Engine, EngineConfig
 from sortserve.engine.runner import ModelRunner
+from sortserve.model.backends import choose_backend
 from sortserve.model.decoder import Decoder
 from sortserve.text.tokenizer import TextStream, Tokenizer
 from support.reference_sampling import sample_reference
@@ -83,7 +84,12 @@ def serve(
         checkpoint.weights,
         exits=checkpoint.exits.layers,
         max_model_len=checkpoint.max_model_len,
-        attention_backend=attention_backend,
+        backend=choose_backend(
+            checkpoint.config,
+            checkpoint.weights.dtype,
+            checkpoint.weights.device,
+            attention=attention_backend,
+        ),
     )
     tokenizer = Tokenizer(
         checkpoint.tokenizer,

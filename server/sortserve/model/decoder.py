@@ -16,21 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from sortserve.core.errors import ConfigError
-from sortserve.model.attention import (
-    AttentionBackend,
-    KVCache,
-    ReferenceAttention,
-    RopeTables,
-)
-from sortserve.model.backends.cpu.attention import NativeAttention
-from sortserve.model.backends.cpu.library import DTYPE_CODES, NativeLibrary, load_native
-from sortserve.model.backends.cpu.stack import NativeStack
+from sortserve.model.attention import KVCache, RopeTables
+from sortserve.model.backend import Backend
+from sortserve.model.backends import choose_backend
 from sortserve.model.batch import Batch
 from sortserve.model.config import ExitModuleKind, ModelConfig
-from sortserve.model.layers import DecoderLayer, LayerStack, LayerTools, StepwiseStack
-from sortserve.model.linear import choose_linear_backend
-from sortserve.model.ops import NativeOps, TorchOps
+from sortserve.model.layers import pack_layer
 from sortserve.model.weights import ExitModuleWeights, ModelWeights
 
 __all__ = ["Decoder"]
@@ -44,17 +35,12 @@ class Decoder:
         weights: on one device, in one dtype.
         exits: depths that rows may ask for, ascending.
         max_model_len: positions that rows may have, in tokens.
-        attention_backend: "auto", "reference" or "native" (C++ on the CPU); for norms, too.
-        linear_backend: one of ``sortserve.model.linear.LINEAR_BACKENDS``.
+        backend: what to compute with; default: what is fastest here.
         release_weights: drop each matrix of ``weights`` as soon as its packed copy exists, so that
             the model is not in memory twice; ``weights`` is of no use afterwards.
 
     Attributes:
-        attention: the backend in use.
-        linear: the backend in use.
-
-    Raises:
-        ConfigError: a backend asked for by name does not work here.
+        backend: what it computes with.
     """
 
     def __init__(
@@ -64,50 +50,38 @@ class Decoder:
         *,
         exits: Sequence[int],
         max_model_len: int,
-        attention_backend: str = "auto",
-        linear_backend: str = "auto",
+        backend: Backend | None = None,
         release_weights: bool = False,
     ) -> None:
         assert list(exits) == sorted(set(exits))
         assert 0 < exits[0] <= exits[-1] <= config.num_layers
         self.config = config
-        self.device = weights.embed.device
+        self.device = weights.device
         self.dtype = weights.dtype
         self.max_model_len = max_model_len
         self.exits = tuple(exits)
         self.slab_size = math.gcd(*exits)
         self.num_slabs = exits[-1] // self.slab_size
 
-        library = _choose_native(attention_backend, self.dtype, self.device)
-        rope = RopeTables.build(weights.inv_freq, weights.rope_attention_scaling, max_model_len)
-        self.attention: AttentionBackend = ReferenceAttention(config, rope)
-        ops = TorchOps()
-        if library is not None:
-            self.attention = NativeAttention(config, rope, library, self.dtype)
-            ops = NativeOps(library)
-        self.linear = choose_linear_backend(
-            linear_backend,
-            dtype=self.dtype,
-            device=self.device,
-            num_weight_bytes=_num_linear_elements(config) * self.dtype.itemsize,
-            ops=ops,
-        )
+        self.backend = backend or choose_backend(config, self.dtype, self.device)
+        linear = self.backend.linear
         self._embed = weights.embed
-        tools = LayerTools(config.rms_norm_eps, ops, self.linear)
         layers = [
-            DecoderLayer(tools, layer, release_weights) for layer in weights.layers[: exits[-1]]
+            pack_layer(linear, layer, release_weights=release_weights)
+            for layer in weights.layers[: exits[-1]]
         ]
-        self._stack: LayerStack = StepwiseStack(layers, self.attention)
-        self._fused_stack: LayerStack = self._stack
-        if isinstance(self.attention, NativeAttention) and NativeStack.supports(layers):
-            self._fused_stack = NativeStack(layers, self.attention)
+        rope = RopeTables.build(weights.inv_freq, weights.rope_attention_scaling, max_model_len)
+        self._stack = self.backend.attention.stack(layers, rope)
         self._exits = {
             exit_layer: _ExitModule(
-                tools, weights.exit_modules.get(exit_layer, _NO_MODULE), weights.final_norm
+                self.backend,
+                config.rms_norm_eps,
+                weights.exit_modules.get(exit_layer, _NO_MODULE),
+                weights.final_norm,
             )
             for exit_layer in exits
         }
-        self._lm_head = self.linear.head(weights.lm_head)
+        self._lm_head = linear.head(weights.lm_head)
         if release_weights and weights.lm_head is not weights.embed:
             weights.lm_head = weights.lm_head.new_empty(0)
 
@@ -133,8 +107,7 @@ class Decoder:
         for exit_layer in sorted(set(batch.exit_layers)):
             num_rows = _num_rows_deeper_than(batch, depth)
             num_tokens = batch.query_starts[num_rows]
-            stack = self._fused_stack if num_tokens <= self.linear.max_fused_tokens else self._stack
-            h_TD, delta_TD = stack.run(
+            h_TD, delta_TD = self._stack.run(
                 batch,
                 range(depth // self.slab_size, exit_layer // self.slab_size),
                 num_rows,
@@ -169,40 +142,18 @@ def _num_rows_deeper_than(batch: Batch, layer: int) -> int:
     return bisect_left(batch.exit_layers, -layer, key=lambda exit_layer: -exit_layer)
 
 
-def _choose_native(
-    attention_backend: str, dtype: torch.dtype, device: torch.device
-) -> NativeLibrary | None:
-    """The C++ kernels if they are to be used for attention and norms, else None."""
-    if attention_backend == "reference":
-        return None
-    possible = device.type == "cpu" and dtype in DTYPE_CODES
-    library = load_native() if possible and attention_backend in {"auto", "native"} else None
-    if library is None and attention_backend != "auto":
-        raise ConfigError(
-            f"attention_backend {attention_backend!r} cannot be used for {dtype} on {device.type} "
-            "on this machine; use 'auto' (backends: auto, reference, native)",
-            param="attention_backend",
-        )
-    return library
-
-
-def _num_linear_elements(config: ModelConfig) -> int:
-    """Elements of all linear weights, head included."""
-    attention = (2 * config.q_size + 2 * config.kv_size) * config.hidden_size
-    mlp = 3 * config.intermediate_size * config.hidden_size
-    return config.num_layers * (attention + mlp) + config.vocab_size * config.hidden_size
-
-
 _NO_MODULE = ExitModuleWeights(kind=ExitModuleKind.NONE)
 
 
 class _ExitModule:
     """What stands between the trunk and the shared head at one exit."""
 
-    def __init__(self, tools: LayerTools, weights: ExitModuleWeights, final_norm: Tensor) -> None:
-        linear = tools.linear
-        self._eps = tools.eps
-        self._ops = tools.ops
+    def __init__(
+        self, backend: Backend, eps: float, weights: ExitModuleWeights, final_norm: Tensor
+    ) -> None:
+        linear = backend.linear
+        self._eps = eps
+        self._ops = backend.ops
         self._norm = final_norm if weights.norm is None else weights.norm
         self._affine = None if weights.affine is None else linear.linear(weights.affine)
         self._mlp_norm = weights.mlp_norm

@@ -80,3 +80,8 @@ class ModelWeights:
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
         return self.embed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed.device

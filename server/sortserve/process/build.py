@@ -30,6 +30,7 @@ from sortserve.engine.engine import Engine, EngineConfig
 from sortserve.engine.runner import ModelRunner
 from sortserve.engine.worker import EngineWorker
 from sortserve.model.attention import KVCache
+from sortserve.model.backends import choose_backend
 from sortserve.model.decoder import Decoder
 from sortserve.process.config import ServeSettings
 from sortserve.telemetry.logs import Observers, RequestLogger
@@ -95,13 +96,19 @@ def build(settings: ServeSettings) -> Serving:
         revision=settings.revision,
     )
     max_model_len = _max_model_len(settings, checkpoint)
+    backend = choose_backend(
+        checkpoint.config,
+        checkpoint.weights.dtype,
+        checkpoint.weights.device,
+        attention=settings.attention_backend,
+        linear=settings.linear_backend,
+    )
     decoder = Decoder(
         checkpoint.config,
         checkpoint.weights,
         exits=checkpoint.exits.layers,
         max_model_len=max_model_len,
-        attention_backend=settings.attention_backend,
-        linear_backend=settings.linear_backend,
+        backend=backend,
         release_weights=True,
     )
     cache = _cache_shape(settings, decoder, max_model_len)
@@ -281,7 +288,7 @@ def _calibration_key(
         "model": checkpoint.config,
         "exits": checkpoint.exits.layers,
         "dtype": decoder.dtype,
-        "backends": (settings.attention_backend, settings.linear_backend),
+        "backends": (decoder.backend.attention.name, decoder.backend.linear.name),
         "block_size": settings.block_size,
         "max_num_batched_tokens": settings.max_num_batched_tokens,
     }

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sortserve.model.attention import HeadNorms, KVCache, ReferenceAttention, RopeTables
+from sortserve.model.attention import Attention, HeadNorms, KVCache, RopeTables
 from sortserve.model.backends.cpu.attention import NativeAttention
 from sortserve.model.backends.cpu.library import NativeLibrary, load_native
+from sortserve.model.backends.reference.attention import ReferenceAttention
 from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
 
@@ -103,12 +104,10 @@ class Case:
     def random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator)
 
-    def run(
-        self, backend: ReferenceAttention | NativeAttention, *, norms: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def run(self, attention: Attention, *, norms: bool = False) -> tuple[Tensor, Tensor]:
         """(output, pages), leaving the inputs as they are."""
         pages, rows = self.pages.clone(), self.batch.num_rows
-        (attend,) = backend.prepare(self.batch, range(1), rows)
+        (attend,) = attention.prepare(self.batch, range(1), rows)
         return attend(self.qkv_TX.clone(), self.norms if norms else None, pages), pages
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sortserve.model.attention import KVCache
+from sortserve.model.backends import choose_backend
 from sortserve.model.config import ExitModuleKind, ModelConfig
 from sortserve.model.decoder import Decoder
 from sortserve.model.weights import ExitModuleWeights, LayerWeights, ModelWeights
@@ -115,8 +116,9 @@ def make_decoder(
         weights,
         exits=EXITS,
         max_model_len=256,
-        attention_backend=backend,
-        linear_backend=backend,
+        backend=choose_backend(
+            config, weights.dtype, weights.device, attention=backend, linear=backend
+        ),
     )
     return decoder, config, weights
 

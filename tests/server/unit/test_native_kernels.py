@@ -15,32 +15,44 @@ from torch.nn.functional import linear, silu
 
 from sortserve.core.errors import ConfigError
 from sortserve.core.user_cache import user_cache_dir
-from sortserve.model import linear as linear_module
+from sortserve.model.backend import Backend
+from sortserve.model.backends import choose_backend
+from sortserve.model.backends.cpu import backend as cpu_backend
 from sortserve.model.backends.cpu import library as native
+from sortserve.model.backends.cpu.hybrid import EitherLinear
 from sortserve.model.backends.cpu.library import (
     BuildError,
     NativeLibrary,
     build_library,
     load_native,
 )
+from sortserve.model.backends.cpu.linear import NativeLinear, NativeLinearBackend
+from sortserve.model.backends.cpu.onednn import OneDnnLinearBackend
+from sortserve.model.backends.cpu.ops import NativeOps
+from sortserve.model.backends.reference.linear import ReferenceLinearBackend
+from sortserve.model.backends.reference.ops import ReferenceOps
 from sortserve.model.config import ModelConfig
 from sortserve.model.decoder import Decoder
-from sortserve.model.linear import (
-    HYBRID_MAX_BYTES,
-    EitherLinear,
-    LinearBackend,
-    NativeBackend,
-    NativeLinear,
-    OneDnnBackend,
-    TorchBackend,
-    choose_linear_backend,
-)
-from sortserve.model.ops import NativeOps, TorchOps
 from sortserve.model.weights import LayerWeights, ModelWeights
 from support.batches import Chunk, Pages, random_ids, run_chunks
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 CPU = torch.device("cpu")
+CONFIG = ModelConfig(
+    family="qwen3",
+    num_layers=4,
+    hidden_size=64,
+    intermediate_size=100,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=50,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=256,
+    tie_word_embeddings=False,
+    qk_norm=True,
+)
+NUM_LINEAR_ELEMENTS = 4 * (160 * 64 + 96 * 64 + 3 * 100 * 64) + 50 * 64
 
 
 @pytest.fixture(name="library")
@@ -56,6 +68,10 @@ def _bf16_library(library: NativeLibrary) -> NativeLibrary:
     if not library.has_bf16_kernels:
         pytest.skip("no AVX-512 BF16")
     return library
+
+
+def make_native(library: NativeLibrary) -> NativeLinearBackend:
+    return NativeLinearBackend(library, ReferenceLinearBackend(ReferenceOps()))
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -124,8 +140,8 @@ def test_when_the_build_fails_plain_torch_is_used_and_the_log_says_so_once(
         assert [
             r.getMessage() for r in caplog.records if "no compiler today" in r.getMessage()
         ] == ["native CPU kernels are off, plain torch is used: no compiler today"]
-        assert decoder.attention.name == "reference"
-        assert decoder.linear.name in {"onednn", "reference"}
+        assert decoder.backend.attention.name == "reference"
+        assert decoder.backend.linear.name in {"onednn", "reference"}
         with pytest.raises(ConfigError, match="attention_backend 'native'"):
             make_decoder(torch.bfloat16, attention_backend="native")
     finally:
@@ -158,9 +174,7 @@ def test_kernels_for_older_cpus_agree_with_those_for_this_one(
     for gated in (False, True):
         ours, theirs = (
             backend.gated(weight) if gated else backend.linear(weight)
-            for backend in (
-                NativeBackend(lib, TorchBackend(TorchOps())) for lib in (library, older)
-            )
+            for backend in (make_native(lib) for lib in (library, older))
         )
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-4)
         for count in (1, 2, 5, 6, 7, 13):
@@ -169,8 +183,7 @@ def test_kernels_for_older_cpus_agree_with_those_for_this_one(
     with pytest.MonkeyPatch.context() as patch:
         decoders = []
         for lib in (library, older):
-            for module in ("decoder", "linear"):
-                patch.setattr(f"sortserve.model.{module}.load_native", lambda lib=lib: lib)
+            patch.setattr(cpu_backend, "load_native", lambda lib=lib: lib)
             decoders.append(make_decoder(torch.float32))
     expected, logits = (run_rows(decoder, ROWS, list(range(5))) for decoder in decoders)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
@@ -193,7 +206,7 @@ def test_the_kernels_join_the_openmp_runtime_that_torch_has_loaded(library: Nati
 def test_native_norms_and_gates_equal_plain_torch(
     library: NativeLibrary, rows: int, width: int, dtype: torch.dtype
 ) -> None:
-    fast, plain, tolerance = NativeOps(library), TorchOps(), DTYPES[dtype]
+    fast, plain, tolerance = NativeOps(library), ReferenceOps(), DTYPES[dtype]
     h, delta = random(rows, width, dtype=dtype), random(rows, width, seed=1, dtype=dtype)
     weight, expected_h = random(width, seed=2, dtype=dtype), h.clone()
     before = library.calls.copy()
@@ -219,7 +232,7 @@ def test_tensors_that_the_kernels_cannot_take_go_to_plain_torch(library: NativeL
     before = library.calls.copy()
     x = random(4, 6, dtype=torch.float64)
     y = NativeOps(library).rms_norm(x, torch.ones(6, dtype=torch.float64), 1e-5)
-    torch.testing.assert_close(y, TorchOps().rms_norm(x, torch.ones(6).double(), 1e-5))
+    torch.testing.assert_close(y, ReferenceOps().rms_norm(x, torch.ones(6).double(), 1e-5))
     assert library.calls == before
 
 
@@ -235,7 +248,7 @@ SHAPES = [(32, 64), (70, 36), (8, 2), (18, 7), (576, 576)]
 def test_native_fp32_layers_equal_plain_torch(
     library: NativeLibrary, num_tokens: int, num_outputs: int, num_inputs: int
 ) -> None:
-    backend = NativeBackend(library, TorchBackend(TorchOps()))
+    backend = make_native(library)
     x, bias = random(num_tokens, num_inputs), random(num_outputs, seed=2)
     weight = random(num_outputs, num_inputs, seed=1) / num_inputs**0.5
     exact = linear(x, weight)
@@ -256,7 +269,7 @@ def test_native_fp32_layers_equal_plain_torch(
 def test_a_token_gets_the_same_fp32_bits_at_any_place_among_any_number_of_tokens(
     library: NativeLibrary, num_outputs: int, num_inputs: int
 ) -> None:
-    backend = NativeBackend(library, TorchBackend(TorchOps()))
+    backend = make_native(library)
     x = random(100, num_inputs) * 10
     weight = random(num_outputs, num_inputs, seed=1)
     for op in (backend.linear(weight, weight[:, 0]), backend.gated(weight), backend.head(weight)):
@@ -271,7 +284,7 @@ def test_a_token_gets_the_same_fp32_bits_at_any_place_among_any_number_of_tokens
 def test_native_bf16_layers_equal_plain_torch(
     bf16_library: NativeLibrary, num_tokens: int, num_outputs: int, num_inputs: int
 ) -> None:
-    backend = NativeBackend(bf16_library, TorchBackend(TorchOps()))
+    backend = make_native(bf16_library)
     x = random(num_tokens, num_inputs, dtype=torch.bfloat16)
     weight = (random(num_outputs, num_inputs, seed=1) / num_inputs**0.5).bfloat16()
     bias = random(num_outputs, seed=2, dtype=torch.bfloat16)
@@ -295,9 +308,7 @@ def assert_bf16_close(got: Tensor, exact: Tensor) -> None:
 def test_a_token_gets_the_same_bf16_bits_whatever_tokens_are_beside_it(
     bf16_library: NativeLibrary,
 ) -> None:
-    op = NativeBackend(bf16_library, TorchBackend(TorchOps())).linear(
-        random(96, 128, dtype=torch.bfloat16)
-    )
+    op = make_native(bf16_library).linear(random(96, 128, dtype=torch.bfloat16))
     x = random(40, 128, seed=1, dtype=torch.bfloat16)
     together = op(x)
     for count in (1, 5, 12, 13, 39):
@@ -305,16 +316,16 @@ def test_a_token_gets_the_same_bf16_bits_whatever_tokens_are_beside_it(
 
 
 def test_weights_of_odd_width_go_to_the_fallback(bf16_library: NativeLibrary) -> None:
-    backend = NativeBackend(bf16_library, TorchBackend(TorchOps()))
+    backend = make_native(bf16_library)
     weight = random(8, 5, dtype=torch.bfloat16)
     for op in (backend.linear(weight), backend.gated(weight), backend.head(weight)):
         assert not isinstance(op, NativeLinear)
 
 
 def test_onednn_equals_plain_torch() -> None:
-    if not OneDnnBackend.is_available():
+    if not OneDnnLinearBackend.is_available():
         pytest.skip("no oneDNN with bf16")
-    backend = OneDnnBackend(TorchOps())
+    backend = OneDnnLinearBackend(ReferenceOps())
     x, weight = random(5, 64, dtype=torch.bfloat16), random(48, 64, seed=1, dtype=torch.bfloat16)
     bias = random(48, seed=2, dtype=torch.bfloat16)
     exact = linear(x.float(), weight.float(), bias.float())
@@ -322,38 +333,39 @@ def test_onednn_equals_plain_torch() -> None:
     assert backend.head(weight)(x).dtype == torch.float32
 
 
-def choose(name: str, dtype: torch.dtype, num_weight_bytes: int = 1000) -> LinearBackend:
-    return choose_linear_backend(
-        name, dtype=dtype, device=CPU, num_weight_bytes=num_weight_bytes, ops=TorchOps()
-    )
+def choose(dtype: torch.dtype, linear: str = "auto") -> Backend:
+    return choose_backend(CONFIG, dtype, CPU, linear=linear)
 
 
 def test_auto_takes_the_kernels_for_bf16_and_fp32_and_plain_torch_for_fp16(
     library: NativeLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear_module, "_has_amx", lambda: False)
+    monkeypatch.setattr(cpu_backend, "_has_amx", lambda: False)
     if library.has_bf16_kernels:
-        assert choose("auto", torch.bfloat16).name == "native"
-    assert choose("auto", torch.float32).name == "native"
-    assert choose("auto", torch.float16).name == "reference"
+        assert choose(torch.bfloat16).linear.name == "native"
+    assert choose(torch.float32).linear.name == "native"
+    assert choose(torch.float16).linear.name == "reference"
     with pytest.raises(ConfigError, match="linear_backend 'native'"):
-        choose("native", torch.float16)
+        choose(torch.float16, "native")
 
 
 def test_with_amx_few_tokens_and_many_take_different_kernels(
     bf16_library: NativeLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not OneDnnBackend.is_available():
+    if not OneDnnLinearBackend.is_available():
         pytest.skip("no oneDNN with bf16")
-    monkeypatch.setattr(linear_module, "_has_amx", lambda: True)
-    assert choose("auto", torch.bfloat16, HYBRID_MAX_BYTES + 1).name == "onednn"
-    op = choose("auto", torch.bfloat16).linear(random(32, 64, dtype=torch.bfloat16))
+    monkeypatch.setattr(cpu_backend, "_has_amx", lambda: True)
+    op = choose(torch.bfloat16).linear.linear(random(32, 64, dtype=torch.bfloat16))
     assert isinstance(op, EitherLinear)
     before = bf16_library.calls["linear"]
     x = random(17, 64, seed=1, dtype=torch.bfloat16)
     few, many = op(x[:16]), op(x)
     assert bf16_library.calls["linear"] == before + 1
     torch.testing.assert_close(few.float(), many[:16].float(), rtol=1e-2, atol=0.1)
+    monkeypatch.setattr(cpu_backend, "HYBRID_MAX_BYTES", 2 * NUM_LINEAR_ELEMENTS)
+    assert choose(torch.bfloat16).linear.name == "native+onednn"
+    monkeypatch.setattr(cpu_backend, "HYBRID_MAX_BYTES", 2 * NUM_LINEAR_ELEMENTS - 1)
+    assert choose(torch.bfloat16).linear.name == "onednn"
 
 
 # ---- the decoder on top of them
@@ -366,29 +378,16 @@ def make_decoder(
     attention_backend: str = "auto",
     linear_backend: str = "auto",
 ) -> Decoder:
-    config = ModelConfig(
-        family="qwen3",
-        num_layers=4,
-        hidden_size=64,
-        intermediate_size=100,
-        num_heads=6,
-        num_kv_heads=2,
-        head_dim=16,
-        vocab_size=50,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        qk_norm=True,
-    )
-    weights = random_weights(config, dtype)
+    weights = random_weights(CONFIG, dtype)
     decoder = Decoder(
-        config,
+        CONFIG,
         weights,
         exits=(2, 4),
         max_model_len=256,
         release_weights=release_weights,
-        attention_backend=attention_backend,
-        linear_backend=linear_backend,
+        backend=choose_backend(
+            CONFIG, dtype, CPU, attention=attention_backend, linear=linear_backend
+        ),
     )
     matrices = [weights.lm_head] + [m for w in weights.layers for m in (w.qkv, w.gate_up, w.down)]
     assert all((matrix.numel() == 0) == release_weights for matrix in matrices)
@@ -476,12 +475,12 @@ def test_in_bf16_a_row_gets_the_same_bits_alone_and_in_a_mixed_batch(
 def test_with_amx_steps_of_many_tokens_leave_the_fused_call(
     bf16_library: NativeLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not OneDnnBackend.is_available():
+    if not OneDnnLinearBackend.is_available():
         pytest.skip("no oneDNN with bf16")
     expected = run_rows(make_decoder(torch.bfloat16, linear_backend="native"), ROWS, [0] * 5)
-    monkeypatch.setattr(linear_module, "_has_amx", lambda: True)
+    monkeypatch.setattr(cpu_backend, "_has_amx", lambda: True)
     decoder = make_decoder(torch.bfloat16)
-    assert decoder.linear.name == "native+onednn"
+    assert decoder.backend.linear.name == "native+onednn"
     before = bf16_library.calls.copy()
     got = run_rows(decoder, ROWS, [0] * 5)
     calls = bf16_library.calls - before

@@ -7,7 +7,7 @@ token's result is the same in any chunk, and generated tokens attend on their ow
 are computed again. Elsewhere tokens of short rows attend on their own, and for longer ones the
 kernel does the norms, RoPE and the write to the cache, and torch the attention.
 
-Shape legend: see ``sortserve.model.attention``.
+Shape legend: see ``reference/attention.py``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sortserve.model.attention import HeadNorms, RopeTables, SlabAttention, attend_chunk
+from sortserve.model.attention import HeadNorms, RopeTables, SlabAttention
 from sortserve.model.backends.cpu.library import DTYPE_CODES, NativeLibrary, pointer
+from sortserve.model.backends.reference.attention import attend_chunk
 from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
 
@@ -107,8 +108,6 @@ class _Rows:
 class NativeAttention:
     """The C++ kernels; CPU tensors of ``dtype``: float32, bfloat16 or float16."""
 
-    name = "native"
-
     def __init__(
         self, config: ModelConfig, rope: RopeTables, library: NativeLibrary, dtype: torch.dtype
     ) -> None:
@@ -120,7 +119,7 @@ class NativeAttention:
         """Whether chunks go through a kernel, too."""
 
     def prepare(self, batch: Batch, slabs: range, num_rows: int) -> Sequence[SlabAttention]:
-        """See AttentionBackend."""
+        """See Attention."""
         rows = self._rows(batch, num_rows)
         return [_NativeSlab(self, rows, slab) for slab in slabs]
 
@@ -193,16 +192,16 @@ def _slab_addresses(batch: Batch, slab: int) -> tuple[int, int]:
 class _NativeSlab:
     """One slab, layer by layer."""
 
-    def __init__(self, backend: NativeAttention, rows: _Rows, slab: int) -> None:
-        self._backend = backend
+    def __init__(self, attention: NativeAttention, rows: _Rows, slab: int) -> None:
+        self._attention = attention
         self._rows = rows
         self._slab = slab
 
     def __call__(self, qkv_TX: Tensor, norms: HeadNorms | None, layer_pages: Tensor) -> Tensor:
         """See SlabAttention; queries and keys in ``qkv_TX`` are normed and rotated in place."""
-        backend = self._backend
-        assert qkv_TX.dtype == backend.dtype
-        out_TX = qkv_TX.new_empty(self._rows.num_tokens, backend.config.q_size)
+        attention = self._attention
+        assert qkv_TX.dtype == attention.dtype
+        out_TX = qkv_TX.new_empty(self._rows.num_tokens, attention.config.q_size)
         keys, values = layer_pages
         call = _AttentionCall(
             pointer(qkv_TX),
@@ -212,14 +211,14 @@ class _NativeSlab:
             pointer(norms.key if norms else None),
             pointer(out_TX),
         )
-        step = backend.step(self._rows, self._slab, layer_pages.shape[3])
-        backend.library.call("attention", step, call)
-        if not backend.has_chunk_kernel:
+        step = attention.step(self._rows, self._slab, layer_pages.shape[3])
+        attention.library.call("attention", step, call)
+        if not attention.has_chunk_kernel:
             self._attend_chunks(qkv_TX, layer_pages, out_TX)
         return out_TX
 
     def _attend_chunks(self, qkv_TX: Tensor, layer_pages: Tensor, out_TX: Tensor) -> None:
-        config, batch = self._backend.config, self._rows.batch
+        config, batch = self._attention.config, self._rows.batch
         heads = (self._rows.num_tokens, -1, config.head_dim)
         q_TNH = qkv_TX[:, : config.q_size].view(heads)
         out_TNH = out_TX.view(heads)

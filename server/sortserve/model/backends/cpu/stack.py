@@ -6,19 +6,21 @@ One call a step instead of seven a layer: the GIL is taken once, and the threads
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sortserve.model.attention import KVCache
+from sortserve.model.backend import LayerStack, LinearOp, PackedLayer
 from sortserve.model.backends.cpu.attention import NativeAttention, Step
+from sortserve.model.backends.cpu.hybrid import EitherLinear
 from sortserve.model.backends.cpu.library import pointer
+from sortserve.model.backends.cpu.linear import Matrix, NativeLinear
 from sortserve.model.batch import Batch
-from sortserve.model.layers import DecoderLayer
-from sortserve.model.linear import EitherLinear, LinearOp, Matrix, NativeLinear
 
-__all__ = ["NativeStack"]
+__all__ = ["NativeStack", "max_fused_tokens"]
 
 
 class _Layer(ctypes.Structure):
@@ -47,20 +49,36 @@ class _LayersCall(ctypes.Structure):
     )
 
 
-class NativeStack:
-    """A LayerStack for layers whose every matrix is packed for the C++ kernel."""
+def max_fused_tokens(layers: Sequence[PackedLayer]) -> float:
+    """Steps of up to this many tokens multiply by all these layers in the C++ kernel for bf16."""
+    ops = (op for layer in layers for op in (layer.qkv, layer.o, layer.gated, layer.down))
+    return min(map(_max_native_tokens, ops))
 
-    def __init__(self, layers: Sequence[DecoderLayer], attention: NativeAttention) -> None:
+
+def _max_native_tokens(op: LinearOp) -> float:
+    native = _native(op)
+    if native is None or native.dtype != torch.bfloat16:
+        return 0
+    return op.max_few_tokens if isinstance(op, EitherLinear) else math.inf
+
+
+class NativeStack:
+    """A LayerStack in few calls, as long as the C++ kernel has the matrices.
+
+    Args:
+        layers: of the model; ``max_fused_tokens`` of them is above 0.
+        attention: of the model.
+        stepwise: runs the steps that have more tokens than that.
+    """
+
+    def __init__(
+        self, layers: Sequence[PackedLayer], attention: NativeAttention, stepwise: LayerStack
+    ) -> None:
         self._attention = attention
+        self._stepwise = stepwise
+        self._max_tokens = max_fused_tokens(layers)
         self._layers = layers  # keeps the weights alive
         self._structures = (_Layer * len(layers))(*map(_structure, layers))
-
-    @staticmethod
-    def supports(layers: Sequence[DecoderLayer]) -> bool:
-        """Whether all matrices are packed for the bf16 kernel."""
-        ops = (op for layer in layers for op in (layer.qkv, layer.o, layer.gated, layer.down))
-        matrices = map(_native, ops)
-        return all(m is not None and m.dtype == torch.bfloat16 for m in matrices)
 
     def run(
         self,
@@ -72,6 +90,8 @@ class NativeStack:
         kv_cache: KVCache,
     ) -> tuple[Tensor, Tensor]:
         """See LayerStack."""
+        if len(h_TD) > self._max_tokens:
+            return self._stepwise.run(batch, slabs, num_rows, h_TD, delta_TD, kv_cache)
         assert h_TD.dtype == kv_cache.pages.dtype == torch.bfloat16
         config, slab_size = self._attention.config, kv_cache.slab_size
         num_tokens, hidden_size = h_TD.shape
@@ -114,7 +134,7 @@ def _matrix(op: LinearOp) -> Matrix:
     return native.matrix
 
 
-def _structure(layer: DecoderLayer) -> _Layer:
+def _structure(layer: PackedLayer) -> _Layer:
     norms = layer.head_norms
     return _Layer(
         pointer(layer.input_norm),

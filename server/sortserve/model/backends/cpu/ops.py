@@ -1,7 +1,6 @@
-"""The small operations of a decoder layer, in plain torch and in C++.
+"""The small operations of a decoder layer in C++.
 
-Norms compute in fp32 and round once, to the dtype of the input. Shape legend: T tokens, D hidden,
-F intermediate.
+Shape legend: T tokens, D hidden, F intermediate.
 """
 
 from __future__ import annotations
@@ -10,57 +9,33 @@ import ctypes
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from sortserve.model.backends.cpu.library import DTYPE_CODES, NativeLibrary, pointer
+from sortserve.model.backends.reference.ops import ReferenceOps
 
-__all__ = ["NativeOps", "TorchOps"]
-
-
-class TorchOps:
-    """Any device, any dtype; the definition that faster versions are tested against."""
-
-    name = "reference"
-
-    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        """``x / rms(x) * weight`` over the last dimension."""
-        x_fp32 = x_TD.float()
-        scale = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
-        return (x_fp32 * scale * weight_D.float()).to(x_TD.dtype)
-
-    def add_rms_norm(self, h_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        """``h += delta`` in place, then the norm of h."""
-        h_TD += delta_TD
-        return self.rms_norm(h_TD, weight_D, eps)
-
-    def silu_and_mul(self, gate_up_TF: Tensor) -> Tensor:
-        """``silu(gate) * up`` of the two halves: [T, 2F] to [T, F]."""
-        gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
-        return silu(gate_TF) * up_TF
+__all__ = ["NativeOps"]
 
 
-class NativeOps(TorchOps):
+class NativeOps(ReferenceOps):
     """The C++ versions for CPU tensors; everything else goes to plain torch."""
-
-    name = "native"
 
     def __init__(self, library: NativeLibrary) -> None:
         self._library = library
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        """See TorchOps."""
+        """See Ops."""
         if not _is_native(x_TD, weight_D):
             return super().rms_norm(x_TD, weight_D, eps)
         return self._add_rms_norm(x_TD, None, weight_D, eps)
 
     def add_rms_norm(self, h_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        """See TorchOps."""
+        """See Ops."""
         if not _is_native(h_TD, delta_TD, weight_D):
             return super().add_rms_norm(h_TD, delta_TD, weight_D, eps)
         return self._add_rms_norm(h_TD, delta_TD, weight_D, eps)
 
     def silu_and_mul(self, gate_up_TF: Tensor) -> Tensor:
-        """See TorchOps."""
+        """See Ops."""
         if not _is_native(gate_up_TF):
             return super().silu_and_mul(gate_up_TF)
         num_rows, width = gate_up_TF.shape[0], gate_up_TF.shape[1] // 2

@@ -1,0 +1,162 @@
+"""Linear layers by the C++ kernels: bf16 with AVX-512 BF16, and fp32 on any CPU.
+
+They stream the weights at memory bandwidth for few tokens, and a token's result does not depend on
+the tokens beside it.
+
+Shape legend: T tokens, I inputs, O outputs, F intermediate.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from sortserve.model.backend import LinearBackend, LinearOp
+from sortserve.model.backends.cpu.library import NativeLibrary, pointer
+
+__all__ = ["Matrix", "NativeLinear", "NativeLinearBackend"]
+
+_BF16_PANEL = 32
+"""Outputs of a panel: kPanel of ``kernels/linear.cpp``."""
+
+
+class NativeLinearBackend:
+    """The C++ kernels for bf16 and fp32; weights they cannot take go to ``fallback``."""
+
+    name = "native"
+
+    def __init__(self, library: NativeLibrary, fallback: LinearBackend) -> None:
+        self._library = library
+        self._fallback = fallback
+
+    def linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearOp:
+        """See LinearBackend."""
+        if not self._can_pack(weight_OI):
+            return self._fallback.linear(weight_OI, bias_O)
+        output = _OUTPUT_BF16 if weight_OI.dtype == torch.bfloat16 else _OUTPUT_FP32
+        return NativeLinear(self._library, output, weight_OI.shape[0], weight_OI, bias_O)
+
+    def gated(self, weight_2FI: Tensor, bias_2F: Tensor | None = None) -> LinearOp:
+        """See LinearBackend."""
+        if not self._can_pack(weight_2FI):
+            return self._fallback.gated(weight_2FI, bias_2F)
+        panel = _panel(self._library, weight_2FI.dtype)
+        bias = None if bias_2F is None else _interleave_halves(bias_2F, panel)
+        return NativeLinear(
+            self._library,
+            _OUTPUT_SILU_MUL,
+            weight_2FI.shape[0] // 2,
+            _interleave_halves(weight_2FI, panel),
+            bias,
+        )
+
+    def head(self, weight_OI: Tensor) -> LinearOp:
+        """See LinearBackend."""
+        if not self._can_pack(weight_OI):
+            return self._fallback.head(weight_OI)
+        return NativeLinear(self._library, _OUTPUT_FP32, weight_OI.shape[0], weight_OI, None)
+
+    def _can_pack(self, weight_OI: Tensor) -> bool:
+        if weight_OI.dtype == torch.float32:
+            return True
+        return self._library.has_bf16_kernels and weight_OI.shape[1] % 2 == 0
+
+
+_OUTPUT_BF16, _OUTPUT_FP32, _OUTPUT_SILU_MUL = 0, 1, 2
+"""The enum Output of ``kernels/linear.cpp``."""
+
+
+class Matrix(ctypes.Structure):
+    """Matrix of ``kernels/kernels.h``."""
+
+    _fields_ = (
+        ("packed", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_inputs", "num_outputs", "output")),
+    )
+
+
+class _LinearCall(ctypes.Structure):
+    """LinearCall of ``kernels/linear.cpp``, LinearFp32Call of ``kernels/linear_fp32.cpp``."""
+
+    _fields_ = (
+        ("matrix", Matrix),
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("num_tokens", ctypes.c_int64),
+        ("num_threads", ctypes.c_int64),
+    )
+
+
+class NativeLinear:
+    """One weight matrix, packed for the C++ kernel of its dtype.
+
+    Attributes:
+        dtype: of weights and inputs.
+        matrix: the kernel's view of it; valid as long as this object lives.
+    """
+
+    def __init__(
+        self,
+        library: NativeLibrary,
+        output: int,
+        num_outputs: int,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+    ) -> None:
+        self.dtype = weight_OI.dtype
+        self._library = library
+        self._kernel = "linear" if self.dtype == torch.bfloat16 else "linear_fp32"
+        self._output_dtype = torch.float32 if output == _OUTPUT_FP32 else self.dtype
+        panel = _panel(library, self.dtype)
+        self._packed = _pack(weight_OI, panel)
+        self._bias = None if bias_O is None else _pad_outputs(bias_O.float(), panel)
+        self.matrix = Matrix(
+            pointer(self._packed), pointer(self._bias), weight_OI.shape[1], num_outputs, output
+        )
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        """See LinearOp."""
+        num_tokens, num_inputs = x_TI.shape
+        assert x_TI.dtype == self.dtype
+        assert num_inputs == self.matrix.num_inputs
+        y_TO = torch.empty(num_tokens, self.matrix.num_outputs, dtype=self._output_dtype)
+        call = _LinearCall(
+            self.matrix, pointer(x_TI), pointer(y_TO), num_tokens, torch.get_num_threads()
+        )
+        self._library.call(self._kernel, call)
+        return y_TO
+
+
+def _panel(library: NativeLibrary, dtype: torch.dtype) -> int:
+    """Outputs of a panel of weights."""
+    return _BF16_PANEL if dtype == torch.bfloat16 else library.fp32_panel
+
+
+def _pack(weight_OI: Tensor, panel: int) -> Tensor:
+    """[O, I] to [panels, I / n, outputs of a panel, n], the last panel filled up with zeros.
+
+    n inputs are four bytes: 2 in bf16, 1 in fp32.
+    """
+    n = 4 // weight_OI.itemsize
+    panels = _pad_outputs(weight_OI, panel).view(-1, panel, weight_OI.shape[1] // n, n)
+    return panels.transpose(1, 2).contiguous()
+
+
+def _pad_outputs(x_O: Tensor, panel: int) -> Tensor:
+    missing = -x_O.shape[0] % panel
+    if missing == 0:
+        return x_O.contiguous()
+    return torch.cat((x_O, x_O.new_zeros(missing, *x_O.shape[1:])))
+
+
+def _interleave_halves(x_2F: Tensor, panel: int) -> Tensor:
+    """Half a panel of gates, then the same ups, and so on; F is filled up with zeros."""
+    half = panel // 2
+    size = x_2F.shape[0] // 2
+    rest = x_2F.shape[1:]
+    padding = x_2F.new_zeros(-size % half, *rest)
+    gates, ups = (torch.cat((x, padding)).view(-1, half, *rest) for x in x_2F.chunk(2))
+    return torch.stack((gates, ups), dim=1).flatten(0, 2)
