@@ -38,7 +38,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""The enum Dtype of ``kernels/dtype.h``."""
+"""The enum Dtype of ``kernels/kernels.h``."""
 
 _COMPILERS = ("g++", "c++", "clang++")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")

@@ -65,7 +65,7 @@ class NativeLinearBackend:
 
 
 _OUTPUT_BF16, _OUTPUT_FP32, _OUTPUT_SILU_MUL = 0, 1, 2
-"""The enum Output of ``kernels/linear.cpp``."""
+"""The enum Output of ``kernels/kernels.h``."""
 
 
 class Matrix(ctypes.Structure):

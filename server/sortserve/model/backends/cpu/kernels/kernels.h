@@ -50,7 +50,7 @@ struct Matrix {
 
 void linear(Team& team, const Matrix& matrix, const bf16* x, void* y, int64_t num_tokens);
 
-// ---- attention.cpp, prefill.cpp; Python: native_attention.py
+// ---- attention.cpp, prefill.cpp; Python: attention.py
 
 // What the layers of a slab share in one step. A query is a token that attends on its own (decode);
 // a chunk is a run of tokens of one row that attend together (prefill).
