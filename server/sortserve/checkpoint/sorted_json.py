@@ -8,49 +8,52 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from sortserve.checkpoint.files import read_bytes
+from sortserve.checkpoint.files import read_json
 from sortserve.core.errors import CheckpointError
 from sortserve.model.config import ExitModuleKind
 
 __all__ = ["SORTED_JSON", "SortedInfo", "check_exits"]
 
 SORTED_JSON = "sorted.json"
+FORMAT_VERSION = 1
 
-_Layer = Annotated[int, Field(ge=1)]
 
+@dataclass(frozen=True, kw_only=True)
+class SortedInfo:
+    """The contents of ``sorted.json``.
 
-class SortedInfo(BaseModel):
-    """The contents of ``sorted.json``, validated strictly; unknown fields are refused."""
+    Raises:
+        ValueError: fields contradict each other.
+    """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    format_version: Literal[1]
+    format_version: int = FORMAT_VERSION
     base: str | None = None
     """Where the weights are: a folder relative to this one, a hub id, or ``package:PKG/FILE``.
 
     None where the weights lie in the same folder.
     """
-    num_layers: _Layer
-    exits: Annotated[tuple[_Layer, ...], Field(min_length=1)]
+    num_layers: int
+    exits: tuple[int, ...]
     """Ascending; the last is ``num_layers``."""
-    recipe: dict[str, Any] = Field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
     """How it was trained: method, data, steps, seed, versions; free."""
-    exit_modules: dict[_Layer, ExitModuleKind] = Field(default_factory=dict)
+    exit_modules: dict[int, ExitModuleKind] = field(default_factory=dict)
     """Exit layer to kind; an exit that is missing has none."""
-    quality: dict[_Layer, dict[str, float]] = Field(default_factory=dict)
+    quality: dict[int, dict[str, float]] = field(default_factory=dict)
     """Exit layer to metrics; ``score`` is relative to the full model, in [0, 1]."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def __post_init__(self) -> None:
         check_exits(self.exits, self.num_layers)
-        if self.exits[-1] != self.num_layers:
+        if self.exits[-1:] != (self.num_layers,):
             raise ValueError(
                 f"the last exit must be num_layers={self.num_layers}, not {self.exits[-1]}"
             )
@@ -63,7 +66,6 @@ class SortedInfo(BaseModel):
         for exit_layer, metrics in self.quality.items():
             if not 0.0 <= metrics.get("score", 0.0) <= 1.0:
                 raise ValueError(f"quality.{exit_layer}.score={metrics['score']} is not in [0, 1]")
-        return self
 
     def module_kind(self, exit_layer: int) -> ExitModuleKind:
         """What stands before the head at ``exit_layer``."""
@@ -74,22 +76,37 @@ class SortedInfo(BaseModel):
         """The ``sorted.json`` of a checkpoint folder; None where there is none.
 
         Raises:
-            CheckpointError: it is not valid; the first fault is named.
+            CheckpointError: it is not valid; the first fault is named. Unknown fields are one.
         """
         path = folder / SORTED_JSON
         if not os.path.lexists(path):
             return None
-        document = read_bytes(path)
+        document = read_json(path)
+        faults = [f"{where}: {message}" for where, message in _faults(document)]
+        if faults:
+            more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+            raise CheckpointError(f"{path} is not valid: {faults[0]}{more}.")
+        kinds, quality = document.get("exit_modules", {}), document.get("quality", {})
+        typed = {
+            "exits": tuple(document["exits"]),
+            "exit_modules": {int(layer): ExitModuleKind(kind) for layer, kind in kinds.items()},
+            "quality": {
+                int(layer): {name: float(value) for name, value in metrics.items()}
+                for layer, metrics in quality.items()
+            },
+        }
         try:
-            return cls.model_validate_json(document)
-        except ValidationError as error:
-            raise CheckpointError(f"{path} is not valid: {_first_fault(error)}.") from error
+            return cls(**{**document, **typed})
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not valid: {error}.") from error
 
     def write(self, folder: Path) -> Path:
         """Write ``sorted.json`` in one atomic step and return its path."""
         path = folder / SORTED_JSON
         draft = path.with_suffix(".json.tmp")
-        draft.write_text(self.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
+        document = {name: value for name, value in asdict(self).items() if value is not None}
+        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+        draft.write_text(text, encoding="utf-8")
         os.replace(draft, path)
         return path
 
@@ -106,9 +123,87 @@ def check_exits(exits: tuple[int, ...], num_layers: int) -> None:
         raise ValueError(f"exits {list(exits)} must lie in 1..{num_layers}, the model's layers")
 
 
-def _first_fault(error: ValidationError) -> str:
-    faults = error.errors(include_url=False)
-    where = ".".join(str(part) for part in faults[0]["loc"])
-    message = faults[0]["msg"].removeprefix("Value error, ")
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    return f"{where}: {message}{more}" if where else f"{message}{more}"
+# The types of a document's fields: what is wrong with them, as (where, what)
+
+_Faults = Iterator[tuple[str, str]]
+
+
+def _faults(document: dict[str, Any]) -> _Faults:
+    for name, check in _CHECKS.items():
+        if name in document:
+            yield from check(document[name], name)
+        elif name in _REQUIRED:
+            yield name, "this field is required"
+    yield from ((name, "there is no such field") for name in document if name not in _CHECKS)
+
+
+def _check_version(value: object, where: str) -> _Faults:
+    if type(value) is not int or value != FORMAT_VERSION:
+        yield where, f"it should be {FORMAT_VERSION}"
+
+
+def _check_base(value: object, where: str) -> _Faults:
+    if not isinstance(value, str | None):
+        yield where, "it should be a string"
+
+
+def _check_layer(value: object, where: str) -> _Faults:
+    if type(value) is not int or value < 1:
+        yield where, "it should be an integer of at least 1"
+
+
+def _check_exits(value: object, where: str) -> _Faults:
+    if not isinstance(value, list) or not value:
+        yield where, "it should be a list of at least one exit"
+        return
+    for i, exit_layer in enumerate(value):
+        yield from _check_layer(exit_layer, f"{where}.{i}")
+
+
+def _check_object(value: object, where: str) -> _Faults:
+    if not isinstance(value, dict):
+        yield where, "it should be an object"
+
+
+def _check_kinds(value: object, where: str) -> _Faults:
+    kinds = tuple(ExitModuleKind)
+    for at, kind in _by_layer(value, where):
+        if kind not in kinds:
+            *first, last = (f"'{kind.value}'" for kind in kinds)
+            yield at, f"it should be {', '.join(first)} or {last}"
+    yield from _layer_faults(value, where)
+
+
+def _check_quality(value: object, where: str) -> _Faults:
+    for at, metrics in _by_layer(value, where):
+        yield from _check_object(metrics, at)
+        for name, number in metrics.items() if isinstance(metrics, dict) else ():
+            if type(number) not in (int, float) or not math.isfinite(number):
+                yield f"{at}.{name}", "it should be a finite number"
+    yield from _layer_faults(value, where)
+
+
+def _by_layer(value: object, where: str) -> Iterator[tuple[str, Any]]:
+    for layer, item in value.items() if isinstance(value, dict) else ():
+        yield f"{where}.{layer}", item
+
+
+def _layer_faults(value: object, where: str) -> _Faults:
+    """What is wrong with an object as one whose names are exit layers."""
+    yield from _check_object(value, where)
+    for layer in value if isinstance(value, dict) else ():
+        is_layer = layer.isascii() and layer.isdecimal() and len(layer) < 10
+        if not is_layer or str(int(layer)) != layer or layer == "0":
+            yield f"{where}.{layer}", "its name should be an integer of at least 1"
+
+
+_REQUIRED = ("format_version", "num_layers", "exits")
+_CHECKS = {
+    "format_version": _check_version,
+    "base": _check_base,
+    "num_layers": _check_layer,
+    "exits": _check_exits,
+    "recipe": _check_object,
+    "exit_modules": _check_kinds,
+    "quality": _check_quality,
+}

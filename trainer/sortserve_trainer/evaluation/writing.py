@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from sortserve.checkpoint.sorted_json import SORTED_JSON, SortedInfo
@@ -76,9 +77,8 @@ def write_quality(report: Report, model: str) -> str:
         left_out = ", ".join(map(str, missing))
         return f"{path} is left as it is: exits {left_out} were not measured."
     kept = {exit_layer: quality[exit_layer] for exit_layer in info.exits}
-    document = {**info.model_dump(), "quality": kept}
     try:
-        SortedInfo.model_validate(document).write(folder)
+        replace(info, quality=kept).write(folder)
     except OSError as error:
         path.with_suffix(".json.tmp").unlink(missing_ok=True)
         raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
