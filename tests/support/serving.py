@@ -12,11 +12,12 @@ from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
 from sortserve.core.plan import Runner
 from sortserve.core.sampling_params import SamplingParams, SamplingRow
 from sortserve.cost.model import CostModel
+from sortserve.engine.assemble import make_engine, make_tokenizer
 from sortserve.engine.engine import Engine, EngineConfig
 from sortserve.engine.runner import ModelRunner
 from sortserve.model.backends import choose_backend
 from sortserve.model.decoder import Decoder
-from sortserve.text.tokenizer import TextStream, Tokenizer
+from sortserve.text.tokenizer import Tokenizer
 from support.reference_sampling import sample_reference
 from support.scripted import FakeClock
 from support.timed import Timed, TimedModel, make_desk
@@ -61,16 +62,8 @@ class Served:
             "vocab_size": self.checkpoint.config.vocab_size,
             **config,
         }
-        return Engine(
-            runner,
-            self.checkpoint.exits,
-            eos_token_ids=self.tokenizer.eos_token_ids,
-            make_text=lambda request: TextStream(
-                self.tokenizer, request.sampling, request.prompt_token_ids
-            ),
-            config=EngineConfig(max_model_len=self.checkpoint.max_model_len, **settings),
-            clock=clock,
-        )
+        engine_config = EngineConfig(max_model_len=self.checkpoint.max_model_len, **settings)
+        return make_engine(runner, self.checkpoint, self.tokenizer, engine_config, clock=clock)
 
 
 @cache
@@ -91,13 +84,7 @@ def serve(
             attention=attention_backend,
         ),
     )
-    tokenizer = Tokenizer(
-        checkpoint.tokenizer,
-        checkpoint.eos_token_ids,
-        checkpoint.chat_template,
-        model_vocab_size=checkpoint.config.vocab_size,
-    )
-    return Served(path, checkpoint, decoder, tokenizer)
+    return Served(path, checkpoint, decoder, make_tokenizer(checkpoint))
 
 
 @cache

@@ -15,7 +15,9 @@ from sortserve.cli import main
 from sortserve.core.errors import ConfigError
 from sortserve.cost.cache import read_samples, write_samples
 from sortserve.cost.model import RowShape, StepShape
-from sortserve.process.build import available_memory_bytes, build, num_kv_pages, num_threads
+from sortserve.engine.assemble import num_threads
+from sortserve.engine.memory import available_memory_bytes, num_kv_pages
+from sortserve.process.build import build
 from sortserve.process.config import load_settings
 from support.tiny_models import NUM_LAYERS, make_tiny_checkpoint
 
@@ -125,7 +127,7 @@ def test_a_calibration_that_cannot_be_believed_is_made_again_and_never_kept(
         return found
 
     monkeypatch.setenv("SORTSERVE_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("sortserve.process.build.calibrate", timed)
+    monkeypatch.setattr("sortserve.engine.calibrator.calibrate", timed)
     checkpoint = make_tiny_checkpoint(tmp_path, "llama-tied", exits=(2, 6))
     serving = build(load_settings({"model": str(checkpoint), "max_num_seqs": 4}))
 
@@ -145,7 +147,7 @@ def test_a_kept_calibration_that_lacks_a_regime_is_not_used_but_replaced(
 ) -> None:
     monkeypatch.setenv("SORTSERVE_CACHE_DIR", str(tmp_path / "cache"))
     good, bad = (steps(*n, seconds=steady) for n in ((1, 8, 64, 128), (1, 8)))
-    monkeypatch.setattr("sortserve.process.build.calibrate", lambda *args, **kwargs: good)
+    monkeypatch.setattr("sortserve.engine.calibrator.calibrate", lambda *args, **kwargs: good)
     checkpoint = make_tiny_checkpoint(tmp_path, "llama-tied", exits=(2, 6))
     serving = build(load_settings({"model": str(checkpoint), "max_num_seqs": 4}))
     serving.measure()

@@ -1,0 +1,209 @@
+"""From a checkpoint and plain values to an engine: the only place that constructs its parts.
+
+parts = assemble(load_checkpoint("./my-checkpoint"), EngineOptions(max_num_seqs=8))
+parts.engine.step()
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sortserve.checkpoint.load import LoadedCheckpoint
+from sortserve.core.errors import ConfigError
+from sortserve.core.plan import Runner
+from sortserve.core.request import GenerationRequest, Observer
+from sortserve.cost.learner import CostLearner
+from sortserve.engine.calibrator import Calibrator
+from sortserve.engine.engine import Engine, EngineConfig
+from sortserve.engine.memory import CacheShape, cache_shape
+from sortserve.engine.runner import ModelRunner
+from sortserve.model.backends import choose_backend
+from sortserve.model.decoder import Decoder
+from sortserve.text.tokenizer import TextStream, Tokenizer
+
+__all__ = [
+    "EngineOptions",
+    "EngineParts",
+    "assemble",
+    "context_length",
+    "make_engine",
+    "make_tokenizer",
+    "start_threads",
+]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What may be chosen of an engine; names and defaults are those of ``sortserve serve``."""
+
+    max_model_len: int | None = None
+    """None: what the checkpoint allows."""
+    attention_backend: str = "auto"
+    linear_backend: str = "auto"
+    policy: str = "deadline"
+    overload_delay: float = 2.0
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 1024
+    kv_cache_memory: int | None = None
+    """Bytes; None: a share of what is free."""
+    block_size: int = 16
+    enable_prefix_caching: bool = True
+    max_failed_steps: int = 3
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineParts:
+    """An engine that has not run yet, and what it was made of."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    decoder: Decoder
+    cache: CacheShape
+    calibrator: Calibrator
+
+    def calibrate(self) -> None:
+        """Let the engine know what its steps cost; on the thread that will run them."""
+        self.engine.costs.learn_from(CostLearner(self.calibrator.samples()))
+
+
+def assemble(
+    checkpoint: LoadedCheckpoint,
+    options: EngineOptions,
+    *,
+    tokenizer: Tokenizer | None = None,
+    observer: Observer | None = None,
+    release_weights: bool = False,
+) -> EngineParts:
+    """Put an engine together; nothing runs yet.
+
+    Args:
+        checkpoint: what it runs.
+        options: choices and limits.
+        tokenizer: of the checkpoint; None: made here.
+        observer: who is told what happens.
+        release_weights: the checkpoint's weights are of no use to anybody else afterwards; see
+            ``Decoder``.
+
+    Raises:
+        ConfigError: options and checkpoint, or options and this machine, do not fit each other.
+    """
+    max_model_len = context_length(checkpoint, options.max_model_len)
+    backend = choose_backend(
+        checkpoint.config,
+        checkpoint.weights.dtype,
+        checkpoint.weights.device,
+        attention=options.attention_backend,
+        linear=options.linear_backend,
+    )
+    decoder = Decoder(
+        checkpoint.config,
+        checkpoint.weights,
+        exits=checkpoint.exits.layers,
+        max_model_len=max_model_len,
+        backend=backend,
+        release_weights=release_weights,
+    )
+    cache = cache_shape(
+        decoder,
+        max_model_len=max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        block_size=options.block_size,
+        kv_cache_memory=options.kv_cache_memory,
+    )
+    runner = ModelRunner(decoder, num_pages=cache.num_pages, block_size=cache.block_size)
+    tokenizer = tokenizer or make_tokenizer(checkpoint)
+    config = EngineConfig(
+        max_model_len=max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        policy=options.policy,
+        overload_delay_s=options.overload_delay,
+        enable_prefix_caching=options.enable_prefix_caching,
+        max_failed_steps=options.max_failed_steps,
+        seed=options.seed,
+        vocab_size=checkpoint.config.vocab_size,
+    )
+    engine = make_engine(runner, checkpoint, tokenizer, config, observer=observer)
+    return EngineParts(
+        engine=engine,
+        tokenizer=tokenizer,
+        decoder=decoder,
+        cache=cache,
+        calibrator=Calibrator(engine, runner, decoder),
+    )
+
+
+def make_engine(
+    runner: Runner,
+    checkpoint: LoadedCheckpoint,
+    tokenizer: Tokenizer,
+    config: EngineConfig,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    observer: Observer | None = None,
+) -> Engine:
+    """An engine that says what its runner gives in the checkpoint's words."""
+
+    def make_text(request: GenerationRequest) -> TextStream:
+        return TextStream(tokenizer, request.sampling, request.prompt_token_ids)
+
+    return Engine(
+        runner,
+        checkpoint.exits,
+        eos_token_ids=checkpoint.eos_token_ids,
+        make_text=make_text,
+        config=config,
+        clock=clock,
+        observer=observer,
+    )
+
+
+def make_tokenizer(checkpoint: LoadedCheckpoint, *, max_tokens: int | None = None) -> Tokenizer:
+    """The checkpoint's; ``max_tokens`` as in ``Tokenizer``."""
+    return Tokenizer(
+        checkpoint.tokenizer,
+        checkpoint.eos_token_ids,
+        checkpoint.chat_template,
+        model_vocab_size=checkpoint.config.vocab_size,
+        max_tokens=max_tokens,
+    )
+
+
+def context_length(checkpoint: LoadedCheckpoint, wanted: int | None) -> int:
+    """Most tokens of prompt and answer together: the checkpoint's, or fewer.
+
+    Raises:
+        ConfigError: more than the checkpoint was made for.
+    """
+    limit = checkpoint.max_model_len
+    if wanted is not None and wanted > limit:
+        raise ConfigError(
+            f"--max-model-len={wanted} is more than the checkpoint was made for: "
+            f"at most {limit} tokens.",
+            param="max-model-len",
+        )
+    return wanted if wanted is not None else limit
+
+
+def start_threads(wanted: int | None) -> None:
+    """Let the model use so many threads of this process; None leaves PyTorch's choice."""
+    if wanted is not None:
+        torch.set_num_threads(num_threads(wanted))
+
+
+def num_threads(wanted: int) -> int:
+    """Threads to start: those that are wanted, but no more than there are cores to run them."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    if wanted > num_cores:
+        logger.warning("--num-threads=%d: only %d are started, one a core.", wanted, num_cores)
+    return min(wanted, num_cores)
