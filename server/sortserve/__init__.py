@@ -1,7 +1,42 @@
-"""sortserve: an inference server for language models in which depth is a budget."""
+"""sortserve: an inference server for language models in which depth is a budget.
+
+from sortserve import LLM, Budget, SamplingParams
+
+``LLM`` is the engine in this process; importing it loads torch, importing this package does not.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sortserve.core.budget import Budget
+    from sortserve.core.sampling_params import SamplingParams
+    from sortserve.llm import LLM
+
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = ["LLM", "Budget", "SamplingParams", "__version__"]
+
+_HOMES = {
+    "LLM": "sortserve.llm",
+    "Budget": "sortserve.core.budget",
+    "SamplingParams": "sortserve.core.sampling_params",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing.startswith("sortserve"):
+            raise
+        raise ModuleNotFoundError(
+            f"sortserve.{name} needs {missing}, which is not installed: "
+            "pip install 'sortserve[server]'",
+            name=error.name,
+        ) from error

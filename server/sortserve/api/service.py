@@ -23,15 +23,11 @@ from sortserve.api.problems import renamed
 from sortserve.api.settings import ApiSettings
 from sortserve.api.text_threads import TextThreads
 from sortserve.core.errors import InvalidRequestError, SortserveError
-from sortserve.core.request import GenerationRequest
+from sortserve.core.request import EXPECTED_TOKENS, GenerationRequest
 from sortserve.engine.worker import EngineWorker, RequestStream
 from sortserve.telemetry.logs import fields
 
 __all__ = ["Service"]
-
-EXPECTED_TOKENS = 256
-"""Output tokens that a latency budget is planned for where the client sets no limit: the context's
-end, thousands of tokens away, would push every such request to the shallowest exit."""
 
 R = TypeVar("R")
 

@@ -15,6 +15,7 @@ from sortserve.core.errors import SortserveError
 from sortserve.core.sampling_params import SampledToken, SamplingParams
 
 __all__ = [
+    "EXPECTED_TOKENS",
     "EngineStats",
     "Estimate",
     "FinishReason",
@@ -24,6 +25,10 @@ __all__ = [
     "RequestReport",
     "StepRecord",
 ]
+
+EXPECTED_TOKENS = 256
+"""Output tokens that a latency budget is planned for where the client sets no limit: the context's
+end, thousands of tokens away, would push every such request to the shallowest exit."""
 
 
 class FinishReason(StrEnum):

@@ -42,7 +42,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What may be chosen of an engine; names and defaults are those of ``sortserve serve``."""
+    """What may be chosen of an engine; names and defaults are those of ``sortserve serve``.
+
+    Raises:
+        ConfigError: a number is not allowed.
+    """
 
     max_model_len: int | None = None
     """None: what the checkpoint allows."""
@@ -58,6 +62,13 @@ class EngineOptions:
     enable_prefix_caching: bool = True
     max_failed_steps: int = 3
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_failed_steps"):
+            _check_count(name, getattr(self, name))
+        for name, least in (("max_model_len", 2), ("kv_cache_memory", 1)):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name), least)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +208,14 @@ def context_length(checkpoint: LoadedCheckpoint, wanted: int | None) -> int:
 def start_threads(wanted: int | None) -> None:
     """Let the model use so many threads of this process; None leaves PyTorch's choice."""
     if wanted is not None:
+        _check_count("num_threads", wanted)
         torch.set_num_threads(num_threads(wanted))
+
+
+def _check_count(name: str, value: object, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        flag = name.replace("_", "-")
+        raise ConfigError(f"--{flag}={value!r} is not allowed: an integer >= {least}.", param=flag)
 
 
 def num_threads(wanted: int) -> int:

@@ -9,9 +9,8 @@ from typing import Any, Protocol
 
 from sortserve.api.bodies.limits import MAX_MESSAGE_FIELDS, MAX_PARTS, MAX_ROLE_CHARS
 from sortserve.api.interfaces import Tokenizer
-from sortserve.api.problems import shortened
 from sortserve.api.text_threads import TextThreads
-from sortserve.core.errors import InvalidRequestError
+from sortserve.core.errors import InvalidRequestError, shortened
 
 __all__ = [
     "ChatPrompt",
