@@ -86,9 +86,8 @@ class LLM:
         self.exits: ExitTable = checkpoint.exits
         self.tokenizer: Tokenizer = parts.tokenizer
         self.max_model_len: int = parts.engine.config.max_model_len
-        self.default_sampling = SamplingParams(
-            **{"max_tokens": self.max_model_len, **checkpoint.generation_defaults}
-        )
+        recommended: dict[str, Any] = dict(checkpoint.generation_defaults)
+        self.default_sampling = SamplingParams(max_tokens=self.max_model_len, **recommended)
         """What the checkpoint recommends. Its ``max_tokens``, the whole context, stands for as
         many as fit after the prompt."""
         self._ids = count()

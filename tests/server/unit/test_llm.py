@@ -131,7 +131,8 @@ def test_results_come_in_the_order_of_the_prompts_however_long_they_take(llm: LL
 def test_a_prompt_is_a_text_or_token_ids_alone_or_among_others(llm: LLM) -> None:
     ids = llm.tokenizer.encode("the")
 
-    together = llm.generate(["the", ids, tuple(ids)], GREEDY)
+    mixed: list[str | Sequence[int]] = ["the", ids, tuple(ids)]
+    together = llm.generate(mixed, GREEDY)
 
     assert len({tuple(text) for text in texts(together)}) == 1
     assert llm.generate("the", GREEDY)[0].text == together[0].text
