@@ -27,18 +27,13 @@ from benchmarks.lib.floors import ModelCost, figure, measure_machine, speedups
 from benchmarks.lib.workload import PromptMaker
 from sortserve.admission.choose import ExitChoice
 from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
-from sortserve.core.errors import CheckpointError
+from sortserve.core.errors import SortserveError
 from sortserve.core.request import GenerationRequest
 from sortserve.core.sampling_params import SamplingParams
-from sortserve.engine.engine import Engine, EngineConfig
-from sortserve.engine.runner import ModelRunner
-from sortserve.model.backends import choose_backend
-from sortserve.model.decoder import Decoder
-from sortserve.text.tokenizer import TextStream, Tokenizer
+from sortserve.engine.assemble import EngineOptions, assemble
 
 __all__ = ["main"]
 
-BLOCK_SIZE = 16
 NUM_WARMUP_STEPS = 3
 
 
@@ -49,38 +44,17 @@ class EngineBench:
         self.arguments = arguments
         max_rows, steps = max(arguments.rows), arguments.steps
         longest = max(arguments.prefill_tokens, arguments.context + steps + NUM_WARMUP_STEPS + 2)
-        decoder = Decoder(
-            checkpoint.config,
-            checkpoint.weights,
-            exits=checkpoint.exits.layers,
+        options = EngineOptions(
             max_model_len=longest + 1,
-            backend=choose_backend(
-                checkpoint.config,
-                checkpoint.weights.dtype,
-                checkpoint.weights.device,
-                attention=arguments.attention_backend,
-                linear=arguments.linear_backend,
-            ),
+            attention_backend=arguments.attention_backend,
+            linear_backend=arguments.linear_backend,
+            max_num_seqs=max_rows,
+            max_num_batched_tokens=max(arguments.prefill_tokens, max_rows * arguments.context),
+            enable_prefix_caching=False,
         )
-        self.device, self.dtype = decoder.device, decoder.dtype
-        num_pages = max_rows * (longest // BLOCK_SIZE + 1) * decoder.num_slabs
-        tokenizer = Tokenizer(
-            checkpoint.tokenizer,
-            checkpoint.eos_token_ids,
-            checkpoint.chat_template,
-            model_vocab_size=checkpoint.config.vocab_size,
-        )
-        self._engine = Engine(
-            ModelRunner(decoder, num_pages=num_pages, block_size=BLOCK_SIZE),
-            checkpoint.exits,
-            eos_token_ids=checkpoint.eos_token_ids,
-            make_text=lambda r: TextStream(tokenizer, r.sampling, r.prompt_token_ids),
-            config=EngineConfig(
-                max_model_len=longest + 1,
-                max_num_batched_tokens=max(arguments.prefill_tokens, max_rows * arguments.context),
-                enable_prefix_caching=False,
-            ),
-        )
+        parts = assemble(checkpoint, options)
+        self._engine = parts.engine
+        self.device, self.dtype = parts.decoder.device, parts.decoder.dtype
         self._prompts = PromptMaker(
             random.Random(arguments.seed), vocab_size=checkpoint.config.vocab_size
         )
@@ -211,7 +185,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures and prints; 2 if the checkpoint cannot be served."""
+    """Measures and prints; 2 if the checkpoint cannot be served so."""
     arguments = parse_arguments(argv)
     described = environment()
     exits = [int(part) for part in arguments.exits.split(",")]
@@ -219,10 +193,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = load_checkpoint(
             arguments.model, exits=exits, dtype=arguments.dtype, device=arguments.device
         )
-    except CheckpointError as error:
+        bench = EngineBench(checkpoint, arguments)
+    except SortserveError as error:
         print(error, file=sys.stderr)
         return 2
-    results = _measure(EngineBench(checkpoint, arguments), checkpoint)
+    results = _measure(bench, checkpoint)
     _print(results)
     print_json("offline", arguments, described, results)
     return 0

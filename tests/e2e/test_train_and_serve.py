@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sortserve.checkpoint.load import load_checkpoint
+from sortserve import LLM, Budget, SamplingParams
 from sortserve.checkpoint.sorted_json import SortedInfo
 from sortserve.cli import main
-from sortserve.core.sampling_params import SamplingParams
-from sortserve_trainer.model.generation import OfflineEngine
 from support.tiny_models import make_tiny_checkpoint
 
 DEMO = Path(__file__).parents[2] / "examples" / "data"
@@ -52,12 +50,12 @@ def test_a_trained_checkpoint_is_better_at_every_exit_and_serves_them_all(tmp_pa
     assert scores[-1] == 1.0
     assert all(0 < score <= 1 for score in scores)
 
-    engine = OfflineEngine(load_checkpoint(str(trained), dtype="float32"), max_model_len=128)
-    prompt = engine.tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
+    hello = [{"role": "user", "content": "Hello"}]
     greedy = SamplingParams(temperature=0.0, max_tokens=8)
-    for exit_layer in EXITS:
-        (answer,) = engine.generate([prompt], exit_layer=exit_layer, sampling=greedy)
-        assert answer.token_ids
+    with LLM(trained, dtype="float32", max_model_len=128) as llm:
+        for exit_layer in EXITS:
+            (result,) = llm.chat(hello, greedy, budget=Budget(exit_layer=exit_layer))
+            assert result.outputs[0].tokens_by_exit.keys() == {exit_layer}
 
 
 @pytest.mark.timeout(300)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from sortserve.core.request import FinishReason
-from sortserve_trainer.evaluation.answering import measure_answers, measure_fluency
+from sortserve_trainer.evaluation.answering import Answer, measure_answers, measure_fluency
 from sortserve_trainer.evaluation.answers import normalise, score_answer
 from sortserve_trainer.evaluation.rows import Question
-from sortserve_trainer.model.generation import Answer
 from sortserve_trainer.model.repetition import ends_in_loop, repeated_ngrams
 
 
@@ -92,15 +91,15 @@ def test_a_loop_is_a_block_three_times_in_a_row_at_the_end(tokens: list[int], lo
     assert ends_in_loop(tokens) is loops
 
 
-def answer(index: int, text: str, tokens: list[int], reason: FinishReason) -> Answer:
-    return Answer(index=index, text=text, token_ids=tuple(tokens), finish_reason=reason)
+def answer(text: str, tokens: list[int], reason: FinishReason) -> Answer:
+    return Answer(text=text, token_ids=tuple(tokens), finish_reason=reason)
 
 
 def test_scores_of_a_file_are_means_over_its_questions() -> None:
     questions = [Question("Capital of France?", ("Paris",)), Question("Of Spain?", ("Madrid",))]
     answers = [
-        answer(0, "Paris", [5], FinishReason.STOP),
-        answer(1, "It is Madrid", [5], FinishReason.STOP),
+        answer("Paris", [5], FinishReason.STOP),
+        answer("It is Madrid", [5], FinishReason.STOP),
     ]
 
     quality = measure_answers(questions, answers)
@@ -110,8 +109,8 @@ def test_scores_of_a_file_are_means_over_its_questions() -> None:
 
 
 def test_the_token_that_ends_an_answer_is_no_part_of_it() -> None:
-    ended = answer(0, "x", [1, 2, 3, 4, 99], FinishReason.STOP)
-    cut = answer(1, "x", [7] * 20, FinishReason.LENGTH)
+    ended = answer("x", [1, 2, 3, 4, 99], FinishReason.STOP)
+    cut = answer("x", [7] * 20, FinishReason.LENGTH)
 
     fluency = measure_fluency([ended, cut])
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from sortserve import LLM
 from sortserve.core.request import FinishReason
 from sortserve_trainer.commands.selfdata import main
-from sortserve_trainer.model.generation import Answer, OfflineEngine
 from support.tiny_models import make_tiny_checkpoint
 
 PROMPTS = [
@@ -66,13 +67,11 @@ def test_a_whole_answer_is_kept_unless_it_goes_around_in_circles(
 ) -> None:
     texts = ["Hello to you.", "so it goes and " * 9]
 
-    def scripted(self: OfflineEngine, prompts: list[list[int]], **_: object) -> Iterator[Answer]:
-        for index in range(len(prompts)):
-            yield Answer(
-                index=index, text=texts[index], token_ids=(2,), finish_reason=FinishReason.STOP
-            )
+    def scripted(self: LLM, prompts: list[list[int]], *_: object, **__: object) -> list[Any]:
+        answers = [SimpleNamespace(text=t, finish_reason=FinishReason.STOP) for t in texts]
+        return [SimpleNamespace(outputs=(answer,)) for answer in answers[: len(prompts)]]
 
-    monkeypatch.setattr(OfflineEngine, "generate", scripted)
+    monkeypatch.setattr(LLM, "generate", scripted)
 
     rows = write(model, prompts, tmp_path / "out.jsonl")
 

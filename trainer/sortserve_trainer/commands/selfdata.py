@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from sortserve import LLM, Budget, SamplingParams
 from sortserve.checkpoint.load import load_checkpoint
 from sortserve.core.errors import SortserveError
 from sortserve.core.request import FinishReason
-from sortserve.core.sampling_params import SamplingParams
-from sortserve_trainer.model.generation import OfflineEngine
+from sortserve_trainer.model.generation import sampling_for
 from sortserve_trainer.model.repetition import repeated_ngrams
 
 __all__ = ["main"]
@@ -67,19 +67,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     checkpoint = load_checkpoint(options.model)
-    engine = OfflineEngine(
-        checkpoint,
-        max_model_len=options.max_prompt_tokens + options.max_tokens,
-        max_num_seqs=options.max_num_seqs,
-    )
+    longest = options.max_prompt_tokens + options.max_tokens
     num_done = _num_lines(options.output)
     messages = [
         message for path in options.prompts for message in _read_messages(path, options.limit)
     ]
-    with options.output.open("a", encoding="utf-8") as file:
+    with (
+        LLM(
+            checkpoint,
+            max_model_len=min(longest, checkpoint.max_model_len),
+            max_num_seqs=options.max_num_seqs,
+        ) as llm,
+        options.output.open("a", encoding="utf-8") as file,
+    ):
         for start in range(num_done, len(messages), WAVE):
             wave = messages[start : start + WAVE]
-            _answer_all(engine, checkpoint, wave, options, options.seed + start, file)
+            _answer_all(llm, wave, options, options.seed + start, file)
             print(f"{start + len(wave)} of {len(messages)}", flush=True)
 
 
@@ -110,8 +113,7 @@ def _message(row: dict[str, Any]) -> str:
 
 
 def _answer_all(
-    engine: OfflineEngine,
-    checkpoint: Any,
+    llm: LLM,
     messages: Sequence[str],
     options: argparse.Namespace,
     seed: int,
@@ -123,27 +125,24 @@ def _answer_all(
     cut (it would teach to stop in the middle) or went around in circles. With ``--keep-all`` these
     are kept, with the ``finish_reason`` that tells training that they are the model's own words.
     """
-    prompts = [
-        engine.tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}], add_generation_prompt=True
-        )
-        for message in messages
-    ]
+    prompts = [llm.chat_prompt([{"role": "user", "content": message}]) for message in messages]
     chosen = [i for i, p in enumerate(prompts) if len(p) <= options.max_prompt_tokens]
+    asked = [prompts[i] for i in chosen]
     sampling = SamplingParams(
         temperature=options.temperature,
         top_p=options.top_p,
         max_tokens=options.max_tokens,
         seed=seed,
     )
-    answers = engine.generate(
-        [prompts[i] for i in chosen],
-        exit_layer=options.exit or checkpoint.exits.full,
-        sampling=sampling,
+    results = llm.generate(
+        asked,
+        sampling_for(llm, asked, sampling),
+        budget=Budget(exit_layer=options.exit or llm.exits.full),
+        progress=False,
     )
     rows: list[dict[str, Any]] = [{"instruction": m, "input": "", "output": ""} for m in messages]
-    for answer in answers:
-        row = rows[chosen[answer.index]]
+    for i, result in zip(chosen, results, strict=True):
+        row, answer = rows[i], result.outputs[0]
         if options.keep_all:
             row |= {"output": answer.text, "finish_reason": answer.finish_reason.value}
             continue

@@ -6,17 +6,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sortserve import LLM, Budget, SamplingParams
 from sortserve.checkpoint.load import LoadedCheckpoint
 from sortserve.core.errors import ConfigError
 from sortserve.core.request import FinishReason
-from sortserve.core.sampling_params import SamplingParams
 from sortserve_trainer.data.chat_format import PLAIN_TEMPLATE
 from sortserve_trainer.evaluation.answers import score_answer
 from sortserve_trainer.evaluation.rows import Question
-from sortserve_trainer.model.generation import Answer, OfflineEngine
+from sortserve_trainer.model.generation import sampling_for
 from sortserve_trainer.model.repetition import ends_in_loop, repeated_ngrams
 
-__all__ = ["AnswerQuality", "Answerer", "Fluency", "measure_answers", "measure_fluency"]
+__all__ = ["Answer", "AnswerQuality", "Answerer", "Fluency", "measure_answers", "measure_fluency"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the model said to one prompt."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """With the token that ended it, if one did."""
+    finish_reason: FinishReason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +82,7 @@ class Answerer:
                 f"a prompt of {longest} tokens leaves no room for an answer: the context of "
                 f"{checkpoint.name} is {checkpoint.max_model_len} tokens."
             )
-        self._engine = OfflineEngine(
+        self._llm = LLM(
             checkpoint,
             max_model_len=min(checkpoint.max_model_len, longest + max_tokens),
             max_num_seqs=min(max_num_seqs, len(messages)),
@@ -87,15 +97,23 @@ class Answerer:
         on_answer: Callable[[], None] = lambda: None,
     ) -> list[Answer]:
         """The greedy answers, in the order of ``messages``."""
-        answers = []
-        for answer in self._engine.generate(
-            [self._encode(message) for message in messages],
-            exit_layer=exit_layer,
-            sampling=SamplingParams(temperature=0.0, max_tokens=max_tokens),
-        ):
-            answers.append(answer)
-            on_answer()
-        return sorted(answers, key=lambda answer: answer.index)
+        prompts = [self._encode(message) for message in messages]
+        greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        results = self._llm.generate(
+            prompts,
+            sampling_for(self._llm, prompts, greedy),
+            budget=Budget(exit_layer=exit_layer),
+            progress=lambda _: on_answer(),
+        )
+        outputs = [result.outputs[0] for result in results]
+        return [
+            Answer(text=out.text, token_ids=out.token_ids, finish_reason=out.finish_reason)
+            for out in outputs
+        ]
+
+    def close(self) -> None:
+        """End the engine and free its memory."""
+        self._llm.close()
 
     def _encode(self, message: str) -> list[int]:
         """A message in the model's chat template, or in that it is trained with without one."""

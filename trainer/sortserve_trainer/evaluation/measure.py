@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from sortserve.core.budget import ExitTable
 from sortserve.core.errors import CheckpointError
 from sortserve.model.config import ModelConfig
 from sortserve_trainer.evaluation.answering import (
+    Answer,
     Answerer,
     has_ended,
     measure_answers,
@@ -30,7 +32,6 @@ from sortserve_trainer.evaluation.files import HeldOut, load_packs
 from sortserve_trainer.evaluation.likelihood import measure_likelihood
 from sortserve_trainer.evaluation.report import Measured, Sample
 from sortserve_trainer.evaluation.settings import EvalSettings
-from sortserve_trainer.model.generation import Answer
 from sortserve_trainer.model.load import LoadedModel, load_for_evaluation
 
 __all__ = ["Result", "Subject", "measure"]
@@ -198,7 +199,10 @@ def _add_answers(
         for name, texts in prompted.items():
             answers = ask(texts, f"prompts of {name}", settings.max_tokens)
             own.fluencies[name] = measure_fluency(answers)
-            quoted += [Sample(texts[a.index], a.text, has_ended(a)) for a in answers]
+            quoted += [
+                Sample(text, answer.text, has_ended(answer))
+                for text, answer in zip(texts, answers, strict=True)
+            ]
         samples[exit_layer] = tuple(quoted[: settings.samples])
     return samples
 
@@ -249,10 +253,11 @@ def _answerers(
     for exit_layer in heads:
         weights = replace(checkpoint.weights, lm_head=heads[exit_layer])
         table = exit_table(checkpoint.config, checkpoint.sorted_info, [exit_layer])
-        yield exit_layer, make(replace(checkpoint, weights=weights, exits=table))
+        with closing(make(replace(checkpoint, weights=weights, exits=table))) as own:
+            yield exit_layer, own
     if shared_exits:
-        shared = make(checkpoint)
-        yield from ((exit_layer, shared) for exit_layer in shared_exits)
+        with closing(make(checkpoint)) as shared:
+            yield from ((exit_layer, shared) for exit_layer in shared_exits)
 
 
 def _ask(question: str, instruction: str) -> str:
