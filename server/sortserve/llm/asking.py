@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
-from sortserve.api.prompts import read_messages, read_prompt
+from sortserve.api.bodies.prompts import read_messages, read_prompt
 from sortserve.core.budget import Budget
 from sortserve.core.errors import InvalidRequestError, SortserveError
 from sortserve.core.request import EXPECTED_TOKENS, GenerationRequest
