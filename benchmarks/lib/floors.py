@@ -134,7 +134,9 @@ class ModelCost:
         head = self._weights.lm_head
         parts = [Work(head.nbytes, 2 * head.numel())]
         if module := self._weights.exit_modules.get(exit_layer):
-            parts.append(_work(module))
+            num_elements = module.kind.num_matrix_elements(self._config)
+            num_bytes = sum(tensor.nbytes for tensor in module.tensors.values())
+            parts.append(Work(num_bytes, 2 * num_elements))
         return _sum(parts)
 
     def _kv_bytes_per_token(self, exit_layer: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from sortserve.model.config import ModelConfig
-from sortserve.model.weights import ExitModuleWeights, LayerWeights, ModelWeights
+from sortserve.model.weights import LayerWeights, ModelWeights
 
 __all__ = ["apply_exit_module", "reference_forward", "rms_norm"]
 
@@ -53,10 +53,10 @@ def reference_forward(
         gate_TF, up_TF = linear(x_TD, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
         h_TD = h_TD + linear(silu(gate_TF) * up_TF, layer.down, layer.down_bias)
     module = weights.exit_modules.get(exit_layer)
-    if module is None or module.norm is None:
+    if module is None:
         h_TD = rms_norm(h_TD, weights.final_norm, config.rms_norm_eps)
     else:
-        h_TD = apply_exit_module(h_TD, _tensors(module), config.rms_norm_eps)
+        h_TD = apply_exit_module(h_TD, module.tensors, config.rms_norm_eps)
     return linear(h_TD, weights.lm_head)
 
 
@@ -85,16 +85,3 @@ def _attention(
 def _rotate_half(x: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
-
-
-def _tensors(module: ExitModuleWeights) -> dict[str, Tensor]:
-    gate, up = (None, None) if module.gate_up is None else module.gate_up.chunk(2)
-    named = {
-        "norm.weight": module.norm,
-        "affine.weight": module.affine,
-        "mlp_norm.weight": module.mlp_norm,
-        "gate_proj.weight": gate,
-        "up_proj.weight": up,
-        "down_proj.weight": module.down,
-    }
-    return {name: tensor for name, tensor in named.items() if tensor is not None}

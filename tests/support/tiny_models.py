@@ -27,6 +27,10 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from sortserve.checkpoint.families import read_model_config
+from sortserve.checkpoint.hf import load_hf_config
+from sortserve.model.config import ModelConfig
+from sortserve.model.exit_module import EXIT_MODULE_KINDS
 from support.reference import apply_exit_module
 
 disable_progress_bar()
@@ -52,6 +56,7 @@ __all__ = [
 
 NUM_LAYERS = 6
 EXIT_KINDS = ("none", "norm", "affine", "mlp")
+"""Those that the laws mix, one at each of four exits."""
 EOS_TOKEN = "<|im_end|>"
 
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", EOS_TOKEN)
@@ -183,7 +188,7 @@ def make_tiny_checkpoint(
         folder: created if missing.
         variant: one of VARIANTS.
         exits: ascending, the last is the number of layers; None writes no ``sorted.json``.
-        exit_kinds: exit layer to one of EXIT_KINDS; an exit that is missing has none.
+        exit_kinds: exit layer to the name of a kind; an exit that is missing has none.
         max_shard_size: below about 100KB the weights come in several shards.
         overrides: further fields of the transformers config.
     """
@@ -218,42 +223,25 @@ def write_sorted_json(
         **fields,
     }
     (folder / "sorted.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
-    config_path = folder / "config.json"
-    if not config_path.is_file():
+    if not exit_kinds or not (folder / "config.json").is_file():
         return
-    config = json.loads(config_path.read_text(encoding="utf-8"))
-    sizes = config["hidden_size"], config["intermediate_size"]
+    config = read_model_config(load_hf_config(folder))
     tensors = {
         f"exits.{exit_layer}.{name}": tensor
         for exit_layer, kind in exit_kinds.items()
-        for name, tensor in random_exit_module(kind, *sizes, seed=exit_layer).items()
+        for name, tensor in random_exit_module(kind, config, seed=exit_layer).items()
     }
     if tensors:
         save_file(tensors, folder / "exit_modules.safetensors")
 
 
-def random_exit_module(
-    kind: str, hidden_size: int, intermediate_size: int, *, seed: int
-) -> dict[str, Tensor]:
+def random_exit_module(kind: str, config: ModelConfig, *, seed: int) -> dict[str, Tensor]:
     """The tensors of one exit module, named as in ``exit_modules.safetensors``, no prefix."""
     generator = torch.Generator().manual_seed(1000 + seed)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    def linear(out_features: int, in_features: int) -> Tensor:
-        return noise(out_features, in_features) / math.sqrt(in_features)
-
-    tensors: dict[str, Tensor] = {}
-    if kind != "none":
-        tensors["norm.weight"] = 1.0 + 0.2 * noise(hidden_size)
-    if kind == "affine":
-        tensors["affine.weight"] = 0.5 * linear(hidden_size, hidden_size)
-    if kind == "mlp":
-        tensors["mlp_norm.weight"] = 1.0 + 0.2 * noise(hidden_size)
-        tensors["gate_proj.weight"] = linear(intermediate_size, hidden_size)
-        tensors["up_proj.weight"] = linear(intermediate_size, hidden_size)
-        tensors["down_proj.weight"] = linear(hidden_size, intermediate_size)
+    tensors = {}
+    for name, shape in EXIT_MODULE_KINDS[kind].shapes(config).items():
+        noise = torch.randn(shape, generator=generator)
+        tensors[name] = 1.0 + 0.2 * noise if len(shape) == 1 else noise / math.sqrt(shape[1])
     return tensors
 
 

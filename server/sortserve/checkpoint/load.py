@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from sortserve.checkpoint.adapter import ADAPTER_CONFIG, adapter_base, check_adapter, merge_adapter
-from sortserve.checkpoint.exit_modules import exit_module_shapes, load_exit_modules
+from sortserve.checkpoint.exit_modules import load_exit_modules
 from sortserve.checkpoint.families import count_layer_parameters, read_model_config, tensor_shapes
 from sortserve.checkpoint.files import check_folder
 from sortserve.checkpoint.generation_config import generation_settings
@@ -35,7 +35,8 @@ from sortserve.checkpoint.sorted_json import SORTED_JSON, SortedInfo, check_exit
 from sortserve.checkpoint.sources import Source, resolve_source
 from sortserve.core.budget import ExitInfo, ExitTable
 from sortserve.core.errors import CheckpointError, ConfigError
-from sortserve.model.config import ExitModuleKind, ModelConfig
+from sortserve.model.config import ModelConfig
+from sortserve.model.exit_module import EXIT_MODULE_KINDS, NO_MODULE
 from sortserve.model.rope import rope_frequencies
 from sortserve.model.weights import ModelWeights
 from sortserve.text.chat_template import ChatTemplate
@@ -171,15 +172,14 @@ def exit_table(
     full_matrices = config.num_layers * layer_matrices + head
 
     def info(exit_layer: int) -> ExitInfo:
-        kind = sorted_info.module_kind(exit_layer) if sorted_info else ExitModuleKind.NONE
-        shapes = exit_module_shapes(kind, config).values() or [(config.hidden_size,)]
-        module = sum(torch.Size(shape).numel() for shape in shapes)
-        matrices = sum(torch.Size(shape).numel() for shape in shapes if len(shape) == 2)
+        name = sorted_info.module_kind(exit_layer) if sorted_info else NO_MODULE
+        module = EXIT_MODULE_KINDS[name]
+        matrices = exit_layer * layer_matrices + module.num_matrix_elements(config) + head
         quality = dict(sorted_info.quality.get(exit_layer, {})) if sorted_info else {}
         return ExitInfo(
             exit_layer=exit_layer,
-            num_parameters=embeddings + exit_layer * layer + module,
-            compute=(exit_layer * layer_matrices + matrices + head) / full_matrices,
+            num_parameters=embeddings + exit_layer * layer + module.num_parameters(config),
+            compute=matrices / full_matrices,
             score=quality.pop("score", None),
             quality=quality or None,
         )

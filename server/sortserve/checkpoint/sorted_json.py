@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from sortserve.checkpoint.files import read_json
 from sortserve.core.errors import CheckpointError
-from sortserve.model.config import ExitModuleKind
+from sortserve.model.exit_module import NO_MODULE, exit_module_kind
 
 __all__ = ["SORTED_JSON", "SortedInfo", "check_exits"]
 
@@ -46,7 +46,7 @@ class SortedInfo:
     """Ascending; the last is ``num_layers``."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """How it was trained: method, data, steps, seed, versions; free."""
-    exit_modules: dict[int, ExitModuleKind] = field(default_factory=dict)
+    exit_modules: dict[int, str] = field(default_factory=dict)
     """Exit layer to kind; an exit that is missing has none."""
     quality: dict[int, dict[str, float]] = field(default_factory=dict)
     """Exit layer to metrics; ``score`` is relative to the full model, in [0, 1]."""
@@ -61,15 +61,15 @@ class SortedInfo:
             for exit_layer in layers:
                 if exit_layer not in self.exits:
                     raise ValueError(f"{name} names exit {exit_layer}, which is not in exits")
-        if self.module_kind(self.num_layers) is not ExitModuleKind.NONE:
+        if self.module_kind(self.num_layers) != NO_MODULE:
             raise ValueError(f"exit_modules: the full depth, {self.num_layers}, cannot have one")
         for exit_layer, metrics in self.quality.items():
             if not 0.0 <= metrics.get("score", 0.0) <= 1.0:
                 raise ValueError(f"quality.{exit_layer}.score={metrics['score']} is not in [0, 1]")
 
-    def module_kind(self, exit_layer: int) -> ExitModuleKind:
-        """What stands before the head at ``exit_layer``."""
-        return self.exit_modules.get(exit_layer, ExitModuleKind.NONE)
+    def module_kind(self, exit_layer: int) -> str:
+        """The name of what stands before the head at ``exit_layer``."""
+        return self.exit_modules.get(exit_layer, NO_MODULE)
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
@@ -89,7 +89,7 @@ class SortedInfo:
         kinds, quality = document.get("exit_modules", {}), document.get("quality", {})
         typed = {
             "exits": tuple(document["exits"]),
-            "exit_modules": {int(layer): ExitModuleKind(kind) for layer, kind in kinds.items()},
+            "exit_modules": {int(layer): kind for layer, kind in kinds.items()},
             "quality": {
                 int(layer): {name: float(value) for name, value in metrics.items()}
                 for layer, metrics in quality.items()
@@ -166,11 +166,11 @@ def _check_object(value: object, where: str) -> _Faults:
 
 
 def _check_kinds(value: object, where: str) -> _Faults:
-    kinds = tuple(ExitModuleKind)
     for at, kind in _by_layer(value, where):
-        if kind not in kinds:
-            *first, last = (f"'{kind.value}'" for kind in kinds)
-            yield at, f"it should be {', '.join(first)} or {last}"
+        try:
+            exit_module_kind(kind)
+        except ValueError as error:
+            yield at, str(error)
     yield from _layer_faults(value, where)
 
 

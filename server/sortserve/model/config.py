@@ -3,24 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
-__all__ = ["FAMILIES", "ExitModuleKind", "ModelConfig"]
+__all__ = ["FAMILIES", "ModelConfig"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-
-
-class ExitModuleKind(StrEnum):
-    """What stands between the trunk and the shared head at an exit (design 3)."""
-
-    NONE = "none"
-    """The shared final norm: published SoFT."""
-    NORM = "norm"
-    """An own RMSNorm."""
-    AFFINE = "affine"
-    """``x + W x``, then an own RMSNorm; W is [hidden, hidden]."""
-    MLP = "mlp"
-    """``x + down(silu(gate(n(x))) * up(n(x)))`` with its own input norm n, then an own RMSNorm."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,8 @@ from sortserve.model.attention import KVCache, RopeTables
 from sortserve.model.backend import Backend
 from sortserve.model.backends import choose_backend
 from sortserve.model.batch import Batch
-from sortserve.model.config import ExitModuleKind, ModelConfig
+from sortserve.model.config import ModelConfig
+from sortserve.model.exit_module import SharedNorm
 from sortserve.model.layers import pack_layer
 from sortserve.model.weights import ExitModuleWeights, ModelWeights
 
@@ -72,15 +73,15 @@ class Decoder:
         ]
         rope = RopeTables.build(weights.inv_freq, weights.rope_attention_scaling, max_model_len)
         self._stack = self.backend.attention.stack(layers, rope)
+        modules = {e: weights.exit_modules.get(e, _NO_MODULE) for e in exits}
         self._exits = {
-            exit_layer: _ExitModule(
-                self.backend,
-                config.rms_norm_eps,
-                weights.exit_modules.get(exit_layer, _NO_MODULE),
-                weights.final_norm,
+            exit_layer: module.kind(
+                module.tensors, weights.final_norm, self.backend, config.rms_norm_eps
             )
-            for exit_layer in exits
+            for exit_layer, module in modules.items()
         }
+        if release_weights:
+            weights.exit_modules.clear()
         self._lm_head = linear.head(weights.lm_head)
         if release_weights and weights.lm_head is not weights.embed:
             weights.lm_head = weights.lm_head.new_empty(0)
@@ -142,29 +143,4 @@ def _num_rows_deeper_than(batch: Batch, layer: int) -> int:
     return bisect_left(batch.exit_layers, -layer, key=lambda exit_layer: -exit_layer)
 
 
-_NO_MODULE = ExitModuleWeights(kind=ExitModuleKind.NONE)
-
-
-class _ExitModule:
-    """What stands between the trunk and the shared head at one exit."""
-
-    def __init__(
-        self, backend: Backend, eps: float, weights: ExitModuleWeights, final_norm: Tensor
-    ) -> None:
-        linear = backend.linear
-        self._eps = eps
-        self._ops = backend.ops
-        self._norm = final_norm if weights.norm is None else weights.norm
-        self._affine = None if weights.affine is None else linear.linear(weights.affine)
-        self._mlp_norm = weights.mlp_norm
-        self._gated = None if weights.gate_up is None else linear.gated(weights.gate_up)
-        self._down = None if weights.down is None else linear.linear(weights.down)
-
-    def __call__(self, h_RD: Tensor) -> Tensor:
-        """[R, D] to [R, D], ready for the head."""
-        if self._affine is not None:
-            h_RD = h_RD + self._affine(h_RD)
-        if self._mlp_norm is not None and self._gated is not None and self._down is not None:
-            x_RD = self._ops.rms_norm(h_RD, self._mlp_norm, self._eps)
-            h_RD = h_RD + self._down(self._gated(x_RD))
-        return self._ops.rms_norm(h_RD, self._norm, self._eps)
+_NO_MODULE = ExitModuleWeights(kind=SharedNorm, tensors={})

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sortserve.model.config import ExitModuleKind
+from sortserve.model.exit_module import ExitModule
 
 __all__ = ["ExitModuleWeights", "LayerWeights", "ModelWeights"]
 
@@ -43,19 +43,11 @@ class LayerWeights:
 
 @dataclass(kw_only=True)
 class ExitModuleWeights:
-    """What one exit has of its own (design 3); only the tensors of its kind are set."""
+    """What one exit has of its own (design 3)."""
 
-    kind: ExitModuleKind
-    norm: Tensor | None = None
-    """[D], the exit's own final norm (norm, affine, mlp)."""
-    affine: Tensor | None = None
-    """[D, D] (affine): the residual map."""
-    mlp_norm: Tensor | None = None
-    """[D] (mlp): the norm before the gated MLP."""
-    gate_up: Tensor | None = None
-    """[2F, D] (mlp)."""
-    down: Tensor | None = None
-    """[D, F] (mlp)."""
+    kind: type[ExitModule]
+    tensors: dict[str, Tensor]
+    """By the names in ``kind.shapes``."""
 
 
 @dataclass(kw_only=True)
@@ -74,7 +66,7 @@ class ModelWeights:
     rope_attention_scaling: float = 1.0
     """Factor on cos and sin (yarn)."""
     exit_modules: dict[int, ExitModuleWeights] = field(default_factory=dict)
-    """By exit layer; an exit that is missing here has kind none."""
+    """By exit layer; an exit that is missing here has the shared final norm."""
 
     @property
     def dtype(self) -> torch.dtype:

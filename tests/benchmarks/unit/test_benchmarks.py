@@ -24,7 +24,8 @@ from benchmarks.lib.workload import (
 )
 from benchmarks.serving import parse_arguments
 
-from sortserve.model.config import ExitModuleKind, ModelConfig
+from sortserve.model.config import ModelConfig
+from sortserve.model.exit_module import Affine
 from sortserve.model.weights import ExitModuleWeights, LayerWeights, ModelWeights
 
 EVENTS = b'data: {"a": 1}\n\n: keep-alive\n\ndata: x\r\ndata: y\r\n\r\ndata: [DONE]\n\n'
@@ -240,7 +241,8 @@ def tiny_cost(*, affine_exit: int | None = None) -> ModelCost:
         down=torch.zeros(8, 16),
     )
     module = ExitModuleWeights(
-        kind=ExitModuleKind.AFFINE, norm=torch.zeros(8), affine=torch.zeros(8, 8)
+        kind=Affine,
+        tensors={"norm.weight": torch.zeros(8), "affine.weight": torch.zeros(8, 8)},
     )
     return ModelCost(
         config,

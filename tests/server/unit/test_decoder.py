@@ -12,8 +12,9 @@ from torch import Tensor
 
 from sortserve.model.attention import KVCache
 from sortserve.model.backends import choose_backend
-from sortserve.model.config import ExitModuleKind, ModelConfig
+from sortserve.model.config import ModelConfig
 from sortserve.model.decoder import Decoder
+from sortserve.model.exit_module import Affine, GatedMlp, OwnNorm
 from sortserve.model.weights import ExitModuleWeights, LayerWeights, ModelWeights
 from support.batches import BLOCK_SIZE, Chunk, Pages, make_batch, random_ids, run_chunks
 from support.reference import reference_forward
@@ -93,15 +94,20 @@ def random_exit_modules(config: ModelConfig) -> dict[int, ExitModuleWeights]:
     d, f = config.hidden_size, config.intermediate_size
     norms = [1 + 0.2 * torch.randn(d, generator=generator) for _ in range(4)]
     return {
-        2: ExitModuleWeights(kind=ExitModuleKind.AFFINE, norm=norms[0], affine=noise(d, d)),
-        4: ExitModuleWeights(
-            kind=ExitModuleKind.MLP,
-            norm=norms[1],
-            mlp_norm=norms[2],
-            gate_up=noise(2 * f, d),
-            down=noise(d, f),
+        2: ExitModuleWeights(
+            kind=Affine, tensors={"norm.weight": norms[0], "affine.weight": noise(d, d)}
         ),
-        6: ExitModuleWeights(kind=ExitModuleKind.NORM, norm=norms[3]),
+        4: ExitModuleWeights(
+            kind=GatedMlp,
+            tensors={
+                "norm.weight": norms[1],
+                "mlp_norm.weight": norms[2],
+                "gate_proj.weight": noise(f, d),
+                "up_proj.weight": noise(f, d),
+                "down_proj.weight": noise(d, f),
+            },
+        ),
+        6: ExitModuleWeights(kind=OwnNorm, tensors={"norm.weight": norms[3]}),
     }
 
 

@@ -7,13 +7,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from sortserve.checkpoint.families import read_model_config
-from sortserve.model.config import ExitModuleKind
-from sortserve_trainer.model.exit_modules import ExitModules
+from sortserve_trainer.model.exit_modules import Affine, ExitModules
 from sortserve_trainer.model.load import load_for_evaluation
 from sortserve_trainer.model.lora import merge_in_forward
 from sortserve_trainer.model.sorted_model import SortedModel
 from sortserve_trainer.run.terms import ExitTerm
-from sortserve_trainer.run.warm_start import prepare_affine_modules
+from sortserve_trainer.run.warm_start import warm_start
 from support.tiny_models import (
     VARIANTS,
     hf_logits,
@@ -195,7 +194,7 @@ def test_lora_with_dropout_stays_with_peft() -> None:
 def affine_model() -> SortedModel:
     trunk = tiny_hf_model()
     config = read_model_config(trunk.config)
-    kinds = {2: ExitModuleKind.AFFINE, 4: ExitModuleKind.AFFINE}
+    kinds = {2: "affine", 4: "affine"}
     return SortedModel(trunk, EXITS, ExitModules(kinds, config, trunk.model.norm.weight.detach()))
 
 
@@ -212,20 +211,22 @@ def test_a_fitted_affine_module_brings_an_exit_closer_to_the_full_depth() -> Non
     full = model._read_out(6, states[6])
     before = (model._read_out(4, states[4]) - full).norm()
 
-    prepare_affine_modules(model, [2, 4], [packed([60] * 20, seed=2)])
+    warm_start(model, [2, 4], [packed([60] * 20, seed=2)])
 
     assert (model._read_out(4, states[4]) - full).norm() < 0.95 * before
 
 
 def test_rescaling_an_affine_module_leaves_its_function_alone() -> None:
     model = affine_model()
-    torch.nn.init.normal_(model.exit_modules.by_exit[2].affine_weight, std=0.1)
+    module = model.exit_modules.by_exit[2]
+    assert isinstance(module, Affine)
+    torch.nn.init.normal_(module.affine_weight, std=0.1)
     batch = packed([20, 9])
     before, tensors = loss_per_exit(model, batch), model.exit_modules.tensors()
 
-    prepare_affine_modules(model, [], [packed([40, 40], seed=3)])
+    warm_start(model, [], [packed([40, 40], seed=3)])
 
-    assert not torch.equal(model.exit_modules.by_exit[2].input_scale, torch.ones(64))
+    assert not torch.equal(module.input_scale, torch.ones(64))
     assert loss_per_exit(model, batch) == pytest.approx(before, rel=1e-4)
     for name, tensor in model.exit_modules.tensors().items():
         torch.testing.assert_close(tensor, tensors[name])

@@ -25,7 +25,7 @@ from sortserve.checkpoint.load import (
 from sortserve.checkpoint.loader import SafetensorsReader, open_trunk
 from sortserve.checkpoint.sorted_json import SortedInfo, check_exits
 from sortserve.core.errors import CheckpointError, ConfigError
-from sortserve.model.config import ExitModuleKind, ModelConfig
+from sortserve.model.config import ModelConfig
 from sortserve_trainer.model.exit_modules import ExitModules
 from sortserve_trainer.model.lora import merge_in_forward
 from sortserve_trainer.model.sorted_model import SortedModel
@@ -268,7 +268,7 @@ def _final_norm(trunk: Any) -> torch.Tensor:
 
 def _module_kinds(
     layout: CheckpointLayout, exits: Sequence[int], method: Method
-) -> Mapping[int, ExitModuleKind]:
+) -> Mapping[int, str]:
     """The method's kind everywhere, but where the base has a module already."""
     info = layout.sorted_info
     own = info.exit_modules if info is not None else {}

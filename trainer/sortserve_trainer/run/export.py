@@ -1,15 +1,12 @@
 """One exit of a sorted checkpoint as a plain Hugging Face folder.
 
 Sub-model E is the first E layers, the final norm and the head, so a folder of the same architecture
-holds it, whatever stands before the head at that exit:
+holds it, whatever stands before the head at that exit, if its kind has a place there:
 
-    none     as it is
-    norm     the exit's norm takes the place of the final norm
-    mlp      one more layer whose attention adds nothing (its output projection is zero), so that
-             only its MLP is left, and then the exit's norm
-    affine   has no place in these architectures, and is refused
-
-Shape legend: D hidden, F intermediate.
+    none           as it is
+    norm, mlp ...  its tensors go to the names in ``ExitModule.plain_names``: to the final norm, or
+                   to a layer that is added, where what it has no tensors for adds nothing
+    affine ...     has no place in these architectures, and is refused
 """
 
 from __future__ import annotations
@@ -37,8 +34,9 @@ from sortserve.checkpoint.hf import load_hf_config, load_tokenizer
 from sortserve.checkpoint.load import CheckpointLayout, open_checkpoint
 from sortserve.checkpoint.loader import StateDictReader, TensorReader, open_trunk
 from sortserve.core.errors import ConfigError
-from sortserve.model.config import ExitModuleKind, ModelConfig
-from sortserve.model.weights import ExitModuleWeights
+from sortserve.model.config import ModelConfig
+from sortserve.model.exit_module import NO_MODULE
+from sortserve_trainer.model.exit_modules import TRAINED_EXIT_MODULES, ExitModule
 from sortserve_trainer.run.save import atomic_folder, check_output
 
 __all__ = ["EXPORT_DTYPES", "export_submodel"]
@@ -95,8 +93,8 @@ def export_submodel(
 
     Raises:
         CheckpointError: the source is bad or not supported.
-        ConfigError: the exit does not exist or has an ``affine`` module, or ``output`` is not empty
-            or cannot be written.
+        ConfigError: the exit does not exist or has a module that no plain model has a place for, or
+            ``output`` is not empty or cannot be written.
     """
     check_output(output)
     with open_checkpoint(source, revision=revision) as layout:
@@ -126,7 +124,9 @@ def export_submodel(
     return output
 
 
-def _check_exit(exit_layer: int, config: ModelConfig, layout: CheckpointLayout) -> ExitModuleKind:
+def _check_exit(
+    exit_layer: int, config: ModelConfig, layout: CheckpointLayout
+) -> type[ExitModule] | None:
     """The kind of the exit's module; refuses what cannot be exported before weights are read."""
     info = layout.sorted_info
     if info is not None and exit_layer not in info.exits:
@@ -147,12 +147,15 @@ def _check_exit(exit_layer: int, config: ModelConfig, layout: CheckpointLayout) 
             exit_layer,
             layout.name,
         )
-    kind = info.module_kind(exit_layer) if info is not None else ExitModuleKind.NONE
-    if kind is ExitModuleKind.AFFINE:
+    name = info.module_kind(exit_layer) if info is not None else NO_MODULE
+    if name == NO_MODULE:
+        return None
+    kind = TRAINED_EXIT_MODULES[name]
+    if kind.plain_names is None:
         raise ConfigError(
-            f"--exit {exit_layer} of {layout.name} has an affine module, and a linear map between "
-            f"the last layer and the norm has no place in a plain {config.family} model. Serve it "
-            f"with sortserve, or export the full depth: --exit {config.num_layers}.",
+            f"--exit {exit_layer} of {layout.name} has {kind.export_obstacle} has no place in a "
+            f"plain {config.family} model. Serve it with sortserve, or export the full depth: "
+            f"--exit {config.num_layers}.",
             param="exit",
         )
     return kind
@@ -160,28 +163,32 @@ def _check_exit(exit_layer: int, config: ModelConfig, layout: CheckpointLayout) 
 
 @contextmanager
 def _weights(
-    layout: CheckpointLayout, config: ModelConfig, exit_layer: int, kind: ExitModuleKind
+    layout: CheckpointLayout, config: ModelConfig, exit_layer: int, kind: type[ExitModule] | None
 ) -> Iterator[tuple[TensorReader, ModelConfig]]:
     """The tensors of the sub-model under their names in a plain checkpoint, and its config."""
     with open_trunk(layout.model, config) as (source, config):
-        exported = replace(config, num_layers=exit_layer + (kind is ExitModuleKind.MLP))
         if layout.is_adapter:
             source = StateDictReader(merge_adapter(layout.own, layout.model), str(layout.own))
-        if kind is ExitModuleKind.NONE:
-            yield source, exported
+        if kind is None:
+            yield source, replace(config, num_layers=exit_layer)
             return
-        module = _read_module(layout, config, exit_layer)
-        yield _Folded(source, config, exit_layer, module), exported
+        assert kind.plain_names is not None
+        module = {
+            kind.plain_names[name].format(E=exit_layer): tensor
+            for name, tensor in _read_module(layout, config, exit_layer).items()
+        }
+        folded = _Folded(source, config, exit_layer, module)
+        yield folded, replace(config, num_layers=exit_layer + folded.has_added_layer)
 
 
 def _read_module(
     layout: CheckpointLayout, config: ModelConfig, exit_layer: int
-) -> ExitModuleWeights:
+) -> Mapping[str, Tensor]:
     assert layout.sorted_info is not None
     kinds = layout.sorted_info.exit_modules
     device = torch.device("cpu")
     modules = load_exit_modules(layout.own, kinds, [exit_layer], config, torch.float32, device)
-    return modules[exit_layer]
+    return modules[exit_layer].tensors
 
 
 class _Folded:
@@ -190,8 +197,11 @@ class _Folded:
     Args:
         trunk: the tensors of the full depth.
         config: of the full depth.
-        exit_layer: where the module stands; of an ``mlp`` also the index of the added layer.
-        module: of kind ``norm`` or ``mlp``.
+        exit_layer: where the module stands, and the index of the layer that is added for it.
+        module: its tensors, under their names in a plain checkpoint.
+
+    Attributes:
+        has_added_layer: whether any of them is in that layer.
     """
 
     def __init__(
@@ -199,29 +209,20 @@ class _Folded:
         trunk: TensorReader,
         config: ModelConfig,
         exit_layer: int,
-        module: ExitModuleWeights,
+        module: Mapping[str, Tensor],
     ) -> None:
-        assert module.norm is not None
         self._trunk = trunk
         self.origin = trunk.origin
         self.shapes = tensor_shapes(config)
-        self._own = {"model.norm.weight": module.norm}
-        if module.kind is ExitModuleKind.MLP:
-            assert module.mlp_norm is not None
-            assert module.gate_up is not None
-            assert module.down is not None
-            added = f"model.layers.{exit_layer}."
-            # What the layer has no use for is zero, its norms are one.
-            self._own |= {
-                name: (torch.ones if "norm" in name else torch.zeros)(shape)
-                for name, shape in self.shapes.items()
-                if name.startswith(added)
-            }
-            gate_FD, up_FD = (half.clone() for half in module.gate_up.chunk(2))
-            self._own[added + "post_attention_layernorm.weight"] = module.mlp_norm
-            self._own[added + "mlp.gate_proj.weight"] = gate_FD
-            self._own[added + "mlp.up_proj.weight"] = up_FD
-            self._own[added + "mlp.down_proj.weight"] = module.down
+        added = f"model.layers.{exit_layer}."
+        self.has_added_layer = any(name.startswith(added) for name in module)
+        # What the layer has no use for is zero, its norms are one.
+        unused = {
+            name: (torch.ones if "norm" in name else torch.zeros)(shape)
+            for name, shape in self.shapes.items()
+            if self.has_added_layer and name.startswith(added) and name not in module
+        }
+        self._own = {**unused, **module}
 
     def read(self, name: str) -> Tensor:
         """The module's tensor of this name, else the trunk's."""
@@ -303,15 +304,10 @@ def _generation_document(
 
 
 def _card(
-    layout: CheckpointLayout, exit_layer: int, kind: ExitModuleKind, config: ModelConfig
+    layout: CheckpointLayout, exit_layer: int, kind: type[ExitModule] | None, config: ModelConfig
 ) -> str:
     base = f", trained over `{layout.base}`" if layout.own != layout.model else ""
-    folded = {
-        ExitModuleKind.NORM: "The exit's own norm is the final norm.\n",
-        ExitModuleKind.MLP: (
-            "The last layer is the exit's MLP module: its attention is zero by construction.\n"
-        ),
-    }.get(kind, "")
+    folded = f"{kind.export_note}\n" if kind is not None else ""
     scores = layout.sorted_info.quality.get(exit_layer, {}) if layout.sorted_info else {}
     names = [name for name in ("score", "loss", "agreement") if name in scores]
     quality = ", ".join(f"{name} {scores[name]:.3f}" for name in names)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sortserve.model.config import ExitModuleKind
+from sortserve.model.exit_module import NO_MODULE
 from sortserve_trainer.run.terms import ExitTerm
 
 __all__ = ["DEFAULT_METHOD", "METHODS", "Method", "Weighting"]
@@ -50,7 +50,8 @@ class Method:
     """Weight of the loss on what generated answers repeat, beside that on targets."""
     exits_per_step: int | None = None
     """Exits below full depth that a step trains, drawn anew each step; None is all."""
-    exit_modules: ExitModuleKind = ExitModuleKind.NONE
+    exit_modules: str = NO_MODULE
+    """A name in ``EXIT_MODULE_KINDS``: new modules of exits below full depth."""
     lora_rank: int = 0
     """0 trains all weights."""
     learning_rate: float = 2e-5
@@ -93,7 +94,7 @@ METHODS = {
             protect=0.6,
             weighting="depth",
             distill=0.9,
-            exit_modules=ExitModuleKind.AFFINE,
+            exit_modules="affine",
             lora_rank=64,
             learning_rate=1e-3,
             vocab_sample=4608,

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from sortserve.model.config import ExitModuleKind
+from sortserve.model.exit_module import EXIT_MODULE_KINDS, NO_MODULE, exit_module_kind
 from sortserve.process.config import MAX_COUNT, Count, FilePath, Layers, Number, Strings, Text
 from sortserve_trainer.run.methods import DEFAULT_METHOD, METHODS, Method, Weighting
 from sortserve_trainer.run.validation import validated
@@ -75,7 +75,7 @@ class TrainSettings(BaseModel):
     generated (rows with a `finish_reason`); they are never learned. Default: the method's."""
     exits_per_step: Count | None = None
     """Exits below full depth that a step trains, drawn anew each step. Default: all."""
-    exit_modules: Literal["none", "norm", "affine", "mlp"] | None = None
+    exit_modules: Annotated[str, AfterValidator(exit_module_kind)] | None = None
     """Module of each exit before the shared head. Default: the method's."""
     vocab_sample: CountOrZero | None = None
     """Head columns that stand for all in the loss; 0 is all. Default: the method's."""
@@ -169,10 +169,11 @@ class TrainSettings(BaseModel):
             )
         if self.resolved.vocab_sample and self.resolved.has_head_phase:
             raise ValueError("--vocab-sample is not for sft+ict, which is a published baseline")
-        if self.freeze_trunk and self.resolved.exit_modules == "none":
+        if self.freeze_trunk and self.resolved.exit_modules == NO_MODULE:
+            *kinds, last = (kind for kind in EXIT_MODULE_KINDS if kind != NO_MODULE)
             raise ValueError(
                 "--freeze-trunk with --exit-modules none leaves nothing to train: "
-                "choose norm, affine or mlp"
+                f"choose {', '.join(kinds)} or {last}"
             )
         return self
 
@@ -196,13 +197,12 @@ class TrainSettings(BaseModel):
             "teacher",
             "unlikelihood",
             "exits_per_step",
+            "exit_modules",
             "vocab_sample",
             "learning_rate",
             "lora_rank",
         )
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if self.exit_modules is not None:
-            given["exit_modules"] = ExitModuleKind(self.exit_modules)
         return replace(METHODS[self.method], **given)
 
 

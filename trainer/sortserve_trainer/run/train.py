@@ -33,7 +33,7 @@ from sortserve_trainer.run.run_data import RunData, load_run_data
 from sortserve_trainer.run.save import disk_errors, save_checkpoint
 from sortserve_trainer.run.settings import GROUPS, TrainSettings, load_train_settings
 from sortserve_trainer.run.trainer import SortedTrainer, newest_state
-from sortserve_trainer.run.warm_start import prepare_affine_modules
+from sortserve_trainer.run.warm_start import warm_start
 
 __all__ = ["train", "train_command"]
 
@@ -143,7 +143,7 @@ def _warm_start(loaded: LoadedModel, mixture: Mixture) -> None:
     batches: Iterable[Mapping[str, Tensor]] = (collate([pack]) for pack in packs)
     uses_autocast = loaded.dtype is not torch.float32
     with torch.autocast(loaded.device.type, dtype=loaded.dtype, enabled=uses_autocast):
-        prepare_affine_modules(loaded.model, loaded.new_modules, batches)
+        warm_start(loaded.model, loaded.new_modules, batches)
 
 
 def _training_arguments(
