@@ -34,12 +34,14 @@ from benchmarks.lib.common import environment, percentile, print_json, print_tab
 from benchmarks.lib.http_client import HttpClient
 from benchmarks.lib.loadgen import Planned, RequestRecord, Run, run_closed_loop, run_open_loop
 from benchmarks.lib.server_process import ServerStartError, serve
-from benchmarks.lib.simulator import Machine, measured_machine, simulate
 from benchmarks.lib.workload import PromptMaker, RequestMaker, RequestSpec, load_trace
 from benchmarks.serving import detect_model
 from benchmarks.simulate import arrivals_of, stretched
 from benchmarks.simulate import figures as simulated_figures
+from sortserve.cost.machine import Machine
+from sortserve.process.profiling import measured_machine
 from sortserve.process.svg import Series, line_chart
+from sortserve.simulation import simulate
 
 __all__ = ["SYSTEMS", "figures", "main"]
 

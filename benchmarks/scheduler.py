@@ -4,7 +4,7 @@ The engine runs with a model that takes no time, so what is left is everything e
 batch, due times, the cap, page tables, plans, commits, refits and the state for the event loop. The
 times are CPU times of the engine's thread, so that a busy machine does not count. The share is of
 the step's predicted time on the machine that `--machine` names (see
-`benchmarks/lib/simulator.py`). `choose_us` is what judging one newcomer costs the event loop. The
+`benchmarks/lib/machines.py`). `choose_us` is what judging one newcomer costs the event loop. The
 last line is one JSON document.
 
     python -m benchmarks.scheduler --rows 8 64 256
@@ -13,22 +13,22 @@ last line is one JSON document.
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import sys
 import time
 from typing import Any
 
 from benchmarks.lib.common import environment, percentile, print_json, print_table
-from benchmarks.lib.simulator import MACHINES, Machine, make_desk, make_engine, request_of
-from benchmarks.lib.workload import RequestSpec
+from benchmarks.lib.machines import MACHINES
 from sortserve.admission.desk import AdmissionDesk
 from sortserve.core.budget import Budget
 from sortserve.core.plan import StepPlan
 from sortserve.core.sampling_params import SampledToken
+from sortserve.cost.machine import Machine
 from sortserve.cost.model import step_shape
-from sortserve.engine.engine import Engine
+from sortserve.engine.engine import Engine, EngineConfig
 from sortserve.scheduling.policies.table import POLICIES
+from sortserve.simulation import MAX_MODEL_LEN, Arrival, BlankRunner, make_desk, make_engine
 
 __all__ = ["main", "measure"]
 
@@ -48,13 +48,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-class _Costless:
+class _Costless(BlankRunner):
     """Takes no time, and adds up what its plans would have taken."""
 
-    num_pages, block_size = 200_000, 16
-
-    def __init__(self, machine: Machine, slab_size: int) -> None:
-        self.slab_size = slab_size
+    def __init__(self, machine: Machine) -> None:
+        super().__init__(machine.exits, num_pages=200_000)
         self.own_s = 0.0
         self.model_s: list[float] = []
         self._model = machine.model
@@ -62,7 +60,7 @@ class _Costless:
     def execute(self, plan: StepPlan) -> list[SampledToken]:
         started_s = time.thread_time()
         self.model_s.append(self._model.step_s(step_shape(plan)))
-        tokens = [SampledToken(1) for row in plan.rows if row.sampling is not None]
+        tokens = super().execute(plan)
         self.own_s += time.thread_time() - started_s
         return tokens
 
@@ -86,8 +84,15 @@ def measure(
     machine: Machine, policy: str, num_rows: int, *, num_steps: int, context: int
 ) -> dict[str, Any]:
     """Figures of one policy at one number of rows, half of them with a budget."""
-    runner = _Costless(machine, math.gcd(*machine.exits))
-    engine = make_engine(machine, runner, _Clock(runner), policy=policy, max_num_seqs=num_rows)
+    runner = _Costless(machine)
+    config = EngineConfig(
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=num_rows,
+        policy=policy,
+        enable_prefix_caching=False,
+        seed=0,
+    )
+    engine = make_engine(machine, runner, _Clock(runner), config)
     desk = make_desk(engine)
     choose_s = _fill(engine, desk, num_rows, num_steps=num_steps, context=context)
     while any(s.num_pending_tokens > 1 for s in engine.scheduler.sequences()):
@@ -121,8 +126,13 @@ def _fill(
     for i in range(num_rows):
         budgeted = Budget(latency_ms=1e7, on_miss="degrade")  # type: ignore[arg-type]
         budget = budgeted if i % 2 else Budget(exit_layer=rng.choice(exits))
-        spec = RequestSpec(num_prompt_tokens=context, num_output_tokens=4 * num_steps)
-        request = request_of(spec, budget, str(i), arrival_s=engine.clock())
+        arrival = Arrival(
+            due_s=engine.clock(),
+            num_prompt_tokens=context,
+            num_output_tokens=4 * num_steps,
+            budget=budget,
+        )
+        request = arrival.request(str(i))
         started_s = time.thread_time()
         choice = desk.choose(request, engine.validate(request))
         seconds.append(time.thread_time() - started_s)

@@ -1,7 +1,7 @@
 """Goodput of every policy on a simulated machine, from a trace of arrivals.
 
 The server's own scheduler, admission and cost model run under a fake clock; only the model is
-replaced by the time it would take (see ``benchmarks/lib/simulator.py``). Each request gets a
+replaced by the time it would take (see ``sortserve/simulation.py``). Each request gets a
 latency budget from one of three classes. Compared are, at several arrival rates:
 
     full, shallow, middle   every request at one exit, lock-step, no admission
@@ -27,9 +27,11 @@ from typing import Any
 
 from benchmarks.lib.budget_classes import CLASSES, Unloaded, draw_class, scaled
 from benchmarks.lib.common import environment, percentile, print_json, print_table
-from benchmarks.lib.simulator import MACHINES, Arrival, Machine, Outcome, Simulation, simulate
+from benchmarks.lib.machines import MACHINES
 from benchmarks.lib.workload import RequestSpec, load_trace
 from sortserve.core.budget import Budget
+from sortserve.cost.machine import Machine
+from sortserve.simulation import Arrival, Outcome, Simulated, simulate
 
 __all__ = ["SYSTEMS", "arrivals_of", "figures", "main", "stretched", "unloaded_times"]
 
@@ -127,7 +129,7 @@ def arrivals_of(
     return arrivals
 
 
-def figures(run: Simulation, machine: Machine, unloaded: Unloaded | None = None) -> dict[str, Any]:
+def figures(run: Simulated, machine: Machine, unloaded: Unloaded | None = None) -> dict[str, Any]:
     """What a run comes to: goodput, attainment, depth, quality, refusals."""
     unloaded = unloaded or unloaded_times(machine)
     factors = {c.name: c for c in CLASSES}

@@ -26,6 +26,7 @@ TORCH_FREE = (
     "sortserve.scheduling.policies.table",
     "sortserve.scheduling.scheduler",
     "sortserve.core.sequence",
+    "sortserve.simulation",
 )
 
 

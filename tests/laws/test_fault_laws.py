@@ -25,9 +25,17 @@ from sortserve.core.plan import StepPlan
 from sortserve.core.request import FinishReason, GenerationRequest, RequestOutput, RequestReport
 from sortserve.core.sampling_params import RowFailure
 from sortserve.engine.engine import Engine
-from support.scripted import AsciiText, FakeClock, add, make_engine, make_request, run
+from sortserve.simulation import Clock, Simulation, TimedRunner
+from support.scripted import (
+    AsciiText,
+    ScriptedRunner,
+    add,
+    make_engine,
+    make_request,
+    run,
+)
 from support.serving import serve
-from support.timed import MODEL, TimedRunner, make_desk
+from support.timed import MODEL
 from support.tiny_models import make_tiny_checkpoint
 
 EXITS = (2, 4, 6)
@@ -70,8 +78,8 @@ class Chaos:
 class ChaosRunner(TimedRunner):
     """Fails before a step, in the middle of its rows, and row by row."""
 
-    def __init__(self, chaos: Chaos, clock: FakeClock, num_pages: int) -> None:
-        super().__init__(clock, num_pages=num_pages)
+    def __init__(self, chaos: Chaos, clock: Clock, num_pages: int) -> None:
+        super().__init__(ScriptedRunner(num_pages=num_pages), clock, MODEL)
         self.chaos = chaos
         self.guilty: dict[str, str] = {}
 
@@ -121,7 +129,7 @@ class Storm:
     def __init__(self, seed: int, policy: str, num_pages: int, caching: bool) -> None:
         self.chaos = Chaos(seed)
         self.rng = self.chaos.rng
-        self.clock = FakeClock(now=0.0)
+        self.clock = Clock()
         self.runner = ChaosRunner(self.chaos, self.clock, num_pages)
         self.observed = Observed(self.chaos)
         self.texts: dict[str, AsciiText] = {}
@@ -140,7 +148,7 @@ class Storm:
             make_text=self._make_text,
         )
         self.engine.costs.use(self.rng.choice([MODEL, MODEL, None]))
-        self.desk = make_desk(self.engine)
+        self.simulation = Simulation(self.engine, self.clock)
         decisions = self.engine.scheduler._decisions
         names = ("cap", "choose", "lower", "entry_order", "victim")
         parts = {name: getattr(decisions.policy, name) for name in names}
@@ -160,13 +168,10 @@ class Storm:
             arrival_s=self.clock.now,
             stop=self.rng.choice([(), ("de",)]),
         )
-        self.desk.see(self.engine.demands())
-        try:
-            choice = self.desk.choose(request, self.engine.validate(request))
-        except BudgetUnattainableError:
+        self.simulation.arrive(request)
+        if name in self.simulation.refusals:
             return
         self.requests[name], self.tokens[name] = request, []
-        self.engine.add_request(request, choice)
         fate = self.rng.choice(["raises", "not finite", "push", "finish", *[None] * 8])
         if fate in ("push", "finish"):
             setattr(self.texts[name], fate, lambda *args: 1 / 0)

@@ -22,7 +22,7 @@ from sortserve.scheduling.policies.lockstep import lockstep
 from sortserve.scheduling.policies.table import POLICIES
 from sortserve.scheduling.policy import Policy, Situation, StepChoice
 from support.scripted import ScriptedRunner, add, depth_letter, make_engine, run
-from support.timed import MODEL, Timed, TimedRunner, make_demand, make_timed, timed_request
+from support.timed import MODEL, Timed, make_demand, make_timed, timed_request
 from support.workloads import check_report, workloads
 
 # ---- the policy ----
@@ -117,10 +117,7 @@ def test_everybody_gets_the_tokens_that_it_gets_alone(
     lengths: list[tuple[int, int]], num_pages: int
 ) -> None:
     def start() -> Timed:
-        timed = make_timed(policy="shortest", num_pages=num_pages)
-        assert isinstance(timed.runner, TimedRunner)
-        timed.runner.rule = depth_letter
-        return timed
+        return make_timed(policy="shortest", num_pages=num_pages, rule=depth_letter)
 
     requests = [
         timed_request(str(i), length, max_tokens=9, exit_layer=exit_layer)

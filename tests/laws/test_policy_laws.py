@@ -1,6 +1,6 @@
 """Whatever the workload, under every policy: nobody starves, no page is lost, promises are real.
 
-Steps take time here (see `support.timed`), so budgets, downgrades, refusals and preemptions happen.
+Steps take time here (`sortserve.simulation`), so budgets, downgrades and refusals happen.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sortserve.core.request import GenerationRequest
+from sortserve.core.request import GenerationRequest, RequestOutput
 from sortserve.scheduling.policies.table import POLICIES
 from support.timed import MODEL, make_timed, timed_request
 from support.workloads import EXITS, check_report, workloads
@@ -85,8 +85,8 @@ def test_due_times_never_go_back_and_never_pass_the_deadline(
     due_s: dict[str, float] = {}
     step = timed.step
 
-    def watched() -> None:
-        step()
+    def watched() -> list[RequestOutput]:
+        outputs = step()
         for demand in timed.engine.demands():
             if not (demand.is_hard and demand.is_decoding):
                 continue
@@ -96,6 +96,7 @@ def test_due_times_never_go_back_and_never_pass_the_deadline(
             assert demand.due_s >= due_s.get(demand.request_id, -math.inf) - 1e-9
             assert demand.due_s <= end_s + deep_step_s
             due_s[demand.request_id] = demand.due_s
+        return outputs
 
     timed.step = watched  # type: ignore[method-assign]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from sortserve.admission.choose import ExitChoice
 from sortserve.core.budget import Budget, ExitInfo, ExitTable
-from sortserve.core.plan import StepPlan
+from sortserve.core.plan import Runner, StepPlan
 from sortserve.core.request import GenerationRequest, Observer, RequestOutput
 from sortserve.core.sampling_params import SampledToken, SamplingParams, TokenLogprob
 from sortserve.engine.engine import Engine, EngineConfig, TextStream
@@ -166,7 +166,7 @@ def make_request(
 def make_engine(
     *,
     exits: tuple[int, ...] = (2, 4, 6),
-    runner: ScriptedRunner | None = None,
+    runner: Runner | None = None,
     clock: Callable[[], float] | None = None,
     observer: Observer | None = None,
     make_text: Callable[[GenerationRequest], TextStream] = lambda request: AsciiText(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,10 +17,11 @@ from sortserve.engine.engine import Engine, EngineConfig
 from sortserve.engine.runner import ModelRunner
 from sortserve.model.backends import choose_backend
 from sortserve.model.decoder import Decoder
+from sortserve.simulation import Clock
 from sortserve.text.tokenizer import Tokenizer
 from support.reference_sampling import sample_reference
 from support.scripted import FakeClock
-from support.timed import Timed, TimedModel, make_desk
+from support.timed import RecordingRunner, Timed
 from support.tiny_models import hf_logits, load_hf, read_exit_module
 
 
@@ -48,14 +49,16 @@ class Served:
         **config: Any,
     ) -> Timed:
         """A server whose steps take the time of one cost model, and that reckons with another."""
-        clock = FakeClock(now=0.0)
+        clock = Clock()
         model = ModelRunner(self.decoder, num_pages=num_pages, block_size=block_size)
-        runner = TimedModel(model, clock, truth)
+        runner = RecordingRunner(model, clock, truth)
         engine = self._engine_of(runner, clock, config)
         engine.costs.use(believed)
-        return Timed(engine, runner, clock, make_desk(engine))
+        return Timed(engine, runner, clock)
 
-    def _engine_of(self, runner: Runner, clock: FakeClock, config: dict[str, Any]) -> Engine:
+    def _engine_of(
+        self, runner: Runner, clock: Callable[[], float], config: dict[str, Any]
+    ) -> Engine:
         settings = {
             "max_num_seqs": 64,
             "seed": 0,

@@ -4,120 +4,68 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-from sortserve.admission.choose import ExitChoice
-from sortserve.admission.desk import AdmissionDesk
 from sortserve.core.budget import Budget
-from sortserve.core.errors import BudgetUnattainableError
 from sortserve.core.plan import Runner, StepPlan
-from sortserve.core.request import GenerationRequest, RequestReport
+from sortserve.core.request import GenerationRequest, RequestOutput
 from sortserve.core.sampling_params import RowFailure, SampledToken
-from sortserve.cost.model import CostModel, Line, step_shape
+from sortserve.cost.model import CostModel, Line
 from sortserve.engine.engine import Engine
 from sortserve.scheduling.demand import Demand, StepCosts
+from sortserve.simulation import Clock, Simulation, TimedRunner
 from support.scripted import (
     Collected,
-    FakeClock,
+    Rule,
     ScriptedRunner,
     collect,
     make_engine,
     make_request,
+    next_letter,
 )
 
 LINE: Line = (1e-3, 1e-3, 1e-5, 1e-8, 1e-5)
 """A step takes a millisecond, one more a layer, and little for each token."""
 MODEL = CostModel(LINE, LINE, safety=1.1)
 COSTS = StepCosts(replace(MODEL, safety=1.0))
+MAX_STEPS = 5000
 
 
-class TimedRunner(ScriptedRunner):
-    """Moves the clock by what a step costs, times some noise."""
+class RecordingRunner(TimedRunner):
+    """Keeps the plans whose time has passed."""
 
     def __init__(
-        self,
-        clock: FakeClock,
-        *,
-        noise: Callable[[], float] = lambda: 1.0,
-        num_pages: int = 4096,
-        slab_size: int = 2,
+        self, runner: Runner, clock: Clock, truth: CostModel, **noise: Callable[[], float]
     ) -> None:
-        super().__init__(num_pages=num_pages, slab_size=slab_size)
-        self._clock = clock
-        self._noise = noise
-
-    def execute(self, plan: StepPlan) -> list[SampledToken]:
-        self._clock.now += MODEL.step_s(step_shape(plan)) * self._noise()
-        return super().execute(plan)
-
-
-class TimedModel:
-    """A real model whose steps move the clock by what a cost model says."""
-
-    def __init__(self, runner: Runner, clock: FakeClock, truth: CostModel) -> None:
-        self.num_pages, self.block_size = runner.num_pages, runner.block_size
-        self.slab_size = runner.slab_size
+        super().__init__(runner, clock, truth, **noise)
         self.plans: list[StepPlan] = []
-        self._runner, self._clock, self._truth = runner, clock, truth
 
     def execute(self, plan: StepPlan) -> Sequence[SampledToken | RowFailure]:
         self.plans.append(plan)
-        self._clock.now += self._truth.step_s(step_shape(plan))
-        return self._runner.execute(plan)
+        return super().execute(plan)
 
 
-@dataclass
-class Timed:
-    """A server without threads: requests arrive at their times, one step follows the other."""
+class Timed(Simulation):
+    """A simulation whose tokens and plans are kept, and whose invariants are looked at."""
 
-    engine: Engine
-    runner: TimedRunner | TimedModel
-    clock: FakeClock
-    desk: AdmissionDesk
-    choices: dict[str, ExitChoice] = field(default_factory=dict)
-    refusals: dict[str, BudgetUnattainableError] = field(default_factory=dict)
-    reports: dict[str, RequestReport] = field(default_factory=dict)
-    errors: dict[str, Exception] = field(default_factory=dict)
-    results: dict[str, Collected] = field(default_factory=dict)
-    """The tokens of each request, and the exits that they were made at."""
-    check_every: int = 16
-    """Steps between two looks at all invariants."""
-    _num_steps: int = 0
+    def __init__(self, engine: Engine, runner: RecordingRunner, clock: Clock) -> None:
+        super().__init__(engine, clock)
+        self.runner = runner
+        self.results: dict[str, Collected] = {}
+        """The tokens of each request, and the exits that they were made at."""
+        self.check_every = 16
+        """Steps between two looks at all invariants."""
+        self._num_steps = 0
 
-    def arrive(self, request: GenerationRequest) -> None:
-        self.desk.see(self.engine.demands())
-        try:
-            choice = self.desk.choose(request, self.engine.validate(request))
-        except BudgetUnattainableError as error:
-            self.refusals[request.request_id] = error
-            return
-        self.choices[request.request_id] = choice
-        self.engine.add_request(request, choice)
-
-    def step(self) -> None:
-        outputs = self.engine.step()
+    def step(self) -> list[RequestOutput]:
+        outputs = super().step()
         collect(outputs, self.results)
-        for output in outputs:
-            if output.report is not None:
-                self.reports[output.request_id] = output.report
-            if output.error is not None:
-                self.errors[output.request_id] = output.error
         self._num_steps += 1
+        assert self._num_steps <= MAX_STEPS, "work is left"
         if self._num_steps % self.check_every == 0:
             self.engine.check_invariants()
-
-    def run(self, arrivals: Sequence[GenerationRequest] = (), *, max_steps: int = 5000) -> None:
-        queue = sorted(arrivals, key=lambda r: r.arrival_s)
-        for _ in range(max_steps):
-            if not self.engine.has_work:
-                if not queue:
-                    return
-                self.clock.now = max(self.clock.now, queue[0].arrival_s)
-            while queue and queue[0].arrival_s <= self.clock.now:
-                self.arrive(queue.pop(0))
-            self.step()
-        raise AssertionError(f"work is left after {max_steps} steps")
+        return outputs
 
 
 def make_timed(
@@ -126,13 +74,15 @@ def make_timed(
     seed: int | None = None,
     num_pages: int = 800,
     slab_size: int = 2,
+    rule: Rule = next_letter,
     overload_delay_s: float = 0.0,
     **config: Any,
 ) -> Timed:
     """A timed server; with a seed its steps are noisy."""
-    clock, rng = FakeClock(now=0.0), random.Random(seed)
+    clock, rng = Clock(), random.Random(seed)
     noise = (lambda: 1.0) if seed is None else (lambda: rng.lognormvariate(0.0, 0.05))
-    runner = TimedRunner(clock, noise=noise, num_pages=num_pages, slab_size=slab_size)
+    scripted = ScriptedRunner(num_pages=num_pages, slab_size=slab_size, rule=rule)
+    runner = RecordingRunner(scripted, clock, MODEL, noise=noise)
     engine = make_engine(
         exits=exits,
         runner=runner,
@@ -142,20 +92,7 @@ def make_timed(
         **config,
     )
     engine.costs.use(MODEL)
-    return Timed(engine, runner, clock, make_desk(engine))
-
-
-def make_desk(engine: Engine) -> AdmissionDesk:
-    """The desk that judges newcomers of an engine."""
-    return AdmissionDesk(
-        exits=engine.exits,
-        policy=engine.policy,
-        max_num_batched_tokens=engine.config.max_num_batched_tokens,
-        overload_delay_s=engine.config.overload_delay_s,
-        clock=engine.clock,
-        expect=engine.expect,
-        costs=engine.costs,
-    )
+    return Timed(engine, runner, clock)
 
 
 def timed_request(

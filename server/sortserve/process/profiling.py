@@ -6,12 +6,13 @@ import statistics
 from pathlib import Path
 
 from sortserve.core.errors import ConfigError
+from sortserve.cost.machine import Machine
 from sortserve.cost.model import CostModel, Samples
 from sortserve.process.build import build
-from sortserve.process.config import ServeSettings
+from sortserve.process.config import ServeSettings, load_settings
 from sortserve.process.svg import Series, line_chart
 
-__all__ = ["chart", "profile", "table"]
+__all__ = ["chart", "measured_machine", "profile", "table"]
 
 COEFFICIENTS = ("step", "layer", "layer-token", "layer-KV-token", "sampled row")
 
@@ -67,3 +68,29 @@ def chart(samples: Samples, model: CostModel, title: str) -> str:
         series.append(Series(f"{layers} layers", modelled, colour=i))
         series.append(Series("measured", measured, dots=True, colour=i))
     return line_chart(f"{title}: time of a step", "tokens in the step", "ms", series)
+
+
+def measured_machine(model_name: str | None, exits: str | None = None) -> Machine:
+    """The machine it runs on, as a server with these flags would time it at its start.
+
+    Args:
+        model_name: what ``sortserve serve`` would be given; None: its default.
+        exits: as in ``--exits``; None: the checkpoint's own.
+
+    Raises:
+        SortserveError: an exit is wrong, or the model cannot be served.
+    """
+    given = {"model": model_name, "exits": exits}
+    serving = build(load_settings({k: v for k, v in given.items() if v is not None}))
+    model = CostModel.fit(serving.measure())
+    table = serving.checkpoint.exits
+    scores = {e: table[e].score for e in table.layers}
+    return Machine(
+        name="this",
+        source="measured by this run",
+        exits=tuple(table.layers),
+        small=model.small,
+        large=model.large,
+        compute={e: table[e].compute for e in table.layers},
+        score=None if None in scores.values() else {e: s or 0.0 for e, s in scores.items()},
+    )

@@ -12,10 +12,11 @@ from benchmarks.goodput import Exits, figures, parse_arguments, simulate_all
 from benchmarks.lib.budget_classes import CLASSES, Unloaded
 from benchmarks.lib.http_client import HttpClient
 from benchmarks.lib.loadgen import RequestRecord, Run
-from benchmarks.lib.simulator import MACHINES, measured_machine
+from benchmarks.lib.machines import MACHINES
 from benchmarks.lib.workload import RequestSpec
 
 from benchmarks import overload
+from sortserve.process.profiling import measured_machine
 from support.scripted_http import scripted_server
 from support.tiny_models import make_tiny_checkpoint
 

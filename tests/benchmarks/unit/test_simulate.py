@@ -7,9 +7,11 @@ import random
 
 import pytest
 from benchmarks.lib.budget_classes import CLASSES, Unloaded, scaled
-from benchmarks.lib.simulator import MACHINES, simulate
+from benchmarks.lib.machines import MACHINES
 from benchmarks.lib.workload import RequestSpec
 from benchmarks.simulate import arrivals_of, figures, stretched, unloaded_times
+
+from sortserve.simulation import simulate
 
 CPU = MACHINES["cpu2"]
 

@@ -295,7 +295,7 @@ def test_a_request_that_expired_in_the_queue_never_runs() -> None:
 
     ran = {row.request_id for plan in timed.runner.plans for row in plan.rows}
     assert ran == {"hog"}
-    assert timed.errors["late"].status == 429  # type: ignore[attr-defined]
+    assert timed.errors["late"].status == 429
     assert timed.reports["cut"].finish_reason == "deadline"
 
 

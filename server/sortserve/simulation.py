@@ -1,0 +1,349 @@
+"""What would my traffic do? The server's own scheduling under a clock that no machine moves.
+
+Everything that decides is the server's code: ``Engine``, ``Scheduler``, ``AdmissionDesk``,
+``CostLearner``. Only the network is replaced: a step takes the time that a cost model says, times
+some noise, and its tokens are blank. So thousands of requests take seconds, for machines that are
+not here. For example, whether this machine keeps half a second for a hundred requests that come
+three a second, and at which depth:
+
+    from sortserve.core.budget import Budget
+    from sortserve.process.profiling import measured_machine
+    from sortserve.simulation import Arrival, simulate
+
+    machine = measured_machine("sorted-smollm2-135m")
+    budget = Budget(latency_ms=500)
+    arrivals = [
+        Arrival(due_s=i / 3, num_prompt_tokens=200, num_output_tokens=40, budget=budget)
+        for i in range(100)
+    ]
+    run = simulate(machine, arrivals, policy="deadline")
+
+    served = [o.report for o in run.outcomes if o.report is not None]
+    print(f"{len(served)} of {len(arrivals)} were promised an answer in time,")
+    print(f"{sum(bool(report.met) for report in served)} had one,")
+    print(f"made with {sum(report.compute for report in served) / len(served):.0%} of the FLOPs")
+
+``measured_machine`` times a model here; a ``Machine`` can as well be written down from the data
+sheet of a card. What is not simulated: HTTP, tokenising, answers that end before their time.
+
+Below ``simulate`` is ``Simulation``, which takes any engine whose runner moves the clock.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from sortserve.admission.choose import ExitChoice
+from sortserve.admission.desk import AdmissionDesk
+from sortserve.core.budget import Budget
+from sortserve.core.errors import SortserveError
+from sortserve.core.plan import Runner, StepPlan
+from sortserve.core.request import (
+    GenerationRequest,
+    Observer,
+    RequestOutput,
+    RequestReport,
+    StepRecord,
+)
+from sortserve.core.sampling_params import RowFailure, SampledToken, SamplingParams
+from sortserve.cost.learner import CostLearner
+from sortserve.cost.machine import Machine
+from sortserve.cost.model import CostModel, step_shape
+from sortserve.engine.engine import Engine, EngineConfig
+
+__all__ = [
+    "Arrival",
+    "BlankRunner",
+    "Clock",
+    "Outcome",
+    "Simulated",
+    "Simulation",
+    "TimedRunner",
+    "make_desk",
+    "make_engine",
+    "simulate",
+]
+
+BLANK = 1
+"""The id of every token, read or generated."""
+MAX_MODEL_LEN = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """One request of a trace."""
+
+    due_s: float
+    """Seconds from the start of the run."""
+    num_prompt_tokens: int
+    num_output_tokens: int
+    budget: Budget = field(default_factory=Budget)
+    label: str = ""
+    """The class it is counted in."""
+
+    def request(self, request_id: str) -> GenerationRequest:
+        """What the engine gets: a request of exactly these lengths."""
+        return GenerationRequest(
+            request_id=request_id,
+            prompt_token_ids=(BLANK,) * self.num_prompt_tokens,
+            sampling=SamplingParams(max_tokens=self.num_output_tokens, ignore_eos=True),
+            budget=self.budget,
+            arrival_s=self.due_s,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of one request."""
+
+    arrival: Arrival
+    report: RequestReport | None
+    """None: it was refused on arrival."""
+    error: SortserveError | None = None
+    """Why it was refused, on arrival or later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """A finished run."""
+
+    outcomes: Sequence[Outcome]
+    """In the order of the arrivals given."""
+    wall_s: float
+    """Simulated seconds."""
+    num_steps: int
+    num_lowered: int
+    """Changes of depth in flight."""
+    num_preemptions: int
+    step_errors: Sequence[float]
+    """Predicted over actual of every step."""
+
+
+def simulate(
+    machine: Machine,
+    arrivals: Iterable[Arrival],
+    *,
+    policy: str = "deadline",
+    max_num_seqs: int = 256,
+    max_num_batched_tokens: int = 1024,
+    num_pages: int = 200_000,
+    overload_delay_s: float = 2.0,
+    seed: int = 0,
+) -> Simulated:
+    """Run arrivals through the server's own scheduling until the last is answered.
+
+    Args:
+        machine: how long steps take.
+        arrivals: in any order.
+        policy: of the scheduler.
+        max_num_seqs: most sequences that run at once.
+        max_num_batched_tokens: most tokens of a step.
+        num_pages: of the KV cache.
+        overload_delay_s: see ``--overload-delay``.
+        seed: of the noise.
+    """
+    clock, counts, rng = Clock(), _Counts(), random.Random(seed)
+    runner = TimedRunner(
+        BlankRunner(machine.exits, num_pages=num_pages),
+        clock,
+        machine.model,
+        noise=lambda: rng.lognormvariate(0.0, machine.noise),
+    )
+    config = EngineConfig(
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        policy=policy,
+        overload_delay_s=overload_delay_s,
+        enable_prefix_caching=False,  # blank prompts would share all their pages
+        seed=0,
+    )
+    engine = make_engine(machine, runner, clock, config, counts)
+    simulation, known = Simulation(engine, clock), list(arrivals)
+    simulation.run(arrival.request(str(i)) for i, arrival in enumerate(known))
+    return Simulated(
+        outcomes=[
+            Outcome(
+                arrival=arrival,
+                report=simulation.reports.get(str(i)),
+                error=simulation.refusals.get(str(i)) or simulation.errors.get(str(i)),
+            )
+            for i, arrival in enumerate(known)
+        ],
+        wall_s=clock.now,
+        num_steps=counts.num_steps,
+        num_lowered=counts.num_lowered,
+        num_preemptions=counts.num_preemptions,
+        step_errors=counts.errors,
+    )
+
+
+# ---- below: any engine, any runner ----
+
+
+@dataclass
+class Clock:
+    """A clock that moves only when told."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        """The present moment."""
+        return self.now
+
+
+class BlankRunner:
+    """Runs nothing, and every token is blank."""
+
+    block_size = 16
+
+    def __init__(self, exits: Sequence[int], *, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self.slab_size = math.gcd(*exits)
+
+    def execute(self, plan: StepPlan) -> list[SampledToken]:
+        """A token for each row that samples."""
+        return [SampledToken(BLANK) for row in plan.rows if row.sampling is not None]
+
+
+class TimedRunner:
+    """A runner whose steps take the time that a cost model says, times some noise."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        clock: Clock,
+        truth: CostModel,
+        *,
+        noise: Callable[[], float] = lambda: 1.0,
+    ) -> None:
+        self.num_pages, self.block_size = runner.num_pages, runner.block_size
+        self.slab_size = runner.slab_size
+        self._runner, self._clock, self._truth, self._noise = runner, clock, truth, noise
+
+    def execute(self, plan: StepPlan) -> Sequence[SampledToken | RowFailure]:
+        """Let the step's time pass, and run it."""
+        self._clock.now += self._truth.step_s(step_shape(plan)) * self._noise()
+        return self._runner.execute(plan)
+
+
+class Simulation:
+    """A server without threads: requests arrive at their times, one step follows the other.
+
+    Args:
+        engine: its runner must move the clock.
+        clock: the engine's.
+    """
+
+    def __init__(self, engine: Engine, clock: Clock) -> None:
+        self.engine = engine
+        self.clock = clock
+        self.desk = make_desk(engine)
+        self.choices: dict[str, ExitChoice] = {}
+        """The exits that requests were let in at."""
+        self.refusals: dict[str, SortserveError] = {}
+        """Why requests were refused on arrival."""
+        self.reports: dict[str, RequestReport] = {}
+        self.errors: dict[str, SortserveError] = {}
+        """What ended requests that had been let in."""
+
+    def arrive(self, request: GenerationRequest) -> None:
+        """A request is let in, or refused, now."""
+        self.desk.see(self.engine.demands())
+        try:
+            choice = self.desk.choose(request, self.engine.validate(request))
+        except SortserveError as error:
+            self.refusals[request.request_id] = error
+            return
+        self.choices[request.request_id] = choice
+        self.engine.add_request(request, choice)
+
+    def step(self) -> list[RequestOutput]:
+        """One step of the engine."""
+        outputs = self.engine.step()
+        for output in outputs:
+            if output.report is not None:
+                self.reports[output.request_id] = output.report
+            if output.error is not None:
+                self.errors[output.request_id] = output.error
+        return outputs
+
+    def run(self, requests: Iterable[GenerationRequest] = ()) -> None:
+        """Let requests arrive when they are due, and step until nothing is left."""
+        queue = deque(sorted(requests, key=lambda request: request.arrival_s))
+        while queue or self.engine.has_work:
+            if not self.engine.has_work:
+                self.clock.now = max(self.clock.now, queue[0].arrival_s)
+            while queue and queue[0].arrival_s <= self.clock.now:
+                self.arrive(queue.popleft())
+            self.step()
+
+
+def make_engine(
+    machine: Machine,
+    runner: Runner,
+    clock: Callable[[], float],
+    config: EngineConfig,
+    observer: Observer | None = None,
+) -> Engine:
+    """The server's engine over a runner without a model, calibrated for a machine."""
+    engine = Engine(
+        runner,
+        machine.table,
+        eos_token_ids=frozenset(),
+        make_text=lambda request: _NoText(),
+        config=config,
+        clock=clock,
+        observer=observer,
+    )
+    engine.costs.learn_from(CostLearner(machine.calibration()))
+    return engine
+
+
+def make_desk(engine: Engine) -> AdmissionDesk:
+    """The desk that judges newcomers of an engine."""
+    return AdmissionDesk(
+        exits=engine.exits,
+        policy=engine.policy,
+        max_num_batched_tokens=engine.config.max_num_batched_tokens,
+        overload_delay_s=engine.config.overload_delay_s,
+        clock=engine.clock,
+        expect=engine.expect,
+        costs=engine.costs,
+    )
+
+
+class _NoText:
+    def push(self, token_id: int) -> tuple[str, bool]:
+        return "", False
+
+    def finish(self) -> str:
+        return ""
+
+
+class _Counts:
+    """Counts what the engine tells."""
+
+    def __init__(self) -> None:
+        self.num_steps = self.num_lowered = self.num_preemptions = 0
+        self.errors: list[float] = []
+
+    def on_step(self, record: StepRecord) -> None:
+        self.num_steps += 1
+        self.num_lowered += len(record.exit_changes)
+        self.num_preemptions += record.num_preemptions
+        if record.predicted_s:
+            self.errors.append(record.predicted_s / record.duration_s)
+
+    def on_finished(self, report: RequestReport) -> None:
+        """The simulation sees them itself."""
+
+    def on_rejected(self, reason: str, budget: Budget | None) -> None:
+        """Nor these."""
+
+    def on_forecast_failed(self) -> None:
+        """Nor these."""
