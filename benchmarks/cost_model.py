@@ -32,7 +32,7 @@ from sortserve.cost.model import CostModel, step_shape
 from sortserve.engine.runner import ModelRunner
 from sortserve.model.decoder import Decoder
 from sortserve.process.config import ServeSettings
-from sortserve.process.svg import Series, line_chart
+from sortserve.process.plot import Series, line_chart
 
 __all__ = ["main", "random_plan"]
 
@@ -178,13 +178,13 @@ def _errors(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
     }
 
 
-def draw(points: Sequence[Sequence[float]]) -> str:
-    """Predicted over measured, with the line on which they agree."""
+def draw(points: Sequence[Sequence[float]]) -> bytes:
+    """Predicted over measured as an SVG, with the line on which they agree."""
     highest = max(max(point) for point in points)
-    agree = Series("equal", [(0.0, 0.0), (highest, highest)], colour=5)
+    agree = Series("equal", [(0.0, 0.0), (highest, highest)], colour=1)
     dots = Series("steps", [(p[0], p[1]) for p in points], dots=True, colour=0)
     return line_chart(
-        "Predicted and measured time of a step", "measured ms", "predicted", [agree, dots]
+        "Predicted and measured time of a step", "measured ms", "predicted ms", [agree, dots]
     )
 
 
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     print_table(["model", "median error %", "95th %", "worst %"], rows)
     if arguments.plot is not None:
-        arguments.plot.write_text(draw(results["points"]))
+        arguments.plot.write_bytes(draw(results["points"]))
         print(f"plot: {arguments.plot}")
     print_json("cost_model", arguments, described, results)
     return 0

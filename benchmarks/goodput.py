@@ -39,8 +39,8 @@ from benchmarks.serving import detect_model
 from benchmarks.simulate import arrivals_of, stretched
 from benchmarks.simulate import figures as simulated_figures
 from sortserve.cost.machine import Machine
+from sortserve.process.plot import Series, line_chart
 from sortserve.process.profiling import measured_machine
-from sortserve.process.svg import Series, line_chart
 from sortserve.simulation import simulate
 
 __all__ = ["SYSTEMS", "figures", "main"]
@@ -290,11 +290,11 @@ def _policy(system: str) -> str:
     return "deadline" if system == "deadline" else "lockstep"
 
 
-def draw(found: Mapping[str, Mapping[float, Mapping[str, Any]]]) -> str:
-    """Goodput over rate, a line a system."""
+def draw(found: Mapping[str, Mapping[float, Mapping[str, Any]]]) -> bytes:
+    """Goodput over rate as an SVG, a line a system."""
     series = [
-        Series(system, [(rate, f["goodput_share"] or 0.0) for rate, f in rates.items()])
-        for system, rates in found.items()
+        Series(system, [(rate, f["goodput_share"] or 0.0) for rate, f in rates.items()], colour=i)
+        for i, (system, rates) in enumerate(found.items())
     ]
     return line_chart("Requests that met their budget", "requests a second", "share", series)
 
@@ -323,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
             predicted = simulated[rate]["goodput_share"]
             print(f"{system}: goodput {_cell(real)}, simulated {_cell(predicted)}")
     if arguments.plot is not None:
-        arguments.plot.write_text(draw(results["systems"]))
+        arguments.plot.write_bytes(draw(results["systems"]))
         print(f"plot: {arguments.plot}")
     print_json("goodput", arguments, described, results)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from importlib.util import find_spec
 from pathlib import Path
 
 from sortserve.core.errors import ConfigError
@@ -10,7 +11,7 @@ from sortserve.cost.machine import Machine
 from sortserve.cost.model import CostModel, Samples
 from sortserve.process.build import build
 from sortserve.process.config import ServeSettings, load_settings
-from sortserve.process.svg import Series, line_chart
+from sortserve.process.plot import Series, line_chart
 
 __all__ = ["chart", "measured_machine", "profile", "table"]
 
@@ -21,15 +22,17 @@ def profile(settings: ServeSettings, plot: Path | None = None) -> int:
     """Measure, keep the result for the next ``serve``, print it; returns the exit code.
 
     Raises:
-        ConfigError: the plot cannot be written.
+        ConfigError: the plot cannot be drawn or written.
     """
+    if plot is not None:
+        _check_matplotlib()
     serving = build(settings)
     samples = serving.measure()
     model = CostModel.fit(samples)
     print(table(samples, model))
     if plot is not None:
         try:
-            plot.write_text(chart(samples, model, serving.model_name))
+            plot.write_bytes(chart(samples, model, serving.model_name))
         except OSError as error:
             raise ConfigError(f"--plot {plot} cannot be written: {error}", param="plot") from error
         print(f"plot: {plot}")
@@ -55,8 +58,8 @@ def table(samples: Samples, model: CostModel) -> str:
     return "\n".join(lines)
 
 
-def chart(samples: Samples, model: CostModel, title: str) -> str:
-    """Step time over tokens, a line of the model and the measured dots for each depth."""
+def chart(samples: Samples, model: CostModel, title: str) -> bytes:
+    """Step time over tokens as an SVG: for each depth the model's line and the measured dots."""
     series: list[Series] = []
     for i, layers in enumerate(sorted({shape.num_layers for shape, _ in samples})):
         own = sorted(
@@ -66,8 +69,18 @@ def chart(samples: Samples, model: CostModel, title: str) -> str:
         modelled = [(shape.num_tokens, 1e3 * model.step_s(shape)) for shape, _ in own]
         measured = [(shape.num_tokens, 1e3 * seconds) for shape, seconds in own]
         series.append(Series(f"{layers} layers", modelled, colour=i))
-        series.append(Series("measured", measured, dots=True, colour=i))
-    return line_chart(f"{title}: time of a step", "tokens in the step", "ms", series)
+        series.append(Series("", measured, colour=i, dots=True))
+    title = f"{title}: time of a step, modelled (line) and measured (dots)"
+    return line_chart(title, "tokens in the step", "ms", series)
+
+
+def _check_matplotlib() -> None:
+    """Find out before a minute of measuring that its result could not be drawn."""
+    if find_spec("matplotlib") is None:
+        raise ConfigError(
+            "--plot needs matplotlib, which is not installed: pip install 'sortserve[plot]'",
+            param="plot",
+        )
 
 
 def measured_machine(model_name: str | None, exits: str | None = None) -> Machine:

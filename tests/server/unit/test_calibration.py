@@ -36,8 +36,8 @@ from sortserve.cost.model import (
     StepShape,
     step_shape,
 )
+from sortserve.process.plot import Series, line_chart
 from sortserve.process.profiling import chart, table
-from sortserve.process.svg import Series, line_chart
 from support.scripted import FakeClock
 from support.tiny_models import make_tiny_checkpoint
 
@@ -132,14 +132,36 @@ def test_the_table_and_the_chart_show_each_sample() -> None:
     text, drawing = table(samples(), model), ElementTree.fromstring(chart(samples(), model, "a<b"))
 
     assert len(text.splitlines()) == 1 + 6 + 4
-    dots = [e for e in drawing.iter() if e.tag.endswith("circle")]
-    assert len(dots) == 6 + 2  # and their keys in the legend
+    words = [e.text for e in drawing.iter() if e.tag.endswith("text")]
+    assert words.count("a<b: time of a step, modelled (line) and measured (dots)") == 1
+    assert {"2 layers", "6 layers", "tokens in the step", "ms"} <= set(words)
+    groups = [e for e in drawing.iter() if e.get("clip-path") and e.tag.endswith("g")]
+    assert sum(len(group) for group in groups) == 6, "a dot a sample"
+
+
+def test_the_same_figures_give_the_same_bytes() -> None:
+    model = CostModel.fit(samples())
+
+    assert chart(samples(), model, "m") == chart(samples(), model, "m")
 
 
 def test_an_empty_chart_is_a_drawing_too() -> None:
-    drawing = line_chart("nothing", "x", "y", [Series("none", [])])
+    drawing = line_chart("nothing", "x", "y", [Series("", [], colour=0)])
 
     assert ElementTree.fromstring(drawing).tag.endswith("svg")
+
+
+def test_without_matplotlib_nothing_is_measured_for_a_plot_and_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sortserve.process.profiling.find_spec", lambda name: None)
+
+    assert main(["profile", str(tmp_path / "no model"), "--plot", str(tmp_path / "p.svg")]) == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("--plot needs matplotlib, which is not installed: pip install 'sortserve[plot]'")
+    )
 
 
 def test_a_profile_is_printed_drawn_and_used_by_the_next_start(

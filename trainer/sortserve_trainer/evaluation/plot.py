@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from sortserve.process.plot import COLOURS, new_figure, render
 from sortserve_trainer.evaluation.report import ModelReport, Report
 
 if TYPE_CHECKING:
@@ -20,17 +20,6 @@ _SHARES = {
     "repetition": ("repeated 4-grams", "#8d6a9f", "v"),
 }
 """Label, colour and marker of the metrics that lie in [0, 1]."""
-_LOSS_COLOURS = ("#1b6ca8", "#d1495b", "#5b8e3f", "#8d6a9f", "#c77d2a", "#3d8b8b")
-_STYLE: Any = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.size": 9,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "sortserve",  # the same report gives the same bytes
-}
 
 
 def draw_quality(report: Report) -> dict[str, bytes]:
@@ -39,30 +28,18 @@ def draw_quality(report: Report) -> dict[str, bytes]:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels: list[Callable[[Axes, Report], None]] = []
     if any(name in report.exits[-1].metrics for name in _SHARES):
         panels.append(_draw_shares)
     if "loss" in report.exits[-1].metrics:
         panels.append(_draw_losses)
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained")
-        FigureCanvasAgg(figure)
+    with new_figure(5.2 * len(panels), 3.8) as figure:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, draw in zip(axes, panels, strict=True):
             draw(axis, report)
             _mark_exits(axis, report)
         figure.suptitle(f"{report.model}: quality of each exit against its compute", fontsize=10)
-        files = {}
-        for format_ in ("svg", "png"):
-            buffer = io.BytesIO()
-            metadata = {"Date": None} if format_ == "svg" else {"Software": None}
-            figure.savefig(buffer, format=format_, dpi=160, metadata=metadata)
-            files[format_] = buffer.getvalue()
-    return files
+        return {format_: render(figure, format_) for format_ in ("svg", "png")}
 
 
 def _draw_shares(axis: Axes, report: Report) -> None:
@@ -77,7 +54,7 @@ def _draw_shares(axis: Axes, report: Report) -> None:
 
 def _draw_losses(axis: Axes, report: Report) -> None:
     for i, name in enumerate(_files_with_loss(report.exits[-1])):
-        colour = _LOSS_COLOURS[i % len(_LOSS_COLOURS)]
+        colour = COLOURS[i % len(COLOURS)]
         points = [(e.compute, e.by_file[name]["loss"]) for e in report.exits]
         axis.plot(*zip(*points, strict=True), marker="o", color=colour, label=name)
         if report.base_report is not None and name in report.base_report.by_file:
