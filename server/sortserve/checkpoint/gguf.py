@@ -24,8 +24,9 @@ import torch
 
 from sortserve.checkpoint.families import check_family, read_model_config
 from sortserve.checkpoint.hf import quiet
+from sortserve.core.atomic_write import PRIVATE, write_atomically
 from sortserve.core.errors import CheckpointError
-from sortserve.core.user_cache import file_digest, is_private, open_user_cache, write_private
+from sortserve.core.user_cache import file_digest, is_private, open_user_cache
 from sortserve.model.config_fields import check_fields
 
 __all__ = ["converted_gguf"]
@@ -120,7 +121,7 @@ def _seal(folder: Path) -> None:
     for path in folder.iterdir():
         path.chmod(0o600)
         digests[path.name] = file_digest(path)
-    write_private(folder / _DIGESTS, json.dumps(digests, indent=2).encode())
+    write_atomically(folder / _DIGESTS, json.dumps(digests, indent=2).encode(), mode=PRIVATE)
 
 
 def _is_whole(folder: Path) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sortserve.checkpoint.files import read_json
+from sortserve.core.atomic_write import write_atomically
 from sortserve.core.errors import CheckpointError
 from sortserve.model.exit_module import NO_MODULE, exit_module_kind
 
@@ -103,11 +104,9 @@ class SortedInfo:
     def write(self, folder: Path) -> Path:
         """Write ``sorted.json`` in one atomic step and return its path."""
         path = folder / SORTED_JSON
-        draft = path.with_suffix(".json.tmp")
         document = {name: value for name, value in asdict(self).items() if value is not None}
         text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
+        write_atomically(path, text.encode())
         return path
 
 

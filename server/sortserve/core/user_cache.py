@@ -13,8 +13,6 @@ import hashlib
 import logging
 import os
 import stat
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 __all__ = [
@@ -23,7 +21,6 @@ __all__ = [
     "make_private",
     "open_user_cache",
     "user_cache_dir",
-    "write_private",
 ]
 
 logger = logging.getLogger(__name__)
@@ -113,25 +110,6 @@ def is_private(path: Path, kind: int = stat.S_IFREG) -> bool:
         and status.st_uid in {0, os.geteuid()}
         and not status.st_mode & _OTHERS_MAY_WRITE
     )
-
-
-def write_private(path: Path, content: bytes) -> None:
-    """Write a file that only its owner can read, all of it or nothing; others see no half.
-
-    Raises:
-        OSError: it cannot be written; nothing is left behind.
-    """
-    descriptor, draft = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(draft)
-        raise
 
 
 def file_digest(path: Path) -> str:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import astuple
 from pathlib import Path
 
-from sortserve.core.user_cache import is_private, make_private, write_private
+from sortserve.core.atomic_write import PRIVATE, write_atomically
+from sortserve.core.user_cache import is_private, make_private
 from sortserve.cost.model import Samples, StepShape, is_time
 
 __all__ = ["cache_path", "machine_name", "read_samples", "write_samples"]
@@ -83,7 +84,7 @@ def write_samples(path: Path, samples: Samples, key: Mapping[str, object]) -> No
     document["digest"] = _digest(document)
     try:
         make_private(path.parent)
-        write_private(path, json.dumps(document).encode())
+        write_atomically(path, json.dumps(document).encode(), mode=PRIVATE)
     except OSError as error:
         logger.warning("the calibration cannot be kept in %s: %s", path, error)
 

@@ -22,8 +22,9 @@ from sortserve.checkpoint import gguf as gguf_file
 from sortserve.checkpoint.load import load_checkpoint
 from sortserve.cli import main
 from sortserve.core import user_cache
+from sortserve.core.atomic_write import write_atomically
 from sortserve.core.errors import CheckpointError
-from sortserve.core.user_cache import open_user_cache, user_cache_dir, write_private
+from sortserve.core.user_cache import open_user_cache, user_cache_dir
 from sortserve.cost.cache import cache_path, read_samples, write_samples
 from sortserve.cost.model import StepShape
 from sortserve.model.backends.cpu import library as native
@@ -251,27 +252,6 @@ def test_a_home_that_cannot_be_written_is_no_failure(
     assert len(caplog.records) == 1
 
 
-# Files.
-
-
-def test_a_file_is_written_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "file"
-    write_private(path, b"before")
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_private(path, b"after")
-
-    assert path.read_bytes() == b"before"
-    assert list(tmp_path.iterdir()) == [path]
-    assert mode(path) == 0o600
-
-
 # Kernels.
 
 
@@ -352,12 +332,12 @@ def test_a_library_under_a_name_that_is_not_its_own_is_never_loaded(
 def test_a_full_disk_costs_the_kernels_their_place_and_nothing_else(
     cache: Path, compiler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(path: Path, content: bytes) -> None:
+    def full(path: Path, content: bytes, *, mode: int) -> None:
         if path.parent == cache:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write_private(path, content)
+        write_atomically(path, content, mode=mode)
 
-    monkeypatch.setattr(native, "write_private", full)
+    monkeypatch.setattr(native, "write_atomically", full)
 
     library = build_library(None, compiler)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_everything_is_measured_printed_and_kept(
         assert len(exit_["samples"]) == 2
     assert info.exit_modules  # and nothing else was lost
     assert info.recipe == {"method": "random"}
-    assert not list(model.glob("*.tmp"))
+    assert not list(model.glob(".writing-*"))
 
 
 def test_the_report_says_what_it_was_measured_on(model: Path, data: Path, questions: Path) -> None:
@@ -384,7 +385,7 @@ def test_a_sorted_json_that_cannot_be_written_is_one_line(
         raise OSError(28, "No space left on device")
 
     before = (model / "sorted.json").read_bytes()
-    monkeypatch.setattr(Path, "write_text", disk_full)
+    monkeypatch.setattr(os, "fsync", disk_full)
 
     assert run(model, "--data", data) == 2
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
 from sortserve.checkpoint.sorted_json import SORTED_JSON, SortedInfo
+from sortserve.core.atomic_write import write_atomically
 from sortserve.core.errors import ConfigError
 from sortserve_trainer.evaluation.plot import draw_quality
 from sortserve_trainer.evaluation.report import Report
@@ -45,9 +45,7 @@ def write_files(report: Report, folder: Path) -> None:
     }
     try:
         for name, content in files.items():
-            draft = folder / f".{name}.tmp"
-            draft.write_bytes(content)
-            os.replace(draft, folder / name)
+            write_atomically(folder / name, content)
     except OSError as error:
         raise _cannot_write(folder, error) from error
 
@@ -80,7 +78,6 @@ def write_quality(report: Report, model: str) -> str:
     try:
         replace(info, quality=kept).write(folder)
     except OSError as error:
-        path.with_suffix(".json.tmp").unlink(missing_ok=True)
         raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
     return f"{path} has the result as quality."
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sortserve.core.atomic_write import write_atomically
 from sortserve.core.errors import ConfigError
 from sortserve_trainer.run.save import check_output, disk_errors
 from sortserve_trainer.run.settings import TrainSettings
@@ -36,9 +37,7 @@ class Run:
             return run
         with disk_errors(f"--output {settings.output}"):
             run.folder.mkdir(parents=True, exist_ok=True)
-            draft = record.with_suffix(".tmp")
-            draft.write_text(json.dumps(wanted, indent=2), encoding="utf-8")
-            os.replace(draft, record)
+            write_atomically(record, json.dumps(wanted, indent=2).encode())
         return run
 
     def finish(self) -> None:

@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sortserve.core.user_cache import is_private, open_user_cache, write_private
+from sortserve.core.atomic_write import PRIVATE, write_atomically
+from sortserve.core.user_cache import is_private, open_user_cache
 
 __all__ = [
     "DTYPE_CODES",
@@ -131,14 +132,14 @@ def build_library(cache_dir: Path | None = None, compiler: str | None = None) ->
     name = _library_name(key, content)
     if cache is not None:
         try:
-            write_private(cache / name, content)
+            write_atomically(cache / name, content, mode=PRIVATE)
         except OSError as error:
             logger.warning("native CPU kernels are compiled at every start: %s", error)
         else:
             logger.info("compiled native CPU kernels to %s", cache / name)
             return cache / name
     path = Path(_scratch().name) / name
-    write_private(path, content)
+    write_atomically(path, content, mode=PRIVATE)
     return path
 
 
