@@ -26,8 +26,8 @@ from typing import Any
 
 from benchmarks.lib.common import environment, metric_total, print_json, print_table
 from benchmarks.lib.http_client import HttpClient, HttpConnection, Response, encode_request
-from benchmarks.lib.http_parse import SseReader
 from benchmarks.lib.storm_cases import Case, Hangup, Target, all_cases
+from sortserve_client._sse import SSEDecoder
 
 __all__ = ["Outcome", "main", "run_case", "violation_of"]
 
@@ -87,12 +87,12 @@ async def run_case(client: HttpClient, case: Case, rng: random.Random) -> Outcom
         data = data[: -len(case.body) // 2]
     num_chunks, delay_s = rng.randint(1, MAX_CHUNKS), rng.uniform(0, MAX_DELAY_S)
     enough = asyncio.Event()
-    reader, payloads = SseReader(), list[bytes]()
+    decoder, payloads = SSEDecoder(), list[str]()
     whole = bytearray()
 
     def on_body(piece: bytes) -> None:
         whole.extend(piece)
-        payloads.extend(reader.feed(piece))
+        payloads.extend(event.data for event in decoder.feed(piece))
         if len(payloads) >= num_chunks:
             enough.set()
 
@@ -128,7 +128,7 @@ async def _hang_up(
         future.cancel()
 
 
-def _judge(case: Case, response: Response, payloads: Sequence[bytes]) -> Outcome:
+def _judge(case: Case, response: Response, payloads: Sequence[str]) -> Outcome:
     if response.status != 200:
         body = response.json()
         error = body.get("error") if isinstance(body, dict) else None
@@ -139,8 +139,8 @@ def _judge(case: Case, response: Response, payloads: Sequence[bytes]) -> Outcome
             retry_after=response.headers.get("retry-after"),
         )
     streamed = response.headers.get("content-type", "").startswith("text/event-stream")
-    broken = any(payload.startswith(b'{"error"') for payload in payloads)
-    complete = not streamed or (bool(payloads) and payloads[-1] == b"[DONE]" and not broken)
+    broken = any(payload.startswith('{"error"') for payload in payloads)
+    complete = not streamed or (bool(payloads) and payloads[-1] == "[DONE]" and not broken)
     return Outcome(case=case, status=200, complete=complete)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.lib.http_client import HttpClient
-from benchmarks.lib.http_parse import SseReader
+from sortserve_client._sse import SSEDecoder
 
 __all__ = ["Planned", "RequestRecord", "Run", "run_closed_loop", "run_open_loop"]
 
@@ -170,14 +170,14 @@ async def _send(
     """One request, recorded whatever becomes of it."""
     record = RequestRecord(exit_layer=planned.exit_layer, due_s=due_s, sent_s=time.perf_counter())
     records.append(record)
-    reader, last_chunks = SseReader(), list[bytes]()
+    decoder, last_chunks = SSEDecoder(), list[str]()
 
     def on_body(piece: bytes) -> None:
         now = time.perf_counter()
-        for payload in reader.feed(piece):
-            if payload != b"[DONE]":
+        for event in decoder.feed(piece):
+            if event.data != "[DONE]":
                 record.chunk_times_s.append(now)
-                last_chunks.append(payload)
+                last_chunks.append(event.data)
         del last_chunks[:-NUM_LAST_CHUNKS]
 
     try:
@@ -197,7 +197,7 @@ async def _send(
     return record
 
 
-def _read_last_chunks(record: RequestRecord, payloads: Sequence[bytes]) -> None:
+def _read_last_chunks(record: RequestRecord, payloads: Sequence[str]) -> None:
     """Takes usage and budget from the last chunks; chunks that carry no token are not timed."""
     chunks = list[Any]()
     for payload in payloads:

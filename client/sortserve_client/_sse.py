@@ -7,13 +7,10 @@ dispatches the event, and an event without its empty line is dropped at the end 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 __all__ = ["SSEDecoder", "ServerSentEvent"]
 
-_LINE_END = re.compile(rb"\r\n|\r|\n")
 _BOM = "\ufeff"
 
 
@@ -32,9 +29,8 @@ class SSEDecoder:
     """
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._scanned = 0
-        """Bytes at the front of the buffer that hold no line end."""
+        self._begun: list[bytes] = []
+        """The pieces of a line whose end has not come."""
         self._ended_with_cr = False
         self._first_line = True
         self._data: list[str] = []
@@ -49,25 +45,25 @@ class SSEDecoder:
                 events.append(event)
         return events
 
-    def _lines(self, chunk: bytes) -> Iterator[str]:
+    def _lines(self, chunk: bytes) -> list[str]:
         """Whole lines, without their ends.
 
         A CR ends its line at once, so that no event waits for the next chunk; an LF at the start
         of that chunk then belongs to it and is skipped.
         """
         if not chunk:
-            return
+            return []
         if self._ended_with_cr and chunk.startswith(b"\n"):
             chunk = chunk[1:]
         self._ended_with_cr = chunk.endswith(b"\r")
-        self._buffer += chunk
-        start = 0
-        for end in _LINE_END.finditer(self._buffer, self._scanned):
-            line = self._buffer[start : end.start()].decode("utf-8", errors="replace")
-            start = end.end()
-            yield self._without_bom(line)
-        self._buffer = self._buffer[start:]
-        self._scanned = len(self._buffer)
+        lines = chunk.splitlines()  # of bytes: at LF, CR and CRLF alone
+        rest = [] if chunk.endswith((b"\n", b"\r")) else lines[-1:]
+        if len(lines) > len(rest):
+            lines[0] = b"".join([*self._begun, lines[0]])
+            self._begun = []
+        self._begun += rest
+        whole = lines[: len(lines) - len(rest)]
+        return [self._without_bom(line.decode("utf-8", errors="replace")) for line in whole]
 
     def _without_bom(self, line: str) -> str:
         if self._first_line:

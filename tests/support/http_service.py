@@ -30,6 +30,7 @@ from sortserve.core.sampling_params import SampledToken
 from sortserve.engine.engine import Engine
 from sortserve.engine.worker import EngineWorker
 from sortserve.telemetry.metrics import Metrics
+from sortserve_client._sse import SSEDecoder
 from support.scripted import VOCAB_SIZE, Rule, ScriptedRunner, make_engine, next_letter
 
 EXITS = (2, 4, 6)
@@ -163,10 +164,9 @@ class HttpService:
 def parse_events(text: str) -> list[dict[str, Any]]:
     """JSON events of a whole stream, which must end with ``[DONE]``."""
     assert text.endswith("data: [DONE]\n\n")
-    parts = text.removesuffix("data: [DONE]\n\n").split("\n\n")
-    assert parts.pop() == ""
-    assert all(part.startswith("data: ") and "\n" not in part for part in parts)
-    return [json.loads(part.removeprefix("data: ")) for part in parts]
+    *events, _ = SSEDecoder().feed(text.encode())
+    assert text.count("\n") == 2 * (len(events) + 1), "an event is one line, and an empty one"
+    return [json.loads(event.data) for event in events]
 
 
 def make_service(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from benchmarks.lib.common import environment, metric_total, percentile, summarise
 from benchmarks.lib.floors import Machine, ModelCost, Work, figure, speedups
-from benchmarks.lib.http_parse import ResponseParser, SseReader
+from benchmarks.lib.http_parse import ResponseParser
 from benchmarks.lib.workload import (
     ExitMix,
     PromptMaker,
@@ -28,7 +28,6 @@ from sortserve.model.config import ModelConfig
 from sortserve.model.exit_module import Affine
 from sortserve.model.weights import ExitModuleWeights, LayerWeights, ModelWeights
 
-EVENTS = b'data: {"a": 1}\n\n: keep-alive\n\ndata: x\r\ndata: y\r\n\r\ndata: [DONE]\n\n'
 CHUNKED = (
     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nX-Name: v\r\n\r\n"
     b"5\r\nhello\r\n7;ext=1\r\n, world\r\n0\r\n\r\n"
@@ -76,15 +75,6 @@ def test_environment_is_plain_json() -> None:
 
 
 # Parsers
-
-
-def test_events_are_the_same_however_the_stream_is_cut() -> None:
-    for size in range(1, len(EVENTS) + 1):
-        reader = SseReader()
-
-        payloads = [payload for piece in in_pieces(EVENTS, size) for payload in reader.feed(piece)]
-
-        assert payloads == [b'{"a": 1}', b"x\ny", b"[DONE]"]
 
 
 def test_a_chunked_response_is_the_same_however_it_is_cut() -> None:
