@@ -39,7 +39,6 @@ class AsciiTokenizer:
     """Each character is its number. A conversation is its contents, one after the other."""
 
     vocab_size = VOCAB_SIZE
-    has_chat_template = True
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [ord(character) for character in text]

@@ -17,7 +17,7 @@ from sortserve.core.plan import RowPlan, StepPlan
 from sortserve.core.sampling_params import SamplingParams, SamplingRow
 from sortserve.engine.inputs import build_batch
 from sortserve.model.decoder import Decoder
-from support.scripted import Collected, add, collect, make_request, run
+from support.scripted import Collected, add, collect, go_shallower, make_request, run
 from support.serving import offline_tokens, serve
 from support.tiny_models import EXIT_KINDS, VARIANTS, make_tiny_checkpoint
 
@@ -89,7 +89,7 @@ def test_law_7_going_shallower_is_the_shallower_exit_on_the_same_kv(root: Path) 
     results: dict[str, Collected] = {}
     for _ in range(4):
         collect(engine.step(), results)
-    engine.go_shallower("r", 2, "behind")
+    go_shallower(engine, "r", 2, "behind")
     while engine.has_work:
         collect(engine.step(), results)
 

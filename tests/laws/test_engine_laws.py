@@ -19,6 +19,7 @@ from support.scripted import (
     add,
     collect,
     depth_letter,
+    go_shallower,
     make_engine,
     make_request,
     run,
@@ -137,7 +138,7 @@ def act(
     elif name == "shallower" and live:
         sequence = live[value % len(live)]
         if sequence.exit_layer > EXITS[0]:
-            engine.go_shallower(sequence.request_id, EXITS[0], "test")
+            go_shallower(engine, sequence.request_id, EXITS[0])
 
 
 @pytest.mark.parametrize(("donor", "taker", "hit"), [(6, 6, 8), (6, 2, 8), (2, 6, 0), (4, 4, 8)])
@@ -179,7 +180,7 @@ def test_going_shallower_frees_the_deep_pages_at_once_and_reports_both_depths() 
         collect(engine.step(), results)
     before = engine.stats().kv_pages_used
 
-    engine.go_shallower("r", 2, "test")
+    go_shallower(engine, "r", 2)
 
     assert engine.stats().kv_pages_used == before // 3
     while engine.has_work:

@@ -199,7 +199,7 @@ class Storm:
         elif kind == 1 and sequence in self.engine.scheduler._running:
             self.engine.scheduler.preempt(sequence)
         elif kind == 2 and sequence.exit_layer > EXITS[0]:
-            self.engine.go_shallower(sequence.request_id, EXITS[0], "a whim")
+            go_shallower(self.engine, sequence.request_id, EXITS[0])
         elif kind == 3:
             self.clock.now += self.rng.choice([0.001, 0.05])
 

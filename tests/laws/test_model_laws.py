@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sortserve.core.sampling_params import SamplingParams
-from support.scripted import Collected, add, collect, make_request, run
+from support.scripted import Collected, add, collect, go_shallower, make_request, run
 from support.serving import Served, offline_tokens, serve
 from support.tiny_models import EXIT_KINDS, VOCAB_SIZE, make_tiny_checkpoint
 
@@ -206,7 +206,7 @@ def test_law_7_going_shallower_continues_on_the_same_kv(
     for _ in range(4):
         collect(engine.step(), results)
 
-    engine.go_shallower("r", shallow, "test")
+    go_shallower(engine, "r", shallow)
     while engine.has_work:
         collect(engine.step(), results)
         engine.check_invariants()
@@ -220,6 +220,6 @@ def test_law_7_holds_in_the_middle_of_a_chunked_prompt(folders: dict[str, Path])
     add(engine, make_request("r", PROMPT, max_tokens=5, **GREEDY), 6)
     engine.step()
 
-    engine.go_shallower("r", 2, "test")
+    go_shallower(engine, "r", 2)
 
     assert run(engine)["r"].token_ids == offline(served, PROMPT, [2] * 5, GREEDY)

@@ -42,7 +42,6 @@ class AsciiTokenizer:
     """Each character is its number; a conversation is its contents, one after the other."""
 
     vocab_size = VOCAB_SIZE
-    has_chat_template = True
     max_token_chars = 1
 
     def __init__(self) -> None:

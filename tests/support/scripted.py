@@ -192,6 +192,12 @@ def add(engine: Engine, request: GenerationRequest, exit_layer: int | None = Non
     engine.add_request(request, ExitChoice(exit_layer or allowed[-1], None, fits=True))
 
 
+def go_shallower(engine: Engine, request_id: str, exit_layer: int, reason: str = "test") -> None:
+    """Change the depth of a live request, as a policy would."""
+    [sequence] = (s for s in engine.scheduler.sequences() if s.request_id == request_id)
+    engine.scheduler.go_shallower(sequence, exit_layer, reason)
+
+
 @dataclass
 class Collected:
     """What a request has produced."""

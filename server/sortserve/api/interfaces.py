@@ -15,10 +15,6 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int:
         """Token ids are below this."""
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether messages can be turned into a prompt."""
-
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Text to token ids."""
 

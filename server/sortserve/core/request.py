@@ -186,8 +186,6 @@ class StepRecord:
     duration_s: float
     predicted_s: float | None
     depth_cap: int
-    num_prefill_tokens: int
-    num_decode_tokens: int
     rows_by_exit: Mapping[int, int]
     tokens_by_exit: Mapping[int, int]
     """Output tokens sampled in this step."""

@@ -26,7 +26,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
-_BUFFER_BYTES = 1 << 20
 _said: set[str] = set()
 """Warnings of this process: three parts ask for one folder, and one line is enough."""
 

@@ -276,13 +276,6 @@ class Engine:
             text = ""
         return self._finish(live, FinishReason.ABORT, self.clock(), text=text)
 
-    def go_shallower(self, request_id: str, exit_layer: int, reason: str) -> None:
-        """Continue a live request at a shallower exit: free, since all shallower KV exists."""
-        sequence = self._live[request_id].sequence
-        assert exit_layer in self.exits.layers
-        assert exit_layer < sequence.exit_layer
-        self.scheduler.go_shallower(sequence, exit_layer, reason)
-
     # ---- parts of a step ----
 
     def _expire(self, now: float) -> list[RequestOutput]:

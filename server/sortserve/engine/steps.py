@@ -50,13 +50,10 @@ def step_record(
         else:
             itls.append((row.exit_layer, now - before))
     first = [sequences[request_id] for request_id in plan.first_scheduled]
-    num_decode = sum(row.num_tokens == 1 for row in plan.rows)
     return StepRecord(
         duration_s=now - started_s,
         predicted_s=None if was_retried else predicted_s,  # of one run, not of two
         depth_cap=plan.depth_cap,
-        num_prefill_tokens=plan.num_tokens - num_decode,
-        num_decode_tokens=num_decode,
         rows_by_exit=Counter(row.exit_layer for row in plan.rows),
         tokens_by_exit=Counter(row.exit_layer for row in plan.rows if row.sampling is not None),
         layers_run=sum(row.exit_layer * row.num_tokens for row in plan.rows),

@@ -81,11 +81,6 @@ class Tokenizer:
             if self._is_literal(token_id, token)
         }
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether messages can be turned into a prompt."""
-        return self._chat_template.exists
-
     def encode(
         self, text: str, add_special_tokens: bool = True, *, param: str = "prompt"
     ) -> list[int]:

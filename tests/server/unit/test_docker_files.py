@@ -331,8 +331,6 @@ def step_record() -> StepRecord:
         duration_s=0.01,
         predicted_s=0.01,
         depth_cap=9,
-        num_prefill_tokens=4,
-        num_decode_tokens=1,
         rows_by_exit={9: 1},
         tokens_by_exit={9: 1},
         layers_run=45,

@@ -19,6 +19,7 @@ from support.scripted import (
     Collected,
     FakeClock,
     add,
+    go_shallower,
     make_engine,
     make_request,
     run,
@@ -156,7 +157,7 @@ def test_what_a_failed_step_preempted_and_lowered_is_counted_once() -> None:
     records = Records()
     engine = make_engine(runner=runner, observer=records)
     add(engine, make_request("guilty"))
-    engine.go_shallower("guilty", 2, "behind")
+    go_shallower(engine, "guilty", 2, "behind")
     engine.step()
     add(engine, make_request("next"))
 

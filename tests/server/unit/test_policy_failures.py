@@ -148,7 +148,7 @@ def test_a_choice_that_no_step_can_be_made_of_counts_as_a_failure(
     timed.step()
 
     assert [record.policy_failed for record in recorder.records] == [True]
-    assert recorder.records[0].num_prefill_tokens == 30
+    assert timed.runner.plans[0].num_tokens == 30
 
 
 @pytest.mark.parametrize(

@@ -172,8 +172,6 @@ def test_metrics_can_be_read_while_they_are_written() -> None:
         duration_s=0.01,
         predicted_s=0.01,
         depth_cap=6,
-        num_prefill_tokens=0,
-        num_decode_tokens=1,
         rows_by_exit={6: 1},
         tokens_by_exit={6: 1},
         layers_run=6,

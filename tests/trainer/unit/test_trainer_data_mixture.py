@@ -125,7 +125,7 @@ def test_no_pack_is_too_long_and_the_tokens_are_counted() -> None:
 
     assert max(sizes) <= PACK_LENGTH
     assert mixture.num_tokens == sum(sizes)
-    assert mixture.num_tokens == 2 * mixture.tokens_per_epoch
+    assert mixture.num_tokens == 2 * make_mixture((50, 1.0), (20, 2.0)).num_tokens
 
 
 # ---- how long it is ----
@@ -175,7 +175,7 @@ def test_of_two_lengths_the_shorter_counts() -> None:
     by_epochs = make_mixture((50, 1.0), num_epochs=1, max_tokens=10_000)
 
     assert by_tokens.num_tokens <= 100
-    assert by_epochs.num_tokens == by_epochs.tokens_per_epoch
+    assert by_epochs.num_tokens == make_mixture((50, 1.0)).num_tokens
 
 
 def test_a_weight_that_leaves_no_row_is_refused() -> None:

@@ -1,16 +1,17 @@
 """The lean loss is the plain loss: value and gradients, in chunks, with and without a teacher."""
 
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from sortserve_trainer.model.loss import (
     Teacher,
     VocabSample,
     exit_losses,
-    plain_exit_losses,
     unlikelihood_loss,
 )
 from sortserve_trainer.run.terms import ExitTerm
@@ -47,6 +48,29 @@ def gradients(loss: Tensor, states: dict[int, Tensor], head: Tensor) -> list[Ten
         torch.zeros_like(x) if grad is None else grad
         for grad, x in zip(found, [*states.values(), head], strict=True)
     ]
+
+
+def plain_exit_losses(
+    states: Mapping[int, Tensor],
+    heads: Mapping[int, Tensor],
+    targets: Tensor,
+    terms: Mapping[int, ExitTerm],
+    *,
+    num_targets: float,
+    teacher: Teacher | None = None,
+) -> Tensor:
+    """The same loss as one writes it down."""
+    last = max(states)
+    source = teacher or Teacher(states[last], heads[last])
+    log_p = linear(source.state, source.head).float().log_softmax(-1).detach()
+    loss = torch.zeros((), device=targets.device)
+    for exit_layer, term in terms.items():
+        log_q = linear(states[exit_layer], heads[exit_layer]).float().log_softmax(-1)
+        ce = -log_q.gather(1, targets[:, None]).sum()
+        learns = exit_layer != last or teacher is not None
+        kl = (log_p.exp() * (log_p - log_q)).sum() if learns else 0.0
+        loss = loss + term.ce * ce + term.kl * kl
+    return loss / num_targets
 
 
 @pytest.mark.parametrize(

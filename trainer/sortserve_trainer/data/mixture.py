@@ -65,11 +65,6 @@ class Mixture(torch.utils.data.Dataset[Pack]):
         """Of all packs."""
         self._count_packs(num_epochs, math.inf if max_tokens is None else max_tokens)
 
-    @property
-    def tokens_per_epoch(self) -> int:
-        """Tokens of an epoch by the weights; one epoch may have a row more or less."""
-        return round(sum(s.weight * sum(map(len, examples)) for s, examples in self._sources))
-
     def __len__(self) -> int:
         return self._starts[-1]
 

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sortserve_trainer.run.terms import ExitTerm
 
-__all__ = ["Teacher", "VocabSample", "exit_losses", "plain_exit_losses", "unlikelihood_loss"]
+__all__ = ["Teacher", "VocabSample", "exit_losses", "unlikelihood_loss"]
 
 CHUNK_TOKENS = 1024
 
@@ -317,26 +317,3 @@ def _unlikelihood(state: Tensor, head: Tensor, unwanted: Tensor) -> Tensor:
     log_p = logits.log_softmax(-1).gather(1, unwanted[:, None])
     # Where the model is certain 1 - p is nothing in fp32, and its logarithm has no slope.
     return -torch.log1p(-log_p.clamp(max=-1e-4).exp()).sum()
-
-
-def plain_exit_losses(
-    states: Mapping[int, Tensor],
-    heads: Mapping[int, Tensor],
-    targets: Tensor,
-    terms: Mapping[int, ExitTerm],
-    *,
-    num_targets: float,
-    teacher: Teacher | None = None,
-) -> Tensor:
-    """The same loss as one writes it down; the reference that ``exit_losses`` is tested against."""
-    last = max(states)
-    source = teacher or Teacher(states[last], heads[last])
-    log_p = linear(source.state, source.head).float().log_softmax(-1).detach()
-    loss = torch.zeros((), device=targets.device)
-    for exit_layer, term in terms.items():
-        log_q = linear(states[exit_layer], heads[exit_layer]).float().log_softmax(-1)
-        ce = -log_q.gather(1, targets[:, None]).sum()
-        learns = exit_layer != last or teacher is not None
-        kl = (log_p.exp() * (log_p - log_q)).sum() if learns else 0.0
-        loss = loss + term.ce * ce + term.kl * kl
-    return loss / num_targets

@@ -72,11 +72,6 @@ class _Candidates:
     """What the tokens that top_p counts and that are no candidates weigh together."""
     count_N: Tensor
 
-    @property
-    def num_columns(self) -> int:
-        """C: how many candidates the widest row has."""
-        return self.ids_NC.shape[1]
-
     def of(self, rows: Sequence[int]) -> _Candidates:
         """These rows alone, no wider than they need."""
         count_N = self.count_N[rows]
