@@ -26,7 +26,7 @@ from sortserve.core.request import EngineStats, RequestOutput
 from sortserve.core.sampling_params import SampledToken
 from sortserve.engine import worker as worker_module
 from sortserve.engine.worker import EngineWorker
-from sortserve.process import serve
+from sortserve.process import http_server, serve
 from sortserve.process.config import ServeSettings
 from sortserve.telemetry.metrics import Metrics
 from support.http_service import EXITS, AsciiTokenizer
@@ -122,7 +122,7 @@ if __name__ == "__main__":
     serve.MAX_END_S = 1.0
     serve.STEP_END_S = 0.3
     serve.MAX_FORCED_END_S = 0.6
-    serve.LAST_EVENTS_S = 1
+    http_server.LAST_EVENTS_S = 1
     if FAULT == "pool hangs":
         announce = serve.ServerProcess._announce
 

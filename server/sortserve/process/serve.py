@@ -16,31 +16,21 @@ import socket
 import ssl
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-import uvicorn
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from sortserve import __version__
 from sortserve.api.app import create_app, create_loading_app
-from sortserve.api.http.hosts import HostCheckMiddleware
-from sortserve.api.http.limits import ConnectionLimits
-from sortserve.api.http.protocol import HttpProtocol
 from sortserve.api.settings import ApiSettings
 from sortserve.process.banner import banner, base_url
 from sortserve.process.config import ServeSettings
 from sortserve.process.garbage import calm_garbage_collector
-from sortserve.process.listening import (
-    BACKLOG,
-    allow_open_files,
-    is_loopback,
-    listening,
-    tls_context,
-)
+from sortserve.process.http_server import http_server
+from sortserve.process.listening import listening, tls_context
 from sortserve.process.signals import SignalGuard
 from sortserve.telemetry.log_writer import LogWriter
 from sortserve.telemetry.logs import fields, logging_to
@@ -53,8 +43,6 @@ __all__ = ["FrontDoor", "serve"]
 
 logger = logging.getLogger(__name__)
 
-LAST_EVENTS_S = 3
-"""Seconds that connections get to take the end of their answers after the engine has stopped."""
 HEALTH_POLL_S = 0.2
 STEP_END_S = 1.0
 """Seconds that the step under way gets to end after a second signal or a failure."""
@@ -101,14 +89,6 @@ class FrontDoor:
         await self.app(scope, receive, send)
 
 
-class _HTTPServer(uvicorn.Server):
-    """uvicorn without its signal handlers: a signal does not close the socket, we drain first."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 class ServerProcess:
     """One server from its socket to its exit code."""
 
@@ -131,7 +111,7 @@ class ServerProcess:
             return runner.run(self._run(listener, tls))
 
     async def _run(self, listener: socket.socket, tls: ssl.SSLContext | None) -> int:
-        http = _http_server(self.settings, self._door, listener, tls)
+        http = http_server(self.settings, self._door, listener, tls)
         serving_http = asyncio.create_task(http.serve(sockets=[listener]))
         exit_code = 1
         try:
@@ -266,64 +246,6 @@ class ServerProcess:
 
 
 _Task = asyncio.Task[None]
-
-
-def _http_server(
-    settings: ServeSettings, door: ASGIApp, listener: socket.socket, tls: ssl.SSLContext | None
-) -> _HTTPServer:
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    proxies = list(settings.forwarded_allow_ips)
-    config = uvicorn.Config(
-        _with_host_check(settings, door, listener),
-        http=partial(  # type: ignore[arg-type]
-            HttpProtocol,
-            limits=_limits(settings),
-            cors_allow_origins=settings.cors_allow_origins,
-        ),
-        ws="none",
-        log_config=None,
-        access_log=settings.access_log,
-        proxy_headers=bool(proxies),
-        forwarded_allow_ips="*" if "*" in proxies else proxies,
-        lifespan="off",
-        backlog=BACKLOG,
-        timeout_graceful_shutdown=LAST_EVENTS_S,
-    )
-    config.load()
-    config.ssl = tls
-    return _HTTPServer(config)
-
-
-def _with_host_check(settings: ServeSettings, app: ASGIApp, listener: socket.socket) -> ASGIApp:
-    """Guard a server that any page in a local browser could otherwise reach, or that is told to."""
-    names, on_loopback = settings.allowed_hosts, is_loopback(listener)
-    is_needed = bool(names) or (on_loopback and not settings.api_keys)
-    if "*" in names or not is_needed:
-        return app
-    return HostCheckMiddleware(
-        app,
-        names=[*names, settings.host],
-        any_address=not on_loopback,
-        cors_allow_origins=settings.cors_allow_origins,
-    )
-
-
-def _limits(settings: ServeSettings) -> ConnectionLimits:
-    max_connections = allow_open_files(settings.max_connections)
-    if max_connections < settings.max_connections:
-        logger.warning(
-            "fewer connections than --max-connections: the system allows too few open files",
-            extra=fields(max_connections=max_connections),
-        )
-    return ConnectionLimits(
-        max_connections=max_connections,
-        max_num_headers=settings.max_num_headers,
-        max_header_bytes=int(settings.max_header_size),
-        keep_alive_s=settings.keep_alive,
-        header_timeout_s=settings.header_timeout,
-        body_timeout_s=settings.body_timeout,
-        write_timeout_s=settings.write_timeout,
-    )
 
 
 def _report_http(serving_http: _Task) -> int:

@@ -9,36 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 
 from sortserve.core.budget import Budget
 from sortserve.core.request import EngineStats, FinishReason, RequestReport, StepRecord
+from sortserve.telemetry.series import (
+    ERROR_RATIO_BOUNDS,
+    REQUEST_BOUNDS_S,
+    ROWS_BOUNDS,
+    TOKEN_BOUNDS_S,
+    TTFT_BOUNDS_S,
+    Families,
+    WithoutCreated,
+)
 
 __all__ = ["Metrics"]
-
-# vLLM's bounds, with finer ones where a small model on a CPU lives: from 1 ms up.
-# fmt: off
-TTFT_BOUNDS_S = (
-    0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0,
-    2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
-)
-TOKEN_BOUNDS_S = (
-    0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.035, 0.05, 0.075, 0.1, 0.15,
-    0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
-)
-REQUEST_BOUNDS_S = (
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0,
-    10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
-)
-# fmt: on
-ERROR_RATIO_BOUNDS = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.5, 2.0, 4.0)
-ROWS_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 PREDICTED_KINDS = ("ttft", "tpot", "e2e")
 BUDGET_KINDS = tuple(field.name for field in dataclasses.fields(Budget) if field.name != "on_miss")
@@ -46,35 +35,6 @@ OUTCOMES = ("met", "missed", "degraded", "truncated", "rejected")
 HTTP_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 SERVED = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.DEADLINE)
 """Finish reasons of requests that got an answer: only their times are worth a histogram."""
-
-C = TypeVar("C", Counter, Gauge, Histogram)
-Key = int | str | tuple[int | str, ...]
-
-
-class _Children(dict[Key, C]):
-    """The children of one family by label values, each made once: a look-up is a dict access."""
-
-    def __init__(self, family: C, model_name: str) -> None:
-        super().__init__()
-        self._family: C = family
-        self._model_name = model_name
-
-    def __missing__(self, key: Key) -> C:
-        values = key if isinstance(key, tuple) else (key,)
-        child = self[key] = self._family.labels(self._model_name, *map(str, values))
-        return child
-
-
-class _WithoutCreated(Collector):
-    """A registry without the client library's ``_created`` samples, which nobody here reads."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
-
-    def collect(self) -> Iterable[Metric]:
-        for metric in self._registry.collect():
-            metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
-            yield metric
 
 
 class _Timing(NamedTuple):
@@ -101,6 +61,9 @@ class Metrics:
         self._model_name = model_name
         self._exits = tuple(exits)
         self._registry = CollectorRegistry()
+        families = Families(self._registry, model_name, exits)
+        self._gauge, self._counter = families.gauge, families.counter
+        self._histogram = families.histogram
         self._read_stats: Callable[[], EngineStats] = EngineStats
         ProcessCollector(registry=self._registry)
         self._declare_gauges()
@@ -199,35 +162,6 @@ class Metrics:
         self._error_ratio = self._histogram(
             "prediction_error_ratio", "Actual over predicted", ERROR_RATIO_BOUNDS, "kind"
         )
-
-    def _gauge(self, name: str, doc: str, *labels: str) -> _Children[Gauge]:
-        return self._children(
-            Gauge(*self._head(name, doc, labels), registry=self._registry), labels
-        )
-
-    def _counter(self, name: str, doc: str, *labels: str) -> _Children[Counter]:
-        head = self._head(name, doc, labels)
-        return self._children(Counter(*head, registry=self._registry), labels)
-
-    def _histogram(
-        self, name: str, doc: str, bounds: Sequence[float], *labels: str
-    ) -> _Children[Histogram]:
-        head = self._head(name, doc, labels)
-        return self._children(Histogram(*head, registry=self._registry, buckets=bounds), labels)
-
-    def _head(self, name: str, doc: str, labels: tuple[str, ...]) -> tuple[str, str, list[str]]:
-        return f"sortserve_{name}", doc, ["model_name", *labels]
-
-    def _children(self, family: C, labels: tuple[str, ...]) -> _Children[C]:
-        """The family's children; those known now start at zero, so that ``rate()`` sees the first.
-
-        Which reasons, kinds and routes there will be is not known here; exits are.
-        """
-        children = _Children(family, self._model_name)
-        known: tuple[Key, ...] = ((),) if not labels else ()
-        for key in self._exits if labels == ("exit_layer",) else known:
-            children[key]
-        return children
 
     # What the engine tells.
 
@@ -350,7 +284,7 @@ class Metrics:
         """The exposition text and its content type, as the ``Accept`` header wishes."""
         self._write_gauges(self._read_stats())
         encode, content_type = choose_encoder(accept or "")
-        return encode(_WithoutCreated(self._registry)), content_type
+        return encode(WithoutCreated(self._registry)), content_type
 
     def _write_gauges(self, stats: EngineStats) -> None:
         for exit_layer in self._exits:

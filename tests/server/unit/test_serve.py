@@ -13,8 +13,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sortserve.process.banner import base_url, curl
 from sortserve.process.config import load_settings
+from sortserve.process.http_server import http_server
 from sortserve.process.listening import listening
-from sortserve.process.serve import FrontDoor, _http_server
+from sortserve.process.serve import FrontDoor
 
 
 def client_of(door: FrontDoor) -> httpx.AsyncClient:
@@ -115,7 +116,7 @@ def front(flags: dict[str, object]) -> ASGIApp:
     """What a server started with these flags puts before its application."""
     settings = load_settings({"port": 0, **flags})
     with listening(settings) as listener:
-        app: ASGIApp = _http_server(settings, tell_client, listener, None).config.loaded_app
+        app: ASGIApp = http_server(settings, tell_client, listener, None).config.loaded_app
     return app
 
 
