@@ -8,23 +8,16 @@ docstring are written once (``flags.py`` turns them into flags and pages).
 
 from __future__ import annotations
 
-import difflib
-import ipaddress
 import os
-import reprlib
-import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    AfterValidator,
-    BeforeValidator,
     ByteSize,
     Field,
-    SecretStr,
     ValidationError,
     model_validator,
 )
@@ -36,79 +29,35 @@ from pydantic_settings import (
 )
 
 from sortserve.core.errors import ConfigError
+from sortserve.process.sources import (
+    flag_name,
+    key_name,
+    read_environment,
+    read_file,
+    read_small_file,
+    variable_name,
+)
+from sortserve.process.values import (
+    MAX_COUNT,
+    MAX_THREADS,
+    Count,
+    FilePath,
+    Host,
+    Layers,
+    Number,
+    PositiveSeconds,
+    Seconds,
+    Secrets,
+    Size,
+    Strings,
+    Text,
+    is_network,
+    shown,
+)
 from sortserve.scheduling.policies.table import DEFAULT_POLICY, POLICIES
 
 __all__ = ["ServeSettings", "load_settings", "settings_yaml"]
 
-ENV_PREFIX = "SORTSERVE_"
-FOREIGN_VARIABLES = frozenset({"SORTSERVE_URL", "SORTSERVE_CACHE_DIR"})
-"""Read elsewhere: by ``sortserve generate``, and where converted weights and kernels are kept."""
-KUBERNETES_PREFIXES = ("SORTSERVE_SERVICE_", "SORTSERVE_PORT_")
-"""Kubernetes sets these in every pod beside a Service called ``sortserve``."""
-
-
-def _split_commas(value: object) -> object:
-    """``"9,18"`` and ``["9,18", "30"]`` as lists of their parts; anything else unchanged."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    if isinstance(value, list | tuple):
-        parts = [_split_commas(item) if isinstance(item, str) else [item] for item in value]
-        return [part for group in parts if isinstance(group, list) for part in group]
-    return value
-
-
-def _number(value: object) -> object:
-    """Anything but ``true`` and ``false``, which YAML would pass off as 1 and 0."""
-    if isinstance(value, bool):
-        raise ValueError("it should be a number")
-    return value
-
-
-def _text(value: str) -> str:
-    if len(value) > MAX_TEXT:
-        raise ValueError(f"it should have at most {MAX_TEXT} characters")
-    if not value.isprintable():
-        raise ValueError("it should be printable text, without control characters")
-    return value
-
-
-def _path(value: object) -> object:
-    if isinstance(value, str):
-        if not value:
-            raise ValueError("it should name a file")
-        _text(value)
-    return value
-
-
-def _secret(value: SecretStr) -> SecretStr:
-    _text(value.get_secret_value())
-    return value
-
-
-def _host(value: str) -> str:
-    try:
-        value.encode("idna")
-    except UnicodeError:
-        raise ValueError("it should be an address or the name of a host") from None
-    return value
-
-
-MAX_TEXT = 800
-MAX_SHOWN = 60
-MAX_COUNT = 2**31 - 1
-MAX_SECONDS = 366 * 24 * 3600
-MAX_THREADS = 1024
-MAX_FILE_BYTES = 1 << 20
-"""Largest file of settings, keys or certificates that is read."""
-
-Number = BeforeValidator(_number)
-Count = Annotated[int, Field(ge=1, le=MAX_COUNT), Number]
-Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False), Number]
-PositiveSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False), Number]
-Size = Annotated[ByteSize, Field(ge=1, le=2**60), Number]
-Text = Annotated[str, AfterValidator(_text)]
-FilePath = Annotated[Path, BeforeValidator(_path)]
-Layers = Annotated[tuple[Count, ...], BeforeValidator(_split_commas), Field(min_length=1)]
 ABOUT_POLICIES = (
     f"What each step runs: {', '.join(f'{p.name} {p.about}' for p in POLICIES.values())}."
 )
@@ -116,10 +65,6 @@ if TYPE_CHECKING:
     PolicyName = str
 else:  # one of those in the table
     PolicyName = Literal[tuple(POLICIES)]
-Strings = Annotated[tuple[Text, ...], BeforeValidator(_split_commas)]
-Secrets = Annotated[
-    tuple[Annotated[SecretStr, AfterValidator(_secret)], ...], BeforeValidator(_split_commas)
-]
 
 
 class ServeSettings(BaseSettings):
@@ -160,7 +105,7 @@ class ServeSettings(BaseSettings):
     """Makes requests without a seed of their own repeatable, in their order of arrival."""
 
     # Network
-    host: Annotated[Text, AfterValidator(_host), Field(min_length=1)] = "127.0.0.1"
+    host: Host = "127.0.0.1"
     """Address to listen on. 0.0.0.0 is every interface."""
     port: Annotated[int, Field(ge=0, le=65535), Number] = 8000
     """Port to listen on. 0 takes a free one."""
@@ -272,12 +217,13 @@ class ServeSettings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Keywords, then our reading of the environment, then the file: first come, first kept."""
-        environment = read_environment(os.environ)
+        names = cls.model_fields
+        environment = read_environment(os.environ, names)
         path = {**environment, **init_settings()}.get("config")
         return (
             init_settings,
             InitSettingsSource(settings_cls, environment),
-            InitSettingsSource(settings_cls, read_file(Path(path)) if path else {}),
+            InitSettingsSource(settings_cls, read_file(Path(path), names) if path else {}),
         )
 
     @model_validator(mode="after")
@@ -290,7 +236,7 @@ class ServeSettings(BaseSettings):
         if self.api_key_file is not None and not self.api_keys:
             raise ValueError(f"--api-key-file {self.api_key_file} has no key in it")
         for proxy in self.forwarded_allow_ips:
-            if proxy != "*" and not _is_network(proxy):
+            if proxy != "*" and not is_network(proxy):
                 raise ValueError(
                     f"--forwarded-allow-ips {proxy!r} is not an address, a network or *"
                 )
@@ -318,109 +264,6 @@ class ServeSettings(BaseSettings):
             if isinstance(value, ByteSize):
                 values[name] = value.human_readable().replace(".0", "")
         return values
-
-
-def _is_network(text: str) -> bool:
-    try:
-        ipaddress.ip_network(text)
-    except ValueError:
-        return False
-    return True
-
-
-# Sources
-
-
-def read_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The settings among the environment variables, by field name; empty ones count as unset.
-
-    Raises:
-        ConfigError: a ``SORTSERVE_*`` variable is not a setting.
-    """
-    values = {}
-    for variable, value in environ.items():
-        if not variable.startswith(ENV_PREFIX) or variable in FOREIGN_VARIABLES:
-            continue
-        if variable.startswith(KUBERNETES_PREFIXES) or value.startswith("tcp://"):
-            continue
-        name = variable.removeprefix(ENV_PREFIX).lower()
-        if name not in ServeSettings.model_fields:
-            known = [variable_name(field) for field in ServeSettings.model_fields]
-            raise ConfigError(
-                f"environment variable {variable} is not a setting{_suggest(variable, known)}",
-                param=variable,
-            )
-        if value:
-            values[name] = value
-    return values
-
-
-def read_small_file(path: Path, field: str, *, errors: str = "strict") -> str:
-    """The text of a regular file of at most MAX_FILE_BYTES; nothing else is so much as opened.
-
-    Args:
-        path: the file.
-        field: the setting that names it.
-        errors: what ``bytes.decode`` does with bytes that are not UTF-8.
-
-    Raises:
-        ConfigError: it cannot be read, is no regular file, is too large, or no UTF-8 text.
-    """
-    if not str(path).isprintable() or len(str(path)) > MAX_TEXT:
-        raise ConfigError(f"--{key_name(field)} {shown(str(path))} names no file.", param=field)
-    named = f"--{key_name(field)} {path}"
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
-            raise ConfigError(f"{named} cannot be read: it is {kind}.", param=field)
-        if status.st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{named} has more than {MAX_FILE_BYTES} bytes.", param=field)
-        with path.open("rb") as file:
-            return file.read(MAX_FILE_BYTES).decode(errors=errors)
-    except UnicodeDecodeError:
-        raise ConfigError(f"{named} cannot be read: it is not UTF-8 text.", param=field) from None
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigError(f"{named} cannot be read: {reason}.", param=field) from error
-
-
-def read_file(path: Path) -> dict[str, Any]:
-    """The settings of a YAML file by field name; null counts as unset.
-
-    Raises:
-        ConfigError: the file cannot be read, is not a mapping, or has a key that is no setting.
-    """
-    try:
-        content = yaml.safe_load(read_small_file(path, "config"))
-    except yaml.MarkedYAMLError as error:
-        # Its own text quotes the line, which may hold a key.
-        mark = error.problem_mark
-        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        reason = f"{error.problem or 'syntax error'}{where}"
-        raise ConfigError(f"--config {path} is not valid YAML: {reason}.", param="config") from None
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        reason = f"it holds a value that is out of range ({type(error).__name__})"
-        raise ConfigError(f"--config {path} is not valid YAML: {reason}.", param="config") from None
-    if not isinstance(content, dict | None):
-        raise ConfigError(
-            f"--config {path} must hold `key: value` lines, not a {type(content).__name__}.",
-            param="config",
-        )
-    values = {}
-    for key, value in (content or {}).items():
-        name = str(key).replace("-", "_")
-        if name not in ServeSettings.model_fields or name == "config":
-            known = [key_name(field) for field in ServeSettings.model_fields if field != "config"]
-            raise ConfigError(
-                f"unknown key {str(key)!r} in {path}{_suggest(key_name(name), known)}",
-                param=str(key),
-            )
-        if value is not None:
-            values[name] = value
-    return values
 
 
 def load_settings(flags: Mapping[str, Any] | None = None) -> ServeSettings:
@@ -462,38 +305,11 @@ def _config_error(error: ValidationError, flags: Mapping[str, Any]) -> ConfigErr
     )
 
 
-def shown(value: object) -> str:
-    """A wrong value as a message quotes it: cut, however large or deep it is."""
-    cut = reprlib.Repr()
-    cut.maxlevel, cut.maxstring, cut.maxother, cut.maxlong = 2, MAX_SHOWN, MAX_SHOWN, MAX_SHOWN
-    return cut.repr(value)
-
-
 def _origin(name: str, flags: Mapping[str, Any]) -> str:
     """Where a value came from, in the words the user typed."""
     if name in flags:
         return flag_name(name)
-    environment = read_environment(os.environ)
+    environment = read_environment(os.environ, ServeSettings.model_fields)
     if name in environment:
         return f"environment variable {variable_name(name)}"
     return f"key {key_name(name)!r} in {flags.get('config') or environment.get('config')}"
-
-
-def _suggest(given: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(given, known, n=1)
-    return f": did you mean {close[0]!r}?" if close else ": see `sortserve serve --help`."
-
-
-def flag_name(field: str) -> str:
-    """A field as the user types it on the command line."""
-    return "MODEL" if field == "model" else f"--{key_name(field)}"
-
-
-def variable_name(field: str) -> str:
-    """A field's environment variable."""
-    return f"{ENV_PREFIX}{field.upper()}"
-
-
-def key_name(field: str) -> str:
-    """A field's key in the file."""
-    return field.replace("_", "-")

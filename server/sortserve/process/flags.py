@@ -10,7 +10,8 @@ from pydantic import BaseModel, ByteSize
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
-from sortserve.process.config import ENV_PREFIX, ServeSettings, flag_name, key_name, variable_name
+from sortserve.process.config import ServeSettings
+from sortserve.process.sources import ENV_PREFIX, flag_name, key_name, variable_name
 
 __all__ = ["add_flags", "configuration_markdown"]
 

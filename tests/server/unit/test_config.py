@@ -11,8 +11,9 @@ import pytest
 from pydantic import ValidationError
 
 from sortserve.core.errors import ConfigError
-from sortserve.process.config import FOREIGN_VARIABLES, ServeSettings, load_settings, settings_yaml
+from sortserve.process.config import ServeSettings, load_settings, settings_yaml
 from sortserve.process.flags import GROUPS, add_flags, configuration_markdown
+from sortserve.process.sources import FOREIGN_VARIABLES
 from sortserve.scheduling.policies.table import POLICIES
 
 ROOT = Path(__file__).parents[3]

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from sortserve.cli import main
 from sortserve.core.errors import ConfigError
-from sortserve.process.config import MAX_FILE_BYTES, ServeSettings, load_settings
+from sortserve.process.config import ServeSettings, load_settings
 from sortserve.process.console import MAX_LINE
+from sortserve.process.sources import MAX_FILE_BYTES
 
 FIELDS = sorted(ServeSettings.model_fields)
 TEXTS = [

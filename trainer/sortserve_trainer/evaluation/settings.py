@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
-from sortserve.process.config import Count, FilePath, Layers, Text
+from sortserve.process.values import Count, FilePath, Layers, Text
 from sortserve_trainer.run.settings import CountOrZero, Seed
 from sortserve_trainer.run.validation import validated
 

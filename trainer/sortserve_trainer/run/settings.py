@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from sortserve.model.exit_module import EXIT_MODULE_KINDS, NO_MODULE, exit_module_kind
-from sortserve.process.config import MAX_COUNT, Count, FilePath, Layers, Number, Strings, Text
+from sortserve.process.values import MAX_COUNT, Count, FilePath, Layers, Number, Strings, Text
 from sortserve_trainer.run.methods import DEFAULT_METHOD, METHODS, Method, Weighting
 from sortserve_trainer.run.validation import validated
 

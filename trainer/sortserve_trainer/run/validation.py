@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from sortserve.core.errors import ConfigError
-from sortserve.process.config import flag_name, shown
+from sortserve.process.sources import flag_name
+from sortserve.process.values import shown
 
 __all__ = ["validated"]
 

@@ -1,0 +1,112 @@
+"""What a single setting may be: types of fields, with their limits, for server and trainer."""
+
+from __future__ import annotations
+
+import ipaddress
+import reprlib
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr
+
+__all__ = [
+    "MAX_COUNT",
+    "MAX_TEXT",
+    "MAX_THREADS",
+    "Count",
+    "FilePath",
+    "Host",
+    "Layers",
+    "Number",
+    "PositiveSeconds",
+    "Seconds",
+    "Secrets",
+    "Size",
+    "Strings",
+    "Text",
+    "is_network",
+    "shown",
+]
+
+MAX_TEXT = 800
+MAX_SHOWN = 60
+MAX_COUNT = 2**31 - 1
+MAX_SECONDS = 366 * 24 * 3600
+MAX_THREADS = 1024
+
+
+def _split_commas(value: object) -> object:
+    """``"9,18"`` and ``["9,18", "30"]`` as lists of their parts; anything else unchanged."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    if isinstance(value, list | tuple):
+        parts = [_split_commas(item) if isinstance(item, str) else [item] for item in value]
+        return [part for group in parts if isinstance(group, list) for part in group]
+    return value
+
+
+def _number(value: object) -> object:
+    """Anything but ``true`` and ``false``, which YAML would pass off as 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("it should be a number")
+    return value
+
+
+def _text(value: str) -> str:
+    if len(value) > MAX_TEXT:
+        raise ValueError(f"it should have at most {MAX_TEXT} characters")
+    if not value.isprintable():
+        raise ValueError("it should be printable text, without control characters")
+    return value
+
+
+def _path(value: object) -> object:
+    if isinstance(value, str):
+        if not value:
+            raise ValueError("it should name a file")
+        _text(value)
+    return value
+
+
+def _secret(value: SecretStr) -> SecretStr:
+    _text(value.get_secret_value())
+    return value
+
+
+def _host(value: str) -> str:
+    try:
+        value.encode("idna")
+    except UnicodeError:
+        raise ValueError("it should be an address or the name of a host") from None
+    return value
+
+
+Number = BeforeValidator(_number)
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT), Number]
+Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False), Number]
+PositiveSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False), Number]
+Size = Annotated[ByteSize, Field(ge=1, le=2**60), Number]
+Text = Annotated[str, AfterValidator(_text)]
+FilePath = Annotated[Path, BeforeValidator(_path)]
+Host = Annotated[Text, AfterValidator(_host), Field(min_length=1)]
+Layers = Annotated[tuple[Count, ...], BeforeValidator(_split_commas), Field(min_length=1)]
+Strings = Annotated[tuple[Text, ...], BeforeValidator(_split_commas)]
+Secrets = Annotated[
+    tuple[Annotated[SecretStr, AfterValidator(_secret)], ...], BeforeValidator(_split_commas)
+]
+
+
+def is_network(text: str) -> bool:
+    """Whether it is an address or a network."""
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        return False
+    return True
+
+
+def shown(value: object) -> str:
+    """A wrong value as a message quotes it: cut, however large or deep it is."""
+    cut = reprlib.Repr()
+    cut.maxlevel, cut.maxstring, cut.maxother, cut.maxlong = 2, MAX_SHOWN, MAX_SHOWN, MAX_SHOWN
+    return cut.repr(value)
