@@ -30,6 +30,7 @@ from support.scripted import (
     AsciiText,
     ScriptedRunner,
     add,
+    go_shallower,
     make_engine,
     make_request,
     run,
