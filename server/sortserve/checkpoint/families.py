@@ -8,14 +8,55 @@ Shape legend: D hidden, V vocabulary, H head_dim, F intermediate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from sortserve.core.errors import CheckpointError
-from sortserve.model.config import FAMILIES, ModelConfig
+from sortserve.model.config import ModelConfig
 from sortserve.model.rope import check_rope, context_length, rope_frequencies
 
-__all__ = ["check_family", "count_layer_parameters", "read_model_config", "tensor_shapes"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "check_family",
+    "count_layer_parameters",
+    "read_model_config",
+    "tensor_shapes",
+]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a family apart from the others."""
+
+    architecture: str
+    """transformers' class."""
+    switches: Callable[[Any], dict[str, bool]]
+    """From a transformers config, the biases and norms of ``ModelConfig`` that are not off."""
+
+
+def _llama(hf_config: Any) -> dict[str, bool]:
+    attention_bias, mlp_bias = _flag(hf_config, "attention_bias"), _flag(hf_config, "mlp_bias")
+    return {"qkv_bias": attention_bias, "o_bias": attention_bias, "mlp_bias": mlp_bias}
+
+
+def _qwen3(hf_config: Any) -> dict[str, bool]:
+    attention_bias = _flag(hf_config, "attention_bias")
+    return {"qkv_bias": attention_bias, "o_bias": attention_bias, "qk_norm": True}
+
+
+def _flag(hf_config: Any, name: str) -> bool:
+    return bool(getattr(hf_config, name, False))
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", _llama),
+    "mistral": Family("MistralForCausalLM", lambda hf_config: {}),
+    "qwen2": Family("Qwen2ForCausalLM", lambda hf_config: {"qkv_bias": True}),
+    "qwen3": Family("Qwen3ForCausalLM", _qwen3),
+}
+"""By ``model_type``."""
 
 _ALIASES = {"ministral": "mistral"}
 """What transformers calls a Mistral whose config has ``layer_types``."""
@@ -50,8 +91,9 @@ def read_model_config(hf_config: Any) -> ModelConfig:
     hidden_size, num_heads = hf_config.hidden_size, hf_config.num_attention_heads
     head_dim = getattr(hf_config, "head_dim", None) or hidden_size // num_heads
     check_rope(hf_config.rope_parameters, head_dim)
+    family = _ALIASES.get(hf_config.model_type, hf_config.model_type)
     config = ModelConfig(
-        family=_ALIASES.get(hf_config.model_type, hf_config.model_type),
+        family=family,
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hidden_size,
         intermediate_size=hf_config.intermediate_size,
@@ -63,7 +105,7 @@ def read_model_config(hf_config: Any) -> ModelConfig:
         max_position_embeddings=context_length(hf_config),
         tie_word_embeddings=bool(hf_config.tie_word_embeddings),
         sliding_window=_sliding_window(hf_config),
-        **_switches(hf_config),
+        **FAMILIES[family].switches(hf_config),
     )
     if hf_config.hidden_act != "silu":
         raise CheckpointError(
@@ -72,21 +114,6 @@ def read_model_config(hf_config: Any) -> ModelConfig:
     _check_sizes(config)
     rope_frequencies(hf_config, head_dim)  # refuses what gives no numbers
     return config
-
-
-def _switches(hf_config: Any) -> dict[str, bool]:
-    """Biases and norms: what each family fixes, and what it leaves to the config."""
-    attention_bias = bool(getattr(hf_config, "attention_bias", False))
-    match hf_config.model_type:
-        case "llama":
-            mlp_bias = bool(getattr(hf_config, "mlp_bias", False))
-            return {"qkv_bias": attention_bias, "o_bias": attention_bias, "mlp_bias": mlp_bias}
-        case "qwen2":
-            return {"qkv_bias": True}
-        case "qwen3":
-            return {"qkv_bias": attention_bias, "o_bias": attention_bias, "qk_norm": True}
-        case _:
-            return {}
 
 
 def _sliding_window(hf_config: Any) -> int | None:

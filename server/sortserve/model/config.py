@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["FAMILIES", "ModelConfig"]
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+__all__ = ["ModelConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +12,7 @@ class ModelConfig:
     """Sizes and switches of one decoder of a supported family."""
 
     family: str
-    """One of FAMILIES."""
+    """A key of ``checkpoint.families.FAMILIES``."""
     num_layers: int
     hidden_size: int
     intermediate_size: int

@@ -27,7 +27,7 @@ from torch import Tensor
 from sortserve import __version__
 from sortserve.checkpoint.adapter import merge_adapter
 from sortserve.checkpoint.exit_modules import load_exit_modules
-from sortserve.checkpoint.families import read_model_config, tensor_shapes
+from sortserve.checkpoint.families import FAMILIES, read_model_config, tensor_shapes
 from sortserve.checkpoint.files import read_json, read_optional_json
 from sortserve.checkpoint.generation_config import GENERATION_CONFIG, generation_settings
 from sortserve.checkpoint.hf import load_hf_config, load_tokenizer
@@ -51,12 +51,6 @@ EXPORT_DTYPES = {
 MAX_SHARD_BYTES = 5 << 30
 """Larger models are written in several files, so that no more than this is in memory at once."""
 
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -274,7 +268,7 @@ def _config_document(model: Path, config: ModelConfig, dtype: str) -> dict[str, 
         document.pop(name, None)
     full, layers = document["num_hidden_layers"], config.num_layers
     document |= {
-        "architectures": [_ARCHITECTURES[config.family]],
+        "architectures": [FAMILIES[config.family].architecture],
         "num_hidden_layers": layers,
         "tie_word_embeddings": config.tie_word_embeddings,
         "dtype": dtype,
