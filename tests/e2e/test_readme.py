@@ -12,6 +12,7 @@ import pytest
 
 from sortserve.cli import main
 from support.http_service import make_service
+from support.tiny_models import make_tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,6 +62,22 @@ def test_the_serve_commands_are_accepted_as_written(
     for line in lines:
         assert main([*shlex.split(line), "--print-config"]) == 0
     assert "port: 8123" in capsys.readouterr().out
+
+
+def test_the_offline_example_answers_as_it_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a tiny checkpoint in place of the one that comes with sortserve."""
+    (example,) = [text for text in blocks("python") if "from sortserve import" in text]
+    make_tiny_checkpoint(tmp_path / "sorted-smollm2-135m", exits=(9, 27, 30), num_hidden_layers=30)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+
+    exec(example.replace('LLM("', 'LLM("./'), names)
+
+    assert names["llm"].exits.layers == (9, 27, 30)
+    names["llm"].close()
+    assert capsys.readouterr().out
 
 
 def test_the_make_targets_of_the_first_screen_exist() -> None:
