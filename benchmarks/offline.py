@@ -28,7 +28,7 @@ from benchmarks.lib.workload import PromptMaker
 from sortserve.admission.choose import ExitChoice
 from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
 from sortserve.core.errors import SortserveError
-from sortserve.core.request import GenerationRequest
+from sortserve.core.request import Request
 from sortserve.core.sampling_params import SamplingParams
 from sortserve.engine.assemble import EngineOptions, assemble
 
@@ -82,7 +82,7 @@ class EngineBench:
 
     def _add(self, exit_layer: int, num_prompt_tokens: int, *, max_tokens: int) -> None:
         sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-        request = GenerationRequest(
+        request = Request(
             request_id=str(next(self._ids)),
             prompt_token_ids=tuple(self._prompts.make(num_prompt_tokens)),
             sampling=sampling,

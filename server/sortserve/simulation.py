@@ -43,8 +43,8 @@ from sortserve.core.budget import Budget
 from sortserve.core.errors import SortserveError
 from sortserve.core.plan import Runner, StepPlan
 from sortserve.core.request import (
-    GenerationRequest,
     Observer,
+    Request,
     RequestOutput,
     RequestReport,
     StepRecord,
@@ -85,9 +85,9 @@ class Arrival:
     label: str = ""
     """The class it is counted in."""
 
-    def request(self, request_id: str) -> GenerationRequest:
+    def request(self, request_id: str) -> Request:
         """What the engine gets: a request of exactly these lengths."""
-        return GenerationRequest(
+        return Request(
             request_id=request_id,
             prompt_token_ids=(BLANK,) * self.num_prompt_tokens,
             sampling=SamplingParams(max_tokens=self.num_output_tokens, ignore_eos=True),
@@ -251,7 +251,7 @@ class Simulation:
         self.errors: dict[str, SortserveError] = {}
         """What ended requests that had been let in."""
 
-    def arrive(self, request: GenerationRequest) -> None:
+    def arrive(self, request: Request) -> None:
         """A request is let in, or refused, now."""
         self.desk.see(self.engine.demands())
         try:
@@ -272,7 +272,7 @@ class Simulation:
                 self.errors[output.request_id] = output.error
         return outputs
 
-    def run(self, requests: Iterable[GenerationRequest] = ()) -> None:
+    def run(self, requests: Iterable[Request] = ()) -> None:
         """Let requests arrive when they are due, and step until nothing is left."""
         queue = deque(sorted(requests, key=lambda request: request.arrival_s))
         while queue or self.engine.has_work:

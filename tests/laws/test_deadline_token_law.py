@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sortserve.core.budget import Budget
-from sortserve.core.request import GenerationRequest
+from sortserve.core.request import Request
 from sortserve.cost.model import CostModel, Line
 from sortserve.scheduling.demand import StepCosts
 from support.scripted import make_request
@@ -60,7 +60,7 @@ def models(draw: st.DrawFn) -> CostModel:
 
 
 @st.composite
-def requests(draw: st.DrawFn, request_id: str, model: CostModel) -> GenerationRequest:
+def requests(draw: st.DrawFn, request_id: str, model: CostModel) -> Request:
     """A request, mostly with a budget that is near what the server believes to be possible."""
     prompt = PREFIX[: draw(st.integers(0, 24))] + draw(
         st.lists(st.integers(3, VOCAB_SIZE - 30), min_size=1, max_size=12)
@@ -92,7 +92,7 @@ def requests(draw: st.DrawFn, request_id: str, model: CostModel) -> GenerationRe
 
 
 @st.composite
-def workloads(draw: st.DrawFn) -> tuple[CostModel, list[GenerationRequest]]:
+def workloads(draw: st.DrawFn) -> tuple[CostModel, list[Request]]:
     """What the server believes of its steps, and what it is asked."""
     model = draw(models())
     return model, [draw(requests(str(i), model)) for i in range(draw(st.integers(3, 7)))]
@@ -104,7 +104,7 @@ def slower(model: CostModel, times: float) -> CostModel:
     return CostModel(small, large)  # type: ignore[arg-type]
 
 
-def check_tokens(served: Served, timed: Timed, request: GenerationRequest) -> None:
+def check_tokens(served: Served, timed: Timed, request: Request) -> None:
     """All tokens as offline at the exits that the stream said, and the report says no other."""
     report, result = timed.reports[request.request_id], timed.results[request.request_id]
     allowed = timed.engine.exits.allowed(request.budget)
@@ -131,7 +131,7 @@ def test_law_12_every_token_under_deadline_is_the_offline_one_at_its_exit(served
     )
     @settings(max_examples=20, deadline=None)
     def check(
-        asked: tuple[CostModel, list[GenerationRequest]],
+        asked: tuple[CostModel, list[Request]],
         slowness: float,
         num_pages: int,
         chunk: int,

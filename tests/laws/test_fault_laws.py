@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from sortserve.core.budget import Budget
 from sortserve.core.errors import BudgetUnattainableError
 from sortserve.core.plan import StepPlan
-from sortserve.core.request import FinishReason, GenerationRequest, RequestOutput, RequestReport
+from sortserve.core.request import FinishReason, Request, RequestOutput, RequestReport
 from sortserve.core.sampling_params import RowFailure
 from sortserve.engine.engine import Engine
 from sortserve.simulation import Clock, Simulation, TimedRunner
@@ -134,7 +134,7 @@ class Storm:
         self.runner = ChaosRunner(self.chaos, self.clock, num_pages)
         self.observed = Observed(self.chaos)
         self.texts: dict[str, AsciiText] = {}
-        self.requests: dict[str, GenerationRequest] = {}
+        self.requests: dict[str, Request] = {}
         self.tokens: dict[str, list[int]] = {}
         self.ends: dict[str, RequestOutput] = {}
         self.engine: Engine = make_engine(
@@ -156,7 +156,7 @@ class Storm:
         faulty: dict[str, Any] = {n: part and self.chaos.around(part) for n, part in parts.items()}
         decisions.policy = replace(decisions.policy, **faulty)
 
-    def _make_text(self, request: GenerationRequest) -> AsciiText:
+    def _make_text(self, request: Request) -> AsciiText:
         return self.texts.setdefault(request.request_id, AsciiText(request.sampling))
 
     def arrive(self, name: str) -> None:

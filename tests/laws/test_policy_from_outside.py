@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sortserve.admission.forecast import Load, Newcomer, forecast
 from sortserve.core.budget import Deadlines
-from sortserve.core.request import GenerationRequest
+from sortserve.core.request import Request
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.policies.lockstep import lockstep
 from sortserve.scheduling.policies.table import POLICIES
@@ -88,7 +88,7 @@ def test_it_decides_who_enters() -> None:
 )
 @settings(max_examples=30, deadline=None)
 def test_nobody_starves_no_page_is_lost_and_it_never_fails(
-    workload: list[GenerationRequest], num_pages: int, chunk: int, max_num_seqs: int
+    workload: list[Request], num_pages: int, chunk: int, max_num_seqs: int
 ) -> None:
     timed = make_timed(
         policy="shortest",

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sortserve.core.request import GenerationRequest, RequestOutput
+from sortserve.core.request import Request, RequestOutput
 from sortserve.scheduling.policies.table import POLICIES
 from support.timed import MODEL, make_timed, timed_request
 from support.workloads import EXITS, check_report, workloads
@@ -27,7 +27,7 @@ from support.workloads import EXITS, check_report, workloads
 )
 @settings(max_examples=60, deadline=None)
 def test_everybody_is_answered_and_no_page_is_lost(
-    workload: list[GenerationRequest],
+    workload: list[Request],
     policy: str,
     num_pages: int,
     chunk: int,
@@ -55,7 +55,7 @@ def test_everybody_is_answered_and_no_page_is_lost(
 @given(workload=workloads(), seed=st.integers(0, 3))
 @settings(max_examples=30, deadline=None)
 def test_no_promise_is_made_that_the_model_says_cannot_be_kept(
-    workload: list[GenerationRequest], seed: int
+    workload: list[Request], seed: int
 ) -> None:
     timed = make_timed(seed=seed)
 
@@ -79,7 +79,7 @@ def test_no_promise_is_made_that_the_model_says_cannot_be_kept(
 @given(workload=workloads(), seed=st.integers(0, 3))
 @settings(max_examples=30, deadline=None)
 def test_due_times_never_go_back_and_never_pass_the_deadline(
-    workload: list[GenerationRequest], seed: int
+    workload: list[Request], seed: int
 ) -> None:
     timed = make_timed(seed=seed)
     due_s: dict[str, float] = {}

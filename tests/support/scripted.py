@@ -10,7 +10,7 @@ import numpy as np
 from sortserve.admission.choose import ExitChoice
 from sortserve.core.budget import Budget, ExitInfo, ExitTable
 from sortserve.core.plan import Runner, StepPlan
-from sortserve.core.request import GenerationRequest, Observer, RequestOutput
+from sortserve.core.request import Observer, Request, RequestOutput
 from sortserve.core.sampling_params import SampledToken, SamplingParams, TokenLogprob
 from sortserve.engine.engine import Engine, EngineConfig, TextStream
 
@@ -150,9 +150,9 @@ def make_request(
     cache_salt: str = "",
     sample_index: int = 0,
     **sampling: object,
-) -> GenerationRequest:
+) -> Request:
     tokens = tuple(map(ord, prompt)) if isinstance(prompt, str) else tuple(prompt)
-    return GenerationRequest(
+    return Request(
         request_id=request_id,
         prompt_token_ids=tokens,
         sampling=SamplingParams(max_tokens=max_tokens, **sampling),  # type: ignore[arg-type]
@@ -169,9 +169,7 @@ def make_engine(
     runner: Runner | None = None,
     clock: Callable[[], float] | None = None,
     observer: Observer | None = None,
-    make_text: Callable[[GenerationRequest], TextStream] = lambda request: AsciiText(
-        request.sampling
-    ),
+    make_text: Callable[[Request], TextStream] = lambda request: AsciiText(request.sampling),
     **config: object,
 ) -> Engine:
     settings: dict[str, object] = {"max_model_len": 256, "max_num_seqs": 64, "seed": 0, **config}
@@ -186,7 +184,7 @@ def make_engine(
     )
 
 
-def add(engine: Engine, request: GenerationRequest, exit_layer: int | None = None) -> None:
+def add(engine: Engine, request: Request, exit_layer: int | None = None) -> None:
     """Add a request at an exit (default: its budget's deepest)."""
     allowed = engine.validate(request)
     engine.add_request(request, ExitChoice(exit_layer or allowed[-1], None, fits=True))

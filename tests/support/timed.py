@@ -9,7 +9,7 @@ from typing import Any
 
 from sortserve.core.budget import Budget
 from sortserve.core.plan import Runner, StepPlan
-from sortserve.core.request import GenerationRequest, RequestOutput
+from sortserve.core.request import Request, RequestOutput
 from sortserve.core.sampling_params import RowFailure, SampledToken
 from sortserve.cost.model import CostModel, Line
 from sortserve.engine.engine import Engine
@@ -102,7 +102,7 @@ def timed_request(
     max_tokens: int = 10,
     at: float = 0.0,
     **budget: object,
-) -> GenerationRequest:
+) -> Request:
     """A request of exact length; keyword arguments are its budget."""
     return make_request(
         request_id,

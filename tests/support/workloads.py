@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from sortserve.core.request import FinishReason, GenerationRequest
+from sortserve.core.request import FinishReason, Request
 from support.timed import Timed, timed_request
 
 EXITS = (2, 4, 6)
@@ -30,7 +30,7 @@ def budgets(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
-def workloads(draw: st.DrawFn) -> list[GenerationRequest]:
+def workloads(draw: st.DrawFn) -> list[Request]:
     count = draw(st.integers(1, 14))
     return [
         timed_request(
@@ -44,7 +44,7 @@ def workloads(draw: st.DrawFn) -> list[GenerationRequest]:
     ]
 
 
-def check_report(timed: Timed, request: GenerationRequest) -> None:
+def check_report(timed: Timed, request: Request) -> None:
     """Every token at an allowed exit, never deeper again; all of them unless a deadline cut it."""
     report, budget = timed.reports[request.request_id], request.budget
     exits = list(report.tokens_by_exit)

@@ -27,7 +27,7 @@ from sortserve.admission.forecast import (
 from sortserve.admission.overload import DepthLevel, next_level
 from sortserve.core.budget import ExitTable
 from sortserve.core.errors import SortserveError
-from sortserve.core.request import Estimate, GenerationRequest
+from sortserve.core.request import Estimate, Request
 from sortserve.cost.costs import Costs
 from sortserve.cost.model import CostModel
 from sortserve.scheduling.demand import Demand
@@ -55,7 +55,7 @@ class AdmissionDesk:
     overload_delay_s: float
     """Predicted wait beyond which unbudgeted newcomers start shallower; 0: never."""
     clock: Callable[[], float]
-    expect: Callable[[GenerationRequest], int]
+    expect: Callable[[Request], int]
     """The output tokens to plan a request for."""
     costs: Costs
     on_failure: Callable[[], None] = lambda: None
@@ -88,7 +88,7 @@ class AdmissionDesk:
 
     # ---- the event loop's thread ----
 
-    def choose(self, request: GenerationRequest, allowed: tuple[int, ...]) -> ExitChoice:
+    def choose(self, request: Request, allowed: tuple[int, ...]) -> ExitChoice:
         """The exit a request gets.
 
         Args:
@@ -104,9 +104,7 @@ class AdmissionDesk:
             lambda model: self._judge(request, allowed, model), unknown=deepest, failed=unpromised
         )
 
-    def _judge(
-        self, request: GenerationRequest, allowed: tuple[int, ...], model: CostModel
-    ) -> ExitChoice:
+    def _judge(self, request: Request, allowed: tuple[int, ...], model: CostModel) -> ExitChoice:
         load = self.load()
         newcomer = self._newcomer(request, allowed[0])
 
@@ -137,7 +135,7 @@ class AdmissionDesk:
             self.on_failure()
             return otherwise
 
-    def enter(self, request: GenerationRequest, choice: ExitChoice) -> None:
+    def enter(self, request: Request, choice: ExitChoice) -> None:
         """The request is on its way to the engine, at the exit chosen for it."""
         floor = choice.exit_layer if choice.floor_layer is None else choice.floor_layer
         demand = self._attempt(
@@ -209,7 +207,7 @@ class AdmissionDesk:
         deepest = self._level.exit_layer(layers)
         return tuple(e for e in allowed if e <= deepest) or allowed[:1]
 
-    def _newcomer(self, request: GenerationRequest, floor_layer: int) -> Newcomer:
+    def _newcomer(self, request: Request, floor_layer: int) -> Newcomer:
         return Newcomer(
             num_prompt_tokens=len(request.prompt_token_ids),
             num_output_tokens=self.expect(request),

@@ -13,7 +13,7 @@ import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
-from sortserve.core.request import GenerationRequest
+from sortserve.core.request import Request
 
 __all__ = ["LengthEstimator", "expected_tokens"]
 
@@ -32,7 +32,7 @@ def _bounds() -> tuple[int, ...]:
     return tuple(bounds)
 
 
-def expected_tokens(request: GenerationRequest, num_so_far: int, lengths: LengthEstimator) -> int:
+def expected_tokens(request: Request, num_so_far: int, lengths: LengthEstimator) -> int:
     """The output tokens to plan a request for, given how many it has."""
     limit = request.sampling.max_tokens
     if request.sampling.ignore_eos and not request.sampling.stop:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TypeVar
 
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 
 from sortserve.admission.queue_limits import Reservation
 from sortserve.api.bodies.limits import MAX_LOGPROBS_PER_REPLY, BodyLimits
@@ -23,7 +23,7 @@ from sortserve.api.problems import renamed
 from sortserve.api.settings import ApiSettings
 from sortserve.api.text_threads import TextThreads
 from sortserve.core.errors import InvalidRequestError, SortserveError
-from sortserve.core.request import EXPECTED_TOKENS, GenerationRequest
+from sortserve.core.request import EXPECTED_TOKENS, Request
 from sortserve.engine.worker import EngineWorker, RequestStream
 from sortserve.telemetry.logs import fields
 
@@ -56,7 +56,7 @@ class Service:
             max_sequences=self.settings.max_n,
         )
 
-    async def work_on_body(self, request: Request, work: Callable[[], R]) -> R:
+    async def work_on_body(self, request: HttpRequest, work: Callable[[], R]) -> R:
         """What ``work`` returns or raises; it runs on a thread where the body was read on one."""
         return await self.threads.run(work) if request.state.is_large else work()
 
@@ -140,14 +140,14 @@ class Service:
             raise
         return streams
 
-    def _request(self, job: Job, token_ids: tuple[int, ...]) -> GenerationRequest:
+    def _request(self, job: Job, token_ids: tuple[int, ...]) -> Request:
         sampling, expected_tokens = job.sampling, None
         if job.limit_is_default:
             # An over-long prompt is the engine's to refuse: it says so in better words.
             room = max(1, self.worker.max_model_len - len(token_ids))
             sampling = replace(sampling, max_tokens=min(sampling.max_tokens, room))
             expected_tokens = min(sampling.max_tokens, EXPECTED_TOKENS)
-        return GenerationRequest(
+        return Request(
             request_id=job.request_id,
             prompt_token_ids=token_ids,
             sampling=sampling,

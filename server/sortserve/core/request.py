@@ -19,8 +19,8 @@ __all__ = [
     "EngineStats",
     "Estimate",
     "FinishReason",
-    "GenerationRequest",
     "Observer",
+    "Request",
     "RequestOutput",
     "RequestReport",
     "StepRecord",
@@ -54,7 +54,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
+class Request:
     """One sequence to generate. ``n > 1`` is n requests that differ in ``sample_index``."""
 
     request_id: str

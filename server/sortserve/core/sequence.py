@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from sortserve.core.budget import Deadlines
-from sortserve.core.request import Estimate, GenerationRequest
+from sortserve.core.request import Estimate, Request
 from sortserve.core.sampling_params import SamplingRow
 
 __all__ = ["Promise", "Sequence", "Status"]
@@ -59,7 +59,7 @@ class Sequence:
 
     def __init__(
         self,
-        request: GenerationRequest,
+        request: Request,
         *,
         exit_layer: int,
         seed: int,

@@ -17,7 +17,7 @@ import torch
 from sortserve.checkpoint.load import LoadedCheckpoint
 from sortserve.core.errors import ConfigError
 from sortserve.core.plan import Runner
-from sortserve.core.request import GenerationRequest, Observer
+from sortserve.core.request import Observer, Request
 from sortserve.cost.learner import CostLearner
 from sortserve.engine.calibrator import Calibrator
 from sortserve.engine.engine import Engine, EngineConfig
@@ -164,7 +164,7 @@ def make_engine(
 ) -> Engine:
     """An engine that says what its runner gives in the checkpoint's words."""
 
-    def make_text(request: GenerationRequest) -> TextStream:
+    def make_text(request: Request) -> TextStream:
         return TextStream(tokenizer, request.sampling, request.prompt_token_ids)
 
     return Engine(

@@ -23,8 +23,8 @@ from sortserve.core.plan import Runner, StepPlan
 from sortserve.core.request import (
     EngineStats,
     FinishReason,
-    GenerationRequest,
     Observer,
+    Request,
     RequestOutput,
 )
 from sortserve.core.sampling_params import RowFailure, SampledToken
@@ -131,7 +131,7 @@ class Engine:
         exits: ExitTable,
         *,
         eos_token_ids: frozenset[int],
-        make_text: Callable[[GenerationRequest], TextStream],
+        make_text: Callable[[Request], TextStream],
         config: EngineConfig,
         clock: Callable[[], float] = time.monotonic,
         observer: Observer | None = None,
@@ -200,7 +200,7 @@ class Engine:
 
     # ---- requests come and go ----
 
-    def validate(self, request: GenerationRequest) -> tuple[int, ...]:
+    def validate(self, request: Request) -> tuple[int, ...]:
         """Refuse what can never be served; returns the exits the budget allows, ascending.
 
         Reads only what never changes, so any thread may ask.
@@ -244,7 +244,7 @@ class Engine:
             )
         return fitting
 
-    def add_request(self, request: GenerationRequest, choice: ExitChoice) -> None:
+    def add_request(self, request: Request, choice: ExitChoice) -> None:
         """Queue a validated request at the exit chosen for it."""
         assert request.request_id not in self._live, f"{request.request_id} is live already"
         sampling = request.sampling
@@ -496,7 +496,7 @@ class Engine:
         """What every live request still needs; nothing without a cost model."""
         return tuple(self.scheduler.demands(self.clock()))
 
-    def expect(self, request: GenerationRequest) -> int:
+    def expect(self, request: Request) -> int:
         """The output tokens to plan a newcomer for."""
         return expected_tokens(request, 0, self.lengths)
 

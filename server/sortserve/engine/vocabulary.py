@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from sortserve.core.errors import InvalidRequestError
-from sortserve.core.request import GenerationRequest
+from sortserve.core.request import Request
 
 __all__ = ["check_vocabulary"]
 
 
-def check_vocabulary(
-    request: GenerationRequest, vocab_size: int, eos_token_ids: frozenset[int]
-) -> None:
+def check_vocabulary(request: Request, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
     """Refuse ids outside the vocabulary, and masks that leave nothing of it.
 
     Args:

@@ -44,7 +44,7 @@ from sortserve.core.errors import (
     OverloadedError,
     UnavailableError,
 )
-from sortserve.core.request import EngineStats, Estimate, GenerationRequest, RequestOutput
+from sortserve.core.request import EngineStats, Estimate, Request, RequestOutput
 from sortserve.engine.engine import Engine
 from sortserve.engine.stall import StallDetector
 from sortserve.scheduling.demand import Demand
@@ -117,7 +117,7 @@ class RequestStream:
 
 @dataclass(frozen=True)
 class _Submission:
-    request: GenerationRequest
+    request: Request
     choice: ExitChoice
     stream: RequestStream
     reservation: Reservation
@@ -276,9 +276,7 @@ class EngineWorker:
             self._rejected("queue_full")
             raise
 
-    def submit(
-        self, request: GenerationRequest, reservation: Reservation | None = None
-    ) -> RequestStream:
+    def submit(self, request: Request, reservation: Reservation | None = None) -> RequestStream:
         """Validate, choose the exit, queue; nothing runs yet. Needs a running event loop.
 
         Args:
@@ -329,7 +327,7 @@ class EngineWorker:
                 retry_after_s=5.0,
             )
 
-    def _rejected(self, reason: str, request: GenerationRequest | None = None) -> None:
+    def _rejected(self, reason: str, request: Request | None = None) -> None:
         budget = request.budget if request else None
         self._engine.tell(lambda observer: observer.on_rejected(reason, budget))
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from sortserve.api.bodies.prompts import read_messages, read_prompt
 from sortserve.core.budget import Budget
 from sortserve.core.errors import InvalidRequestError, SortserveError
-from sortserve.core.request import EXPECTED_TOKENS, GenerationRequest
+from sortserve.core.request import EXPECTED_TOKENS, Request
 from sortserve.core.sampling_params import SamplingParams
 from sortserve.engine.engine import Engine
 from sortserve.llm.offline import Task, blamed
@@ -148,13 +148,13 @@ class Asking:
 
     def _request(
         self, prompt: Prompt, sampling: SamplingParams, budget: Budget, arrival_s: float
-    ) -> GenerationRequest:
+    ) -> Request:
         expected_tokens, most = None, self.engine.config.max_model_len
         if sampling.max_tokens == most:  # no prompt leaves so much room
             room = max(1, most - len(prompt.token_ids))
             sampling = replace(sampling, max_tokens=room)
             expected_tokens = min(room, EXPECTED_TOKENS)
-        return GenerationRequest(
+        return Request(
             request_id="",
             prompt_token_ids=prompt.token_ids,
             sampling=sampling,

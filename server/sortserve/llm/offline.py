@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 
 from sortserve.core.errors import SortserveError
-from sortserve.core.request import GenerationRequest, RequestOutput
+from sortserve.core.request import Request, RequestOutput
 from sortserve.core.sampling_params import SampledToken
 from sortserve.engine.assemble import EngineParts
 from sortserve.engine.worker import STOP_TIMEOUT_S, EngineWorker
@@ -37,7 +37,7 @@ class Task:
     name: str
     """What the caller knows it by, for errors."""
     prompt: str | None
-    samples: tuple[GenerationRequest, ...]
+    samples: tuple[Request, ...]
 
 
 class OfflineEngine:
@@ -80,7 +80,7 @@ class OfflineEngine:
         """``answer`` on the caller's event loop."""
         room = asyncio.Semaphore(self._max_in_flight)  # first come, first served: seeds keep order
 
-        async def complete(task: Task, request: GenerationRequest) -> Completion:
+        async def complete(task: Task, request: Request) -> Completion:
             async with room:
                 return await self._complete(task, request)
 
@@ -107,7 +107,7 @@ class OfflineEngine:
                 each.cancel()
             await asyncio.gather(*running, *collecting, return_exceptions=True)
 
-    async def _complete(self, task: Task, request: GenerationRequest) -> Completion:
+    async def _complete(self, task: Task, request: Request) -> Completion:
         texts: list[str] = []
         tokens: list[SampledToken] = []
         async with aclosing(self.outputs(task, request)) as outputs:
@@ -127,9 +127,7 @@ class OfflineEngine:
 
     # ---- answers as they come ----
 
-    async def outputs(
-        self, task: Task, request: GenerationRequest
-    ) -> AsyncGenerator[RequestOutput, None]:
+    async def outputs(self, task: Task, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """The outputs of one sample; to close it ends the sample.
 
         Raises:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sortserve.core.budget import Budget, OnMiss
-from sortserve.core.request import GenerationRequest, RequestReport, StepRecord
+from sortserve.core.request import Request, RequestReport, StepRecord
 from sortserve.cost.learner import CostLearner
 from sortserve.cost.model import CostModel, StepShape
 from sortserve.engine.engine import Engine
@@ -92,7 +92,7 @@ class FaultyText(AsciiText):
 
 
 def test_a_row_whose_token_cannot_be_made_text_ends_alone() -> None:
-    def make_text(request: GenerationRequest) -> AsciiText:
+    def make_text(request: Request) -> AsciiText:
         kind = FaultyText if request.request_id == "guilty" else AsciiText
         return kind(request.sampling)
 

@@ -27,7 +27,7 @@ from sortserve.core.errors import (
     SortserveError,
     UnavailableError,
 )
-from sortserve.core.request import FinishReason, GenerationRequest
+from sortserve.core.request import FinishReason, Request
 from sortserve.engine.worker import EngineWorker
 from sortserve.llm import Result
 from support.serving import serve
@@ -65,7 +65,7 @@ def test_it_answers_what_the_engine_alone_answers(path: Path, llm: LLM, exit_lay
 
     for prompt, result in zip(PROMPTS, results, strict=True):
         engine = served.engine()
-        request = GenerationRequest(
+        request = Request(
             request_id="alone",
             prompt_token_ids=tuple(served.tokenizer.encode(prompt)),
             sampling=params,
