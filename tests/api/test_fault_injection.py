@@ -70,7 +70,7 @@ async def eight(
     async with asyncio.timeout(WAIT_S):
         posts = [service.post("/generate", body(i)) for i in range(NUM_LIVE)]
         replies = asyncio.gather(*posts)
-        while service.worker._num_submitted < NUM_LIVE:
+        while service.worker._ledger.num_accepted < NUM_LIVE:
             await asyncio.sleep(0.001)
         once_live()
         service.runner.open()

@@ -7,8 +7,6 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
 from sortserve.admission.choose import ExitChoice
 from sortserve.admission.lengths import LengthEstimator, expected_tokens
@@ -16,7 +14,6 @@ from sortserve.core.budget import ExitTable, OnMiss
 from sortserve.core.errors import (
     BudgetUnattainableError,
     EngineError,
-    InvalidRequestError,
     SortserveError,
 )
 from sortserve.core.plan import Runner, StepPlan
@@ -31,85 +28,21 @@ from sortserve.core.sampling_params import RowFailure, SampledToken
 from sortserve.core.sequence import Sequence
 from sortserve.cost.costs import Costs
 from sortserve.cost.model import step_shape
+from sortserve.engine.config import EngineConfig
 from sortserve.engine.execution import Execution, execute
-from sortserve.engine.finish import make_report
-from sortserve.engine.selftest import runs_a_token
+from sortserve.engine.finish import expired_in_queue, is_over, make_report, would_overrun
+from sortserve.engine.health import Health
+from sortserve.engine.live import Live, TextError, TextStream, push, rest
 from sortserve.engine.steps import step_record
-from sortserve.engine.vocabulary import check_vocabulary
+from sortserve.engine.validation import check_lengths, check_vocabulary, exits_that_fit
 from sortserve.scheduling.demand import Demand
 from sortserve.scheduling.kv_cache import KVCacheManager
-from sortserve.scheduling.policies.table import DEFAULT_POLICY, get_policy
+from sortserve.scheduling.policies.table import get_policy
 from sortserve.scheduling.scheduler import Scheduler
 
 __all__ = ["Engine", "EngineConfig", "TextStream"]
 
 logger = logging.getLogger(__name__)
-
-
-class TextStream(Protocol):
-    """Tokens in, text out (see ``sortserve.text.tokenizer.TextStream``)."""
-
-    def push(self, token_id: int) -> tuple[str, bool]:
-        """New text, and whether a stop string ended it."""
-
-    def finish(self) -> str:
-        """The text held back so far."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """Limits and choices of one engine."""
-
-    max_model_len: int
-    """Most tokens of prompt and output together."""
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 1024
-    policy: str = DEFAULT_POLICY
-    """Its name in the table of policies."""
-    overload_delay_s: float = 2.0
-    """Predicted wait beyond which requests without a budget start shallower; 0: never."""
-    enable_prefix_caching: bool = True
-    max_failed_steps: int = 3
-    """So many steps that fail and give no token, nor their self-tests, end the engine."""
-    seed: int | None = None
-    """Of the generator that draws seeds for requests without one."""
-    vocab_size: int | None = None
-    """Token ids are below it; None: the caller answers for them."""
-
-
-@dataclass(frozen=True)
-class _Live:
-    """A live request: its sequence, its text, and whether its budget was promised."""
-
-    sequence: Sequence
-    text: TextStream
-    promised: bool
-
-
-class _TextError(Exception):
-    """The text of one request could not be made."""
-
-    def __init__(self, detail: str) -> None:
-        super().__init__(detail)
-        self.detail = detail
-
-
-def _push(live: _Live, token_id: int) -> tuple[str, bool]:
-    """The text that a token adds, and whether a stop string ended it."""
-    try:
-        return live.text.push(token_id)
-    except Exception as error:
-        logger.exception("the text of request %s failed", live.sequence.request_id)
-        raise _TextError(type(error).__name__) from error
-
-
-def _rest(live: _Live) -> str:
-    """The text held back so far."""
-    try:
-        return live.text.finish()
-    except Exception as error:
-        logger.exception("the text of request %s lacks its end", live.sequence.request_id)
-        raise _TextError(type(error).__name__) from error
 
 
 class Engine:
@@ -142,8 +75,6 @@ class Engine:
         self.observer = observer
         self.num_calls = 0
         """How often the model has been given something to do: any thread may look."""
-        self.failure: str | None = None
-        """Why the engine must end; its owner looks after each step."""
         self.policy = get_policy(config.policy)
         self.costs = Costs()
         """What steps cost: any thread may read its model."""
@@ -168,13 +99,18 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             expect=lambda s: expected_tokens(s.request, s.num_output_tokens, self.lengths),
         )
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, Live] = {}
         # Sequences whose budget may end them while they wait or run.
         self._timed: dict[str, Sequence] = {}
         # When the last step ended, if it left work: the next one's time counts from there.
         self._busy_since_s: float | None = None
-        self._num_failed_steps = 0
-        self._is_suspect = False
+        self._health = Health(
+            runner,
+            self.kv_cache,
+            full_depth=exits.full,
+            max_failed_steps=config.max_failed_steps,
+            on_start=self._count_call,
+        )
 
     # ---- the main loop's body ----
 
@@ -187,10 +123,7 @@ class Engine:
             return outputs
         execution = execute(self._runner, plan, on_start=self._count_call)
         outputs += self._commit(plan, execution, now)
-        # A part of a prompt that has been read says nothing: its scores are not looked at.
-        if execution.tokens:
-            self._num_failed_steps = 0
-        self._is_suspect = bool(execution.failures) and not execution.tokens
+        self._health.note(execution)
         return outputs
 
     @property
@@ -208,41 +141,10 @@ class Engine:
         Raises:
             InvalidRequestError: ``param`` names the field.
         """
-        num_prompt = len(request.prompt_token_ids)
-        limit = self.config.max_model_len
-        if num_prompt == 0:
-            raise InvalidRequestError("prompt is empty: give at least one token.", param="prompt")
-        if num_prompt >= limit:
-            raise InvalidRequestError(
-                f"prompt has {num_prompt} tokens, but the context holds {limit}, "
-                "with at least one for the answer. Shorten it.",
-                param="prompt",
-            )
-        max_tokens = request.sampling.max_tokens
-        if num_prompt + max_tokens > limit:
-            raise InvalidRequestError(
-                f"max_tokens={max_tokens} with a prompt of {num_prompt} tokens exceeds the "
-                f"context of {limit}: at most {limit - num_prompt} fit.",
-                param="max_tokens",
-            )
+        check_lengths(request, self.config.max_model_len)
         if self.config.vocab_size is not None:
             check_vocabulary(request, self.config.vocab_size, self._eos_token_ids)
-        allowed = self.exits.allowed(request.budget)
-        num_pages = self.kv_cache.pool.num_pages
-        fitting = tuple(
-            e
-            for e in allowed
-            if self.kv_cache.num_pages_needed(num_prompt + max_tokens, e) <= num_pages
-        )
-        if not fitting:
-            raise InvalidRequestError(
-                f"max_tokens={max_tokens} with a prompt of {num_prompt} tokens needs "
-                f"{self.kv_cache.num_pages_needed(num_prompt + max_tokens, allowed[0])} pages of "
-                f"KV cache at exit {allowed[0]}; the server has {num_pages}. Ask for fewer tokens "
-                "or a shallower exit.",
-                param="max_tokens",
-            )
-        return fitting
+        return exits_that_fit(request, self.exits.allowed(request.budget), self.kv_cache)
 
     def add_request(self, request: Request, choice: ExitChoice) -> None:
         """Queue a validated request at the exit chosen for it."""
@@ -261,7 +163,7 @@ class Engine:
             promise=choice.promise,
         )
         self.scheduler.add(sequence)
-        self._live[request.request_id] = _Live(sequence, text, choice.fits)
+        self._live[request.request_id] = Live(sequence, text, choice.fits)
         if request.budget.has_latency and request.budget.on_miss is not OnMiss.DEGRADE:
             self._timed[request.request_id] = sequence
 
@@ -271,8 +173,8 @@ class Engine:
         if live is None:
             return None
         try:
-            text = _rest(live)
-        except _TextError:  # it is cut off in any case
+            text = rest(live)
+        except TextError:  # it is cut off in any case
             text = ""
         return self._finish(live, FinishReason.ABORT, self.clock(), text=text)
 
@@ -281,31 +183,19 @@ class Engine:
     def _expire(self, now: float) -> list[RequestOutput]:
         """End the requests whose budget says that they are not worth running any more."""
         outputs = []
-        for sequence in list(self._timed.values()):
-            budget, deadlines = sequence.request.budget, sequence.deadlines
-            live = self._live[sequence.request_id]
-            late_end = deadlines.e2e_s is not None and now >= deadlines.e2e_s
-            late_start = deadlines.ttft_s is not None and now >= deadlines.ttft_s
-            if budget.on_miss is OnMiss.TRUNCATE and late_end:
+        for request_id, sequence in list(self._timed.items()):
+            live = self._live[request_id]
+            if is_over(sequence, now):
                 outputs.append(self._truncate(live, now))
-            elif (
-                budget.on_miss is OnMiss.REJECT
-                and sequence.first_scheduled_s is None
-                and (late_end or late_start)
-            ):
-                error = BudgetUnattainableError(
-                    "The budget expired in the queue before any compute. Raise it or come back.",
-                    param="budget." + ("latency_ms" if late_end else "ttft_ms"),
-                    retry_after_s=max(1.0, now - sequence.request.arrival_s),
-                )
+            elif (error := expired_in_queue(sequence, now)) is not None:
                 outputs.append(self._finish(live, FinishReason.ERROR, now, error=error))
         return outputs
 
-    def _truncate(self, live: _Live, now: float) -> RequestOutput:
+    def _truncate(self, live: Live, now: float) -> RequestOutput:
         """End a request at its deadline with what it has."""
         try:
-            text = _rest(live)
-        except _TextError as error:
+            text = rest(live)
+        except TextError as error:
             return self._fail(live, RowFailure("text", error.detail), now)
         return self._finish(live, FinishReason.DEADLINE, now, text=text)
 
@@ -334,7 +224,7 @@ class Engine:
                 live = self._live[row.request_id]
                 try:
                     outputs.append(self._accept(live, next(tokens), now))
-                except _TextError as error:
+                except TextError as error:
                     failures[row.request_id] = RowFailure("text", error.detail)
         outputs += [self._fail(self._live[id_], failure, now) for id_, failure in failures.items()]
         self.tell(
@@ -361,7 +251,7 @@ class Engine:
         except Exception:
             logger.exception("nothing was learned of the length of an answer")
 
-    def _accept(self, live: _Live, token: SampledToken, now: float) -> RequestOutput:
+    def _accept(self, live: Live, token: SampledToken, now: float) -> RequestOutput:
         """Add one token to its request and see whether it ends there."""
         sequence = live.sequence
         previous_s = sequence.last_token_s
@@ -375,12 +265,12 @@ class Engine:
         if token.token_id in sequence.stop_token_ids:
             reason = FinishReason.STOP
         else:
-            text, stopped = _push(live, token.token_id)
+            text, stopped = push(live, token.token_id)
             if stopped:
                 reason = FinishReason.STOP
             elif sequence.num_output_tokens >= sequence.request.sampling.max_tokens:
                 reason = FinishReason.LENGTH
-            elif self._would_overrun(sequence, previous_s, now):
+            elif would_overrun(sequence, previous_s, now):
                 reason = FinishReason.DEADLINE
         if reason is None:
             return RequestOutput(
@@ -389,19 +279,11 @@ class Engine:
                 tokens=(token,),
                 exit_layer=sequence.exit_layer,
             )
-        return self._finish(live, reason, now, text=text + _rest(live), tokens=(token,))
-
-    def _would_overrun(self, sequence: Sequence, previous_s: float | None, now: float) -> bool:
-        """Whether another token would come after the deadline of a request to be truncated."""
-        deadline = sequence.deadlines.e2e_s
-        if deadline is None or sequence.request.budget.on_miss is not OnMiss.TRUNCATE:
-            return False
-        gap = now - previous_s if previous_s is not None else 0.0
-        return now + gap > deadline
+        return self._finish(live, reason, now, text=text + rest(live), tokens=(token,))
 
     def _finish(
         self,
-        live: _Live,
+        live: Live,
         reason: FinishReason,
         now: float,
         *,
@@ -432,7 +314,7 @@ class Engine:
             error=error,
         )
 
-    def _fail(self, live: _Live, failure: RowFailure, now: float) -> RequestOutput:
+    def _fail(self, live: Live, failure: RowFailure, now: float) -> RequestOutput:
         """End a request that the step could not serve."""
         detail = f" ({failure.detail})" if failure.detail else ""
         error = EngineError(f"The model failed on this request: {failure.reason}{detail}.")
@@ -440,32 +322,16 @@ class Engine:
         keep_prefix = failure.reason != "non_finite"
         return self._finish(live, FinishReason.ERROR, now, error=error, keep_prefix=keep_prefix)
 
-    # ---- failures of whole steps ----
+    # ---- who watches ----
 
     def check_health(self) -> None:
-        """Tell a broken engine from requests that no engine can serve; call it after each step.
+        """See whether a step that gave nothing was the engine's fault; call it after each step."""
+        self._health.check()
 
-        A step in which rows failed and none gave a token is followed by one of a plain token: as
-        long as that runs, the requests were to blame, and however many of them come, they end
-        nobody but themselves. Otherwise the step counts, and ``failure`` is set when there are too
-        many of them before the next token. Where the pages are all taken the step counts for
-        nothing: there will be one whose failure has given some back.
-        """
-        num_pages = self.exits.full // self._runner.slab_size
-        if not self._is_suspect or num_pages > self.kv_cache.pool.num_free:
-            return
-        self._is_suspect = False
-        if self._self_test(num_pages):
-            self._num_failed_steps = 0
-            return
-        self._num_failed_steps += 1
-        if self._num_failed_steps >= self.config.max_failed_steps:
-            self.failure = f"{self._num_failed_steps} steps in a row failed, self-tests included"
-
-    def _self_test(self, num_pages: int) -> bool:
-        with self.kv_cache.borrowed(num_pages) as pages:
-            self._count_call()
-            return runs_a_token(self._runner, self.exits.full, pages)
+    @property
+    def failure(self) -> str | None:
+        """Why the engine must end; its owner looks after each step."""
+        return self._health.failure
 
     def _count_call(self) -> None:
         self.num_calls += 1

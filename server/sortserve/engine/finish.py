@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sortserve.core.budget import ExitTable
+from sortserve.core.budget import ExitTable, OnMiss
+from sortserve.core.errors import BudgetUnattainableError
 from sortserve.core.request import FinishReason, RequestReport
 from sortserve.core.sequence import Sequence
 
-__all__ = ["make_report"]
+__all__ = ["expired_in_queue", "is_over", "make_report", "would_overrun"]
 
 
 def make_report(
@@ -55,3 +56,47 @@ def _with_outcome(report: RequestReport, promised: bool) -> RequestReport:
     else:
         outcome = "missed" if promised else "degraded"
     return replace(report, outcome=outcome)
+
+
+def is_over(sequence: Sequence, now: float) -> bool:
+    """Whether the deadline of a request to be truncated has come."""
+    deadline = _cut_s(sequence)
+    return deadline is not None and now >= deadline
+
+
+def would_overrun(sequence: Sequence, previous_s: float | None, now: float) -> bool:
+    """Whether another token would come after the deadline of a request to be truncated.
+
+    Args:
+        sequence: has a new token.
+        previous_s: when the one before it came.
+        now: when it came.
+    """
+    deadline = _cut_s(sequence)
+    gap_s = now - previous_s if previous_s is not None else 0.0
+    return deadline is not None and now + gap_s > deadline
+
+
+def _cut_s(sequence: Sequence) -> float | None:
+    """When a request that is to be truncated ends at the latest; None for all others."""
+    is_truncated = sequence.request.budget.on_miss is OnMiss.TRUNCATE
+    return sequence.deadlines.e2e_s if is_truncated else None
+
+
+def expired_in_queue(sequence: Sequence, now: float) -> BudgetUnattainableError | None:
+    """The refusal of a request that asked for one and whose time is over before any compute."""
+    if (
+        sequence.request.budget.on_miss is not OnMiss.REJECT
+        or sequence.first_scheduled_s is not None
+    ):
+        return None
+    deadlines = sequence.deadlines
+    late_end = deadlines.e2e_s is not None and now >= deadlines.e2e_s
+    late_start = deadlines.ttft_s is not None and now >= deadlines.ttft_s
+    if not (late_end or late_start):
+        return None
+    return BudgetUnattainableError(
+        "The budget expired in the queue before any compute. Raise it or come back.",
+        param="budget." + ("latency_ms" if late_end else "ttft_ms"),
+        retry_after_s=max(1.0, now - sequence.request.arrival_s),
+    )

@@ -1,10 +1,16 @@
-"""Has the engine's thread stopped getting on? (no torch, no clock)"""
+"""Has the engine's thread stopped getting on? (no torch)"""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["StallDetector"]
+__all__ = ["StallDetector", "start_watchdog"]
+
+WATCH_POLL_S = 1.0
+"""Seconds between two looks, at most."""
 
 
 @dataclass
@@ -34,3 +40,29 @@ class StallDetector:
         self._stuck_s = self._stuck_s + min(since_s, 2 * self.poll_s) if is_stuck else 0.0
         self._pulse, self._looked_s = pulse, now
         return self._stuck_s > self.timeout_s
+
+
+def start_watchdog(
+    timeout_s: float,
+    *,
+    pulse: Callable[[], int | None],
+    on_stall: Callable[[], None],
+    ended: threading.Event,
+) -> None:
+    """Watch on a thread of its own until ``ended``.
+
+    Args:
+        timeout_s: how long the same pulse may last.
+        pulse: as in ``StallDetector.look``.
+        on_stall: called when it has lasted longer, again at each look.
+        ended: nobody needs to be watched any more.
+    """
+    poll_s = min(WATCH_POLL_S, timeout_s / 4)
+    detector = StallDetector(timeout_s, poll_s)
+
+    def watch() -> None:
+        while not ended.wait(poll_s):
+            if detector.look(pulse(), time.monotonic()):
+                on_stall()
+
+    threading.Thread(target=watch, name="watchdog", daemon=True).start()

@@ -6,8 +6,7 @@ event loop, and each stream buffers only its own tokens.
 
 What two threads touch, and what makes it safe:
 
-* the worker's state, counts, streams and reservations: ``EngineWorker._gate``. A request is
-  accepted and a failure is declared under it, so each accepted request gets an end;
+* the worker's state, and the requests that have yet to be answered: the lock of ``Ledger``;
 * the inbox: a ``SimpleQueue``;
 * what the event loop sees of the engine (``EngineStats``, the cost model): frozen values, replaced
   as a whole;
@@ -27,14 +26,11 @@ import asyncio
 import logging
 import queue
 import threading
-import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
 
-from sortserve.admission.choose import ExitChoice
 from sortserve.admission.desk import AdmissionDesk
 from sortserve.admission.queue_limits import QueueLimits, Reservation
 from sortserve.core.budget import ExitTable
@@ -42,85 +38,21 @@ from sortserve.core.errors import (
     BudgetUnattainableError,
     EngineError,
     OverloadedError,
-    UnavailableError,
 )
 from sortserve.core.request import EngineStats, Estimate, Request, RequestOutput
 from sortserve.engine.engine import Engine
-from sortserve.engine.stall import StallDetector
+from sortserve.engine.ledger import Ledger, State, Submission
+from sortserve.engine.stall import start_watchdog
+from sortserve.engine.stream import RequestStream
 from sortserve.scheduling.demand import Demand
 
 __all__ = ["EngineWorker", "RequestStream"]
 
 logger = logging.getLogger(__name__)
 
-State = Literal["loading", "ready", "draining", "failed", "stopped"]
 IDLE_POLL_S = 0.5
-WATCH_POLL_S = 1.0
-"""Seconds between two looks at whether the engine's thread gets on, at most."""
 STOP_TIMEOUT_S = 5.0
 """Seconds that the step under way gets to end when the server does."""
-
-
-class RequestStream:
-    """The outputs of one request, as an async iterator; only its own event loop touches it."""
-
-    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
-        self.request_id = request_id
-        self.loop = asyncio.get_running_loop()
-        self._abort = abort
-        self._outputs: deque[RequestOutput] = deque()
-        self._arrived = asyncio.Event()
-        self._finished = False
-
-    def deliver(self, output: RequestOutput) -> None:
-        """Add an output (on the event loop)."""
-        self._outputs.append(output)
-        self._arrived.set()
-
-    def fail(self) -> None:
-        """End the stream with an error (on the event loop): an output could not be delivered."""
-        error = EngineError("The server failed on this request.")
-        self._outputs.append(RequestOutput(request_id=self.request_id, error=error))
-        self._arrived.set()
-
-    def abort(self) -> None:
-        """End the request now; any thread, any number of times, also after it is over."""
-        if not self._finished:
-            self._abort(self.request_id)
-
-    def take_ready(self) -> list[RequestOutput]:
-        """The outputs that are here already, without waiting.
-
-        An error that ended the request is raised once what came before it has been taken.
-        """
-        ready: list[RequestOutput] = []
-        while self._outputs and not (ready and self._outputs[0].error is not None):
-            ready.append(self._pop())
-        return ready
-
-    def _pop(self) -> RequestOutput:
-        output = self._outputs.popleft()
-        if output.finish_reason is not None or output.error is not None:
-            self._finished = True
-        if output.error is not None:
-            raise output.error
-        return output
-
-    async def __aiter__(self) -> AsyncIterator[RequestOutput]:
-        """Outputs until the last; raises the error the engine ended the request with."""
-        while not self._finished:
-            while not self._outputs:
-                self._arrived.clear()
-                await self._arrived.wait()
-            yield self._pop()
-
-
-@dataclass(frozen=True)
-class _Submission:
-    request: Request
-    choice: ExitChoice
-    stream: RequestStream
-    reservation: Reservation
 
 
 @dataclass(frozen=True)
@@ -157,7 +89,7 @@ class EngineWorker:
         )
         self._step_timeout_s = step_timeout_s
         self._debug = debug
-        self._inbox: queue.SimpleQueue[_Submission | _Abort | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Submission | _Abort | None] = queue.SimpleQueue()
         self._stats = engine.stats()
         self._desk = AdmissionDesk(
             exits=engine.exits,
@@ -171,14 +103,7 @@ class EngineWorker:
         )
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
-        self._gate = threading.Lock()
-        # Under the gate:
-        self._state: State = "loading"
-        self._failure: str | None = None
-        self._num_submitted = 0
-        self._num_ended = 0
-        self._streams: dict[str, RequestStream] = {}
-        self._reservations: dict[str, Reservation] = {}
+        self._ledger = Ledger()
         # Engine thread only:
         self._taken: list[str] = []
         self._is_blind = False
@@ -191,12 +116,12 @@ class EngineWorker:
     @property
     def state(self) -> State:
         """loading, ready, draining, failed or stopped."""
-        return self._state
+        return self._ledger.state
 
     @property
     def failure(self) -> str | None:
         """Why the worker has failed; None as long as it has not."""
-        return self._failure
+        return self._ledger.failure
 
     def start(self, prepare: Callable[[], None] | None = None) -> None:
         """Start the thread; returns when the worker is ready.
@@ -212,23 +137,25 @@ class EngineWorker:
         self._thread.start()
         ready.result()
         if self._step_timeout_s is not None:
-            watch = threading.Thread(
-                target=self._watch, args=(self._step_timeout_s,), name="watchdog", daemon=True
+            start_watchdog(
+                self._step_timeout_s,
+                pulse=self._pulse,
+                on_stall=partial(
+                    self._fail, f"the engine has not got on for {self._step_timeout_s:g} s"
+                ),
+                ended=self._stopping,
             )
-            watch.start()
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no new work, let live requests finish, end the rest; True if none had to be.
 
         Takes ``timeout_s`` and ``STOP_TIMEOUT_S`` at most, whatever the engine does.
         """
-        with self._gate:
-            if self._state == "ready":
-                self._state = "draining"
+        self._ledger.move("draining", of=("ready",))
         deadline = self.clock() + timeout_s
-        while not self._is_idle() and self._state != "failed" and self.clock() < deadline:
+        while not self._is_idle() and self.state != "failed" and self.clock() < deadline:
             await asyncio.sleep(0.02)
-        clean = self._is_idle() and self._state != "failed"
+        clean = self._is_idle() and self.state != "failed"
         return await asyncio.to_thread(self.stop, STOP_TIMEOUT_S) and clean
 
     def stop(self, timeout_s: float | None = None) -> bool:
@@ -241,9 +168,7 @@ class EngineWorker:
             Whether the thread has ended. If not, its requests have been answered with an error, and
             only the end of the process ends it.
         """
-        with self._gate:
-            if self._state != "failed":
-                self._state = "draining"
+        self._ledger.move("draining", of=("loading", "ready", "stopped"))
         self._stopping.set()
         self._inbox.put(None)
         if self._thread is not None:
@@ -251,13 +176,11 @@ class EngineWorker:
             if self._thread.is_alive():
                 self._fail(f"the step under way did not end within {timeout_s:g} s of the stop")
                 return False
-        with self._gate:
-            if self._state != "failed":
-                self._state = "stopped"
+        self._ledger.move("stopped", of=("draining",))
         return True
 
     def _is_idle(self) -> bool:
-        return self._num_ended == self._num_submitted
+        return self._ledger.is_idle
 
     # ---- requests ----
 
@@ -269,7 +192,7 @@ class EngineWorker:
             OverloadedError: the queue is full; 429 with Retry-After.
             UnavailableError: loading, draining or failed; 503.
         """
-        self._require_accepting()
+        self._ledger.require_accepting()
         try:
             return self._limits.reserve(num_requests, num_tokens, retry_after_s=self._drain_s)
         except OverloadedError:
@@ -288,7 +211,7 @@ class EngineWorker:
             BudgetUnattainableError: no exit fits and the budget says reject.
             UnavailableError: loading, draining or failed.
         """
-        self._require_accepting()
+        self._ledger.require_accepting()
         allowed = self._engine.validate(request)
         num_prompt = len(request.prompt_token_ids)
         try:
@@ -300,16 +223,17 @@ class EngineWorker:
             reservation = self.reserve(1, num_prompt)
         place = reservation.take_one(num_prompt)
         stream = RequestStream(request.request_id, self._request_abort)
+        submission = Submission(request, choice, stream, place)
         try:
-            with self._gate:
-                self._require_accepting()  # or the request would wait for an engine that is gone
-                self._desk.enter(request, choice)
-                self._num_submitted += 1
-                self._inbox.put(_Submission(request, choice, stream, place))
+            self._ledger.accept(lambda: self._send_in(submission))
         except BaseException:
             place.release()
             raise
         return stream
+
+    def _send_in(self, submission: Submission) -> None:
+        self._desk.enter(submission.request, submission.choice)
+        self._inbox.put(submission)
 
     def estimate(self, exit_layer: int, num_prompt_tokens: int, max_tokens: int) -> Estimate | None:
         """Predicted times of a newcomer at an exit now; None before calibration."""
@@ -318,14 +242,6 @@ class EngineWorker:
     def stats(self) -> EngineStats:
         """The engine's state after its last step."""
         return self._stats
-
-    def _require_accepting(self) -> None:
-        if self._state != "ready":
-            raise UnavailableError(
-                f"The server is {self._state} and takes no new requests.",
-                code=self._state,
-                retry_after_s=5.0,
-            )
 
     def _rejected(self, reason: str, request: Request | None = None) -> None:
         budget = request.budget if request else None
@@ -350,15 +266,13 @@ class EngineWorker:
         except BaseException as error:
             ready.set_exception(error)
             return
-        with self._gate:
-            if self._state == "loading":
-                self._state = "ready"
+        self._ledger.move("ready", of=("loading",))
         self._is_working = True
         ready.set_result(None)
         try:
             while not self._stopping.is_set():
                 self._turn()
-            if self._state != "failed":
+            if self.state != "failed":
                 self._abort_all()
         except BaseException as error:  # whatever it is, nobody may wait for this thread any more
             logger.exception("the engine stopped on an error of its own")
@@ -379,7 +293,7 @@ class EngineWorker:
     def _abort_all(self) -> None:
         """The last turn: every request that lives gets its last output."""
         self._drain_inbox(wait=False)
-        aborted = [self._engine.abort(request_id) for request_id in list(self._streams)]
+        aborted = [self._engine.abort(request_id) for request_id in self._ledger.live_ids()]
         self._publish([output for output in aborted if output is not None])
 
     def _drain_inbox(self, *, wait: bool) -> None:
@@ -392,7 +306,7 @@ class EngineWorker:
             finally:
                 self._is_working = True
             wait = False
-            if isinstance(message, _Submission):
+            if isinstance(message, Submission):
                 self._take(message)
             elif isinstance(message, _Abort):
                 output = self._engine.abort(message.request_id)
@@ -401,17 +315,11 @@ class EngineWorker:
         if self._taken:  # they count as the engine's from here on
             self._see()
 
-    def _take(self, submission: _Submission) -> None:
+    def _take(self, submission: Submission) -> None:
         """Give a request to the engine; one that it cannot take is answered, and harms no other."""
         request_id = submission.request.request_id
-        with self._gate:
-            if self._state == "failed":  # after it left the inbox, before it got here
-                _send([(submission.stream, _engine_failed(request_id))])
-                submission.reservation.release()
-                return
-            assert request_id not in self._streams, "request ids are unique"
-            self._streams[request_id] = submission.stream
-            self._reservations[request_id] = submission.reservation
+        if not self._ledger.take(submission):
+            return
         self._taken.append(request_id)
         try:
             self._engine.add_request(submission.request, submission.choice)
@@ -441,25 +349,7 @@ class EngineWorker:
         requests that are gone (the worker failed during the step) are dropped.
         """
         self._see()
-        with self._gate:
-            pairs = []
-            for output in outputs:
-                stream = self._streams.get(output.request_id)
-                if stream is not None:
-                    pairs.append((stream, output))
-                    self._account(output)
-            _send(pairs)
-
-    def _account(self, output: RequestOutput) -> None:
-        """Under the gate: what an output ends, and what it gives back."""
-        ended = output.finish_reason is not None or output.error is not None
-        if ended:
-            del self._streams[output.request_id]
-            self._num_ended += 1
-        if ended or output.tokens:
-            reservation = self._reservations.pop(output.request_id, None)
-            if reservation is not None:
-                reservation.release()
+        self._ledger.answer(outputs)
 
     # ---- failure ----
 
@@ -468,71 +358,20 @@ class EngineWorker:
 
         The engine is not touched: it is what failed, or another thread is inside it.
         """
-        with self._gate:
-            if self._state == "failed":
-                return
-            logger.error("the engine has failed: %s", reason)
-            self._state, self._failure = "failed", reason
+        if self._ledger.fail(reason, _waiting(self._inbox)):
             self._stopping.set()
-            streams = list(self._streams.values())
-            places = list(self._reservations.values())
-            for message in _emptied(self._inbox):
-                if isinstance(message, _Submission):
-                    streams.append(message.stream)
-                    places.append(message.reservation)
-            self._streams.clear()
-            self._reservations.clear()
-            self._num_ended = self._num_submitted
-            for place in places:
-                place.release()
-            _send([(stream, _engine_failed(stream.request_id)) for stream in streams])
 
-    def _watch(self, timeout_s: float) -> None:
-        """The watchdog's thread: a step that hangs is a failure like any other."""
-        poll_s = min(WATCH_POLL_S, timeout_s / 4)
-        detector = StallDetector(timeout_s, poll_s)
-        while not self._stopping.wait(poll_s):
-            pulse = self._num_turns + self._engine.num_calls if self._is_working else None
-            if detector.look(pulse, time.monotonic()):
-                self._fail(f"the engine has not got on for {timeout_s:g} s")
+    def _pulse(self) -> int | None:
+        """For the watchdog: changes whenever the engine's thread gets on; None while it waits."""
+        return self._num_turns + self._engine.num_calls if self._is_working else None
 
 
-def _engine_failed(request_id: str) -> RequestOutput:
-    """The last output of a request that the engine left behind."""
-    error = EngineError(
-        "The engine has failed; the server must be restarted.", code="engine_failed"
-    )
-    return RequestOutput(request_id=request_id, error=error)
-
-
-def _emptied(
-    inbox: queue.SimpleQueue[_Submission | _Abort | None],
-) -> Iterable[_Submission | _Abort | None]:
-    """All messages that wait."""
+def _waiting(inbox: queue.SimpleQueue[Submission | _Abort | None]) -> Iterator[Submission]:
+    """Empties the inbox, and gives the requests that were in it."""
     while True:
         try:
-            yield inbox.get_nowait()
+            message = inbox.get_nowait()
         except queue.Empty:
             return
-
-
-def _send(pairs: Iterable[tuple[RequestStream, RequestOutput]]) -> None:
-    """Outputs to their streams, with one wake-up per event loop."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, RequestOutput]]] = {}
-    for stream, output in pairs:
-        by_loop.setdefault(stream.loop, []).append((stream, output))
-    for loop, batch in by_loop.items():
-        try:
-            loop.call_soon_threadsafe(_deliver, batch)
-        except RuntimeError:  # the loop is closed: nobody is left to read
-            logger.debug("dropped %d outputs of a closed event loop", len(batch))
-
-
-def _deliver(batch: list[tuple[RequestStream, RequestOutput]]) -> None:
-    for stream, output in batch:
-        try:
-            stream.deliver(output)
-        except Exception:
-            logger.exception("an output of request %s was lost", stream.request_id)
-            stream.abort()
-            stream.fail()
+        if isinstance(message, Submission):
+            yield message

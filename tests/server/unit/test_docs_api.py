@@ -19,7 +19,7 @@ from sortserve.core.budget import Budget, OnMiss
 from sortserve.core.errors import SortserveError
 from sortserve.core.request import FinishReason
 from sortserve.cost.model import CostModel
-from sortserve.engine import worker
+from sortserve.engine import ledger
 from support.http_service import HttpService, make_service, parse_events
 from support.scripted import EOS, FakeClock
 
@@ -95,7 +95,7 @@ def test_every_error_is_on_the_page_with_its_type_and_code() -> None:
     # What the command line alone raises has no type that a client could meet.
     by_http = [c for c in error_classes() if c.__name__ not in ("CheckpointError", "ConfigError")]
     codes = {c.default_code for c in by_http if c.default_code} | codes_written_in_the_service()
-    states = set(get_args(worker.State)) - {"ready"}  # they are the codes of a 503
+    states = set(get_args(ledger.State)) - {"ready"}  # they are the codes of a 503
 
     assert len(by_http) >= 9
     assert {"queue_full", "budget_unattainable", "model_not_found"} <= codes

@@ -1,0 +1,30 @@
+"""Limits and choices of one engine (no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sortserve.scheduling.policies.table import DEFAULT_POLICY
+
+__all__ = ["EngineConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Limits and choices of one engine."""
+
+    max_model_len: int
+    """Most tokens of prompt and output together."""
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 1024
+    policy: str = DEFAULT_POLICY
+    """Its name in the table of policies."""
+    overload_delay_s: float = 2.0
+    """Predicted wait beyond which requests without a budget start shallower; 0: never."""
+    enable_prefix_caching: bool = True
+    max_failed_steps: int = 3
+    """So many steps that fail and give no token, nor their self-tests, end the engine."""
+    seed: int | None = None
+    """Of the generator that draws seeds for requests without one."""
+    vocab_size: int | None = None
+    """Token ids are below it; None: the caller answers for them."""
