@@ -47,8 +47,9 @@ def add_flags(
     parser: argparse.ArgumentParser,
     settings: type[BaseModel] = ServeSettings,
     groups: Mapping[str, str] = GROUPS,
+    positional: str = "model",
 ) -> None:
-    """Add one flag per field, and ``model`` as the positional argument.
+    """Add one flag per field, and one field as the positional argument.
 
     Only flags that were given appear in the parsed namespace, as plain strings: their check is the
     model's, so that a value is refused in the same words from wherever it came.
@@ -57,26 +58,31 @@ def add_flags(
         parser: gets the flags.
         settings: whose fields they are.
         groups: title of the group that begins at a field.
+        positional: the field that is given without a name.
     """
     for title, fields in _groups(settings, groups):
         group = parser.add_argument_group(title)
         for name, field in fields:
             notes = _notes(name, field, has_variable=issubclass(settings, BaseSettings))
             help_ = f"{_describe(field)} {notes}".strip().replace("%", "%%")
-            if name == "model":
+            if name == positional:
                 group.add_argument(
-                    "model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help=help_
+                    name,
+                    nargs="*" if _is_list(field) else "?",
+                    default=argparse.SUPPRESS,
+                    metavar=flag_name(name, positional),
+                    help=help_,
                 )
             elif field.annotation is bool:
                 group.add_argument(
-                    flag_name(name),
+                    flag_name(name, positional),
                     action=argparse.BooleanOptionalAction,
                     default=argparse.SUPPRESS,
                     help=help_,
                 )
             else:
                 group.add_argument(
-                    flag_name(name),
+                    flag_name(name, positional),
                     action="append" if _is_list(field) else "store",
                     default=argparse.SUPPRESS,
                     metavar=_metavar(name, field),

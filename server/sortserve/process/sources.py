@@ -34,9 +34,9 @@ MAX_FILE_BYTES = 1 << 20
 """Largest file of settings, keys or certificates that is read."""
 
 
-def flag_name(field: str) -> str:
-    """A field as the user types it on the command line."""
-    return "MODEL" if field == "model" else f"--{key_name(field)}"
+def flag_name(field: str, positional: str = "model") -> str:
+    """A field as the user types it on the command line; ``positional`` is given without a name."""
+    return field.upper() if field == positional else f"--{key_name(field)}"
 
 
 def variable_name(field: str) -> str:

@@ -16,8 +16,10 @@ __all__ = ["validated"]
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
-def validated(settings: type[Settings], flags: Mapping[str, Any]) -> Settings:
-    """``settings`` from ``flags``, by field name; a field ``model`` is the positional MODEL.
+def validated(
+    settings: type[Settings], flags: Mapping[str, Any], positional: str = "model"
+) -> Settings:
+    """``settings`` from ``flags``, by field name; ``positional`` is the one without a flag.
 
     Raises:
         ConfigError: one line that names the flag, its value and what is allowed.
@@ -30,7 +32,7 @@ def validated(settings: type[Settings], flags: Mapping[str, Any]) -> Settings:
     message = message.rstrip(".")
     if not first["loc"]:
         raise ConfigError(f"{message}.")
-    flag = flag_name(str(first["loc"][0]))
+    flag = flag_name(str(first["loc"][0]), positional)
     param = flag.removeprefix("--").lower()
     if first["type"] == "missing":
         raise ConfigError(f"{flag} is missing.", param=param)
