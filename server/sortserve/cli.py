@@ -320,6 +320,11 @@ COMMANDS = {
         "train",
         _trainer("commands.export", "export_command"),
     ),
+    "selfdata": _Command(
+        "let a model write training data for its own exits",
+        "train",
+        _trainer("commands.selfdata", "selfdata_command"),
+    ),
     "profile": _Command("time a model's steps, and print their cost", "server", _profile),
     "version": _Command("print the version", None, _version),
 }

@@ -198,6 +198,7 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "said"),
     [
         (["sreve"], "'sreve' is not a command: choose one of serve, generate, train, eval"),
+        (["selfdata", "--outptu=o"], "unrecognized arguments: --outptu=o. Did you mean --output?"),
         (["serve", "--prot=1"], "unrecognized arguments: --prot=1. Did you mean --port?"),
         (["serve", "--port", "x"], "--port: 'x' is not allowed"),
         (["generate"], "PROMPT"),
@@ -323,6 +324,8 @@ def test_serving_without_the_server_extra_says_which_one_to_install(missing: str
     ("missing", "arguments"),
     [
         ("matplotlib", ["eval", "tiny", "--data", "dev.jsonl", "--output", "out"]),
+        ("torch", ["selfdata", "prompts.jsonl", "--output", "out"]),
+        ("rich", ["selfdata", "prompts.jsonl", "--output", "out"]),
         ("torch", ["export", "tiny", "--exit", "1", "--output", "out"]),
     ],
 )

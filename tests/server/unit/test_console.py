@@ -104,6 +104,7 @@ COMMANDS: list[Any] = [
     ["profile", "--help"],
     ["export", "--help"],
     ["eval", "--help"],
+    ["selfdata", "--help"],
     pytest.param(["train", "--help"], marks=pytest.mark.slow),  # imports torch and transformers
 ]
 

@@ -1,4 +1,4 @@
-"""A model writes training data: one row per prompt, going on where it was cut."""
+"""``sortserve selfdata``: one row per prompt, going on where it was cut; mistakes are one line."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from sortserve import LLM
+from sortserve.cli import main
 from sortserve.core.request import FinishReason
-from sortserve_trainer.commands.selfdata import main
 from support.tiny_models import make_tiny_checkpoint
 
 PROMPTS = [
@@ -34,10 +34,9 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def write(model: Path, prompts: Path, output: Path, *more: str) -> list[dict[str, str]]:
-    arguments = (
-        f"{prompts} --model {model} --output {output} --max-prompt-tokens 64 --max-tokens 60"
-    )
-    assert main([*arguments.split(), *more]) == 0
+    arguments = f"selfdata {prompts} --model {model} --output {output}"
+    limits = ["--max-prompt-tokens", "64", "--max-tokens", "60"]
+    assert main([*arguments.split(), *limits, *more]) == 0
     return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 
 
@@ -102,10 +101,105 @@ def test_a_run_that_was_cut_goes_on_after_its_last_whole_row(
     assert len(rows) == len(PROMPTS)
 
 
-def test_a_model_that_does_not_exist_is_one_line_and_exit_code_2(
-    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_how_far_it_is_goes_to_standard_output(
+    model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [str(prompts), "--model", str(tmp_path / "none"), "--output", str(tmp_path / "o")]
+    write(model, prompts, tmp_path / "out.jsonl", "--max-tokens", "1")
 
-    assert main(arguments) == 2
-    assert "does not exist" in capsys.readouterr().err
+    assert capsys.readouterr().out == "3 of 3\n"
+
+
+def test_rows_are_taken_from_every_file_evenly_up_to_the_limit(
+    model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    more = tmp_path / "more.json"
+    more.write_text(json.dumps([{"question": f"What is {n}?"} for n in range(6)]))
+    output = tmp_path / "out.jsonl"
+
+    arguments = ["selfdata", prompts, more, "--model", model, "--output", output]
+    assert main([*map(str, arguments), "--limit", "2", "--max-tokens", "1"]) == 0
+
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["instruction"] for row in rows] == [
+        "Say hello.",
+        "What is up?",
+        "What is 0?",
+        "What is 3?",
+    ]
+
+
+def test_an_exit_of_the_checkpoint_may_answer(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_tiny_checkpoint(tmp_path / "sorted", exits=(2, 6))
+    budgets = []
+    generate = LLM.generate
+
+    def watched(self: LLM, *given: Any, **options: Any) -> Any:
+        budgets.append(options["budget"].exit_layer)
+        return generate(self, *given, **options)
+
+    monkeypatch.setattr(LLM, "generate", watched)
+
+    write(model, prompts, tmp_path / "shallow.jsonl", "--exit", "2", "--max-tokens", "1")
+    write(model, prompts, tmp_path / "full.jsonl", "--max-tokens", "1")
+
+    assert budgets == [2, 6]
+
+
+def test_a_prompt_that_fills_the_context_is_left_empty_whatever_the_limit(
+    model: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "long.jsonl"
+    prompts.write_text(json.dumps({"instruction": "word " * 4_000}) + "\n")
+
+    rows = write(model, prompts, tmp_path / "out.jsonl", "--max-prompt-tokens", "100000")
+
+    assert [row["output"] for row in rows] == [""]
+
+
+def refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a mistake is answered with."""
+    assert main(["selfdata", *arguments.split()]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    (line,) = shown.err.splitlines()
+    return line.removeprefix("sortserve: error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--output out", "PROMPTS is missing."),
+        ("prompts.jsonl", "--output is missing."),
+        ("prompts.jsonl --output prompts.jsonl", "--output is also one of PROMPTS"),
+        ("prompts.jsonl --output no/out", "--output no/out cannot be written: no is no folder."),
+        ("prompts.jsonl --output .", "--output . cannot be written: it is a folder."),
+        ("none.jsonl --output out", "none.jsonl: cannot be read: No such file or directory."),
+        ("bad.jsonl --output out", "bad.jsonl:2: not a JSON object on one line: "),
+        ("text.txt --output out", "text.txt:1: a row has no `question` or `instruction`"),
+        ("number.jsonl --output out", "number.jsonl:1: `instruction` is a number, not a string."),
+        ("prompts.jsonl --output out --model ./none", "none does not exist"),
+        ("prompts.jsonl --output out --model model --exit 1", "--exit 1 is not an exit of model: "),
+        ("prompts.jsonl --output out --temp 0", "unrecognized arguments: --temp 0. Did you mean"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(
+    arguments: str,
+    said: str,
+    model: Path,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"question": "Who?"}\n{"question": \n')
+    (tmp_path / "text.txt").write_text("plain")
+    (tmp_path / "number.jsonl").write_text('{"instruction": 7}\n')
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+    assert refused(arguments, capsys).startswith(said)
+
+    after = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert after == before

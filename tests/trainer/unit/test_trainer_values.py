@@ -1,4 +1,4 @@
-"""Whatever is given to `train`, `eval` and `export`: a setting, or one line and exit code 2."""
+"""Whatever is given to a command of the trainer's: a setting, or one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from sortserve.cli import main
 from sortserve.core.errors import ConfigError
 from sortserve.process.console import MAX_LINE
 from sortserve_trainer.evaluation.settings import EvalSettings, load_eval_settings
+from sortserve_trainer.run.selfdata_settings import SelfdataSettings, load_selfdata_settings
 from sortserve_trainer.run.settings import TrainSettings, load_train_settings
 
 TEXTS = [
@@ -20,6 +21,7 @@ TEXTS = [
 ]
 TRAIN = {"data": ("rows.jsonl",), "output": "out", "exits": "2,4"}
 EVAL = {"model": "tiny", "data": ("rows.jsonl",)}
+SELFDATA = {"prompts": ("rows.jsonl",), "output": "out"}
 
 
 def refusal(load: Any, flags: dict[str, Any]) -> str | None:
@@ -33,7 +35,8 @@ def refusal(load: Any, flags: dict[str, Any]) -> str | None:
 @pytest.mark.parametrize(
     ("load", "given", "field"),
     [(load_train_settings, TRAIN, field) for field in TrainSettings.model_fields]
-    + [(load_eval_settings, EVAL, field) for field in EvalSettings.model_fields],
+    + [(load_eval_settings, EVAL, field) for field in EvalSettings.model_fields]
+    + [(load_selfdata_settings, SELFDATA, field) for field in SelfdataSettings.model_fields],
 )
 def test_any_text_as_a_flag_is_a_setting_or_one_line(
     load: Any, given: dict[str, Any], field: str
@@ -52,6 +55,17 @@ def test_any_text_as_a_flag_is_a_setting_or_one_line(
         "train --data rows.jsonl --output out --exits 2 --lora-rank 9999999999",
         "eval tiny --data rows.jsonl --seed 99999999999999999999",
         "eval tiny --data rows.jsonl --limit-rows 0",
+        "selfdata rows.jsonl --output out --exit deep",
+        "selfdata rows.jsonl --output out --seed -1",
+        "selfdata rows.jsonl --output out --limit 0",
+        "selfdata rows.jsonl --output out --max-tokens 9999999999",
+        "selfdata rows.jsonl --output out --temperature nan",
+        "selfdata rows.jsonl --output out --temperature 101",
+        "selfdata rows.jsonl --output out --top-p 1.5",
+        "selfdata rows.jsonl --output out --max-repetition -1",
+        "selfdata rows.jsonl --output out",
+        "selfdata rows.jsonl",
+        "selfdata --output out",
         "export tiny --exit deep --output out",
         "export tiny --exit 99999999999999999999 --output out",
         "export tiny --output out",

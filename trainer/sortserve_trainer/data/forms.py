@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from sortserve_trainer.data.rows import Row, json_kind
 from sortserve_trainer.data.source import bad_data
 
-__all__ = ["Conversation", "Document", "parse_row"]
+__all__ = ["Conversation", "Document", "parse_question", "parse_row"]
 
 _FORMS = (
     "a row has `messages`, or `instruction` and `output` (and `input`), "
@@ -71,11 +71,29 @@ def parse_row(row: Row, end_tokens: tuple[str, ...]) -> Conversation | Document 
     Raises:
         ConfigError: the row has none of the forms; the message begins with its place.
     """
-    row = Row(row.place, {name: v for name, v in row.fields.items() if v is not None})
+    row = _without_nulls(row)
     parsed = _parse_form(row, end_tokens)
     if isinstance(parsed, Conversation) and "finish_reason" in row.fields:
         return replace(parsed, finish_reason=_text(row, "finish_reason"))
     return parsed
+
+
+def parse_question(row: Row) -> str:
+    """What a row of the question or the Alpaca form asks; an answer beside it is ignored.
+
+    Raises:
+        ConfigError: the row has neither form; the message begins with its place.
+    """
+    row = _without_nulls(row)
+    if "question" in row.fields:
+        return _text(row, "question").strip()
+    if "instruction" in row.fields:
+        return _instruction(row)
+    raise bad_data(row.place, "a row has no `question` or `instruction` (and `input`) to answer")
+
+
+def _without_nulls(row: Row) -> Row:
+    return Row(row.place, {name: v for name, v in row.fields.items() if v is not None})
 
 
 def _parse_form(row: Row, end_tokens: tuple[str, ...]) -> Conversation | Document | None:
@@ -83,9 +101,7 @@ def _parse_form(row: Row, end_tokens: tuple[str, ...]) -> Conversation | Documen
     if "messages" in columns:
         return _parse_chat(row, end_tokens)
     if "instruction" in columns and "output" in columns:
-        optional_input = _text(row, "input") if "input" in columns else ""
-        question = _join_paragraphs(_text(row, "instruction"), optional_input)
-        return _question_and_answer(row.place, question, _text(row, "output"), end_tokens)
+        return _question_and_answer(row.place, _instruction(row), _text(row, "output"), end_tokens)
     if "question" in columns and ("answers" in columns or "target" in columns):
         question = _text(row, "question").strip()
         return _question_and_answer(row.place, question, _first_answer(row), end_tokens)
@@ -134,6 +150,11 @@ def _question_and_answer(
         {"role": "assistant", "content": answer},
     ]
     return Conversation(place, messages)
+
+
+def _instruction(row: Row) -> str:
+    optional_input = _text(row, "input") if "input" in row.fields else ""
+    return _join_paragraphs(_text(row, "instruction"), optional_input)
 
 
 def _first_answer(row: Row) -> str:
