@@ -1,6 +1,6 @@
 """Hundreds of rude and wrong requests at once: nothing may break, leak or go unexplained.
 
-Sends every case of ``storm_cases.py`` (disconnects mid-stream, before the first byte and
+Sends every case of ``lib/storm_cases.py`` (disconnects mid-stream, before the first byte and
 mid-upload; wrong types and values; huge prompts; over-long ``max_tokens``; unknown models; bodies
 that are no JSON) at the same time, in random order, and checks that no answer is a 5xx, that every
 wrong request is answered 4xx with an ``error.param`` that names the field, that good requests are

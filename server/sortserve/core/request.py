@@ -135,7 +135,7 @@ class RequestReport:
         )
 
     def budget_reply(self) -> dict[str, Any]:
-        """The ``budget`` object of a reply (design 7)."""
+        """The ``budget`` object of a reply."""
         predicted = self.predicted
         return {
             "exit_layer": self.exit_layer,

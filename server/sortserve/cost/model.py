@@ -2,7 +2,7 @@
 
     step = c0 + a * layers + b * layer-tokens + d * layer-KV-tokens + h * sampled rows
 
-Layers of one model cost the same, so the sum over segments of the design collapses to sums over
+Layers of one model cost the same, so the sum over segments collapses to sums over
 layers: ``layer-tokens`` is the sum over tokens of the depth they run to, ``layer-KV-tokens`` the
 same for cached tokens read. Small batches are bound by reading weights and large ones by
 arithmetic, so two lines are fitted, split at ``REGIME_TOKENS`` (Niyama splits at 512 on a GPU).

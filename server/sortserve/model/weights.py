@@ -43,7 +43,7 @@ class LayerWeights:
 
 @dataclass(kw_only=True)
 class ExitModuleWeights:
-    """What one exit has of its own (design 3)."""
+    """What one exit has of its own."""
 
     kind: type[ExitModule]
     tensors: dict[str, Tensor]

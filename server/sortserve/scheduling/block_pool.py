@@ -1,7 +1,7 @@
 """The pages of the KV cache: who holds them, which are free, which would be evicted next.
 
 A page holds ``block_size`` tokens of one slab (g consecutive layers). All depths draw from this one
-pool, so nothing fragments between depths (design 5).
+pool, so nothing fragments between depths.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 In lock-step a row that exits at layer 9 waits for the rows that run to 30 before it can start its
 next token, so depth saves arithmetic and gains no latency. A step therefore has a *depth cap*: rows
-of deeper exits sit it out, rows at or below it run (design 6). A policy chooses the cap. It may
+of deeper exits sit it out, rows at or below it run. A policy chooses the cap. It may
 also choose the rows, and say who goes shallower, who enters first, and who is preempted.
 
 It decides by pure functions of plain values, so a new one is a module of functions in ``policies/``

@@ -1,7 +1,7 @@
 """Which pages hold the KV of which tokens: reuse of prefixes, deep to shallow.
 
 KV of a layer depends on the tokens before it and on the layers below, never on the exit. So a block
-computed by a deep request serves every shallower one (design 5). An entry is a block's pages from
+computed by a deep request serves every shallower one. An entry is a block's pages from
 slab 0 up to the deepest slab held: closed downwards, so eviction takes the deepest first and what
 remains still serves shallow requests.
 """

@@ -1,4 +1,4 @@
-"""``sortserve export``: the flags; the work is ``export.py``'s."""
+"""``sortserve export``: the flags; the work is ``run/export.py``'s."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Trainable exit modules: the twin of each kind in ``sortserve.model.exit_module``.
 
 Twins have the same name in ``TRAINED_EXIT_MODULES`` as there, the same tensors on disk, and compute
-the same function (design 3).
+the same function.
 
 Shape legend: T tokens, D hidden, F intermediate.
 """
