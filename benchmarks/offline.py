@@ -4,8 +4,8 @@ For 1, 8 and 32 rows at every exit: the median time of a decode step and the tok
 means; for every exit: the prefill of one prompt. Each figure stands beside its floor
 (lib/floors.py) and the share of it that was reached. A second table compares the speed-up that less
 depth brings with the ideal one (the ratio of the floors: layers, exit module, head and KV counted).
-Rounds go over all exits in turn, so that a drift of the machine hits all alike. The last line is one
-JSON document.
+Rounds go over all exits in turn, so that a drift of the machine hits all alike. The last line is
+one JSON document.
 
     python -m benchmarks.offline --exits 9,15,21,30 --rows 1 8 32
 """
