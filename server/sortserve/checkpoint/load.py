@@ -19,7 +19,8 @@ import torch
 
 from sortserve.checkpoint.adapter import ADAPTER_CONFIG, adapter_base, check_adapter, merge_adapter
 from sortserve.checkpoint.exit_modules import load_exit_modules
-from sortserve.checkpoint.families import count_layer_parameters, read_model_config, tensor_shapes
+from sortserve.checkpoint.exit_table import exit_table
+from sortserve.checkpoint.families import read_model_config, tensor_shapes
 from sortserve.checkpoint.files import check_folder
 from sortserve.checkpoint.generation_config import generation_settings
 from sortserve.checkpoint.gguf import converted_gguf
@@ -33,10 +34,9 @@ from sortserve.checkpoint.loader import (
 )
 from sortserve.checkpoint.sorted_json import SORTED_JSON, SortedInfo, check_exits
 from sortserve.checkpoint.sources import Source, resolve_source
-from sortserve.core.budget import ExitInfo, ExitTable
+from sortserve.core.budget import ExitTable
 from sortserve.core.errors import CheckpointError, ConfigError
 from sortserve.model.config import ModelConfig
-from sortserve.model.exit_module import EXIT_MODULE_KINDS, NO_MODULE
 from sortserve.model.rope import rope_frequencies
 from sortserve.model.weights import ModelWeights
 from sortserve.text.chat_template import ChatTemplate
@@ -156,35 +156,6 @@ def load_checkpoint(
         generation_defaults=defaults,
         sorted_info=layout.sorted_info,
     )
-
-
-def exit_table(
-    config: ModelConfig, sorted_info: SortedInfo | None, exits: Sequence[int]
-) -> ExitTable:
-    """What each of ``exits`` costs, and how good ``sorted.json`` says it is.
-
-    ``compute`` counts the matrices a token passes (layers, exit module, head) relative to the
-    full model; attention over the context is left out.
-    """
-    layer, layer_matrices = count_layer_parameters(config)
-    head = config.vocab_size * config.hidden_size
-    embeddings = head if config.tie_word_embeddings else 2 * head
-    full_matrices = config.num_layers * layer_matrices + head
-
-    def info(exit_layer: int) -> ExitInfo:
-        name = sorted_info.module_kind(exit_layer) if sorted_info else NO_MODULE
-        module = EXIT_MODULE_KINDS[name]
-        matrices = exit_layer * layer_matrices + module.num_matrix_elements(config) + head
-        quality = dict(sorted_info.quality.get(exit_layer, {})) if sorted_info else {}
-        return ExitInfo(
-            exit_layer=exit_layer,
-            num_parameters=embeddings + exit_layer * layer + module.num_parameters(config),
-            compute=matrices / full_matrices,
-            score=quality.pop("score", None),
-            quality=quality or None,
-        )
-
-    return ExitTable(tuple(info(exit_layer) for exit_layer in exits))
 
 
 @contextmanager

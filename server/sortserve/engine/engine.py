@@ -13,7 +13,6 @@ from sortserve.admission.lengths import LengthEstimator, expected_tokens
 from sortserve.core.budget import ExitTable, OnMiss
 from sortserve.core.errors import (
     BudgetUnattainableError,
-    EngineError,
     SortserveError,
 )
 from sortserve.core.plan import Runner, StepPlan
@@ -30,10 +29,24 @@ from sortserve.cost.costs import Costs
 from sortserve.cost.model import step_shape
 from sortserve.engine.config import EngineConfig
 from sortserve.engine.execution import Execution, execute
-from sortserve.engine.finish import expired_in_queue, is_over, make_report, would_overrun
+from sortserve.engine.finish import (
+    expired_in_queue,
+    failure_error,
+    is_over,
+    make_report,
+    would_overrun,
+)
 from sortserve.engine.health import Health
-from sortserve.engine.live import Live, TextError, TextStream, push, rest
-from sortserve.engine.steps import step_record
+from sortserve.engine.live import (
+    Live,
+    TextError,
+    TextStream,
+    learn_length,
+    push,
+    rest,
+    sequence_of,
+)
+from sortserve.engine.steps import engine_stats, step_record
 from sortserve.engine.validation import check_lengths, check_vocabulary, exits_that_fit
 from sortserve.scheduling.demand import Demand
 from sortserve.scheduling.kv_cache import KVCacheManager
@@ -149,19 +162,10 @@ class Engine:
     def add_request(self, request: Request, choice: ExitChoice) -> None:
         """Queue a validated request at the exit chosen for it."""
         assert request.request_id not in self._live, f"{request.request_id} is live already"
-        sampling = request.sampling
-        seed = sampling.seed if sampling.seed is not None else self._random.getrandbits(63)
-        eos = frozenset() if sampling.ignore_eos else self._eos_token_ids
+        seed = request.sampling.seed
+        seed = self._random.getrandbits(63) if seed is None else seed
         text = self._make_text(request)
-        sequence = Sequence(
-            request,
-            exit_layer=choice.exit_layer,
-            seed=seed + request.sample_index,
-            stop_token_ids=eos | frozenset(sampling.stop_token_ids),
-            estimate=choice.estimate,
-            floor_layer=choice.floor_layer,
-            promise=choice.promise,
-        )
+        sequence = sequence_of(request, choice, seed=seed, eos_token_ids=self._eos_token_ids)
         self.scheduler.add(sequence)
         self._live[request.request_id] = Live(sequence, text, choice.fits)
         if request.budget.has_latency and request.budget.on_miss is not OnMiss.DEGRADE:
@@ -245,12 +249,6 @@ class Engine:
         self._busy_since_s = now if self.has_work else None
         return outputs
 
-    def _learn_length(self, sequence: Sequence, *, cut: bool) -> None:
-        try:
-            self.lengths.observe(sequence.num_output_tokens, cut=cut)
-        except Exception:
-            logger.exception("nothing was learned of the length of an answer")
-
     def _accept(self, live: Live, token: SampledToken, now: float) -> RequestOutput:
         """Add one token to its request and see whether it ends there."""
         sequence = live.sequence
@@ -295,7 +293,7 @@ class Engine:
         sequence = live.sequence
         self.scheduler.finish(sequence, keep_prefix=keep_prefix)
         if reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.DEADLINE):
-            self._learn_length(sequence, cut=reason is not FinishReason.STOP)
+            learn_length(self.lengths, sequence, cut=reason is not FinishReason.STOP)
         del self._live[sequence.request_id]
         self._timed.pop(sequence.request_id, None)
         report = make_report(sequence, reason, exits=self.exits, now=now, promised=live.promised)
@@ -316,8 +314,7 @@ class Engine:
 
     def _fail(self, live: Live, failure: RowFailure, now: float) -> RequestOutput:
         """End a request that the step could not serve."""
-        detail = f" ({failure.detail})" if failure.detail else ""
-        error = EngineError(f"The model failed on this request: {failure.reason}{detail}.")
+        error = failure_error(failure)
         # Scores that are not finite may come from keys and values that are not.
         keep_prefix = failure.reason != "non_finite"
         return self._finish(live, FinishReason.ERROR, now, error=error, keep_prefix=keep_prefix)
@@ -349,14 +346,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The state between two steps."""
-        return EngineStats(
-            running_by_exit=self.scheduler.running_by_exit(),
-            num_waiting=self.scheduler.num_waiting,
-            num_waiting_tokens=self.scheduler.num_waiting_tokens,
-            kv_pages_used=self.kv_cache.pool.num_used,
-            kv_pages_cached=self.kv_cache.pool.num_kept,
-            kv_pages_total=self.kv_cache.pool.num_pages,
-        )
+        return engine_stats(self.scheduler)
 
     def demands(self) -> tuple[Demand, ...]:
         """What every live request still needs; nothing without a cost model."""

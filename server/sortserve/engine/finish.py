@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sortserve.core.budget import ExitTable, OnMiss
-from sortserve.core.errors import BudgetUnattainableError
+from sortserve.core.errors import BudgetUnattainableError, EngineError
 from sortserve.core.request import FinishReason, RequestReport
+from sortserve.core.sampling_params import RowFailure
 from sortserve.core.sequence import Sequence
 
-__all__ = ["expired_in_queue", "is_over", "make_report", "would_overrun"]
+__all__ = ["expired_in_queue", "failure_error", "is_over", "make_report", "would_overrun"]
 
 
 def make_report(
@@ -100,3 +101,9 @@ def expired_in_queue(sequence: Sequence, now: float) -> BudgetUnattainableError 
         param="budget." + ("latency_ms" if late_end else "ttft_ms"),
         retry_after_s=max(1.0, now - sequence.request.arrival_s),
     )
+
+
+def failure_error(failure: RowFailure) -> EngineError:
+    """What the client of a row that failed is told."""
+    detail = f" ({failure.detail})" if failure.detail else ""
+    return EngineError(f"The model failed on this request: {failure.reason}{detail}.")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,7 @@ from sortserve.core.errors import EngineError, UnavailableError
 from sortserve.core.request import Request, RequestOutput
 from sortserve.engine.stream import RequestStream, send
 
-__all__ = ["Ledger", "State", "Submission"]
+__all__ = ["Abort", "Ledger", "State", "Submission", "waiting_in"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,13 @@ class Submission:
     choice: ExitChoice
     stream: RequestStream
     reservation: Reservation
+
+
+@dataclass(frozen=True)
+class Abort:
+    """A request whose client reads no more."""
+
+    request_id: str
 
 
 class Ledger:
@@ -168,3 +176,14 @@ def _engine_failed(request_id: str) -> RequestOutput:
         "The engine has failed; the server must be restarted.", code="engine_failed"
     )
     return RequestOutput(request_id=request_id, error=error)
+
+
+def waiting_in(inbox: queue.SimpleQueue[Submission | Abort | None]) -> Iterator[Submission]:
+    """Empties the inbox, and gives the requests that were in it."""
+    while True:
+        try:
+            message = inbox.get_nowait()
+        except queue.Empty:
+            return
+        if isinstance(message, Submission):
+            yield message

@@ -6,9 +6,12 @@ import logging
 from dataclasses import dataclass
 from typing import Protocol
 
+from sortserve.admission.choose import ExitChoice
+from sortserve.admission.lengths import LengthEstimator
+from sortserve.core.request import Request
 from sortserve.core.sequence import Sequence
 
-__all__ = ["Live", "TextError", "TextStream", "push", "rest"]
+__all__ = ["Live", "TextError", "TextStream", "learn_length", "push", "rest", "sequence_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,30 @@ class TextError(Exception):
         self.detail = detail
 
 
+def sequence_of(
+    request: Request, choice: ExitChoice, *, seed: int, eos_token_ids: frozenset[int]
+) -> Sequence:
+    """A sequence that has not begun.
+
+    Args:
+        request: validated.
+        choice: where it starts, and what it was promised.
+        seed: the client's, or one drawn for it; each of n samples moves it.
+        eos_token_ids: end the request unless it ignores them.
+    """
+    sampling = request.sampling
+    eos = frozenset() if sampling.ignore_eos else eos_token_ids
+    return Sequence(
+        request,
+        exit_layer=choice.exit_layer,
+        seed=seed + request.sample_index,
+        stop_token_ids=eos | frozenset(sampling.stop_token_ids),
+        estimate=choice.estimate,
+        floor_layer=choice.floor_layer,
+        promise=choice.promise,
+    )
+
+
 def push(live: Live, token_id: int) -> tuple[str, bool]:
     """The text that a token adds, and whether a stop string ended it."""
     try:
@@ -56,3 +83,11 @@ def rest(live: Live) -> str:
     except Exception as error:
         logger.exception("the text of request %s lacks its end", live.sequence.request_id)
         raise TextError(type(error).__name__) from error
+
+
+def learn_length(lengths: LengthEstimator, sequence: Sequence, *, cut: bool) -> None:
+    """Let the length of an answer be learned; if that fails, nothing else does."""
+    try:
+        lengths.observe(sequence.num_output_tokens, cut=cut)
+    except Exception:
+        logger.exception("nothing was learned of the length of an answer")

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from sortserve.core.plan import StepPlan
-from sortserve.core.request import StepRecord
+from sortserve.core.request import EngineStats, StepRecord
 from sortserve.core.sequence import Sequence
+from sortserve.scheduling.scheduler import Scheduler
 
-__all__ = ["step_record"]
+__all__ = ["engine_stats", "step_record"]
 
 
 def step_record(
@@ -68,4 +69,17 @@ def step_record(
         failed_rows=failed_rows,
         was_retried=was_retried,
         policy_failed=plan.policy_failed,
+    )
+
+
+def engine_stats(scheduler: Scheduler) -> EngineStats:
+    """The state between two steps."""
+    pool = scheduler.kv_cache.pool
+    return EngineStats(
+        running_by_exit=scheduler.running_by_exit(),
+        num_waiting=scheduler.num_waiting,
+        num_waiting_tokens=scheduler.num_waiting_tokens,
+        kv_pages_used=pool.num_used,
+        kv_pages_cached=pool.num_kept,
+        kv_pages_total=pool.num_pages,
     )

@@ -4,20 +4,7 @@ The event loop never waits for the engine and the engine never waits for a clien
 aborts go in through a queue, a step's outputs come out through one ``call_soon_threadsafe`` per
 event loop, and each stream buffers only its own tokens.
 
-What two threads touch, and what makes it safe:
-
-* the worker's state, and the requests that have yet to be answered: the lock of ``Ledger``;
-* the inbox: a ``SimpleQueue``;
-* what the event loop sees of the engine (``EngineStats``, the cost model): frozen values, replaced
-  as a whole;
-* what the engine still needs to do, as the desk sees it: the desk's lock;
-* places in the queue: the lock of ``QueueLimits``;
-* the learned lengths of answers: one frozen value in ``LengthEstimator``;
-* how far the engine has come (``Engine.num_calls``): an integer that one thread writes;
-* a stream's outputs: its own event loop alone, reached through ``call_soon_threadsafe``;
-* metrics and logs: their libraries' locks. The tokenizer: see ``sortserve.text.tokenizer``.
-
-``tests/server/unit/test_threads.py`` races each of them.
+The package says what two threads touch, and what makes it safe.
 """
 
 from __future__ import annotations
@@ -26,9 +13,8 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 
 from sortserve.admission.desk import AdmissionDesk
@@ -41,7 +27,7 @@ from sortserve.core.errors import (
 )
 from sortserve.core.request import EngineStats, Estimate, Request, RequestOutput
 from sortserve.engine.engine import Engine
-from sortserve.engine.ledger import Ledger, State, Submission
+from sortserve.engine.ledger import Abort, Ledger, State, Submission, waiting_in
 from sortserve.engine.stall import start_watchdog
 from sortserve.engine.stream import RequestStream
 from sortserve.scheduling.demand import Demand
@@ -53,11 +39,6 @@ logger = logging.getLogger(__name__)
 IDLE_POLL_S = 0.5
 STOP_TIMEOUT_S = 5.0
 """Seconds that the step under way gets to end when the server does."""
-
-
-@dataclass(frozen=True)
-class _Abort:
-    request_id: str
 
 
 class EngineWorker:
@@ -89,7 +70,7 @@ class EngineWorker:
         )
         self._step_timeout_s = step_timeout_s
         self._debug = debug
-        self._inbox: queue.SimpleQueue[Submission | _Abort | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Submission | Abort | None] = queue.SimpleQueue()
         self._stats = engine.stats()
         self._desk = AdmissionDesk(
             exits=engine.exits,
@@ -255,7 +236,7 @@ class EngineWorker:
         return max(1.0, self._desk.queue_delay_s())
 
     def _request_abort(self, request_id: str) -> None:
-        self._inbox.put(_Abort(request_id))
+        self._inbox.put(Abort(request_id))
 
     # ---- the engine's thread ----
 
@@ -308,7 +289,7 @@ class EngineWorker:
             wait = False
             if isinstance(message, Submission):
                 self._take(message)
-            elif isinstance(message, _Abort):
+            elif isinstance(message, Abort):
                 output = self._engine.abort(message.request_id)
                 if output is not None:
                     self._publish([output])
@@ -358,20 +339,9 @@ class EngineWorker:
 
         The engine is not touched: it is what failed, or another thread is inside it.
         """
-        if self._ledger.fail(reason, _waiting(self._inbox)):
+        if self._ledger.fail(reason, waiting_in(self._inbox)):
             self._stopping.set()
 
     def _pulse(self) -> int | None:
         """For the watchdog: changes whenever the engine's thread gets on; None while it waits."""
         return self._num_turns + self._engine.num_calls if self._is_working else None
-
-
-def _waiting(inbox: queue.SimpleQueue[Submission | _Abort | None]) -> Iterator[Submission]:
-    """Empties the inbox, and gives the requests that were in it."""
-    while True:
-        try:
-            message = inbox.get_nowait()
-        except queue.Empty:
-            return
-        if isinstance(message, Submission):
-            yield message

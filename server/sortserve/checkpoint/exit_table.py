@@ -1,0 +1,42 @@
+"""What each exit costs, and how good it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sortserve.checkpoint.families import count_layer_parameters
+from sortserve.checkpoint.sorted_json import SortedInfo
+from sortserve.core.budget import ExitInfo, ExitTable
+from sortserve.model.config import ModelConfig
+from sortserve.model.exit_module import EXIT_MODULE_KINDS, NO_MODULE
+
+__all__ = ["exit_table"]
+
+
+def exit_table(
+    config: ModelConfig, sorted_info: SortedInfo | None, exits: Sequence[int]
+) -> ExitTable:
+    """What each of ``exits`` costs, and how good ``sorted.json`` says it is.
+
+    ``compute`` counts the matrices a token passes (layers, exit module, head) relative to the
+    full model; attention over the context is left out.
+    """
+    layer, layer_matrices = count_layer_parameters(config)
+    head = config.vocab_size * config.hidden_size
+    embeddings = head if config.tie_word_embeddings else 2 * head
+    full_matrices = config.num_layers * layer_matrices + head
+
+    def info(exit_layer: int) -> ExitInfo:
+        name = sorted_info.module_kind(exit_layer) if sorted_info else NO_MODULE
+        module = EXIT_MODULE_KINDS[name]
+        matrices = exit_layer * layer_matrices + module.num_matrix_elements(config) + head
+        quality = dict(sorted_info.quality.get(exit_layer, {})) if sorted_info else {}
+        return ExitInfo(
+            exit_layer=exit_layer,
+            num_parameters=embeddings + exit_layer * layer + module.num_parameters(config),
+            compute=matrices / full_matrices,
+            score=quality.pop("score", None),
+            quality=quality or None,
+        )
+
+    return ExitTable(tuple(info(exit_layer) for exit_layer in exits))
