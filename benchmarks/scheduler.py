@@ -26,9 +26,10 @@ from sortserve.core.plan import StepPlan
 from sortserve.core.sampling_params import SampledToken
 from sortserve.cost.machine import Machine
 from sortserve.cost.model import step_shape
+from sortserve.engine.desk import desk_of
 from sortserve.engine.engine import Engine, EngineConfig
 from sortserve.scheduling.policies.table import POLICIES
-from sortserve.simulation import MAX_MODEL_LEN, Arrival, BlankRunner, make_desk, make_engine
+from sortserve.simulation import MAX_MODEL_LEN, Arrival, BlankRunner, make_engine
 
 __all__ = ["main", "measure"]
 
@@ -93,7 +94,7 @@ def measure(
         seed=0,
     )
     engine = make_engine(machine, runner, _Clock(runner), config)
-    desk = make_desk(engine)
+    desk = desk_of(engine)
     choose_s = _fill(engine, desk, num_rows, num_steps=num_steps, context=context)
     while any(s.num_pending_tokens > 1 for s in engine.scheduler.sequences()):
         engine.step()

@@ -38,7 +38,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from sortserve.admission.choose import ExitChoice
-from sortserve.admission.desk import AdmissionDesk
 from sortserve.core.budget import Budget
 from sortserve.core.errors import SortserveError
 from sortserve.core.plan import Runner, StepPlan
@@ -53,6 +52,7 @@ from sortserve.core.sampling_params import RowFailure, SampledToken, SamplingPar
 from sortserve.cost.learner import CostLearner
 from sortserve.cost.machine import Machine
 from sortserve.cost.model import CostModel, step_shape
+from sortserve.engine.desk import desk_of
 from sortserve.engine.engine import Engine, EngineConfig
 
 __all__ = [
@@ -63,7 +63,6 @@ __all__ = [
     "Simulated",
     "Simulation",
     "TimedRunner",
-    "make_desk",
     "make_engine",
     "simulate",
 ]
@@ -242,7 +241,7 @@ class Simulation:
     def __init__(self, engine: Engine, clock: Clock) -> None:
         self.engine = engine
         self.clock = clock
-        self.desk = make_desk(engine)
+        self.desk = desk_of(engine)
         self.choices: dict[str, ExitChoice] = {}
         """The exits that requests were let in at."""
         self.refusals: dict[str, SortserveError] = {}
@@ -302,19 +301,6 @@ def make_engine(
     )
     engine.costs.learn_from(CostLearner(machine.calibration()))
     return engine
-
-
-def make_desk(engine: Engine) -> AdmissionDesk:
-    """The desk that judges newcomers of an engine."""
-    return AdmissionDesk(
-        exits=engine.exits,
-        policy=engine.policy,
-        max_num_batched_tokens=engine.config.max_num_batched_tokens,
-        overload_delay_s=engine.config.overload_delay_s,
-        clock=engine.clock,
-        expect=engine.expect,
-        costs=engine.costs,
-    )
 
 
 class _NoText:

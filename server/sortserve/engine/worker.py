@@ -17,7 +17,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
-from sortserve.admission.desk import AdmissionDesk
 from sortserve.admission.queue_limits import QueueLimits, Reservation
 from sortserve.core.budget import ExitTable
 from sortserve.core.errors import (
@@ -26,6 +25,7 @@ from sortserve.core.errors import (
     OverloadedError,
 )
 from sortserve.core.request import EngineStats, Estimate, Request, RequestOutput
+from sortserve.engine.desk import desk_of
 from sortserve.engine.engine import Engine
 from sortserve.engine.ledger import Abort, Ledger, State, Submission, waiting_in
 from sortserve.engine.stall import start_watchdog
@@ -72,16 +72,7 @@ class EngineWorker:
         self._debug = debug
         self._inbox: queue.SimpleQueue[Submission | Abort | None] = queue.SimpleQueue()
         self._stats = engine.stats()
-        self._desk = AdmissionDesk(
-            exits=engine.exits,
-            policy=engine.policy,
-            max_num_batched_tokens=engine.config.max_num_batched_tokens,
-            overload_delay_s=engine.config.overload_delay_s,
-            clock=engine.clock,
-            expect=engine.expect,
-            costs=engine.costs,
-            on_failure=self._forecast_failed,
-        )
+        self._desk = desk_of(engine, on_failure=self._forecast_failed)
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._ledger = Ledger()

@@ -1,0 +1,29 @@
+"""The desk at which the newcomers of an engine are judged (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sortserve.admission.desk import AdmissionDesk
+from sortserve.engine.engine import Engine
+
+__all__ = ["desk_of"]
+
+
+def desk_of(engine: Engine, *, on_failure: Callable[[], None] = lambda: None) -> AdmissionDesk:
+    """The desk of an engine.
+
+    Args:
+        engine: whose policy, costs and clock the desk shares.
+        on_failure: told each time that a forecast failed.
+    """
+    return AdmissionDesk(
+        exits=engine.exits,
+        policy=engine.policy,
+        max_num_batched_tokens=engine.config.max_num_batched_tokens,
+        overload_delay_s=engine.config.overload_delay_s,
+        clock=engine.clock,
+        expect=engine.expect,
+        costs=engine.costs,
+        on_failure=on_failure,
+    )
