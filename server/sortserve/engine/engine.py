@@ -11,18 +11,9 @@ from collections.abc import Callable
 from sortserve.admission.choose import ExitChoice
 from sortserve.admission.lengths import LengthEstimator, expected_tokens
 from sortserve.core.budget import ExitTable, OnMiss
-from sortserve.core.errors import (
-    BudgetUnattainableError,
-    SortserveError,
-)
+from sortserve.core.errors import BudgetUnattainableError, SortserveError
 from sortserve.core.plan import Runner, StepPlan
-from sortserve.core.request import (
-    EngineStats,
-    FinishReason,
-    Observer,
-    Request,
-    RequestOutput,
-)
+from sortserve.core.request import EngineStats, FinishReason, Observer, Request, RequestOutput
 from sortserve.core.sampling_params import RowFailure, SampledToken
 from sortserve.core.sequence import Sequence
 from sortserve.cost.costs import Costs
@@ -37,15 +28,7 @@ from sortserve.engine.finish import (
     would_overrun,
 )
 from sortserve.engine.health import Health
-from sortserve.engine.live import (
-    Live,
-    TextError,
-    TextStream,
-    learn_length,
-    push,
-    rest,
-    sequence_of,
-)
+from sortserve.engine.live import Live, TextError, TextStream, learn_length, push, rest, sequence_of
 from sortserve.engine.steps import engine_stats, step_record
 from sortserve.engine.validation import check_lengths, check_vocabulary, exits_that_fit
 from sortserve.scheduling.demand import Demand
