@@ -27,11 +27,11 @@ from benchmarks.lib.common import environment, print_json, print_table
 from benchmarks.lib.floors import Machine, ModelCost, Work, measure_machine
 from sortserve.core.errors import ConfigError
 from sortserve.model.attention import Attention, KVCache, RopeTables
-from sortserve.model.backend import LinearOp
-from sortserve.model.backends import attention_names, choose_backend, linear_names
+from sortserve.model.backends import BACKENDS, choose_backend
 from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
 from sortserve.model.decoder import Decoder
+from sortserve.model.weight import LinearOp, Weight
 from sortserve.model.weights import LayerWeights, ModelWeights
 
 CONFIG = ModelConfig(
@@ -63,11 +63,6 @@ ATTENTION_SHAPES = ((1, 200), (8, 200), (32, 200), (32, 1000), (1, 4000))
 DECODE_ROWS = (1, 8, 32)
 DECODE_CONTEXT = 200
 PREFILL_TOKENS = (128, 512)
-STEP_BACKENDS = {  # label: (attention, linear)
-    "plain torch": ("reference", "reference"),
-    "oneDNN": ("auto", "onednn"),
-    "auto": ("auto", "auto"),
-}
 
 Row = dict[str, float | str | None]
 
@@ -160,13 +155,12 @@ def bench_linears(dtype: torch.dtype, machine: Machine) -> list[Row]:
 
 
 def linear_ops(weights: Sequence[Tensor]) -> dict[str, list[LinearOp]]:
-    """The same weights packed by every backend that works here, "auto" first."""
+    """The same weights packed by every backend that works here."""
     ops: dict[str, list[LinearOp]] = {}
-    for name in linear_names():
+    for name in BACKENDS:
         with suppress(ConfigError):
-            backend = choose_backend(CONFIG, weights[0].dtype, weights[0].device, linear=name)
-            if backend.linear.name not in ops:
-                ops[backend.linear.name] = [backend.linear.linear(weight) for weight in weights]
+            backend = choose_backend(CONFIG, weights[0].dtype, weights[0].device, name)
+            ops[name] = [backend.linear(Weight.plain(weight)) for weight in weights]
     return ops
 
 
@@ -180,10 +174,10 @@ def rotate(ops: Sequence[LinearOp], x: Tensor) -> Callable[[], object]:
 
 def bench_attention(dtype: torch.dtype, machine: Machine) -> list[Row]:
     attentions: dict[str, Attention] = {}
-    for name in attention_names():
+    for name in BACKENDS:
         with suppress(ConfigError):
-            part = choose_backend(CONFIG, dtype, torch.device("cpu"), attention=name).attention
-            attentions[part.name] = part.attention(make_rope())
+            backend = choose_backend(CONFIG, dtype, torch.device("cpu"), name)
+            attentions[name] = backend.attention(make_rope())
     rows = []
     for num_rows, context_len in ATTENTION_SHAPES:
         num_pages = num_rows * math.ceil(context_len / BLOCK_SIZE)
@@ -222,16 +216,14 @@ def bench_steps(dtype: torch.dtype, machine: Machine) -> list[Row]:
     weights = random_weights(dtype)
     exits = (9, 15, 21, 30)
     decoders = {}
-    for name, (attention, linear) in STEP_BACKENDS.items():
+    for name in BACKENDS:
         try:
             decoders[name] = Decoder(
                 CONFIG,
                 weights,
                 exits=exits,
                 max_model_len=2048,
-                backend=choose_backend(
-                    CONFIG, dtype, torch.device("cpu"), attention=attention, linear=linear
-                ),
+                backend=choose_backend(CONFIG, dtype, torch.device("cpu"), name),
             )
         except ConfigError:
             continue
@@ -287,21 +279,25 @@ def make_batch(num_rows: int, num_tokens: int, context_len: int, num_slabs: int)
 
 def random_weights(dtype: torch.dtype) -> ModelWeights:
     config, ones = CONFIG, torch.ones(CONFIG.hidden_size, dtype=dtype)
+
+    def weight(name: str) -> Weight:
+        return Weight.plain(matrix(*LINEARS[name], dtype))
+
     layers = [
         LayerWeights(
             input_norm=ones,
-            qkv=matrix(*LINEARS["qkv"], dtype),
-            o=matrix(*LINEARS["o"], dtype),
+            qkv=weight("qkv"),
+            o=weight("o"),
             post_attention_norm=ones,
-            gate_up=matrix(*LINEARS["gate_up"], dtype),
-            down=matrix(*LINEARS["down"], dtype),
+            gate_up=weight("gate_up"),
+            down=weight("down"),
         )
         for _ in range(config.num_layers)
     ]
     embed = matrix(*LINEARS["head"], dtype)
     inv_freq = 10_000.0 ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
     return ModelWeights(
-        embed=embed, layers=layers, final_norm=ones, lm_head=embed, inv_freq=inv_freq
+        embed=embed, layers=layers, final_norm=ones, lm_head=Weight.plain(embed), inv_freq=inv_freq
     )
 
 

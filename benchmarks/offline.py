@@ -46,8 +46,7 @@ class EngineBench:
         longest = max(arguments.prefill_tokens, arguments.context + steps + NUM_WARMUP_STEPS + 2)
         options = EngineOptions(
             max_model_len=longest + 1,
-            attention_backend=arguments.attention_backend,
-            linear_backend=arguments.linear_backend,
+            backend=arguments.backend,
             max_num_seqs=max_rows,
             max_num_batched_tokens=max(arguments.prefill_tokens, max_rows * arguments.context),
             enable_prefix_caching=False,
@@ -173,8 +172,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--exits", default="9,15,21,30")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--attention-backend", default="auto")
-    parser.add_argument("--linear-backend", default="auto")
+    parser.add_argument("--backend", default="auto")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--context", type=int, default=128, help="prompt tokens of decode rows")
     parser.add_argument("--steps", type=int, default=30, help="decode steps a round")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sortserve.model.config import ModelConfig
+from sortserve.model.weight import Weight
 from sortserve.model.weights import ModelWeights
 
 __all__ = ["Machine", "ModelCost", "Work", "figure", "measure_machine", "speedups"]
@@ -132,7 +133,7 @@ class ModelCost:
     def _top(self, exit_layer: int) -> Work:
         """Exit module and head; FLOPs of one row."""
         head = self._weights.lm_head
-        parts = [Work(head.nbytes, 2 * head.numel())]
+        parts = [Work(head.nbytes, 2 * head.num_elements)]
         if module := self._weights.exit_modules.get(exit_layer):
             num_elements = module.kind.num_matrix_elements(self._config)
             num_bytes = sum(tensor.nbytes for tensor in module.tensors.values())
@@ -148,12 +149,11 @@ class ModelCost:
 
 
 def _work(weights: object) -> Work:
-    """The tensors of a weights dataclass: all are read, the matrices multiply."""
+    """What a weights dataclass has: all of it is read, the matrices multiply."""
     values = [getattr(weights, f.name) for f in fields(weights)]  # type: ignore[arg-type]
-    tensors = [value for value in values if isinstance(value, Tensor)]
     return Work(
-        num_bytes=sum(tensor.nbytes for tensor in tensors),
-        num_flops=sum(2 * tensor.numel() for tensor in tensors if tensor.dim() == 2),
+        num_bytes=sum(value.nbytes for value in values if isinstance(value, Tensor | Weight)),
+        num_flops=sum(2 * value.num_elements for value in values if isinstance(value, Weight)),
     )
 
 

@@ -76,9 +76,9 @@ def folder(tmp_path: Path, scale_kind: None) -> Path:
     return make_tiny_checkpoint(tmp_path / "tiny", exits=EXITS, exit_kinds={2: "scale"})
 
 
-def served_logits(folder: Path, attention_backend: str = "auto") -> Tensor:
+def served_logits(folder: Path, backend: str = "auto") -> Tensor:
     """[V], the last token's at exit 2."""
-    decoder = serve(folder, attention_backend=attention_backend).decoder
+    decoder = serve(folder, backend=backend).decoder
     cache, pages = decoder.allocate_kv_cache(16, 8), Pages(16)
     chunk = Chunk(PROMPT, 0, 2, pages.table(1, len(PROMPT)))
     return run_chunks(decoder, cache, [chunk])[0]
@@ -100,16 +100,14 @@ def reference_logits(trunk: Path, tensors: Mapping[str, Tensor], ids: list[int])
     return tensors["scale.weight"] * hf_logits(load_hf(trunk), ids, 2, norm)
 
 
-@pytest.mark.parametrize("attention_backend", ["auto", "reference"])
-def test_a_kind_from_outside_is_served_as_it_is_defined(
-    folder: Path, attention_backend: str
-) -> None:
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_kind_from_outside_is_served_as_it_is_defined(folder: Path, backend: str) -> None:
     tensors = read_exit_module(folder, 2)
     expected_TV = reference_logits(folder, tensors, PROMPT)
-    logits_V = served_logits(folder, attention_backend)
+    logits_V = served_logits(folder, backend)
     torch.testing.assert_close(logits_V, expected_TV[-1], rtol=1e-5, atol=2e-5)
 
-    engine = serve(folder, attention_backend=attention_backend).engine()
+    engine = serve(folder, backend=backend).engine()
     request = make_request("r", PROMPT, max_tokens=8, temperature=0.0, ignore_eos=True)
     add(engine, request, 2)
     tokens = list(run(engine)["r"].token_ids)

@@ -179,8 +179,8 @@ def test_in_bf16_it_holds_where_the_kernels_do_all_products(folders: dict[str, P
     """But not for a prompt that goes on from an answer whose KV is still cached: there, generated
     tokens have become a prompt's, which are rounded otherwise."""
     served = serve(folders["llama-tied"], dtype="bfloat16")
-    if served.decoder.backend.linear.name != "native":
-        pytest.skip("needs AVX-512 BF16, and no AMX")
+    if served.decoder.backend.name != "cpu":
+        pytest.skip("there are no bf16 kernels here")
     check_all(served, num_specs=50, max_tokens=8, seed=1)
 
 

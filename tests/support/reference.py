@@ -50,21 +50,21 @@ def reference_forward(
         x_TD = rms_norm(h_TD, layer.input_norm, config.rms_norm_eps)
         h_TD = h_TD + _attention(config, layer, x_TD, cos_TH, sin_TH)
         x_TD = rms_norm(h_TD, layer.post_attention_norm, config.rms_norm_eps)
-        gate_TF, up_TF = linear(x_TD, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-        h_TD = h_TD + linear(silu(gate_TF) * up_TF, layer.down, layer.down_bias)
+        gate_TF, up_TF = linear(x_TD, layer.gate_up.values, layer.gate_up_bias).chunk(2, dim=-1)
+        h_TD = h_TD + linear(silu(gate_TF) * up_TF, layer.down.values, layer.down_bias)
     module = weights.exit_modules.get(exit_layer)
     if module is None:
         h_TD = rms_norm(h_TD, weights.final_norm, config.rms_norm_eps)
     else:
         h_TD = apply_exit_module(h_TD, module.tensors, config.rms_norm_eps)
-    return linear(h_TD, weights.lm_head)
+    return linear(h_TD, weights.lm_head.values)
 
 
 def _attention(
     config: ModelConfig, layer: LayerWeights, x_TD: Tensor, cos_TH: Tensor, sin_TH: Tensor
 ) -> Tensor:
     num_tokens = x_TD.shape[0]
-    qkv = linear(x_TD, layer.qkv, layer.qkv_bias)
+    qkv = linear(x_TD, layer.qkv.values, layer.qkv_bias)
     sizes = [config.q_size, config.kv_size, config.kv_size]
     q_NTH, k_KTH, v_KTH = (
         part.view(num_tokens, -1, config.head_dim).transpose(0, 1)
@@ -79,7 +79,7 @@ def _attention(
     scores_NTT = q_NTH @ k_NTH.transpose(1, 2) / config.head_dim**0.5
     future_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool).triu(1)
     out_NTH = scores_NTT.masked_fill(future_TT, float("-inf")).softmax(-1) @ v_NTH
-    return linear(out_NTH.transpose(0, 1).reshape(num_tokens, -1), layer.o, layer.o_bias)
+    return linear(out_NTH.transpose(0, 1).reshape(num_tokens, -1), layer.o.values, layer.o_bias)
 
 
 def _rotate_half(x: Tensor) -> Tensor:

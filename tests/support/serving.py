@@ -71,7 +71,7 @@ class Served:
 
 @cache
 def serve(
-    path: Path, *, attention_backend: str = "auto", device: str = "cpu", dtype: str = "float32"
+    path: Path, *, backend: str = "auto", device: str = "cpu", dtype: str = "float32"
 ) -> Served:
     """Load a checkpoint once."""
     checkpoint = load_checkpoint(str(path), dtype=dtype, device=device)
@@ -84,7 +84,7 @@ def serve(
             checkpoint.config,
             checkpoint.weights.dtype,
             checkpoint.weights.device,
-            attention=attention_backend,
+            backend,
         ),
     )
     return Served(path, checkpoint, decoder, make_tokenizer(checkpoint))

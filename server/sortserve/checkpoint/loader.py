@@ -23,6 +23,7 @@ from sortserve.checkpoint.families import tensor_shapes
 from sortserve.checkpoint.files import check_regular, read_json
 from sortserve.core.errors import CheckpointError
 from sortserve.model.config import ModelConfig
+from sortserve.model.weight import Weight
 from sortserve.model.weights import LayerWeights, ModelWeights
 
 __all__ = [
@@ -293,12 +294,13 @@ def load_weights(
         return fused.to(device=device, dtype=dtype)
 
     embed = read("model.embed_tokens.weight")
+    lm_head = embed if config.tie_word_embeddings else read("lm_head.weight")
     inv_freq, attention_scaling = rope
     return ModelWeights(
         embed=embed,
         layers=[_load_layer(config, read, index) for index in range(config.num_layers)],
         final_norm=read("model.norm.weight"),
-        lm_head=embed if config.tie_word_embeddings else read("lm_head.weight"),
+        lm_head=Weight.plain(lm_head),
         inv_freq=inv_freq.to(device),
         rope_attention_scaling=attention_scaling,
     )
@@ -318,15 +320,15 @@ def _load_layer(config: ModelConfig, read: _Read, index: int) -> LayerWeights:
     gate_up = [mlp + name for name in ("gate_proj", "up_proj")]
     return LayerWeights(
         input_norm=read(f"model.layers.{index}.input_layernorm.weight"),
-        qkv=read(*(f"{name}.weight" for name in qkv)),
+        qkv=Weight.plain(read(*(f"{name}.weight" for name in qkv))),
         qkv_bias=bias(config.qkv_bias, *qkv),
         q_norm=read(f"{attention}q_norm.weight") if config.qk_norm else None,
         k_norm=read(f"{attention}k_norm.weight") if config.qk_norm else None,
-        o=read(f"{attention}o_proj.weight"),
+        o=Weight.plain(read(f"{attention}o_proj.weight")),
         o_bias=bias(config.o_bias, f"{attention}o_proj"),
         post_attention_norm=read(f"model.layers.{index}.post_attention_layernorm.weight"),
-        gate_up=read(*(f"{name}.weight" for name in gate_up)),
+        gate_up=Weight.plain(read(*(f"{name}.weight" for name in gate_up))),
         gate_up_bias=bias(config.mlp_bias, *gate_up),
-        down=read(f"{mlp}down_proj.weight"),
+        down=Weight.plain(read(f"{mlp}down_proj.weight")),
         down_bias=bias(config.mlp_bias, f"{mlp}down_proj"),
     )

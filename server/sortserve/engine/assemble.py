@@ -23,7 +23,7 @@ from sortserve.engine.calibrator import Calibrator
 from sortserve.engine.engine import Engine, EngineConfig
 from sortserve.engine.memory import CacheShape, cache_shape
 from sortserve.engine.runner import ModelRunner
-from sortserve.model.backends import choose_backend
+from sortserve.model.backends import AUTO, check_backend_name, choose_backend
 from sortserve.model.decoder import Decoder
 from sortserve.text.tokenizer import TextStream, Tokenizer
 
@@ -45,13 +45,12 @@ class EngineOptions:
     """What may be chosen of an engine; names and defaults are those of ``sortserve serve``.
 
     Raises:
-        ConfigError: a number is not allowed.
+        ConfigError: a name or a number is not allowed.
     """
 
     max_model_len: int | None = None
     """None: what the checkpoint allows."""
-    attention_backend: str = "auto"
-    linear_backend: str = "auto"
+    backend: str = AUTO
     policy: str = "deadline"
     overload_delay: float = 2.0
     max_num_seqs: int = 256
@@ -64,6 +63,7 @@ class EngineOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        check_backend_name(self.backend)
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_failed_steps"):
             _check_count(name, getattr(self, name))
         for name, least in (("max_model_len", 2), ("kv_cache_memory", 1)):
@@ -112,8 +112,7 @@ def assemble(
         checkpoint.config,
         checkpoint.weights.dtype,
         checkpoint.weights.device,
-        attention=options.attention_backend,
-        linear=options.linear_backend,
+        options.backend,
     )
     decoder = Decoder(
         checkpoint.config,

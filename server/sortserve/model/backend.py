@@ -1,37 +1,28 @@
 """The interface of a backend: what a decoder computes with.
 
-A backend has two parts, each with a flag of its own: ``AttentionBackend`` runs the layers of a
-model around attention (``--attention-backend``), ``LinearBackend`` packs the weights of linear
-layers and multiplies by them (``--linear-backend``). ``sortserve.model.backends`` has those there
-are and chooses among them, once; a decoder is handed the ``Backend`` and asks for no names.
+A backend has the small operations, packs the matrices of linear layers and multiplies by them, runs
+layers, and keeps keys and values. ``sortserve.model.backends`` has those there are and chooses one
+of them, once (``--backend``); a decoder is handed the ``Backend`` and asks for no names.
 
 Shape legend: T tokens, D hidden, I inputs, O outputs, F intermediate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sortserve.model.attention import Attention, HeadNorms, KVCache, RopeTables
+from sortserve.model.attention import Attention, KVCache, RopeTables
 from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
+from sortserve.model.weight import LinearOp, Weight
+from sortserve.model.weights import LayerWeights
 
-__all__ = [
-    "AttentionBackend",
-    "Backend",
-    "LayerStack",
-    "LinearBackend",
-    "LinearOp",
-    "Ops",
-    "PackedLayer",
-    "Provider",
-    "Target",
-]
+__all__ = ["Backend", "LayerStack", "Ops", "Target"]
 
 
 class Ops(Protocol):
@@ -51,47 +42,6 @@ class Ops(Protocol):
     def silu_and_mul(self, gate_up_TF: Tensor) -> Tensor:
         """``silu(gate) * up`` of the two halves: [T, 2F] to [T, F]."""
         ...
-
-
-class LinearOp(Protocol):
-    """A linear map with its weights inside: [T, I] to [T, O]."""
-
-    def __call__(self, x_TI: Tensor) -> Tensor:
-        """Multiply."""
-        ...
-
-
-class LinearBackend(Protocol):
-    """Packs weights and multiplies by them."""
-
-    name: str
-
-    def linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearOp:
-        """``x W^T + b`` in the dtype of x."""
-        ...
-
-    def gated(self, weight_2FI: Tensor, bias_2F: Tensor | None = None) -> LinearOp:
-        """``silu(gate) * up``: the weights are all gates, then all ups; [T, I] to [T, F]."""
-        ...
-
-    def head(self, weight_OI: Tensor) -> LinearOp:
-        """``x W^T`` in fp32."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackedLayer:
-    """One decoder layer, its matrices packed by a ``LinearBackend``."""
-
-    input_norm: Tensor
-    """[D]"""
-    qkv: LinearOp
-    head_norms: HeadNorms | None
-    o: LinearOp
-    post_attention_norm: Tensor
-    """[D]"""
-    gated: LinearOp
-    down: LinearOp
 
 
 class LayerStack(Protocol):
@@ -119,32 +69,46 @@ class LayerStack(Protocol):
         ...
 
 
-class AttentionBackend(Protocol):
-    """Attention, norms and gates, and the layers around them."""
+class Backend(Protocol):
+    """What a decoder computes with, made for one ``Target``."""
 
     name: str
+    """What ``--backend`` calls it."""
+    detail: str
+    """What it chose for this machine, for the log; may be empty."""
     ops: Ops
+
+    def linear(self, weight: Weight, bias_O: Tensor | None = None) -> LinearOp:
+        """``x W^T + b`` in the dtype of x."""
+        ...
+
+    def gated(self, weight: Weight, bias_2F: Tensor | None = None) -> LinearOp:
+        """``silu(gate) * up``: the weights are all gates, then all ups; [T, I] to [T, F]."""
+        ...
+
+    def head(self, weight: Weight) -> LinearOp:
+        """``x W^T`` in fp32."""
+        ...
 
     def attention(self, rope: RopeTables) -> Attention:
         """Attention over pages, for the positions that ``rope`` has."""
         ...
 
-    def stack(self, layers: Sequence[PackedLayer], rope: RopeTables) -> LayerStack:
-        """All layers of a model; ``StepwiseStack``, or something that needs fewer calls."""
+    def stack(
+        self, layers: Sequence[LayerWeights], rope: RopeTables, *, release_weights: bool
+    ) -> LayerStack:
+        """All layers of a model, their matrices packed.
+
+        Args:
+            layers: from the first on.
+            rope: positions that rows may have.
+            release_weights: drop each matrix of ``layers`` once its packed copy exists.
+        """
         ...
 
-
-@dataclass(frozen=True)
-class Backend:
-    """What a decoder computes with: both parts, as they were chosen."""
-
-    attention: AttentionBackend
-    linear: LinearBackend
-
-    @property
-    def ops(self) -> Ops:
-        """Norms and gates."""
-        return self.attention.ops
+    def allocate_kv_cache(self, slab_size: int, num_pages: int, block_size: int) -> KVCache:
+        """A pool of ``num_pages`` pages: ``block_size`` tokens in ``slab_size`` layers each."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -154,20 +118,3 @@ class Target:
     config: ModelConfig
     dtype: torch.dtype
     device: torch.device
-
-
-@dataclass(frozen=True)
-class Provider:
-    """What one folder of ``backends`` offers, by the names that the flags take.
-
-    Each function answers None where its part cannot work. Under the name "auto" it answers with
-    the fastest that the folder has for the target, if that should be taken unasked.
-    """
-
-    attention: Mapping[str, Callable[[Target], AttentionBackend | None]] = field(
-        default_factory=dict
-    )
-    linear: Mapping[str, Callable[[Target, Ops], LinearBackend | None]] = field(
-        default_factory=dict
-    )
-    """The ``Ops`` are for what a part has no fused version of."""

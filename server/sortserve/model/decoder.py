@@ -22,7 +22,7 @@ from sortserve.model.backends import choose_backend
 from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
 from sortserve.model.exit_module import SharedNorm
-from sortserve.model.layers import pack_layer
+from sortserve.model.weight import Weight
 from sortserve.model.weights import ExitModuleWeights, ModelWeights
 
 __all__ = ["Decoder"]
@@ -65,14 +65,11 @@ class Decoder:
         self.num_slabs = exits[-1] // self.slab_size
 
         self.backend = backend or choose_backend(config, self.dtype, self.device)
-        linear = self.backend.linear
         self._embed = weights.embed
-        layers = [
-            pack_layer(linear, layer, release_weights=release_weights)
-            for layer in weights.layers[: exits[-1]]
-        ]
         rope = RopeTables.build(weights.inv_freq, weights.rope_attention_scaling, max_model_len)
-        self._stack = self.backend.attention.stack(layers, rope)
+        self._stack = self.backend.stack(
+            weights.layers[: exits[-1]], rope, release_weights=release_weights
+        )
         modules = {e: weights.exit_modules.get(e, _NO_MODULE) for e in exits}
         self._exits = {
             exit_layer: module.kind(
@@ -82,15 +79,13 @@ class Decoder:
         }
         if release_weights:
             weights.exit_modules.clear()
-        self._lm_head = linear.head(weights.lm_head)
-        if release_weights and weights.lm_head is not weights.embed:
-            weights.lm_head = weights.lm_head.new_empty(0)
+        self._lm_head = self.backend.head(weights.lm_head)
+        if release_weights:
+            weights.lm_head = Weight.nothing()
 
     def allocate_kv_cache(self, num_pages: int, block_size: int) -> KVCache:
         """A pool of ``num_pages`` pages of ``block_size`` tokens on the decoder's device."""
-        return KVCache.allocate(
-            self.config, self.slab_size, num_pages, block_size, self.dtype, self.device
-        )
+        return self.backend.allocate_kv_cache(self.slab_size, num_pages, block_size)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> Tensor:

@@ -100,8 +100,10 @@ class Affine(OwnNorm):
     def __init__(
         self, tensors: Mapping[str, Tensor], final_norm: Tensor, backend: Backend, eps: float
     ) -> None:
+        from sortserve.model.weight import Weight
+
         super().__init__(tensors, final_norm, backend, eps)
-        self._affine = backend.linear.linear(tensors["affine.weight"])
+        self._affine = backend.linear(Weight.plain(tensors["affine.weight"]))
 
     @classmethod
     def shapes(cls, config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -121,11 +123,13 @@ class GatedMlp(OwnNorm):
     ) -> None:
         import torch
 
+        from sortserve.model.weight import Weight
+
         super().__init__(tensors, final_norm, backend, eps)
         self._mlp_norm = tensors["mlp_norm.weight"]
         gate_up = torch.cat((tensors["gate_proj.weight"], tensors["up_proj.weight"]))
-        self._gated = backend.linear.gated(gate_up)
-        self._down = backend.linear.linear(tensors["down_proj.weight"])
+        self._gated = backend.gated(Weight.plain(gate_up))
+        self._down = backend.linear(Weight.plain(tensors["down_proj.weight"]))
 
     @classmethod
     def shapes(cls, config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -7,24 +7,39 @@ Shape legend: T tokens, D hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from sortserve.model.attention import Attention, HeadNorms, KVCache, SlabAttention
-from sortserve.model.backend import LinearBackend, Ops, PackedLayer
+from sortserve.model.backend import Backend, Ops
 from sortserve.model.batch import Batch
+from sortserve.model.weight import LinearOp, Weight
 from sortserve.model.weights import LayerWeights
 
-__all__ = ["StepwiseStack", "pack_layer"]
+__all__ = ["PackedLayer", "StepwiseStack", "pack_layer"]
 
 
-def pack_layer(
-    linear: LinearBackend, weights: LayerWeights, *, release_weights: bool
-) -> PackedLayer:
+@dataclass(frozen=True, kw_only=True)
+class PackedLayer:
+    """One decoder layer, its matrices packed by a backend."""
+
+    input_norm: Tensor
+    """[D]"""
+    qkv: LinearOp
+    head_norms: HeadNorms | None
+    o: LinearOp
+    post_attention_norm: Tensor
+    """[D]"""
+    gated: LinearOp
+    down: LinearOp
+
+
+def pack_layer(backend: Backend, weights: LayerWeights, *, release_weights: bool) -> PackedLayer:
     """A layer that is ready to run.
 
     Args:
-        linear: packs the matrices.
+        backend: packs the matrices.
         weights: of the layer.
         release_weights: drop each matrix of ``weights`` once its packed copy exists.
     """
@@ -33,16 +48,15 @@ def pack_layer(
         head_norms = HeadNorms(weights.q_norm, weights.k_norm)
     layer = PackedLayer(
         input_norm=weights.input_norm,
-        qkv=linear.linear(weights.qkv, weights.qkv_bias),
+        qkv=backend.linear(weights.qkv, weights.qkv_bias),
         head_norms=head_norms,
-        o=linear.linear(weights.o, weights.o_bias),
+        o=backend.linear(weights.o, weights.o_bias),
         post_attention_norm=weights.post_attention_norm,
-        gated=linear.gated(weights.gate_up, weights.gate_up_bias),
-        down=linear.linear(weights.down, weights.down_bias),
+        gated=backend.gated(weights.gate_up, weights.gate_up_bias),
+        down=backend.linear(weights.down, weights.down_bias),
     )
     if release_weights:
-        nothing = weights.qkv.new_empty(0)
-        weights.qkv = weights.o = weights.gate_up = weights.down = nothing
+        weights.qkv = weights.o = weights.gate_up = weights.down = Weight.nothing()
     return layer
 
 
@@ -56,6 +70,19 @@ class StepwiseStack:
         self._attention = attention
         self._ops = ops
         self._eps = eps
+
+    @staticmethod
+    def build(
+        backend: Backend,
+        layers: Sequence[LayerWeights],
+        attention: Attention,
+        eps: float,
+        *,
+        release_weights: bool,
+    ) -> StepwiseStack:
+        """A stack of layers that ``backend`` packs; arguments as for ``Backend.stack``."""
+        packed = [pack_layer(backend, layer, release_weights=release_weights) for layer in layers]
+        return StepwiseStack(packed, attention, backend.ops, eps)
 
     def run(
         self,

@@ -1,7 +1,7 @@
-"""A decoder's weights as plain tensors, fused as the decoder wants them.
+"""A decoder's weights, fused as the decoder wants them.
 
 Shape legend: L layers, D hidden, V vocabulary, N query heads, K key/value heads, H head_dim,
-F intermediate. A linear weight is [out, in], as in ``torch.nn.Linear``.
+F intermediate. The shape of a ``Weight`` is [out, in], as in ``torch.nn.Linear``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sortserve.model.exit_module import ExitModule
+from sortserve.model.weight import Weight
 
 __all__ = ["ExitModuleWeights", "LayerWeights", "ModelWeights"]
 
@@ -22,21 +23,21 @@ class LayerWeights:
 
     input_norm: Tensor
     """[D]"""
-    qkv: Tensor
+    qkv: Weight
     """[(N + 2K) * H, D]: query heads, then key heads, then value heads."""
     qkv_bias: Tensor | None = None
     q_norm: Tensor | None = None
     """[H] (Qwen3)."""
     k_norm: Tensor | None = None
-    o: Tensor
+    o: Weight
     """[D, N * H]"""
     o_bias: Tensor | None = None
     post_attention_norm: Tensor
     """[D]"""
-    gate_up: Tensor
+    gate_up: Weight
     """[2F, D]: gate, then up."""
     gate_up_bias: Tensor | None = None
-    down: Tensor
+    down: Weight
     """[D, F]"""
     down_bias: Tensor | None = None
 
@@ -59,8 +60,8 @@ class ModelWeights:
     layers: list[LayerWeights]
     final_norm: Tensor
     """[D]"""
-    lm_head: Tensor
-    """[V, D]; the very same tensor object as ``embed`` where the head is tied."""
+    lm_head: Weight
+    """[V, D]; its values are the very tensor ``embed`` where the head is tied and plain."""
     inv_freq: Tensor
     """[H / 2] fp32, RoPE scaling applied."""
     rope_attention_scaling: float = 1.0

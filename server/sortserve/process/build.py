@@ -49,6 +49,7 @@ def build(settings: ServeSettings) -> Serving:
         CheckpointError: the checkpoint cannot be served.
         ConfigError: settings and checkpoint do not fit each other.
     """
+    options = EngineOptions(**{f.name: getattr(settings, f.name) for f in fields(EngineOptions)})
     start_threads(settings.num_threads)
     checkpoint = load_checkpoint(
         settings.model,
@@ -61,10 +62,9 @@ def build(settings: ServeSettings) -> Serving:
     tokenizer = make_tokenizer(checkpoint, max_tokens=max_encoded_tokens(max_model_len))
     model_name = settings.served_model_name or checkpoint.name
     metrics = Metrics(model_name, checkpoint.exits.layers, version=__version__)
-    options = {field.name: getattr(settings, field.name) for field in fields(EngineOptions)}
     parts = assemble(
         checkpoint,
-        EngineOptions(**options),
+        options,
         tokenizer=tokenizer,
         observer=Observers([metrics, RequestLogger()]),
         release_weights=True,

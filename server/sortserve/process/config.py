@@ -94,10 +94,9 @@ class ServeSettings(BaseSettings):
     """Branch, tag or commit of a Hugging Face id."""
     max_model_len: Annotated[int, Field(ge=2, le=MAX_COUNT), Number] | None = None
     """Most tokens of prompt and answer together, 2 or more. Default: what the checkpoint allows."""
-    attention_backend: Text = "auto"
-    """Implementation of attention. auto: the fastest that works here."""
-    linear_backend: Text = "auto"
-    """Implementation of the linear layers. auto: the fastest that works here."""
+    backend: Text = "auto"
+    """What the model computes with: reference (plain PyTorch) or cpu (our C++ kernels). auto: the
+    fastest that works here."""
     num_threads: Annotated[int, Field(ge=1, le=MAX_THREADS), Number] | None = None
     """CPU threads of the model, at most 1024; more than there are cores are not started. Default:
     PyTorch's choice."""

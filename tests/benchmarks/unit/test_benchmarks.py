@@ -26,6 +26,7 @@ from benchmarks.serving import parse_arguments
 
 from sortserve.model.config import ModelConfig
 from sortserve.model.exit_module import Affine
+from sortserve.model.weight import Weight
 from sortserve.model.weights import ExitModuleWeights, LayerWeights, ModelWeights
 
 CHUNKED = (
@@ -221,14 +222,18 @@ def tiny_cost(*, affine_exit: int | None = None) -> ModelCost:
         max_position_embeddings=64,
         tie_word_embeddings=True,
     )
+
+    def zeros(*shape: int) -> Weight:
+        return Weight.plain(torch.zeros(shape))
+
     embed = torch.zeros(10, 8)
     layer = LayerWeights(
         input_norm=torch.zeros(8),
-        qkv=torch.zeros(16, 8),
-        o=torch.zeros(8, 8),
+        qkv=zeros(16, 8),
+        o=zeros(8, 8),
         post_attention_norm=torch.zeros(8),
-        gate_up=torch.zeros(32, 8),
-        down=torch.zeros(8, 16),
+        gate_up=zeros(32, 8),
+        down=zeros(8, 16),
     )
     module = ExitModuleWeights(
         kind=Affine,
@@ -240,7 +245,7 @@ def tiny_cost(*, affine_exit: int | None = None) -> ModelCost:
             embed=embed,
             layers=[layer, layer],
             final_norm=torch.zeros(8),
-            lm_head=embed,
+            lm_head=Weight.plain(embed),
             inv_freq=torch.zeros(2),
             exit_modules={} if affine_exit is None else {affine_exit: module},
         ),

@@ -16,13 +16,15 @@ from torch import Tensor
 from sortserve.api.app import create_app
 from sortserve.api.settings import ApiSettings
 from sortserve.core.errors import ConfigError
+from sortserve.engine.assemble import EngineOptions
 from sortserve.model import backends
 from sortserve.model.attention import RopeTables
-from sortserve.model.backend import LayerStack, LinearOp, Ops, PackedLayer, Provider, Target
-from sortserve.model.backends import attention_names, choose_backend, linear_names
-from sortserve.model.backends.reference.backend import ReferenceAttentionBackend
-from sortserve.model.backends.reference.linear import ReferenceLinearBackend
+from sortserve.model.backend import LayerStack, Target
+from sortserve.model.backends import backend_names, choose_backend
+from sortserve.model.backends.reference.backend import ReferenceBackend
 from sortserve.model.config import ModelConfig
+from sortserve.model.weight import LinearOp, Weight
+from sortserve.model.weights import LayerWeights
 from sortserve.process.build import build
 from sortserve.process.config import load_settings
 from support.tiny_models import make_tiny_checkpoint
@@ -41,18 +43,22 @@ class CountingOp:
         return self._op(x_TI)
 
 
-class CountingLinearBackend(ReferenceLinearBackend):
+class CountingBackend(ReferenceBackend):
     name = "counting"
 
-    def linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearOp:
-        return CountingOp(super().linear(weight_OI, bias_O))
+    def linear(self, weight: Weight, bias_O: Tensor | None = None) -> LinearOp:
+        return CountingOp(super().linear(weight, bias_O))
 
+    def gated(self, weight: Weight, bias_2F: Tensor | None = None) -> LinearOp:
+        return CountingOp(super().gated(weight, bias_2F))
 
-class CountingAttentionBackend(ReferenceAttentionBackend):
-    name = "counting"
+    def head(self, weight: Weight) -> LinearOp:
+        return CountingOp(super().head(weight))
 
-    def stack(self, layers: Sequence[PackedLayer], rope: RopeTables) -> LayerStack:
-        return CountingStack(super().stack(layers, rope))
+    def stack(
+        self, layers: Sequence[LayerWeights], rope: RopeTables, *, release_weights: bool
+    ) -> LayerStack:
+        return CountingStack(super().stack(layers, rope, release_weights=release_weights))
 
 
 class CountingStack:
@@ -64,15 +70,8 @@ class CountingStack:
         return self._stack.run(*arguments)
 
 
-def on_cpus(target: Target) -> CountingAttentionBackend | None:
-    return CountingAttentionBackend(target) if target.device.type == "cpu" else None
-
-
-def linear_on_cpus(target: Target, ops: Ops) -> CountingLinearBackend | None:
-    return CountingLinearBackend(ops) if target.device.type == "cpu" else None
-
-
-COUNTING = Provider(attention={"counting": on_cpus}, linear={"counting": linear_on_cpus})
+def on_cpus(target: Target) -> CountingBackend | None:
+    return CountingBackend(target) if target.device.type == "cpu" else None
 
 
 @pytest.fixture(name="checkpoint", scope="module")
@@ -82,7 +81,7 @@ def _checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 async def answer(checkpoint: Path, backend: str) -> str:
     """What a server with this backend says to one request."""
-    flags = {"attention_backend": backend, "linear_backend": backend, "calibrate": False}
+    flags = {"backend": backend, "calibrate": False}
     serving = build(load_settings({"model": str(checkpoint), "max_num_seqs": 2, **flags}))
     app = create_app(serving.worker, serving.tokenizer, ApiSettings(served_model_name="m"))
     serving.worker.start()
@@ -112,14 +111,15 @@ CONFIG = ModelConfig(
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-def add_backend(monkeypatch: pytest.MonkeyPatch, provider: Provider) -> None:
-    monkeypatch.setattr(backends, "BACKENDS", [*backends.BACKENDS, provider])
+@pytest.fixture(name="counting")
+def _counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends.BACKENDS, "counting", on_cpus)
 
 
+@pytest.mark.usefixtures("counting")
 async def test_a_backend_from_outside_the_package_serves_after_one_line_in_the_table(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path,
 ) -> None:
-    add_backend(monkeypatch, COUNTING)
     CALLS.clear()
 
     text = await answer(checkpoint, "counting")
@@ -129,55 +129,32 @@ async def test_a_backend_from_outside_the_package_serves_after_one_line_in_the_t
     assert text == await answer(checkpoint, "reference")
 
 
-def test_the_names_are_those_that_the_flags_document() -> None:
-    assert attention_names() == ["auto", "reference", "native"]
-    assert linear_names() == ["auto", "reference", "onednn", "native"]
+def test_the_names_are_those_that_the_flag_documents() -> None:
+    assert backend_names() == ["auto", "reference", "cpu"]
 
 
-def test_auto_takes_the_last_backend_of_the_table_that_works_for_the_target(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    add_backend(monkeypatch, Provider({"auto": on_cpus}, {"auto": linear_on_cpus}))
-
-    chosen = {}
-    for device in (CPU, META):
-        backend = choose_backend(CONFIG, torch.float32, device)
-        chosen[device] = (backend.attention.name, backend.linear.name)
-
-    assert chosen == {CPU: ("counting", "counting"), META: ("reference", "reference")}
+@pytest.mark.usefixtures("counting")
+def test_auto_takes_the_last_backend_of_the_table_that_works_for_the_target() -> None:
+    chosen = {device: choose_backend(CONFIG, torch.float32, device).name for device in (CPU, META)}
+    assert chosen == {CPU: "counting", META: "reference"}
 
 
-def test_the_two_parts_may_come_from_two_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    add_backend(monkeypatch, COUNTING)
-
-    backend = choose_backend(CONFIG, torch.float32, CPU, attention="counting", linear="reference")
-
-    assert (backend.attention.name, backend.linear.name) == ("counting", "reference")
-    assert backend.ops is backend.attention.ops
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (
-            {"attention": "triton"},
-            "attention_backend 'triton' cannot be used for torch.float32 on meta on this machine; "
-            "use 'auto' (backends: auto, reference, native, counting)",
-        ),
-        (
-            {"linear": "counting"},
-            "linear_backend 'counting' cannot be used for torch.float32 on meta on this machine; "
-            "use 'auto' (backends: auto, reference, onednn, native, counting)",
-        ),
-    ],
-)
-def test_a_backend_that_does_not_exist_or_work_here_is_refused_with_the_names_of_all(
-    flags: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    add_backend(monkeypatch, COUNTING)
-
+@pytest.mark.usefixtures("counting")
+def test_a_backend_that_does_not_work_here_is_refused_with_the_names_of_all() -> None:
     with pytest.raises(ConfigError) as caught:
-        choose_backend(CONFIG, torch.float32, META, **flags)
+        choose_backend(CONFIG, torch.float32, META, "counting")
 
-    assert str(caught.value) == message
-    assert caught.value.param == f"{next(iter(flags))}_backend"
+    assert str(caught.value) == (
+        "--backend=counting cannot be used for float32 on meta on this machine: use auto "
+        "(there are: auto, reference, cpu, counting)."
+    )
+    assert caught.value.param == "backend"
+
+
+@pytest.mark.parametrize("name", ["triton", "", "CPU"])
+def test_a_name_of_no_backend_is_refused_before_anything_is_loaded(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineOptions(backend=name)
+
+    assert str(caught.value) == f"--backend={name!r} is not one of auto, reference, cpu."
+    assert caught.value.param == "backend"

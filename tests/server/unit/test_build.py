@@ -184,8 +184,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"max_model_len": 2**31 - 1}, "--max-model-len=2147483647 is more"),
         ({"exits": "99"}, "must lie in 1..6"),
         ({"exits": "4,2"}, "must ascend"),
-        ({"attention_backend": "x"}, "'x' cannot be used"),
-        ({"linear_backend": ""}, "'' cannot be used"),
+        ({"backend": "x"}, "--backend='x' is not one of auto, reference, cpu."),
+        ({"backend": ""}, "--backend='' is not one of auto, reference, cpu."),
     ],
 )
 def test_what_does_not_fit_the_machine_or_the_checkpoint_is_said_before_it_is_taken(

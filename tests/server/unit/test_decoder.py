@@ -15,6 +15,7 @@ from sortserve.model.backends import choose_backend
 from sortserve.model.config import ModelConfig
 from sortserve.model.decoder import Decoder
 from sortserve.model.exit_module import Affine, GatedMlp, OwnNorm
+from sortserve.model.weight import Weight
 from sortserve.model.weights import ExitModuleWeights, LayerWeights, ModelWeights
 from support.batches import BLOCK_SIZE, Chunk, Pages, make_batch, random_ids, run_chunks
 from support.reference import reference_forward
@@ -39,21 +40,24 @@ def from_hf(model: Any) -> tuple[ModelConfig, ModelWeights]:
         assert tensor is not None
         return tensor
 
+    def matrix(layer: int, *names: str) -> Weight:
+        return Weight.plain(weight(layer, *names))
+
     qkv = [f"self_attn.{x}_proj" for x in "qkv"]
     gate_up = ["mlp.gate_proj", "mlp.up_proj"]
     layers = [
         LayerWeights(
             input_norm=weight(i, "input_layernorm"),
-            qkv=weight(i, *qkv),
+            qkv=matrix(i, *qkv),
             qkv_bias=cat(i, qkv, "bias"),
             q_norm=cat(i, ["self_attn.q_norm"], "weight"),
             k_norm=cat(i, ["self_attn.k_norm"], "weight"),
-            o=weight(i, "self_attn.o_proj"),
+            o=matrix(i, "self_attn.o_proj"),
             o_bias=cat(i, ["self_attn.o_proj"], "bias"),
             post_attention_norm=weight(i, "post_attention_layernorm"),
-            gate_up=weight(i, *gate_up),
+            gate_up=matrix(i, *gate_up),
             gate_up_bias=cat(i, gate_up, "bias"),
-            down=weight(i, "mlp.down_proj"),
+            down=matrix(i, "mlp.down_proj"),
             down_bias=cat(i, ["mlp.down_proj"], "bias"),
         )
         for i in range(hf.num_hidden_layers)
@@ -63,7 +67,7 @@ def from_hf(model: Any) -> tuple[ModelConfig, ModelWeights]:
         embed=state["model.embed_tokens.weight"],
         layers=layers,
         final_norm=state["model.norm.weight"],
-        lm_head=state["lm_head.weight"],
+        lm_head=Weight.plain(state["lm_head.weight"]),
         inv_freq=rotary.inv_freq,
         rope_attention_scaling=rotary.attention_scaling,
     )
@@ -122,9 +126,7 @@ def make_decoder(
         weights,
         exits=EXITS,
         max_model_len=256,
-        backend=choose_backend(
-            config, weights.dtype, weights.device, attention=backend, linear=backend
-        ),
+        backend=choose_backend(config, weights.dtype, weights.device, backend),
     )
     return decoder, config, weights
 

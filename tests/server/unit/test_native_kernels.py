@@ -15,24 +15,23 @@ from torch.nn.functional import linear, silu
 
 from sortserve.core.errors import ConfigError
 from sortserve.core.user_cache import user_cache_dir
-from sortserve.model.backend import Backend
+from sortserve.model.backend import Target
 from sortserve.model.backends import choose_backend
 from sortserve.model.backends.cpu import backend as cpu_backend
 from sortserve.model.backends.cpu import library as native
-from sortserve.model.backends.cpu.hybrid import EitherLinear
+from sortserve.model.backends.cpu.backend import CpuBackend
 from sortserve.model.backends.cpu.library import (
     BuildError,
     NativeLibrary,
     build_library,
     load_native,
 )
-from sortserve.model.backends.cpu.linear import NativeLinear, NativeLinearBackend
-from sortserve.model.backends.cpu.onednn import OneDnnLinearBackend
+from sortserve.model.backends.cpu.linear import NativeLinear
 from sortserve.model.backends.cpu.ops import NativeOps
-from sortserve.model.backends.reference.linear import ReferenceLinearBackend
 from sortserve.model.backends.reference.ops import ReferenceOps
 from sortserve.model.config import ModelConfig
 from sortserve.model.decoder import Decoder
+from sortserve.model.weight import Weight
 from sortserve.model.weights import LayerWeights, ModelWeights
 from support.batches import Chunk, Pages, random_ids, run_chunks
 
@@ -52,7 +51,6 @@ CONFIG = ModelConfig(
     tie_word_embeddings=False,
     qk_norm=True,
 )
-NUM_LINEAR_ELEMENTS = 4 * (160 * 64 + 96 * 64 + 3 * 100 * 64) + 50 * 64
 
 
 @pytest.fixture(name="library")
@@ -70,8 +68,8 @@ def _bf16_library(library: NativeLibrary) -> NativeLibrary:
     return library
 
 
-def make_native(library: NativeLibrary) -> NativeLinearBackend:
-    return NativeLinearBackend(library, ReferenceLinearBackend(ReferenceOps()))
+def make_native(library: NativeLibrary, dtype: torch.dtype = torch.float32) -> CpuBackend:
+    return CpuBackend(Target(CONFIG, dtype, CPU), library)
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -140,10 +138,9 @@ def test_when_the_build_fails_plain_torch_is_used_and_the_log_says_so_once(
         assert [
             r.getMessage() for r in caplog.records if "no compiler today" in r.getMessage()
         ] == ["native CPU kernels are off, plain torch is used: no compiler today"]
-        assert decoder.backend.attention.name == "reference"
-        assert decoder.backend.linear.name in {"onednn", "reference"}
-        with pytest.raises(ConfigError, match="attention_backend 'native'"):
-            make_decoder(torch.bfloat16, attention_backend="native")
+        assert decoder.backend.name == "reference"
+        with pytest.raises(ConfigError, match="--backend=cpu cannot be used for bfloat16"):
+            make_decoder(torch.bfloat16, backend="cpu")
     finally:
         load_native.cache_clear()
 
@@ -170,7 +167,7 @@ def test_kernels_for_older_cpus_agree_with_those_for_this_one(
     compiler.write_text(f'#!/bin/sh\nexec g++ "$@" -march={march}\n')
     compiler.chmod(0o755)
     older = NativeLibrary(build_library(tmp_path / "cache", str(compiler)))
-    x, weight = random(40, 96), random(70, 96, seed=1)
+    x, weight = random(40, 96), Weight.plain(random(70, 96, seed=1))
     for gated in (False, True):
         ours, theirs = (
             backend.gated(weight) if gated else backend.linear(weight)
@@ -250,8 +247,8 @@ def test_native_fp32_layers_equal_plain_torch(
 ) -> None:
     backend = make_native(library)
     x, bias = random(num_tokens, num_inputs), random(num_outputs, seed=2)
-    weight = random(num_outputs, num_inputs, seed=1) / num_inputs**0.5
-    exact = linear(x, weight)
+    weight_OI = random(num_outputs, num_inputs, seed=1) / num_inputs**0.5
+    weight, exact = Weight.plain(weight_OI), linear(x, weight_OI)
     gate, up = (exact + bias).chunk(2, dim=-1)
     calls = library.calls["linear_fp32"]
 
@@ -271,8 +268,13 @@ def test_a_token_gets_the_same_fp32_bits_at_any_place_among_any_number_of_tokens
 ) -> None:
     backend = make_native(library)
     x = random(100, num_inputs) * 10
-    weight = random(num_outputs, num_inputs, seed=1)
-    for op in (backend.linear(weight, weight[:, 0]), backend.gated(weight), backend.head(weight)):
+    weight_OI = random(num_outputs, num_inputs, seed=1)
+    weight = Weight.plain(weight_OI)
+    for op in (
+        backend.linear(weight, weight_OI[:, 0]),
+        backend.gated(weight),
+        backend.head(weight),
+    ):
         alone = torch.cat([op(x[t : t + 1]) for t in range(100)])
         for count in (*range(2, 28), 100):
             assert torch.equal(op(x[:count]), alone[:count])
@@ -284,11 +286,11 @@ def test_a_token_gets_the_same_fp32_bits_at_any_place_among_any_number_of_tokens
 def test_native_bf16_layers_equal_plain_torch(
     bf16_library: NativeLibrary, num_tokens: int, num_outputs: int, num_inputs: int
 ) -> None:
-    backend = make_native(bf16_library)
+    backend = make_native(bf16_library, torch.bfloat16)
     x = random(num_tokens, num_inputs, dtype=torch.bfloat16)
-    weight = (random(num_outputs, num_inputs, seed=1) / num_inputs**0.5).bfloat16()
-    bias = random(num_outputs, seed=2, dtype=torch.bfloat16)
-    exact = linear(x.float(), weight.float())
+    weight_OI = (random(num_outputs, num_inputs, seed=1) / num_inputs**0.5).bfloat16()
+    weight, bias = Weight.plain(weight_OI), random(num_outputs, seed=2, dtype=torch.bfloat16)
+    exact = linear(x.float(), weight_OI.float())
     exact_biased = exact + bias.float()
     gate, up = exact_biased.chunk(2, dim=-1)
 
@@ -308,7 +310,8 @@ def assert_bf16_close(got: Tensor, exact: Tensor) -> None:
 def test_a_token_gets_the_same_bf16_bits_whatever_tokens_are_beside_it(
     bf16_library: NativeLibrary,
 ) -> None:
-    op = make_native(bf16_library).linear(random(96, 128, dtype=torch.bfloat16))
+    weight = Weight.plain(random(96, 128, dtype=torch.bfloat16))
+    op = make_native(bf16_library, torch.bfloat16).linear(weight)
     x = random(40, 128, seed=1, dtype=torch.bfloat16)
     together = op(x)
     for count in (1, 5, 12, 13, 39):
@@ -316,56 +319,19 @@ def test_a_token_gets_the_same_bf16_bits_whatever_tokens_are_beside_it(
 
 
 def test_weights_of_odd_width_go_to_the_fallback(bf16_library: NativeLibrary) -> None:
-    backend = make_native(bf16_library)
-    weight = random(8, 5, dtype=torch.bfloat16)
+    backend = make_native(bf16_library, torch.bfloat16)
+    weight = Weight.plain(random(8, 5, dtype=torch.bfloat16))
     for op in (backend.linear(weight), backend.gated(weight), backend.head(weight)):
         assert not isinstance(op, NativeLinear)
 
 
-def test_onednn_equals_plain_torch() -> None:
-    if not OneDnnLinearBackend.is_available():
-        pytest.skip("no oneDNN with bf16")
-    backend = OneDnnLinearBackend(ReferenceOps())
-    x, weight = random(5, 64, dtype=torch.bfloat16), random(48, 64, seed=1, dtype=torch.bfloat16)
-    bias = random(48, seed=2, dtype=torch.bfloat16)
-    exact = linear(x.float(), weight.float(), bias.float())
-    torch.testing.assert_close(backend.linear(weight, bias)(x).float(), exact, rtol=1e-2, atol=0.1)
-    assert backend.head(weight)(x).dtype == torch.float32
-
-
-def choose(dtype: torch.dtype, linear: str = "auto") -> Backend:
-    return choose_backend(CONFIG, dtype, CPU, linear=linear)
-
-
-def test_auto_takes_the_kernels_for_bf16_and_fp32_and_plain_torch_for_fp16(
-    library: NativeLibrary, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cpu_backend, "_has_amx", lambda: False)
-    if library.has_bf16_kernels:
-        assert choose(torch.bfloat16).linear.name == "native"
-    assert choose(torch.float32).linear.name == "native"
-    assert choose(torch.float16).linear.name == "reference"
-    with pytest.raises(ConfigError, match="linear_backend 'native'"):
-        choose(torch.float16, "native")
-
-
-def test_with_amx_few_tokens_and_many_take_different_kernels(
-    bf16_library: NativeLibrary, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not OneDnnLinearBackend.is_available():
-        pytest.skip("no oneDNN with bf16")
-    monkeypatch.setattr(cpu_backend, "_has_amx", lambda: True)
-    op = choose(torch.bfloat16).linear.linear(random(32, 64, dtype=torch.bfloat16))
-    assert isinstance(op, EitherLinear)
-    before = bf16_library.calls["linear"]
-    x = random(17, 64, seed=1, dtype=torch.bfloat16)
-    few, many = op(x[:16]), op(x)
-    assert bf16_library.calls["linear"] == before + 1
-    torch.testing.assert_close(few.float(), many[:16].float(), rtol=1e-2, atol=0.1)
-    monkeypatch.setattr(cpu_backend, "HYBRID_MAX_BYTES", 2 * NUM_LINEAR_ELEMENTS)
-    assert choose(torch.bfloat16).linear.name == "native+onednn"
-    monkeypatch.setattr(cpu_backend, "HYBRID_MAX_BYTES", 2 * NUM_LINEAR_ELEMENTS - 1)
-    assert choose(torch.bfloat16).linear.name == "onednn"
+def test_fp16_products_are_left_to_plain_torch(library: NativeLibrary) -> None:
+    before = library.calls.copy()
+    op = make_native(library, torch.float16).linear(Weight.plain(random(8, 6).half()))
+    torch.testing.assert_close(
+        op(random(3, 6, seed=1).half()), linear(random(3, 6, seed=1).half(), random(8, 6).half())
+    )
+    assert library.calls == before
 
 
 # ---- the decoder on top of them
@@ -375,8 +341,7 @@ def make_decoder(
     dtype: torch.dtype,
     *,
     release_weights: bool = False,
-    attention_backend: str = "auto",
-    linear_backend: str = "auto",
+    backend: str = "auto",
 ) -> Decoder:
     weights = random_weights(CONFIG, dtype)
     decoder = Decoder(
@@ -385,12 +350,10 @@ def make_decoder(
         exits=(2, 4),
         max_model_len=256,
         release_weights=release_weights,
-        backend=choose_backend(
-            CONFIG, dtype, CPU, attention=attention_backend, linear=linear_backend
-        ),
+        backend=choose_backend(CONFIG, dtype, CPU, backend),
     )
     matrices = [weights.lm_head] + [m for w in weights.layers for m in (w.qkv, w.gate_up, w.down)]
-    assert all((matrix.numel() == 0) == release_weights for matrix in matrices)
+    assert all((matrix.nbytes == 0) == release_weights for matrix in matrices)
     return decoder
 
 
@@ -400,6 +363,9 @@ def random_weights(config: ModelConfig, dtype: torch.dtype) -> ModelWeights:
     def matrix(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=generator).div(math.sqrt(columns)).to(dtype)
 
+    def weight(rows: int, columns: int) -> Weight:
+        return Weight.plain(matrix(rows, columns))
+
     def norm(width: int) -> Tensor:
         return (1 + 0.2 * torch.randn(width, generator=generator)).to(dtype)
 
@@ -407,13 +373,13 @@ def random_weights(config: ModelConfig, dtype: torch.dtype) -> ModelWeights:
     layers = [
         LayerWeights(
             input_norm=norm(hidden),
-            qkv=matrix(config.q_size + 2 * config.kv_size, hidden),
+            qkv=weight(config.q_size + 2 * config.kv_size, hidden),
             q_norm=norm(config.head_dim),
             k_norm=norm(config.head_dim),
-            o=matrix(hidden, config.q_size),
+            o=weight(hidden, config.q_size),
             post_attention_norm=norm(hidden),
-            gate_up=matrix(2 * mlp, hidden),
-            down=matrix(hidden, mlp),
+            gate_up=weight(2 * mlp, hidden),
+            down=weight(hidden, mlp),
         )
         for _ in range(config.num_layers)
     ]
@@ -422,7 +388,7 @@ def random_weights(config: ModelConfig, dtype: torch.dtype) -> ModelWeights:
         embed=matrix(config.vocab_size, hidden),
         layers=layers,
         final_norm=norm(hidden),
-        lm_head=matrix(config.vocab_size, hidden),
+        lm_head=weight(config.vocab_size, hidden),
         inv_freq=10_000.0**-half,
     )
 
@@ -447,8 +413,8 @@ def run_rows(decoder: Decoder, rows: list[tuple[int, int, int]], seeds: list[int
 def test_fused_layers_equal_single_operations_and_run_in_one_call_a_segment(
     bf16_library: NativeLibrary,
 ) -> None:
-    fused = make_decoder(torch.bfloat16, linear_backend="native", release_weights=True)
-    plain = make_decoder(torch.bfloat16, linear_backend="reference", attention_backend="reference")
+    fused = make_decoder(torch.bfloat16, backend="cpu", release_weights=True)
+    plain = make_decoder(torch.bfloat16, backend="reference")
     seeds = list(range(len(ROWS)))
     before = bf16_library.calls.copy()
     got = run_rows(fused, ROWS, seeds)
@@ -465,26 +431,8 @@ def test_in_bf16_a_row_gets_the_same_bits_alone_and_in_a_mixed_batch(
     bf16_library: NativeLibrary,
 ) -> None:
     del bf16_library  # the kernels are there
-    decoder = make_decoder(torch.bfloat16, linear_backend="native")
+    decoder = make_decoder(torch.bfloat16, backend="cpu")
     seeds = list(range(len(ROWS)))
     mixed = run_rows(decoder, ROWS, seeds)
     for index, row in enumerate(ROWS):
         assert torch.equal(run_rows(decoder, [row], [index])[0], mixed[index])
-
-
-def test_with_amx_steps_of_many_tokens_leave_the_fused_call(
-    bf16_library: NativeLibrary, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not OneDnnLinearBackend.is_available():
-        pytest.skip("no oneDNN with bf16")
-    expected = run_rows(make_decoder(torch.bfloat16, linear_backend="native"), ROWS, [0] * 5)
-    monkeypatch.setattr(cpu_backend, "_has_amx", lambda: True)
-    decoder = make_decoder(torch.bfloat16)
-    assert decoder.backend.linear.name == "native+onednn"
-    before = bf16_library.calls.copy()
-    got = run_rows(decoder, ROWS, [0] * 5)
-    calls = bf16_library.calls - before
-    # 48 tokens reach the first segment, 36 the second; of the steps before, one has 9.
-    assert calls["layers"] == 1
-    assert calls["attention"] > 0
-    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.08)

@@ -20,6 +20,7 @@ from sortserve.checkpoint.sources import resolve_source
 from sortserve.core.budget import ExitTable
 from sortserve.core.errors import CheckpointError
 from sortserve.model.config import ModelConfig
+from sortserve.model.weight import Weight
 from sortserve_trainer.evaluation.answering import (
     Answer,
     Answerer,
@@ -251,7 +252,7 @@ def _answerers(
         return Answerer(checkpoint, messages, max_tokens=longest, max_num_seqs=settings.batch_size)
 
     for exit_layer in heads:
-        weights = replace(checkpoint.weights, lm_head=heads[exit_layer])
+        weights = replace(checkpoint.weights, lm_head=Weight.plain(heads[exit_layer]))
         table = exit_table(checkpoint.config, checkpoint.sorted_info, [exit_layer])
         with closing(make(replace(checkpoint, weights=weights, exits=table))) as own:
             yield exit_layer, own

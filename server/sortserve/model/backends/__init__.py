@@ -2,82 +2,66 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable
 
 import torch
 
 from sortserve.core.errors import ConfigError
-from sortserve.model.backend import Backend, Provider, Target
-from sortserve.model.backends.cpu.backend import CPU
-from sortserve.model.backends.reference.backend import REFERENCE
+from sortserve.model.backend import Backend, Target
+from sortserve.model.backends.cpu.backend import make_cpu_backend
+from sortserve.model.backends.reference.backend import ReferenceBackend
 from sortserve.model.config import ModelConfig
 
-__all__ = ["BACKENDS", "attention_names", "choose_backend", "linear_names"]
+__all__ = ["AUTO", "BACKENDS", "backend_names", "check_backend_name", "choose_backend"]
 
-_Part = TypeVar("_Part")
-
-BACKENDS: list[Provider] = [REFERENCE, CPU]
-"""All there are; under "auto", the last one that works is taken."""
+AUTO = "auto"
+BACKENDS: dict[str, Callable[[Target], Backend | None]] = {
+    "reference": ReferenceBackend,
+    "cpu": make_cpu_backend,
+}
+"""All there are, by name. Each answers None for a target that it cannot compute on this machine;
+under "auto" the last one that can is taken."""
 
 
 def choose_backend(
-    config: ModelConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    attention: str = "auto",
-    linear: str = "auto",
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, name: str = AUTO
 ) -> Backend:
-    """The backend of these names; "auto": what is fastest for this model on this machine.
+    """The backend of that name; "auto": what is fastest for this model on this machine.
 
     Args:
         config: sizes of the model.
-        dtype: of the weights.
+        dtype: in which it computes.
         device: of the weights.
-        attention: one of ``attention_names()``; for norms and whole layers, too.
-        linear: one of ``linear_names()``.
+        name: one of ``backend_names()``.
 
     Raises:
         ConfigError: a backend asked for by name does not exist or does not work here.
     """
     target = Target(config, dtype, device)
-    offers = [provider.attention for provider in BACKENDS]
-    for_attention = _choose("attention_backend", attention, offers, target)
-    linear_offers = [provider.linear for provider in BACKENDS]
-    for_linear = _choose("linear_backend", linear, linear_offers, target, for_attention.ops)
-    return Backend(for_attention, for_linear)
-
-
-def attention_names() -> list[str]:
-    """What ``--attention-backend`` may be."""
-    return _names(provider.attention for provider in BACKENDS)
-
-
-def linear_names() -> list[str]:
-    """What ``--linear-backend`` may be."""
-    return _names(provider.linear for provider in BACKENDS)
-
-
-def _choose(
-    param: str,
-    name: str,
-    offers: Sequence[Mapping[str, Callable[..., _Part | None]]],
-    target: Target,
-    *arguments: object,
-) -> _Part:
-    """The last part of that name that works here."""
-    for offer in reversed(offers):
-        part: _Part | None = offer[name](target, *arguments) if name in offer else None
-        if part is not None:
-            return part
+    for offered, make in reversed(BACKENDS.items()):
+        if name in (AUTO, offered):
+            backend = make(target)
+            if backend is not None:
+                return backend
     raise ConfigError(
-        f"{param} {name!r} cannot be used for {target.dtype} on {target.device.type} on this "
-        f"machine; use 'auto' (backends: {', '.join(_names(offers))})",
-        param=param,
+        f"--backend={name} cannot be used for {str(dtype).removeprefix('torch.')} on "
+        f"{device.type} on this machine: use {AUTO} (there are: {', '.join(backend_names())}).",
+        param="backend",
     )
 
 
-def _names(offers: Iterable[Mapping[str, object]]) -> list[str]:
-    return list(dict.fromkeys(itertools.chain.from_iterable(offers)))
+def check_backend_name(name: str) -> None:
+    """Refuse what is the name of no backend, before anything is loaded.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if name not in backend_names():
+        raise ConfigError(
+            f"--backend={name!r} is not one of {', '.join(backend_names())}.", param="backend"
+        )
+
+
+def backend_names() -> list[str]:
+    """What ``--backend`` may be."""
+    return [AUTO, *BACKENDS]

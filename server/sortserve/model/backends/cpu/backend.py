@@ -1,9 +1,8 @@
-"""What CPUs have to offer, and what is fastest on which of them.
+"""Our C++ kernels: bf16 and fp32 on any CPU that a compiler or a prebuilt library serves.
 
-Linear layers, fastest first on a CPU with AVX-512 BF16 and no AMX (``benchmarks/kernels.py``
-measures): our C++ kernels ("native"), then oneDNN ("onednn"), then plain torch. With AMX, oneDNN is
-faster for many tokens and ours for few: there both copies of the weights are kept if they are small
-(HYBRID_MAX_BYTES), else oneDNN's alone.
+Linear layers stream their weights at memory bandwidth for few tokens, and a token's result does not
+depend on the tokens beside it (``benchmarks/kernels.py`` measures). What has no kernel (products in
+fp16, formats of weights that are not ours) is left to the format's own definition in torch.
 """
 
 from __future__ import annotations
@@ -11,103 +10,71 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from sortserve.model.attention import RopeTables
-from sortserve.model.backend import (
-    LayerStack,
-    LinearBackend,
-    Ops,
-    PackedLayer,
-    Provider,
-    Target,
-)
+from sortserve.model.backend import LayerStack, Ops, Target
 from sortserve.model.backends.cpu.attention import NativeAttention
-from sortserve.model.backends.cpu.hybrid import HybridLinearBackend
 from sortserve.model.backends.cpu.library import DTYPE_CODES, NativeLibrary, load_native
-from sortserve.model.backends.cpu.linear import NativeLinearBackend
-from sortserve.model.backends.cpu.onednn import OneDnnLinearBackend
+from sortserve.model.backends.cpu.linear import Output, can_pack, pack
 from sortserve.model.backends.cpu.ops import NativeOps
-from sortserve.model.backends.cpu.stack import NativeStack, max_fused_tokens
-from sortserve.model.backends.reference.linear import ReferenceLinearBackend
-from sortserve.model.config import ModelConfig
-from sortserve.model.layers import StepwiseStack
+from sortserve.model.backends.cpu.stack import NativeStack, can_fuse
+from sortserve.model.backends.reference.backend import ReferenceBackend
+from sortserve.model.layers import StepwiseStack, pack_layer
+from sortserve.model.weight import LinearOp, Weight
+from sortserve.model.weights import LayerWeights
 
-__all__ = ["CPU", "NativeAttentionBackend"]
-
-HYBRID_MAX_BYTES = 4 << 30
-HYBRID_MAX_NATIVE_TOKENS = 16
+__all__ = ["CpuBackend", "make_cpu_backend"]
 
 
-class NativeAttentionBackend:
-    """The C++ kernels; layers in one call where their matrices are packed for them, too."""
+class CpuBackend(ReferenceBackend):
+    """The C++ kernels where they can be used. See ``Backend`` for all methods."""
 
-    name = "native"
+    name = "cpu"
 
     def __init__(self, target: Target, library: NativeLibrary) -> None:
+        super().__init__(target)
         self.ops: Ops = NativeOps(library)
-        self._config = target.config
-        self._dtype = target.dtype
-        self._library = library
+        self.library = library
+
+    def linear(self, weight: Weight, bias_O: Tensor | None = None) -> LinearOp:
+        """In one call, bias and rounding included."""
+        if not can_pack(weight, self.target.dtype, self.library):
+            return super().linear(weight, bias_O)
+        return pack(self.library, weight, bias_O, Output.of(self.target.dtype))
+
+    def gated(self, weight: Weight, bias_2F: Tensor | None = None) -> LinearOp:
+        """In one call, the gate included."""
+        if not can_pack(weight, self.target.dtype, self.library):
+            return super().gated(weight, bias_2F)
+        return pack(self.library, weight, bias_2F, Output.SILU_MUL)
+
+    def head(self, weight: Weight) -> LinearOp:
+        """In one call, its sums as they are."""
+        if not can_pack(weight, self.target.dtype, self.library):
+            return super().head(weight)
+        return pack(self.library, weight, None, Output.FP32)
 
     def attention(self, rope: RopeTables) -> NativeAttention:
-        """See AttentionBackend."""
-        return NativeAttention(self._config, rope, self._library, self._dtype)
+        """Reads pages in place."""
+        return NativeAttention(self.target.config, rope, self.library, self.target.dtype)
 
-    def stack(self, layers: Sequence[PackedLayer], rope: RopeTables) -> LayerStack:
-        """See AttentionBackend."""
+    def stack(
+        self, layers: Sequence[LayerWeights], rope: RopeTables, *, release_weights: bool
+    ) -> LayerStack:
+        """All layers of a segment in one call where all matrices are packed for it."""
+        packed = [pack_layer(self, layer, release_weights=release_weights) for layer in layers]
         attention = self.attention(rope)
-        stepwise = StepwiseStack(layers, attention, self.ops, self._config.rms_norm_eps)
-        if max_fused_tokens(layers) == 0:
-            return stepwise
-        return NativeStack(layers, attention, stepwise)
+        if can_fuse(packed):
+            return NativeStack(packed, attention)
+        return StepwiseStack(packed, attention, self.ops, self.target.config.rms_norm_eps)
 
 
-def _native_attention(target: Target) -> NativeAttentionBackend | None:
+def make_cpu_backend(target: Target) -> CpuBackend | None:
+    """None: not a CPU, a dtype that the kernels do not know, or no kernels to be had."""
     if target.device.type != "cpu" or target.dtype not in DTYPE_CODES:
         return None
     library = load_native()
-    return None if library is None else NativeAttentionBackend(target, library)
-
-
-def _native_linear(target: Target, ops: Ops) -> NativeLinearBackend | None:
-    if target.device.type != "cpu" or target.dtype not in {torch.bfloat16, torch.float32}:
+    if library is None or (target.dtype == torch.bfloat16 and not library.has_bf16_kernels):
         return None
-    library = load_native()
-    if library is None or not (library.has_bf16_kernels or target.dtype == torch.float32):
-        return None
-    return NativeLinearBackend(library, ReferenceLinearBackend(ops))
-
-
-def _onednn_linear(target: Target, ops: Ops) -> OneDnnLinearBackend | None:
-    if target.device.type != "cpu" or target.dtype != torch.bfloat16:
-        return None
-    return OneDnnLinearBackend(ops) if OneDnnLinearBackend.is_available() else None
-
-
-def _fastest_linear(target: Target, ops: Ops) -> LinearBackend | None:
-    native, onednn = _native_linear(target, ops), _onednn_linear(target, ops)
-    if native is None or onednn is None or not _has_amx():
-        return native or onednn
-    if _num_linear_elements(target.config) * target.dtype.itemsize > HYBRID_MAX_BYTES:
-        return onednn
-    return HybridLinearBackend(native, onednn, HYBRID_MAX_NATIVE_TOKENS)
-
-
-def _has_amx() -> bool:
-    try:
-        return bool(torch.cpu._is_amx_tile_supported())
-    except AttributeError:  # private: it may go
-        return False
-
-
-def _num_linear_elements(config: ModelConfig) -> int:
-    """Elements of all linear weights, head included."""
-    attention = (2 * config.q_size + 2 * config.kv_size) * config.hidden_size
-    mlp = 3 * config.intermediate_size * config.hidden_size
-    return config.num_layers * (attention + mlp) + config.vocab_size * config.hidden_size
-
-
-CPU = Provider(
-    attention={"auto": _native_attention, "native": _native_attention},
-    linear={"auto": _fastest_linear, "onednn": _onednn_linear, "native": _native_linear},
-)
+    return CpuBackend(target, library)

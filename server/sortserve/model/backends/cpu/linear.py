@@ -9,63 +9,61 @@ Shape legend: T tokens, I inputs, O outputs, F intermediate.
 from __future__ import annotations
 
 import ctypes
+from enum import IntEnum
 
 import torch
 from torch import Tensor
 
-from sortserve.model.backend import LinearBackend, LinearOp
 from sortserve.model.backends.cpu.library import NativeLibrary, pointer
+from sortserve.model.weight import PLAIN, Weight
 
-__all__ = ["Matrix", "NativeLinear", "NativeLinearBackend"]
+__all__ = ["Matrix", "NativeLinear", "Output", "can_pack", "pack"]
 
 _BF16_PANEL = 32
-"""Outputs of a panel: kPanel of ``kernels/linear.cpp``."""
+"""Outputs of a panel: kPanel of ``kernels/tile.h``."""
 
 
-class NativeLinearBackend:
-    """The C++ kernels for bf16 and fp32; weights they cannot take go to ``fallback``."""
+class Output(IntEnum):
+    """What a product is made into: the enum Output of ``kernels/kernels.h``."""
 
-    name = "native"
+    BF16 = 0
+    FP32 = 1
+    SILU_MUL = 2
 
-    def __init__(self, library: NativeLibrary, fallback: LinearBackend) -> None:
-        self._library = library
-        self._fallback = fallback
-
-    def linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearOp:
-        """See LinearBackend."""
-        if not self._can_pack(weight_OI):
-            return self._fallback.linear(weight_OI, bias_O)
-        output = _OUTPUT_BF16 if weight_OI.dtype == torch.bfloat16 else _OUTPUT_FP32
-        return NativeLinear(self._library, output, weight_OI.shape[0], weight_OI, bias_O)
-
-    def gated(self, weight_2FI: Tensor, bias_2F: Tensor | None = None) -> LinearOp:
-        """See LinearBackend."""
-        if not self._can_pack(weight_2FI):
-            return self._fallback.gated(weight_2FI, bias_2F)
-        panel = _panel(self._library, weight_2FI.dtype)
-        bias = None if bias_2F is None else _interleave_halves(bias_2F, panel)
-        return NativeLinear(
-            self._library,
-            _OUTPUT_SILU_MUL,
-            weight_2FI.shape[0] // 2,
-            _interleave_halves(weight_2FI, panel),
-            bias,
-        )
-
-    def head(self, weight_OI: Tensor) -> LinearOp:
-        """See LinearBackend."""
-        if not self._can_pack(weight_OI):
-            return self._fallback.head(weight_OI)
-        return NativeLinear(self._library, _OUTPUT_FP32, weight_OI.shape[0], weight_OI, None)
-
-    def _can_pack(self, weight_OI: Tensor) -> bool:
-        if weight_OI.dtype == torch.float32:
-            return True
-        return self._library.has_bf16_kernels and weight_OI.shape[1] % 2 == 0
+    @staticmethod
+    def of(dtype: torch.dtype) -> Output:
+        """Sums rounded to ``dtype``."""
+        return Output.BF16 if dtype == torch.bfloat16 else Output.FP32
 
 
-_OUTPUT_BF16, _OUTPUT_FP32, _OUTPUT_SILU_MUL = 0, 1, 2
-"""The enum Output of ``kernels/kernels.h``."""
+def can_pack(weight: Weight, dtype: torch.dtype, library: NativeLibrary) -> bool:
+    """Whether there is a kernel for products of ``weight`` with inputs of ``dtype``."""
+    if weight.format is not PLAIN or weight.values.dtype != dtype:
+        return False
+    if dtype == torch.bfloat16:
+        return library.has_bf16_kernels and weight.values.shape[1] % 2 == 0
+    return dtype == torch.float32
+
+
+def pack(
+    library: NativeLibrary, weight: Weight, bias_O: Tensor | None, output: Output
+) -> NativeLinear:
+    """A weight that ``can_pack``, ready for its kernel.
+
+    Args:
+        library: the kernels.
+        weight: for ``Output.SILU_MUL`` all gates, then all ups.
+        bias_O: in the order of the weight's outputs.
+        output: what the product is made into.
+    """
+    weight_OI = weight.values
+    if output is not Output.SILU_MUL:
+        return NativeLinear(library, output, weight_OI.shape[0], weight_OI, bias_O)
+    panel = _panel(library, weight_OI.dtype)
+    bias_O = None if bias_O is None else _interleave_halves(bias_O, panel)
+    return NativeLinear(
+        library, output, weight_OI.shape[0] // 2, _interleave_halves(weight_OI, panel), bias_O
+    )
 
 
 class Matrix(ctypes.Structure):
@@ -101,7 +99,7 @@ class NativeLinear:
     def __init__(
         self,
         library: NativeLibrary,
-        output: int,
+        output: Output,
         num_outputs: int,
         weight_OI: Tensor,
         bias_O: Tensor | None,
@@ -109,7 +107,7 @@ class NativeLinear:
         self.dtype = weight_OI.dtype
         self._library = library
         self._kernel = "linear" if self.dtype == torch.bfloat16 else "linear_fp32"
-        self._output_dtype = torch.float32 if output == _OUTPUT_FP32 else self.dtype
+        self._output_dtype = torch.float32 if output is Output.FP32 else self.dtype
         panel = _panel(library, self.dtype)
         self._packed = _pack(weight_OI, panel)
         self._bias = None if bias_O is None else _pad_outputs(bias_O.float(), panel)

@@ -6,21 +6,20 @@ One call a step instead of seven a layer: the GIL is taken once, and the threads
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sortserve.model.attention import KVCache
-from sortserve.model.backend import LayerStack, LinearOp, PackedLayer
 from sortserve.model.backends.cpu.attention import NativeAttention, Step
-from sortserve.model.backends.cpu.hybrid import EitherLinear
 from sortserve.model.backends.cpu.library import pointer
 from sortserve.model.backends.cpu.linear import Matrix, NativeLinear
 from sortserve.model.batch import Batch
+from sortserve.model.layers import PackedLayer
+from sortserve.model.weight import LinearOp
 
-__all__ = ["NativeStack", "max_fused_tokens"]
+__all__ = ["NativeStack", "can_fuse"]
 
 
 class _Layer(ctypes.Structure):
@@ -49,34 +48,25 @@ class _LayersCall(ctypes.Structure):
     )
 
 
-def max_fused_tokens(layers: Sequence[PackedLayer]) -> float:
-    """Steps of up to this many tokens multiply by all these layers in the C++ kernel for bf16."""
-    ops = (op for layer in layers for op in (layer.qkv, layer.o, layer.gated, layer.down))
-    return min(map(_max_native_tokens, ops))
-
-
-def _max_native_tokens(op: LinearOp) -> float:
-    native = _native(op)
-    if native is None or native.dtype != torch.bfloat16:
-        return 0
-    return op.max_few_tokens if isinstance(op, EitherLinear) else math.inf
+def can_fuse(layers: Sequence[PackedLayer]) -> bool:
+    """Whether all matrices of these layers are packed for the kernels, in bf16."""
+    return all(
+        isinstance(op, NativeLinear) and op.dtype == torch.bfloat16
+        for layer in layers
+        for op in (layer.qkv, layer.o, layer.gated, layer.down)
+    )
 
 
 class NativeStack:
-    """A LayerStack in few calls, as long as the C++ kernel has the matrices.
+    """A LayerStack in one call a segment.
 
     Args:
-        layers: of the model; ``max_fused_tokens`` of them is above 0.
+        layers: of the model; they ``can_fuse``.
         attention: of the model.
-        stepwise: runs the steps that have more tokens than that.
     """
 
-    def __init__(
-        self, layers: Sequence[PackedLayer], attention: NativeAttention, stepwise: LayerStack
-    ) -> None:
+    def __init__(self, layers: Sequence[PackedLayer], attention: NativeAttention) -> None:
         self._attention = attention
-        self._stepwise = stepwise
-        self._max_tokens = max_fused_tokens(layers)
         self._layers = layers  # keeps the weights alive
         self._structures = (_Layer * len(layers))(*map(_structure, layers))
 
@@ -90,8 +80,6 @@ class NativeStack:
         kv_cache: KVCache,
     ) -> tuple[Tensor, Tensor]:
         """See LayerStack."""
-        if len(h_TD) > self._max_tokens:
-            return self._stepwise.run(batch, slabs, num_rows, h_TD, delta_TD, kv_cache)
         assert h_TD.dtype == kv_cache.pages.dtype == torch.bfloat16
         config, slab_size = self._attention.config, kv_cache.slab_size
         num_tokens, hidden_size = h_TD.shape
@@ -122,16 +110,9 @@ class NativeStack:
         return h_TD, delta_TD
 
 
-def _native(op: LinearOp) -> NativeLinear | None:
-    if isinstance(op, EitherLinear):
-        op = op.few
-    return op if isinstance(op, NativeLinear) else None
-
-
 def _matrix(op: LinearOp) -> Matrix:
-    native = _native(op)
-    assert native is not None
-    return native.matrix
+    assert isinstance(op, NativeLinear)
+    return op.matrix
 
 
 def _structure(layer: PackedLayer) -> _Layer:

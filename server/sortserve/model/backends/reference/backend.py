@@ -1,43 +1,65 @@
-"""What plain torch offers: everything, everywhere."""
+"""Plain torch: everything, everywhere; what the other backends are tested against."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sortserve.model.attention import RopeTables
-from sortserve.model.backend import LayerStack, Ops, PackedLayer, Provider, Target
+from torch import Tensor
+
+from sortserve.model.attention import Attention, KVCache, RopeTables
+from sortserve.model.backend import LayerStack, Ops, Target
 from sortserve.model.backends.reference.attention import ReferenceAttention
-from sortserve.model.backends.reference.linear import ReferenceLinearBackend
 from sortserve.model.backends.reference.ops import ReferenceOps
 from sortserve.model.layers import StepwiseStack
+from sortserve.model.weight import LinearOp, Weight
+from sortserve.model.weights import LayerWeights
 
-__all__ = ["REFERENCE", "ReferenceAttentionBackend"]
+__all__ = ["ReferenceBackend"]
 
 
-class ReferenceAttentionBackend:
-    """Any device, any dtype."""
+class ReferenceBackend:
+    """Any device, any dtype, any format of weights. See ``Backend`` for all methods."""
 
     name = "reference"
+    detail = ""
 
     def __init__(self, target: Target) -> None:
+        self.target = target
         self.ops: Ops = ReferenceOps()
-        self._config = target.config
 
-    def attention(self, rope: RopeTables) -> ReferenceAttention:
-        """See AttentionBackend."""
-        return ReferenceAttention(self._config, rope)
+    def linear(self, weight: Weight, bias_O: Tensor | None = None) -> LinearOp:
+        """The format's own definition."""
+        return weight.format.linear(weight, bias_O)
 
-    def stack(self, layers: Sequence[PackedLayer], rope: RopeTables) -> LayerStack:
-        """See AttentionBackend."""
-        return StepwiseStack(layers, self.attention(rope), self.ops, self._config.rms_norm_eps)
+    def gated(self, weight: Weight, bias_2F: Tensor | None = None) -> LinearOp:
+        """The product, then the gate."""
+        linear = weight.format.linear(weight, bias_2F)
+        return lambda x_TI: self.ops.silu_and_mul(linear(x_TI))
 
+    def head(self, weight: Weight) -> LinearOp:
+        """The product, then fp32."""
+        linear = weight.format.linear(weight, None)
+        return lambda x_TI: linear(x_TI).float()
 
-def _linear(target: Target, ops: Ops) -> ReferenceLinearBackend:
-    del target
-    return ReferenceLinearBackend(ops)
+    def attention(self, rope: RopeTables) -> Attention:
+        """Gathers pages, then ``scaled_dot_product_attention``."""
+        return ReferenceAttention(self.target.config, rope)
 
+    def stack(
+        self, layers: Sequence[LayerWeights], rope: RopeTables, *, release_weights: bool
+    ) -> LayerStack:
+        """One operation after another."""
+        return StepwiseStack.build(
+            self,
+            layers,
+            self.attention(rope),
+            self.target.config.rms_norm_eps,
+            release_weights=release_weights,
+        )
 
-REFERENCE = Provider(
-    attention={"auto": ReferenceAttentionBackend, "reference": ReferenceAttentionBackend},
-    linear={"auto": _linear, "reference": _linear},
-)
+    def allocate_kv_cache(self, slab_size: int, num_pages: int, block_size: int) -> KVCache:
+        """Zeroed pages in the dtype of the target."""
+        target = self.target
+        return KVCache.allocate(
+            target.config, slab_size, num_pages, block_size, target.dtype, target.device
+        )
