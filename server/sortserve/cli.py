@@ -134,6 +134,34 @@ def _profile(arguments: Sequence[str]) -> int:
     return profile(settings, plot)
 
 
+def _kernels(arguments: Sequence[str]) -> int:
+    from pathlib import Path
+
+    parser = Parser(
+        prog="sortserve kernels",
+        description="Compile the CPU kernels ahead of time: a server that finds them needs no "
+        "compiler.",
+    )
+    parser.add_argument(
+        "--isa",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="avx512_bf16, avx2, portable, or all (default): every one that this kind of machine "
+        "has",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="default: where the server looks (env: SORTSERVE_KERNELS_DIR, else in the package)",
+    )
+    options = parser.parse_args(arguments)
+    from sortserve.process.kernels import ALL, compile_kernels
+
+    return compile_kernels(options.isa or [ALL], options.output)
+
+
 def _generate(arguments: Sequence[str]) -> int:
     from sortserve_client import BadRequestError, Client
     from sortserve_client import SortserveError as ClientError
@@ -326,5 +354,6 @@ COMMANDS = {
         _trainer("commands.selfdata", "selfdata_command"),
     ),
     "profile": _Command("time a model's steps, and print their cost", "server", _profile),
+    "kernels": _Command("compile the CPU kernels ahead of time", "server", _kernels),
     "version": _Command("print the version", None, _version),
 }

@@ -26,7 +26,9 @@ __all__ = [
 ]
 
 ENV_PREFIX = "SORTSERVE_"
-FOREIGN_VARIABLES = frozenset({"SORTSERVE_URL", "SORTSERVE_CACHE_DIR"})
+FOREIGN_VARIABLES = frozenset(
+    {"SORTSERVE_URL", "SORTSERVE_CACHE_DIR", "SORTSERVE_CPU_ISA", "SORTSERVE_KERNELS_DIR"}
+)
 """Read elsewhere: by ``sortserve generate``, and where converted weights and kernels are kept."""
 KUBERNETES_PREFIXES = ("SORTSERVE_SERVICE_", "SORTSERVE_PORT_")
 """Kubernetes sets these in every pod beside a Service called ``sortserve``."""

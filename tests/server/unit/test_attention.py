@@ -11,21 +11,20 @@ from torch import Tensor
 
 from sortserve.model.attention import Attention, HeadNorms, KVCache, RopeTables
 from sortserve.model.backends.cpu.attention import NativeAttention
-from sortserve.model.backends.cpu.library import NativeLibrary, load_native
+from sortserve.model.backends.cpu.isa import ISAS
+from sortserve.model.backends.cpu.library import NativeLibrary
 from sortserve.model.backends.reference.attention import ReferenceAttention
 from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
+from support.native import instance
 
 MAX_LEN = 1400
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-@pytest.fixture(name="library")
-def _library() -> NativeLibrary:
-    library = load_native()
-    if library is None:
-        pytest.skip("no C++ compiler")
-    return library
+@pytest.fixture(name="library", params=list(ISAS))
+def _library(request: pytest.FixtureRequest) -> NativeLibrary:
+    return instance(request.param)
 
 
 def make_config(num_heads: int, num_kv_heads: int, head_dim: int) -> ModelConfig:

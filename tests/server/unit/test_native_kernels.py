@@ -1,12 +1,8 @@
-"""The C++ kernels: built once, fall back when they cannot be built, and agree with plain torch."""
+"""The C++ kernels, every instance of them, agree with plain torch; without them it is used."""
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,18 +10,12 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from sortserve.core.errors import ConfigError
-from sortserve.core.user_cache import user_cache_dir
 from sortserve.model.backend import Target
 from sortserve.model.backends import choose_backend
 from sortserve.model.backends.cpu import backend as cpu_backend
-from sortserve.model.backends.cpu import library as native
 from sortserve.model.backends.cpu.backend import CpuBackend
-from sortserve.model.backends.cpu.library import (
-    BuildError,
-    NativeLibrary,
-    build_library,
-    load_native,
-)
+from sortserve.model.backends.cpu.isa import ISAS
+from sortserve.model.backends.cpu.library import NativeLibrary
 from sortserve.model.backends.cpu.linear import NativeLinear
 from sortserve.model.backends.cpu.ops import NativeOps
 from sortserve.model.backends.reference.ops import ReferenceOps
@@ -34,6 +24,7 @@ from sortserve.model.decoder import Decoder
 from sortserve.model.weight import Weight
 from sortserve.model.weights import LayerWeights, ModelWeights
 from support.batches import Chunk, Pages, random_ids, run_chunks
+from support.native import force_isa
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 CPU = torch.device("cpu")
@@ -53,12 +44,9 @@ CONFIG = ModelConfig(
 )
 
 
-@pytest.fixture(name="library")
-def _library() -> NativeLibrary:
-    library = load_native()
-    if library is None:
-        pytest.skip("no C++ compiler")
-    return library
+@pytest.fixture(name="library", params=list(ISAS))
+def _library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> NativeLibrary:
+    return force_isa(request.param, monkeypatch)
 
 
 @pytest.fixture(name="bf16_library")
@@ -76,123 +64,11 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-# ---- building
-
-
-def make_compiler(tmp_path: Path, body: str) -> str:
-    """A compiler that prints its version and otherwise runs ``body``, the output path in $out."""
-    compiler = tmp_path / "compiler"
-    compiler.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && exec echo 1.0\nfor out; do :; done\n' + body
-    )
-    compiler.chmod(0o755)
-    return str(compiler)
-
-
-def test_a_second_build_takes_the_library_from_the_cache(tmp_path: Path) -> None:
-    compiler = make_compiler(tmp_path, 'echo run >> "$0.log"; echo library > "$out"\n')
-    cache = tmp_path / "cache"
-    library = build_library(cache, compiler)
-    assert build_library(cache, compiler) == library
-    assert library.read_text() == "library\n"
-    assert list(cache.iterdir()) == [library]
-    assert (tmp_path / "compiler.log").read_text() == "run\n"
-
-
-def test_a_compiler_that_fails_is_a_build_error_and_leaves_nothing(tmp_path: Path) -> None:
-    compiler = make_compiler(tmp_path, "echo 'x.cpp:1: error: out of ideas' >&2\nexit 1\n")
-    cache = tmp_path / "cache"
-    with pytest.raises(BuildError, match="out of ideas"):
-        build_library(cache, compiler)
-    assert list(cache.iterdir()) == []
-
-
-def test_a_file_that_is_no_library_is_a_build_error(tmp_path: Path) -> None:
-    path = tmp_path / "kernels.so"
-    path.write_text("nonsense")
-    with pytest.raises(BuildError, match=r"cannot load .*kernels\.so"):
-        NativeLibrary(path)
-
-
-def test_without_a_compiler_the_message_names_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(BuildError, match=r"g\+\+"):
-        build_library(tmp_path)
-
-
-def test_when_the_build_fails_plain_torch_is_used_and_the_log_says_so_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail() -> Path:
-        raise BuildError("no compiler today")
-
-    monkeypatch.setattr(native, "build_library", fail)
-    load_native.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING, logger="sortserve"):
-            decoder = make_decoder(torch.bfloat16)
-            make_decoder(torch.bfloat16)
-        assert [
-            r.getMessage() for r in caplog.records if "no compiler today" in r.getMessage()
-        ] == ["native CPU kernels are off, plain torch is used: no compiler today"]
-        assert decoder.backend.name == "reference"
-        with pytest.raises(ConfigError, match="--backend=cpu cannot be used for bfloat16"):
-            make_decoder(torch.bfloat16, backend="cpu")
-    finally:
-        load_native.cache_clear()
-
-
-def test_the_cache_folder_comes_from_the_environment(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("SORTSERVE_CACHE_DIR", str(tmp_path / "ours"))
-    assert user_cache_dir() == tmp_path / "ours"
-    monkeypatch.delenv("SORTSERVE_CACHE_DIR")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert user_cache_dir() == tmp_path / "sortserve"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("march", ["haswell", "x86-64"])
-def test_kernels_for_older_cpus_agree_with_those_for_this_one(
-    library: NativeLibrary, tmp_path: Path, march: str
-) -> None:
-    """AVX2, and neither AVX nor fused multiply-add, on a machine that may have AVX-512."""
-    if torch.backends.cpu.get_cpu_capability() not in {"AVX2", "AVX512"} or not shutil.which("g++"):
-        pytest.skip("needs an x86 CPU with AVX2, and g++")
-    compiler = tmp_path / "compiler"
-    compiler.write_text(f'#!/bin/sh\nexec g++ "$@" -march={march}\n')
-    compiler.chmod(0o755)
-    older = NativeLibrary(build_library(tmp_path / "cache", str(compiler)))
-    x, weight = random(40, 96), Weight.plain(random(70, 96, seed=1))
-    for gated in (False, True):
-        ours, theirs = (
-            backend.gated(weight) if gated else backend.linear(weight)
-            for backend in (make_native(lib) for lib in (library, older))
-        )
-        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-4)
-        for count in (1, 2, 5, 6, 7, 13):
-            assert torch.equal(theirs(x[:count]), theirs(x)[:count])
-
-    with pytest.MonkeyPatch.context() as patch:
-        decoders = []
-        for lib in (library, older):
-            patch.setattr(cpu_backend, "load_native", lambda lib=lib: lib)
-            decoders.append(make_decoder(torch.float32))
-    expected, logits = (run_rows(decoder, ROWS, list(range(5))) for decoder in decoders)
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    for index, row in enumerate(ROWS):
-        assert torch.equal(run_rows(decoders[1], [row], [index])[0], logits[index])
-
-
-def test_the_kernels_join_the_openmp_runtime_that_torch_has_loaded(library: NativeLibrary) -> None:
-    del library
-    path = native._loaded_openmp()
-    assert path is not None
-    assert os.path.realpath(path).startswith(os.path.realpath(Path(torch.__file__).parents[1]))
+def test_where_there_are_no_kernels_plain_torch_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_backend, "load_native", lambda: None)
+    assert make_decoder(torch.bfloat16).backend.name == "reference"
+    with pytest.raises(ConfigError, match="--backend=cpu cannot be used for bfloat16"):
+        make_decoder(torch.bfloat16, backend="cpu")
 
 
 # ---- norms and gates

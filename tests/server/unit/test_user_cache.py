@@ -27,12 +27,14 @@ from sortserve.core.errors import CheckpointError
 from sortserve.core.user_cache import open_user_cache, user_cache_dir
 from sortserve.cost.cache import cache_path, read_samples, write_samples
 from sortserve.cost.model import StepShape
-from sortserve.model.backends.cpu import library as native
-from sortserve.model.backends.cpu.library import build_library
+from sortserve.model.backends.cpu import build as native
+from sortserve.model.backends.cpu.build import build_library
+from sortserve.model.backends.cpu.isa import ISAS
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import make_tiny_checkpoint, tiny_hf_model
 
 STRANGER = 12_345
+PORTABLE = ISAS["portable"]
 
 
 @pytest.fixture(autouse=True)
@@ -145,12 +147,12 @@ def test_a_folder_that_others_may_have_written_to_is_not_used_and_that_is_said_o
 def test_a_library_in_such_a_folder_is_never_loaded(
     cache: Path, make: Callable[[Path], None], compiler: str, tmp_path: Path
 ) -> None:
-    planted = build_library(tmp_path / "other", compiler)
+    planted = build_library(PORTABLE, tmp_path / "other", compiler)
     make(cache)
     if cache.is_dir():
         shutil.copy(planted, cache / planted.name)
 
-    library = build_library(None, compiler)
+    library = build_library(PORTABLE, None, compiler)
 
     assert library.parent != cache
     assert mode(library.parent) == 0o700
@@ -209,7 +211,7 @@ def test_without_a_home_there_is_no_cache_and_one_warning(
 ) -> None:
     assert user_cache_dir() is None
     assert open_user_cache() is None
-    assert build_library(None, compiler).read_text() == "a whole library\n"
+    assert build_library(PORTABLE, None, compiler).read_text() == "a whole library\n"
     assert len(caplog.records) == 1
     assert "no home folder" in caplog.text
 
@@ -302,29 +304,29 @@ DAMAGES = [cut, empty, flip_a_bit, plant, link_elsewhere, let_others_write, give
 def test_a_library_that_is_not_what_was_compiled_is_built_again(
     cache: Path, compiler: str, damage: Callable[[Path], None]
 ) -> None:
-    library = build_library(None, compiler)
+    library = build_library(PORTABLE, None, compiler)
     damage(library)
 
-    again = build_library(None, compiler)
+    again = build_library(PORTABLE, None, compiler)
 
     assert again.read_text() == "a whole library\n"
     assert (mode(again), again.lstat().st_uid) == (0o600, os.geteuid())
     assert num_compilations(compiler) == 2
-    assert build_library(None, compiler) == again
+    assert build_library(PORTABLE, None, compiler) == again
     assert num_compilations(compiler) == 2
 
 
 def test_a_library_under_a_name_that_is_not_its_own_is_never_loaded(
     cache: Path, compiler: str
 ) -> None:
-    library = build_library(None, compiler)
+    library = build_library(PORTABLE, None, compiler)
     content, key = library.read_bytes(), library.name.rpartition("-")[0]
     library.unlink()
     for name in (f"{key}.so", f"{key}-.so", f"{key}-{'0' * 32}.so", f"{key}-x.so"):
         (cache / name).write_bytes(b"planted")
-    (cache / f"kernels-{'0' * 20}-{library.name.rpartition('-')[2]}").write_bytes(content)
+    (cache / f"kernels-portable-{'0' * 20}-{library.name.rpartition('-')[2]}").write_bytes(content)
 
-    assert build_library(None, compiler) == library
+    assert build_library(PORTABLE, None, compiler) == library
     assert num_compilations(compiler) == 2
     assert library.read_text() == "a whole library\n"
 
@@ -339,7 +341,7 @@ def test_a_full_disk_costs_the_kernels_their_place_and_nothing_else(
 
     monkeypatch.setattr(native, "write_atomically", full)
 
-    library = build_library(None, compiler)
+    library = build_library(PORTABLE, None, compiler)
 
     assert library.parent != cache
     assert library.read_text() == "a whole library\n"

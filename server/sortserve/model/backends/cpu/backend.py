@@ -36,6 +36,7 @@ class CpuBackend(ReferenceBackend):
         super().__init__(target)
         self.ops: Ops = NativeOps(library)
         self.library = library
+        self.detail = library.isa
 
     def linear(self, weight: Weight, bias_O: Tensor | None = None) -> LinearOp:
         """In one call, bias and rounding included."""

@@ -1,0 +1,34 @@
+"""The C++ kernels for CPUs, as the rest of the server sees them: whether there are any, and their
+making ahead of time.
+"""
+
+from __future__ import annotations
+
+from sortserve.model.backends.cpu.build import (
+    KERNELS_DIR_VARIABLE,
+    BuildError,
+    prebuild,
+    prebuilt_dir,
+)
+from sortserve.model.backends.cpu.isa import ISAS, Isa
+from sortserve.model.backends.cpu.library import load_native
+
+__all__ = [
+    "ISAS",
+    "KERNELS_DIR_VARIABLE",
+    "BuildError",
+    "Isa",
+    "cpu_isa",
+    "prebuild",
+    "prebuilt_dir",
+]
+
+
+def cpu_isa() -> str | None:
+    """The instruction set of the kernels that are used on this CPU; None: there are no kernels.
+
+    Raises:
+        ConfigError: ``SORTSERVE_CPU_ISA`` asks for what does not exist or cannot be had here.
+    """
+    library = load_native()
+    return None if library is None else library.isa

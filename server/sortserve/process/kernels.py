@@ -1,0 +1,61 @@
+"""``sortserve kernels``: compile the CPU kernels ahead of time, as in the making of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sortserve.core.errors import ConfigError
+from sortserve.model.backends.kernels import (
+    ISAS,
+    KERNELS_DIR_VARIABLE,
+    BuildError,
+    Isa,
+    prebuild,
+    prebuilt_dir,
+)
+
+__all__ = ["ALL", "compile_kernels"]
+
+ALL = "all"
+
+
+def compile_kernels(names: Sequence[str], output: Path | None) -> int:
+    """Compile instances, and say where they lie; returns the exit code.
+
+    Args:
+        names: of instruction sets; or ``all``: those that compilers for this machine know.
+        output: default: where the server looks for them.
+
+    Raises:
+        ConfigError: a name is unknown or of another kind of machine, there is no compiler, or the
+            folder cannot be written.
+    """
+    isas = _isas(names)
+    folder = prebuilt_dir() if output is None else output.resolve()
+    for isa in isas:
+        try:
+            path = prebuild(isa, folder)
+        except BuildError as error:
+            raise ConfigError(f"--isa {isa.name}: {error}", param="isa") from error
+        except OSError as error:
+            raise ConfigError(
+                f"{folder} cannot be written: {error.strerror or error}. --output names another "
+                "folder.",
+                param="output",
+            ) from error
+        print(f"{isa.name}: {path}")
+    if folder != prebuilt_dir():
+        print(f"The server finds them with {KERNELS_DIR_VARIABLE}={folder}")
+    return 0
+
+
+def _isas(names: Sequence[str]) -> list[Isa]:
+    known = {name: isa for name, isa in ISAS.items() if isa.can_be_compiled()}
+    unknown = next((name for name in names if name not in {ALL, *known}), None)
+    if unknown is not None:
+        fault = "is of another kind of machine" if unknown in ISAS else "is no instruction set"
+        raise ConfigError(
+            f"--isa {unknown} {fault}; here it may be {', '.join([ALL, *known])}.", param="isa"
+        )
+    return list(known.values() if ALL in names else {name: known[name] for name in names}.values())
