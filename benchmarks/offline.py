@@ -172,6 +172,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--exits", default="9,15,21,30")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--quantize", default="none")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--context", type=int, default=128, help="prompt tokens of decode rows")
@@ -189,7 +190,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     exits = [int(part) for part in arguments.exits.split(",")]
     try:
         checkpoint = load_checkpoint(
-            arguments.model, exits=exits, dtype=arguments.dtype, device=arguments.device
+            arguments.model,
+            exits=exits,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            quantize=arguments.quantize,
         )
         bench = EngineBench(checkpoint, arguments)
     except SortserveError as error:

@@ -1,5 +1,7 @@
 """The forward pass again, in the plainest torch: no cache, no batch, no fusion, fp32.
 
+Quantised weights count as the matrices they stand for.
+
 Written from the definitions, apart from both the product's decoder and transformers, so that a
 disagreement between those two can be settled.
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from sortserve.model.config import ModelConfig
+from sortserve.model.weight import Weight
 from sortserve.model.weights import LayerWeights, ModelWeights
 
 __all__ = ["apply_exit_module", "reference_forward", "rms_norm"]
@@ -50,21 +53,26 @@ def reference_forward(
         x_TD = rms_norm(h_TD, layer.input_norm, config.rms_norm_eps)
         h_TD = h_TD + _attention(config, layer, x_TD, cos_TH, sin_TH)
         x_TD = rms_norm(h_TD, layer.post_attention_norm, config.rms_norm_eps)
-        gate_TF, up_TF = linear(x_TD, layer.gate_up.values, layer.gate_up_bias).chunk(2, dim=-1)
-        h_TD = h_TD + linear(silu(gate_TF) * up_TF, layer.down.values, layer.down_bias)
+        gate_TF, up_TF = linear(x_TD, _matrix(layer.gate_up), layer.gate_up_bias).chunk(2, dim=-1)
+        h_TD = h_TD + linear(silu(gate_TF) * up_TF, _matrix(layer.down), layer.down_bias)
     module = weights.exit_modules.get(exit_layer)
     if module is None:
         h_TD = rms_norm(h_TD, weights.final_norm, config.rms_norm_eps)
     else:
         h_TD = apply_exit_module(h_TD, module.tensors, config.rms_norm_eps)
-    return linear(h_TD, weights.lm_head.values)
+    return linear(h_TD, _matrix(weights.lm_head))
+
+
+def _matrix(weight: Weight) -> Tensor:
+    """[O, I] in fp32."""
+    return weight.dequantize(torch.float32)
 
 
 def _attention(
     config: ModelConfig, layer: LayerWeights, x_TD: Tensor, cos_TH: Tensor, sin_TH: Tensor
 ) -> Tensor:
     num_tokens = x_TD.shape[0]
-    qkv = linear(x_TD, layer.qkv.values, layer.qkv_bias)
+    qkv = linear(x_TD, _matrix(layer.qkv), layer.qkv_bias)
     sizes = [config.q_size, config.kv_size, config.kv_size]
     q_NTH, k_KTH, v_KTH = (
         part.view(num_tokens, -1, config.head_dim).transpose(0, 1)
@@ -79,7 +87,11 @@ def _attention(
     scores_NTT = q_NTH @ k_NTH.transpose(1, 2) / config.head_dim**0.5
     future_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool).triu(1)
     out_NTH = scores_NTT.masked_fill(future_TT, float("-inf")).softmax(-1) @ v_NTH
-    return linear(out_NTH.transpose(0, 1).reshape(num_tokens, -1), layer.o.values, layer.o_bias)
+    return linear(
+        out_NTH.transpose(0, 1).reshape(num_tokens, -1),
+        _matrix(layer.o),
+        layer.o_bias,
+    )
 
 
 def _rotate_half(x: Tensor) -> Tensor:

@@ -9,22 +9,20 @@ What can be refused is refused before any weights are read: the source, the fami
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from sortserve.checkpoint.adapter import ADAPTER_CONFIG, adapter_base, check_adapter, merge_adapter
+from sortserve.checkpoint.adapter import check_adapter, merge_adapter
 from sortserve.checkpoint.exit_modules import load_exit_modules
 from sortserve.checkpoint.exit_table import exit_table
 from sortserve.checkpoint.families import read_model_config, tensor_shapes
-from sortserve.checkpoint.files import check_folder
 from sortserve.checkpoint.generation_config import generation_settings
-from sortserve.checkpoint.gguf import converted_gguf
 from sortserve.checkpoint.hf import build_skeleton, load_hf_config, load_tokenizer
+from sortserve.checkpoint.layout import CheckpointLayout, lay_out
 from sortserve.checkpoint.loader import (
     StateDictReader,
     TensorReader,
@@ -32,19 +30,20 @@ from sortserve.checkpoint.loader import (
     load_weights,
     open_trunk,
 )
+from sortserve.checkpoint.quantize import NO_QUANTIZER, find_quantizer
 from sortserve.checkpoint.sorted_json import SORTED_JSON, SortedInfo, check_exits
-from sortserve.checkpoint.sources import Source, resolve_source
+from sortserve.checkpoint.sources import resolve_source
 from sortserve.core.budget import ExitTable
 from sortserve.core.errors import CheckpointError, ConfigError
 from sortserve.model.config import ModelConfig
 from sortserve.model.rope import rope_frequencies
+from sortserve.model.weight import Weight
 from sortserve.model.weights import ModelWeights
 from sortserve.text.chat_template import ChatTemplate
 from sortserve.text.template_renderer import shared_renderer
 
 __all__ = [
     "DTYPES",
-    "CheckpointLayout",
     "LoadedCheckpoint",
     "exit_table",
     "load_checkpoint",
@@ -86,29 +85,13 @@ class LoadedCheckpoint:
     """``sorted.json``; None where there is none."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckpointLayout:
-    """Which folder holds what."""
-
-    name: str
-    own: Path
-    """The folder the user named: ``sorted.json``, exit modules, adapter."""
-    model: Path
-    """The folder with ``config.json`` and the trunk's weights; ``own``, or that of the base."""
-    base: str
-    """What the trunk's weights are known as, in words that find them again from anywhere: a hub
-    id, ``package:PKG/FILE``, or an absolute path."""
-    is_adapter: bool = False
-    is_gguf: bool = False
-    sorted_info: SortedInfo | None = None
-
-
 def load_checkpoint(
     source: str,
     *,
     exits: Sequence[int] | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    quantize: str = NO_QUANTIZER,
     revision: str | None = None,
 ) -> LoadedCheckpoint:
     """Load ``source`` and everything needed to serve it.
@@ -120,18 +103,21 @@ def load_checkpoint(
         dtype: one of DTYPES. ``auto`` is the checkpoint's own on CUDA, and on a CPU bfloat16
             where the CPU computes in it, else float32.
         device: ``auto`` (CUDA if there is any), ``cpu`` or ``cuda``.
+        quantize: what the matrices of layers and head are made into, one of QUANTIZERS.
         revision: branch, tag or commit of a hub id.
 
     Raises:
         CheckpointError: the checkpoint is bad or not supported; one line says what and where.
-        ConfigError: ``exits``, ``dtype``, ``device`` or ``revision`` is not possible here.
+        ConfigError: ``exits``, ``dtype``, ``device``, ``quantize`` or ``revision`` is not possible
+            here.
     """
     torch_device = resolve_device(device)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.", param="dtype")
+    make_weight = find_quantizer(quantize, torch_device)
     found = resolve_source(str(source), revision=revision)
     with ExitStack() as stack:
-        layout = _lay_out(found, dtype, torch_device, stack)
+        layout = lay_out(found, resolve_dtype(dtype, torch_device, None), stack)
         hf_config = load_hf_config(layout.model)
         config = _read_config(hf_config, layout)
         served = _choose_exits(exits, config, layout)
@@ -141,7 +127,9 @@ def load_checkpoint(
         rope = rope_frequencies(hf_config, config.head_dim)
         trunk, config = stack.enter_context(open_trunk(layout.model, config))
         table = exit_table(config, layout.sorted_info, served)
-        weights = _load_weights(layout, config, trunk, rope, served, torch_dtype, torch_device)
+        weights = _load_weights(
+            layout, config, trunk, rope, served, torch_dtype, torch_device, make_weight
+        )
     return LoadedCheckpoint(
         name=layout.name,
         config=config,
@@ -174,8 +162,7 @@ def open_checkpoint(
     """
     found = resolve_source(str(source), revision=revision)
     with ExitStack() as stack:
-        name = str(dtype).removeprefix("torch.")
-        layout = _lay_out(found, name, torch.device("cpu"), stack)
+        layout = lay_out(found, dtype, stack)
         _read_config(load_hf_config(layout.model), layout)
         yield layout
 
@@ -212,56 +199,6 @@ def resolve_dtype(dtype: str, device: torch.device, hf_config: Any | None) -> to
 def _cpu_computes_in_bfloat16() -> bool:
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
-
-
-def _lay_out(found: Source, dtype: str, device: torch.device, stack: ExitStack) -> CheckpointLayout:
-    """Find the trunk of what was named: itself, or its base."""
-    if found.is_gguf:
-        folder = stack.enter_context(converted_gguf(found.path, resolve_dtype(dtype, device, None)))
-        return CheckpointLayout(
-            name=found.name, own=folder, model=folder, base=found.reference, is_gguf=True
-        )
-    folder = found.path
-    check_folder(folder)
-    sorted_info = SortedInfo.read(folder)
-    is_adapter = (folder / ADAPTER_CONFIG).is_file()
-    if (folder / "config.json").is_file() and not is_adapter:
-        return CheckpointLayout(
-            name=found.name, own=folder, model=folder, base=found.reference, sorted_info=sorted_info
-        )
-    base = sorted_info.base if sorted_info else None
-    if is_adapter:
-        named_by_adapter = adapter_base(folder)
-        base = base or named_by_adapter
-    if base is None:
-        raise CheckpointError(
-            f"{folder} is not a checkpoint: it has no config.json, no {ADAPTER_CONFIG} and no "
-            f"{SORTED_JSON} that names a base."
-        )
-    try:
-        base_source = resolve_source(base, relative_to=folder)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: its base is missing: {error.message}") from error
-    model = base_source.path
-    if base_source.is_gguf:
-        # An adapter is merged in fp32, so its base is kept in fp32.
-        base_dtype = torch.float32 if is_adapter else resolve_dtype(dtype, device, None)
-        model = stack.enter_context(converted_gguf(base_source.path, base_dtype))
-    check_folder(model)
-    if not (model / "config.json").is_file() or (model / ADAPTER_CONFIG).is_file():
-        raise CheckpointError(
-            f"{folder}: its base {base!r} is not a plain checkpoint: a base must hold config.json "
-            f"and no {ADAPTER_CONFIG}."
-        )
-    return CheckpointLayout(
-        name=found.name,
-        own=folder,
-        model=model,
-        base=base_source.reference,
-        is_adapter=is_adapter,
-        is_gguf=base_source.is_gguf,
-        sorted_info=sorted_info,
-    )
 
 
 def _read_config(hf_config: Any, layout: CheckpointLayout) -> ModelConfig:
@@ -335,6 +272,7 @@ def _load_weights(
     exits: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
+    quantize: Callable[[torch.Tensor], Weight],
 ) -> ModelWeights:
     info = layout.sorted_info
     kinds = info.exit_modules if info else {}
@@ -342,6 +280,6 @@ def _load_weights(
     if layout.is_adapter:
         trunk = StateDictReader(merge_adapter(layout.own, layout.model), str(layout.own))
         check_tensors(trunk, tensor_shapes(config))
-    weights = load_weights(config, trunk, rope, dtype, device)
+    weights = load_weights(config, trunk, rope, dtype, device, quantize)
     weights.exit_modules.update(modules)
     return weights

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -277,6 +277,7 @@ def load_weights(
     rope: tuple[Tensor, float],
     dtype: torch.dtype,
     device: torch.device,
+    quantize: Callable[[Tensor], Weight] = Weight.plain,
 ) -> ModelWeights:
     """Read, fuse, convert and place all weights; exit modules are added by the caller.
 
@@ -286,6 +287,8 @@ def load_weights(
         rope: inverse frequencies [H / 2] and the factor on cos and sin.
         dtype: of all weights but the frequencies, which stay fp32.
         device: where the weights go, layer by layer.
+        quantize: makes the matrices of the layers and of the head, each as soon as it is read, so
+            that the model is never in memory twice.
     """
 
     def read(*names: str) -> Tensor:
@@ -293,24 +296,24 @@ def load_weights(
         fused = torch.cat([reader.read(name) for name in names])
         return fused.to(device=device, dtype=dtype)
 
+    def matrix(*names: str) -> Weight:
+        return quantize(read(*(f"{name}.weight" for name in names)))
+
     embed = read("model.embed_tokens.weight")
-    lm_head = embed if config.tie_word_embeddings else read("lm_head.weight")
     inv_freq, attention_scaling = rope
     return ModelWeights(
         embed=embed,
-        layers=[_load_layer(config, read, index) for index in range(config.num_layers)],
+        layers=[_load_layer(config, read, matrix, index) for index in range(config.num_layers)],
         final_norm=read("model.norm.weight"),
-        lm_head=Weight.plain(lm_head),
+        lm_head=quantize(embed) if config.tie_word_embeddings else matrix("lm_head"),
         inv_freq=inv_freq.to(device),
         rope_attention_scaling=attention_scaling,
     )
 
 
-class _Read(Protocol):
-    def __call__(self, *names: str) -> Tensor: ...
-
-
-def _load_layer(config: ModelConfig, read: _Read, index: int) -> LayerWeights:
+def _load_layer(
+    config: ModelConfig, read: Callable[..., Tensor], matrix: Callable[..., Weight], index: int
+) -> LayerWeights:
     attention, mlp = f"model.layers.{index}.self_attn.", f"model.layers.{index}.mlp."
 
     def bias(wanted: bool, *names: str) -> Tensor | None:
@@ -320,15 +323,15 @@ def _load_layer(config: ModelConfig, read: _Read, index: int) -> LayerWeights:
     gate_up = [mlp + name for name in ("gate_proj", "up_proj")]
     return LayerWeights(
         input_norm=read(f"model.layers.{index}.input_layernorm.weight"),
-        qkv=Weight.plain(read(*(f"{name}.weight" for name in qkv))),
+        qkv=matrix(*qkv),
         qkv_bias=bias(config.qkv_bias, *qkv),
         q_norm=read(f"{attention}q_norm.weight") if config.qk_norm else None,
         k_norm=read(f"{attention}k_norm.weight") if config.qk_norm else None,
-        o=Weight.plain(read(f"{attention}o_proj.weight")),
+        o=matrix(f"{attention}o_proj"),
         o_bias=bias(config.o_bias, f"{attention}o_proj"),
         post_attention_norm=read(f"model.layers.{index}.post_attention_layernorm.weight"),
-        gate_up=Weight.plain(read(*(f"{name}.weight" for name in gate_up))),
+        gate_up=matrix(*gate_up),
         gate_up_bias=bias(config.mlp_bias, *gate_up),
-        down=Weight.plain(read(f"{mlp}down_proj.weight")),
+        down=matrix(f"{mlp}down_proj"),
         down_bias=bias(config.mlp_bias, f"{mlp}down_proj"),
     )

@@ -112,6 +112,7 @@ def _calibration_key(engine: Engine, runner: ModelRunner, decoder: Decoder) -> d
         "model": decoder.config,
         "exits": engine.exits.layers,
         "dtype": decoder.dtype,
+        "formats": sorted(decoder.formats.items()),
         "backend": (decoder.backend.name, decoder.backend.detail),
         "block_size": runner.block_size,
         "max_num_batched_tokens": engine.config.max_num_batched_tokens,

@@ -46,6 +46,7 @@ class LLM:
         exits: exit layers to open in place of the checkpoint's own.
         dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
         device: ``auto``, ``cpu`` or ``cuda``.
+        quantize: make the weights smaller at load: ``none``, ``nf4`` or ``int8-bnb``.
         revision: branch, tag or commit of a Hugging Face id.
         num_threads: CPU threads of PyTorch, in the whole process; None: its own choice.
         calibrate: measure what steps cost before the first request: seconds, unless an earlier
@@ -66,6 +67,7 @@ class LLM:
         exits: Sequence[int] | None = None,
         dtype: str = "auto",
         device: str = "auto",
+        quantize: str = "none",
         revision: str | None = None,
         num_threads: int | None = None,
         calibrate: bool = False,
@@ -79,7 +81,12 @@ class LLM:
             else:
                 source, is_ours = os.fspath(model), True
                 checkpoint = load_checkpoint(
-                    source, exits=exits, dtype=dtype, device=device, revision=revision
+                    source,
+                    exits=exits,
+                    dtype=dtype,
+                    device=device,
+                    quantize=quantize,
+                    revision=revision,
                 )
             parts = assemble(checkpoint, engine_options, release_weights=is_ours)
         self.model_name: str = checkpoint.name

@@ -42,6 +42,7 @@ class Decoder:
 
     Attributes:
         backend: what it computes with.
+        formats: how many of the matrices are in each format of weights, by its name.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Decoder:
         self.config = config
         self.device = weights.device
         self.dtype = weights.dtype
+        self.formats = weights.formats
         self.max_model_len = max_model_len
         self.exits = tuple(exits)
         self.slab_size = math.gcd(*exits)

@@ -6,15 +6,17 @@ F intermediate. The shape of a ``Weight`` is [out, in], as in ``torch.nn.Linear`
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sortserve.model.exit_module import ExitModule
-from sortserve.model.weight import Weight
+from sortserve.model.weight import PLAIN, Weight
 
-__all__ = ["ExitModuleWeights", "LayerWeights", "ModelWeights"]
+__all__ = ["ExitModuleWeights", "LayerWeights", "ModelWeights", "quantization_of"]
 
 
 @dataclass(kw_only=True)
@@ -78,3 +80,18 @@ class ModelWeights:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.embed.device
+
+    @property
+    def formats(self) -> Mapping[str, int]:
+        """How many of the matrices of layers and head are in each format, by its name."""
+        matrices = [self.lm_head]
+        for layer in self.layers:
+            matrices += [layer.qkv, layer.o, layer.gate_up, layer.down]
+        return Counter(matrix.format.name for matrix in matrices)
+
+
+def quantization_of(formats: Mapping[str, int]) -> str:
+    """What weights in these formats are called where people and metrics are told: ``none`` if all
+    are plain, else the names of the formats that are not.
+    """
+    return "+".join(sorted(set(formats) - {PLAIN.name})) or "none"

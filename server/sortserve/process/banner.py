@@ -18,9 +18,14 @@ def banner(settings: ServeSettings, serving: Serving, port: int | None) -> str:
     """What a person wants to read once the server is ready."""
     cache, exits = serving.cache, serving.checkpoint.exits
     url = base_url(settings, port)
+    chosen = serving.computed_in
+    weights = chosen["dtype"]
+    if chosen["quantization"] != "none":
+        weights = f"{chosen['quantization']}, all else in {weights}"
     lines = [
         f"sortserve {__version__} serves {serving.model_name} on {settings.uds or url}",
         f"  exits     {', '.join(map(str, exits.layers))} of {exits.full} layers",
+        f"  weights   {weights}",
         f"  KV cache  {cache.num_pages} pages of {cache.block_size} tokens x {cache.slab_size} "
         f"layers, {cache.num_bytes / 2**20:.0f} MiB",
     ]

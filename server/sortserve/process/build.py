@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 from sortserve import __version__
@@ -18,6 +18,7 @@ from sortserve.engine.assemble import (
 )
 from sortserve.engine.memory import CacheShape
 from sortserve.engine.worker import EngineWorker
+from sortserve.model.weights import quantization_of
 from sortserve.process.config import ServeSettings
 from sortserve.telemetry.logs import Observers, RequestLogger
 from sortserve.telemetry.metrics import Metrics
@@ -40,6 +41,8 @@ class Serving:
     """Time steps afresh, for ``sortserve profile``; only before the worker is started."""
     metrics: Metrics
     cache: CacheShape
+    computed_in: Mapping[str, str]
+    """What was chosen for the model: ``dtype``, ``quantization`` and ``backend``."""
 
 
 def build(settings: ServeSettings) -> Serving:
@@ -56,6 +59,7 @@ def build(settings: ServeSettings) -> Serving:
         exits=settings.exits,
         dtype=settings.dtype,
         device=settings.device,
+        quantize=settings.quantize,
         revision=settings.revision,
     )
     max_model_len = context_length(checkpoint, settings.max_model_len)
@@ -81,14 +85,20 @@ def build(settings: ServeSettings) -> Serving:
         if settings.calibrate:
             parts.calibrate()
 
-    cache = parts.cache
+    cache, decoder = parts.cache, parts.decoder
+    computed_in = {
+        "dtype": str(decoder.dtype).removeprefix("torch."),
+        "quantization": quantization_of(decoder.formats),
+        "backend": decoder.backend.name,
+    }
     metrics.watch(worker.stats)
+    metrics.set_model_config(computed_in)
     metrics.set_cache_config(
         block_size=cache.block_size,
         num_gpu_blocks=cache.num_pages,  # the name that gateways look for, on any device
         slab_size=cache.slab_size,
         page_bytes=cache.page_bytes,
-        cache_dtype=str(parts.decoder.dtype).removeprefix("torch."),
+        cache_dtype=computed_in["dtype"],
         enable_prefix_caching=settings.enable_prefix_caching,
     )
     return Serving(
@@ -100,4 +110,5 @@ def build(settings: ServeSettings) -> Serving:
         measure=parts.calibrator.measure,
         metrics=metrics,
         cache=cache,
+        computed_in=computed_in,
     )

@@ -90,6 +90,9 @@ class ServeSettings(BaseSettings):
     """Type of weights and KV cache. auto: the checkpoint's where the device is fast at it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs."""
+    quantize: Text = "none"
+    """Make the weights smaller at load: nf4 (4 bits) or int8-bnb (8 bits), both by bitsandbytes.
+    none: as they are."""
     revision: Text | None = None
     """Branch, tag or commit of a Hugging Face id."""
     max_model_len: Annotated[int, Field(ge=2, le=MAX_COUNT), Number] | None = None

@@ -211,6 +211,7 @@ class ServerProcess:
                 model=serving.model_name,
                 exits=exits.layers,
                 max_model_len=serving.worker.max_model_len,
+                **serving.computed_in,
                 kv_pages=cache.num_pages,
                 kv_cache_mib=round(cache.num_bytes / 2**20),
             ),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
@@ -266,12 +266,19 @@ class Metrics:
         known = method if method in HTTP_METHODS else "OTHER"
         self._http_requests[(route, known, status)].inc()
 
+    def set_model_config(self, labels: Mapping[str, str]) -> None:
+        """Publish what the model computes with as labels of ``model_config_info``; call it once."""
+        self._publish("model_config_info", "what the model computes with", labels)
+
     def set_cache_config(self, **config: int | str | bool) -> None:
         """Publish the cache's shape as labels of ``cache_config_info``; call it once."""
         labels = {name: str(value) for name, value in config.items()}
+        self._publish("cache_config_info", "the KV cache's configuration", labels)
+
+    def _publish(self, name: str, what: str, labels: Mapping[str, str]) -> None:
         Gauge(
-            "sortserve_cache_config_info",
-            "Always 1; the KV cache's configuration as labels",
+            f"sortserve_{name}",
+            f"Always 1; {what} as labels",
             ["model_name", *labels],
             registry=self._registry,
         ).labels(model_name=self._model_name, **labels).set(1)

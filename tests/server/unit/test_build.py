@@ -186,6 +186,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"exits": "4,2"}, "must ascend"),
         ({"backend": "x"}, "--backend='x' is not one of auto, reference, cpu."),
         ({"backend": ""}, "--backend='' is not one of auto, reference, cpu."),
+        ({"quantize": "x"}, "--quantize='x' is not one of none"),
+        ({"quantize": ""}, "--quantize='' is not one of none"),
     ],
 )
 def test_what_does_not_fit_the_machine_or_the_checkpoint_is_said_before_it_is_taken(

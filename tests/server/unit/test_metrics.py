@@ -260,6 +260,12 @@ def test_the_cache_configuration_is_a_set_of_labels(metrics: Metrics) -> None:
     assert read(metrics, "cache_config_info", block_size="16", num_gpu_blocks="100") == 1
 
 
+def test_what_the_model_computes_with_is_a_set_of_labels(metrics: Metrics) -> None:
+    metrics.set_model_config({"dtype": "bfloat16", "quantization": "nf4"})
+
+    assert read(metrics, "model_config_info", dtype="bfloat16", quantization="nf4") == 1
+
+
 def test_two_servers_in_one_process_do_not_share_series(metrics: Metrics) -> None:
     other = Metrics("tiny", EXITS, version="1.2.3")
 
@@ -289,6 +295,7 @@ def test_a_served_name_may_hold_any_character() -> None:
 
 def test_every_series_is_documented_and_every_documented_series_exists(metrics: Metrics) -> None:
     metrics.set_cache_config(block_size=16)
+    metrics.set_model_config({"dtype": "bfloat16"})
 
     page = (ROOT / "docs" / "metrics.md").read_text()
     documented = set(re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sortserve.checkpoint.quantize import QUANTIZERS
 from sortserve.checkpoint.sorted_json import SortedInfo
 from sortserve.cli import main
 from sortserve.core.sampling_params import SamplingParams
@@ -20,6 +21,7 @@ from sortserve_trainer.evaluation.settings import EvalSettings
 from support.serving import offline_tokens
 from support.serving import serve as serve_tiny
 from support.tiny_models import hf_logits, load_hf, make_tiny_checkpoint, write_sorted_json
+from support.toy_quantizer import TOY
 
 EXITS = (2, 4, 6)
 KINDS = {2: "affine", 4: "mlp"}
@@ -219,6 +221,35 @@ def test_sorted_json_stays_as_it_was_if_asked_or_if_an_exit_is_left_out(
     assert run(model, "--data", data, *flags) == 0
 
     assert (model / "sorted.json").read_bytes() == before
+
+
+def test_quantised_weights_are_told_apart_and_never_written_into_sorted_json(
+    model: Path,
+    data: Path,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(QUANTIZERS, "toy", TOY)
+    before, output = (model / "sorted.json").read_bytes(), tmp_path / "report"
+    given = ["--data", data, "--prompts", prompts, "--max-tokens", "4", "--output", output]
+
+    assert run(model, *given, "--quantize", "toy") == 0
+
+    printed = capsys.readouterr().out
+    assert "tiny in toy, held-out text" in printed
+    assert "Measured with --quantize toy: not written into sorted.json." in printed
+    assert json.loads((output / "report.json").read_text())["settings"]["quantize"] == "toy"
+    assert (model / "sorted.json").read_bytes() == before
+
+
+def test_an_unknown_quantiser_is_refused(
+    model: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(capsys, model, "--data", data, "--quantize", "int5")
+
+    assert error.startswith("--quantize='int5' is not one of none")
 
 
 def test_two_files_of_one_name_are_told_apart(model: Path, data: Path) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sortserve.checkpoint.quantize import QUANTIZERS
+from sortserve.model.weight import LinearOp, PlainFormat, Weight
 from sortserve_trainer.evaluation.files import load_packs
 from sortserve_trainer.evaluation.likelihood import Likelihood, measure_likelihood
 from sortserve_trainer.evaluation.settings import EvalSettings
@@ -23,6 +27,7 @@ from support.tiny_models import (
     read_exit_module,
     tiny_tokenizer,
 )
+from support.toy_quantizer import TOY, quantize_toy
 
 EXITS = (1, 2, 4, 5, 6)
 KINDS = dict(zip(EXITS[:-1], EXIT_KINDS, strict=True))
@@ -48,12 +53,12 @@ def rows(tmp_path: Path) -> Path:
 
 
 def measure(
-    folder: Path, data: Path, *, dtype: str = "float32", **limits: Any
+    folder: Path, data: Path, *, dtype: str = "float32", quantize: str = "none", **limits: Any
 ) -> dict[int, Likelihood]:
-    loaded = load_for_evaluation(str(folder), dtype=dtype, device="cpu")
+    loaded = load_for_evaluation(str(folder), dtype=dtype, device="cpu", quantize=quantize)
     settings = EvalSettings(model="tiny", data=(str(data),), **limits)
     packs = load_packs(str(data), loaded.tokenizer, settings, max_length=128)
-    return measure_likelihood(loaded.model, packs)
+    return measure_likelihood(loaded.model, packs, quantize=loaded.quantize)
 
 
 @dataclass
@@ -152,12 +157,15 @@ def test_logits_of_all_tokens_never_exist_at_once(
     monkeypatch.setattr("sortserve_trainer.evaluation.likelihood.CHUNK_TOKENS", 4)
     largest = 0
 
-    def linear(state: Tensor, head: Tensor) -> Tensor:
-        nonlocal largest
-        largest = max(largest, state.shape[0])
-        return torch.nn.functional.linear(state, head)
+    def head(self: PlainFormat, weight: Weight, bias_O: Tensor | None) -> LinearOp:
+        def linear(x_TI: Tensor) -> Tensor:
+            nonlocal largest
+            largest = max(largest, x_TI.shape[0])
+            return torch.nn.functional.linear(x_TI, weight.values)
 
-    monkeypatch.setattr("sortserve_trainer.evaluation.likelihood.linear", linear)
+        return linear
+
+    monkeypatch.setattr(PlainFormat, "linear", head)
 
     measure(folder, rows)
 
@@ -169,6 +177,34 @@ def test_bfloat16_is_near_float32(folder: Path, rows: Path) -> None:
 
     for exit_layer in EXITS:
         assert rounded[exit_layer].loss == pytest.approx(exact[exit_layer].loss, rel=0.03)
+
+
+def test_quantised_weights_are_measured_as_the_matrices_they_stand_for(
+    folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(QUANTIZERS, "toy", TOY)
+    copy = make_dequantised_copy(folder, tmp_path / "copy")
+
+    found, expected = measure(folder, rows, quantize="toy"), measure(copy, rows)
+
+    for exit_layer, plain_ in measure(folder, rows).items():
+        assert found[exit_layer].loss == pytest.approx(expected[exit_layer].loss, rel=1e-5)
+        assert found[exit_layer].kl == pytest.approx(expected[exit_layer].kl, rel=1e-3, abs=1e-6)
+        assert abs(found[exit_layer].loss - plain_.loss) > 1e-4, "nothing was quantised"
+
+
+def make_dequantised_copy(folder: Path, copy: Path) -> Path:
+    """The checkpoint with the matrices of layers and head as the toy format keeps them."""
+    shutil.copytree(folder, copy)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    for name, tensor in tensors.items():
+        if "proj" in name or "lm_head" in name:
+            tensors[name] = quantize_toy(tensor).dequantize(torch.float32)
+    save_file(tensors, copy / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    return copy
 
 
 def test_a_limit_takes_random_rows_and_the_same_for_the_same_seed(folder: Path, rows: Path) -> None:

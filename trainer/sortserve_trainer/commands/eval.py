@@ -33,7 +33,9 @@ def eval_command(argv: Sequence[str]) -> int:
     report = evaluate(settings)
     # Files first: they are kept, whoever has stopped reading the output.
     said = []
-    if settings.write:
+    if settings.write and settings.quantize != "none":
+        said.append(f"Measured with --quantize {settings.quantize}: not written into sorted.json.")
+    elif settings.write:
         said.append(write_quality(report, settings.model))
     if settings.output is not None:
         write_files(report, settings.output)

@@ -30,6 +30,7 @@ _SETTINGS_THAT_COUNT = {
     "max_tokens",
     "qa_max_tokens",
     "qa_instruction",
+    "quantize",
 }
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from sortserve.model.weight import PLAIN, LinearOp, Weight
 from sortserve_trainer.data import IGNORED, Pack, collate
 from sortserve_trainer.model.sorted_model import SortedModel
 
@@ -38,7 +38,11 @@ class Likelihood:
 
 @torch.inference_mode()
 def measure_likelihood(
-    model: SortedModel, packs: Iterable[Pack], on_pack: Callable[[], None] = lambda: None
+    model: SortedModel,
+    packs: Iterable[Pack],
+    on_pack: Callable[[], None] = lambda: None,
+    *,
+    quantize: Callable[[Tensor], Weight] = Weight.plain,
 ) -> dict[int, Likelihood]:
     """Every exit of ``model`` on the targets of ``packs``, teacher-forced.
 
@@ -46,12 +50,13 @@ def measure_likelihood(
         model: in eval mode.
         packs: with at least one target.
         on_pack: called after each pack.
+        quantize: makes the weights of the heads.
 
     Returns:
         Exit layer to its means; the deepest exit is the full depth the others are compared with.
     """
     sums = {exit_layer: torch.zeros(3, dtype=torch.float64) for exit_layer in model.exits}
-    heads = _float_heads(model)
+    heads = _float_heads(model, quantize)
     device = model.base.model.norm.weight.device
     num_tokens = 0
     for pack in packs:
@@ -81,32 +86,35 @@ def measure_likelihood(
     }
 
 
-def _float_heads(model: SortedModel) -> dict[int, Tensor]:
-    """Each exit's head in float32; the shared one is converted once."""
-    converted: dict[int, Tensor] = {}
+def _float_heads(model: SortedModel, quantize: Callable[[Tensor], Weight]) -> dict[int, LinearOp]:
+    """Each exit's head, float32 to float32; the shared one is converted once."""
+    converted: dict[int, LinearOp] = {}
     heads = {exit_layer: model.head(exit_layer) for exit_layer in model.exits}
     for head in heads.values():
         if id(head) not in converted:
-            converted[id(head)] = head.float()
+            weight = quantize(head)
+            if weight.format is PLAIN:
+                weight = Weight.plain(head.float())
+            converted[id(head)] = weight.format.linear(weight, None)
     return {exit_layer: converted[id(head)] for exit_layer, head in heads.items()}
 
 
 def _add_chunk(
     sums: dict[int, Tensor],
     states_CD: dict[int, Tensor],
-    heads: dict[int, Tensor],
+    heads: dict[int, LinearOp],
     targets_C: Tensor,
 ) -> None:
     """Add a chunk's cross-entropy, agreements and KL to the sums of each exit."""
     full = max(states_CD)
-    teacher = _Logits(linear(states_CD[full], heads[full]), targets_C)
+    teacher = _Logits(heads[full](states_CD[full]), targets_C)
     p_CV = (teacher.logits_CV - teacher.log_norm_C[:, None]).exp_()
     # KL(p || q) = E_p[log p] - E_p[log q], and log q = logits - log_norm.
     full_mean_C = _expected(p_CV, teacher.logits_CV) - teacher.log_norm_C
     for exit_layer, state_CD in states_CD.items():
         own = teacher
         if exit_layer != full:
-            own = _Logits(linear(state_CD, heads[exit_layer]), targets_C)
+            own = _Logits(heads[exit_layer](state_CD), targets_C)
         mean_C = full_mean_C
         if exit_layer != full:
             mean_C = _expected(p_CV, own.logits_CV) - own.log_norm_C

@@ -16,11 +16,11 @@ from sortserve.checkpoint.load import (
     exit_table,
     load_checkpoint,
 )
+from sortserve.checkpoint.quantize import find_quantizer
 from sortserve.checkpoint.sources import resolve_source
 from sortserve.core.budget import ExitTable
 from sortserve.core.errors import CheckpointError
 from sortserve.model.config import ModelConfig
-from sortserve.model.weight import Weight
 from sortserve_trainer.evaluation.answering import (
     Answer,
     Answerer,
@@ -90,6 +90,7 @@ def measure(
         exits=subject.exits,
         dtype=settings.dtype,
         device=settings.device,
+        quantize=settings.quantize,
         revision=subject.revision,
     )
     model = loaded.model
@@ -147,7 +148,7 @@ def _add_likelihoods(
     }
     for name, own in packs.items():
         with display.phase(f"{subject.name}: likelihood of {name}", len(own)) as advance:
-            found = measure_likelihood(loaded.model, own, advance)
+            found = measure_likelihood(loaded.model, own, advance, quantize=loaded.quantize)
         for exit_layer, likelihood in found.items():
             if not math.isfinite(likelihood.loss):
                 raise CheckpointError(
@@ -241,8 +242,10 @@ def _answerers(
         exits=shared_exits or None,
         dtype=settings.dtype,
         device=settings.device,
+        quantize=settings.quantize,
         revision=subject.revision,
     )
+    quantize = find_quantizer(settings.quantize, checkpoint.weights.device)
 
     def make(checkpoint: LoadedCheckpoint) -> Answerer:
         longest = max(
@@ -252,7 +255,7 @@ def _answerers(
         return Answerer(checkpoint, messages, max_tokens=longest, max_num_seqs=settings.batch_size)
 
     for exit_layer in heads:
-        weights = replace(checkpoint.weights, lm_head=Weight.plain(heads[exit_layer]))
+        weights = replace(checkpoint.weights, lm_head=quantize(heads[exit_layer]))
         table = exit_table(checkpoint.config, checkpoint.sorted_info, [exit_layer])
         with closing(make(replace(checkpoint, weights=weights, exits=table))) as own:
             yield exit_layer, own

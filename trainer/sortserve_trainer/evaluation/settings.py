@@ -90,6 +90,9 @@ class EvalSettings(BaseModel):
     where the device is fast at it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
+    quantize: Text = "none"
+    """Measure the model with its weights made smaller, as `sortserve serve --quantize` serves it.
+    Such a result is not written into sorted.json."""
 
     # Results
     output: FilePath | None = None

@@ -53,8 +53,13 @@ def quality_tables(report: Report) -> list[Table]:
     for part, all_columns in parts.items():
         columns = {name: column for name, column in all_columns.items() if name in measured}
         if columns:
-            tables.append(_table(f"{report.model}, {part}", report, columns))
+            tables.append(_table(f"{_name(report)}, {part}", report, columns))
     return tables
+
+
+def _name(report: Report) -> str:
+    quantize = report.settings.get("quantize", "none")
+    return report.model if quantize == "none" else f"{report.model} in {quantize}"
 
 
 def _table(name: str, report: Report, columns: _Columns) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,21 @@ from sortserve.checkpoint.adapter import ADAPTER_WEIGHTS, merge_adapter
 from sortserve.checkpoint.exit_modules import EXIT_MODULES, load_exit_modules
 from sortserve.checkpoint.families import read_model_config
 from sortserve.checkpoint.hf import load_hf_config, load_tokenizer, quiet
+from sortserve.checkpoint.layout import CheckpointLayout
 from sortserve.checkpoint.load import (
-    CheckpointLayout,
     open_checkpoint,
     resolve_device,
     resolve_dtype,
 )
 from sortserve.checkpoint.loader import SafetensorsReader, open_trunk
+from sortserve.checkpoint.quantize import NO_QUANTIZER, find_quantizer
 from sortserve.checkpoint.sorted_json import SortedInfo, check_exits
 from sortserve.core.errors import CheckpointError, ConfigError
 from sortserve.model.config import ModelConfig
+from sortserve.model.weight import Weight
 from sortserve_trainer.model.exit_modules import ExitModules
 from sortserve_trainer.model.lora import merge_in_forward
+from sortserve_trainer.model.quantized import quantize_layers
 from sortserve_trainer.model.sorted_model import SortedModel
 from sortserve_trainer.run.methods import Method
 from sortserve_trainer.run.settings import TrainSettings
@@ -58,6 +61,8 @@ class LoadedModel:
     """Whether the trunk's own weights are trained: not frozen, not under an adapter."""
     new_modules: tuple[int, ...] = ()
     """Exits whose module was made now and has not been trained."""
+    quantize: Callable[[torch.Tensor], Weight] = Weight.plain
+    """What makes the weight of a head that is evaluated; the linear layers have theirs."""
 
 
 def load_for_training(settings: TrainSettings, method: Method) -> LoadedModel:
@@ -102,6 +107,7 @@ def load_for_evaluation(
     exits: Sequence[int] | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    quantize: str = NO_QUANTIZER,
     revision: str | None = None,
 ) -> LoadedModel:
     """A checkpoint with its adapter merged, in eval mode, nothing to train.
@@ -111,13 +117,16 @@ def load_for_evaluation(
         exits: in place of those of ``sorted.json``; the full depth is added.
         dtype: one of ``sortserve.checkpoint.load.DTYPES``.
         device: ``auto``, ``cpu`` or ``cuda``.
+        quantize: what the linear layers compute with, one of ``QUANTIZERS``. The head, which is
+            read as a matrix, is left to ``LoadedModel.quantize``.
         revision: branch, tag or commit of a hub id.
 
     Raises:
         CheckpointError: the checkpoint is bad or not supported.
-        ConfigError: ``exits``, ``dtype`` or ``device`` is not possible.
+        ConfigError: ``exits``, ``dtype``, ``device`` or ``quantize`` is not possible.
     """
     torch_device = resolve_device(device)
+    make_weight = find_quantizer(quantize, torch_device)
     with open_checkpoint(source, revision=revision) as layout:
         config = _check_weights(layout, read_model_config(load_hf_config(layout.model)))
         torch_dtype = resolve_dtype(dtype, torch_device, None)
@@ -142,6 +151,8 @@ def load_for_evaluation(
     model = model.to(device=torch_device, dtype=torch_dtype).eval()
     rotary.inv_freq = inv_freq.to(torch_device)  # angles need float32, whatever the weights are in
     model.requires_grad_(False)
+    if quantize != NO_QUANTIZER:
+        quantize_layers(trunk.model.layers, make_weight)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -150,6 +161,7 @@ def load_for_evaluation(
         sorted_info=layout.sorted_info,
         dtype=torch_dtype,
         device=torch_device,
+        quantize=make_weight,
     )
 
 

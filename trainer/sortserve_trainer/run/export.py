@@ -31,7 +31,8 @@ from sortserve.checkpoint.families import FAMILIES, read_model_config, tensor_sh
 from sortserve.checkpoint.files import read_json, read_optional_json
 from sortserve.checkpoint.generation_config import GENERATION_CONFIG, generation_settings
 from sortserve.checkpoint.hf import load_hf_config, load_tokenizer
-from sortserve.checkpoint.load import CheckpointLayout, open_checkpoint
+from sortserve.checkpoint.layout import CheckpointLayout
+from sortserve.checkpoint.load import open_checkpoint
 from sortserve.checkpoint.loader import StateDictReader, TensorReader, open_trunk
 from sortserve.core.errors import ConfigError
 from sortserve.model.config import ModelConfig
