@@ -35,6 +35,7 @@ from sortserve.checkpoint.sorted_json import SORTED_JSON, SortedInfo, check_exit
 from sortserve.checkpoint.sources import resolve_source
 from sortserve.core.budget import ExitTable
 from sortserve.core.errors import CheckpointError, ConfigError
+from sortserve.model.backends.kernels import cpu_isa
 from sortserve.model.config import ModelConfig
 from sortserve.model.rope import rope_frequencies
 from sortserve.model.weight import Weight
@@ -187,18 +188,16 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device, hf_config: Any | None) -> torch.dtype:
-    """``hf_config`` is None for GGUF, whose stored dtype is no dtype to compute in."""
+    """The dtype to compute in; "auto" on a CPU: bf16 wherever our kernels run, which are for it.
+
+    ``hf_config`` is None for GGUF, whose stored dtype is no dtype to compute in.
+    """
     if dtype != "auto":
         return _TORCH_DTYPES[dtype]
     if device.type == "cuda":
         stored = getattr(hf_config, "dtype", None)
         return next((d for d in _TORCH_DTYPES.values() if d == stored), torch.bfloat16)
-    return torch.bfloat16 if _cpu_computes_in_bfloat16() else torch.float32
-
-
-def _cpu_computes_in_bfloat16() -> bool:
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
+    return torch.float32 if cpu_isa() is None else torch.bfloat16
 
 
 def _read_config(hf_config: Any, layout: CheckpointLayout) -> ModelConfig:

@@ -207,11 +207,11 @@ def test_all_weights_are_in_the_asked_dtype_but_the_frequencies(dtype: str, tmp_
     assert weights.lm_head.values is weights.embed
 
 
-@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_is_bfloat16_only_where_the_cpu_computes_in_it(
-    native: bool, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("isa", "dtype"), [("avx2", torch.bfloat16), (None, torch.float32)])
+def test_auto_is_bfloat16_on_every_cpu_that_has_our_kernels(
+    isa: str | None, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint_module, "_cpu_computes_in_bfloat16", lambda: native)
+    monkeypatch.setattr(checkpoint_module, "cpu_isa", lambda: isa)
 
     weights = load(make_tiny_checkpoint(tmp_path), dtype="auto", device="cpu").weights
 

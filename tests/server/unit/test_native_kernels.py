@@ -16,7 +16,6 @@ from sortserve.model.backends.cpu import backend as cpu_backend
 from sortserve.model.backends.cpu.backend import CpuBackend
 from sortserve.model.backends.cpu.isa import ISAS
 from sortserve.model.backends.cpu.library import NativeLibrary
-from sortserve.model.backends.cpu.linear import NativeLinear
 from sortserve.model.backends.cpu.ops import NativeOps
 from sortserve.model.backends.reference.ops import ReferenceOps
 from sortserve.model.config import ModelConfig
@@ -47,13 +46,6 @@ CONFIG = ModelConfig(
 @pytest.fixture(name="library", params=list(ISAS))
 def _library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> NativeLibrary:
     return force_isa(request.param, monkeypatch)
-
-
-@pytest.fixture(name="bf16_library")
-def _bf16_library(library: NativeLibrary) -> NativeLibrary:
-    if not library.has_bf16_kernels:
-        pytest.skip("no AVX-512 BF16")
-    return library
 
 
 def make_native(library: NativeLibrary, dtype: torch.dtype = torch.float32) -> CpuBackend:
@@ -158,11 +150,11 @@ def test_a_token_gets_the_same_fp32_bits_at_any_place_among_any_number_of_tokens
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 7, 12, 13, 32, 100])
-@pytest.mark.parametrize(("num_outputs", "num_inputs"), [s for s in SHAPES if s[1] % 2 == 0])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), SHAPES)
 def test_native_bf16_layers_equal_plain_torch(
-    bf16_library: NativeLibrary, num_tokens: int, num_outputs: int, num_inputs: int
+    library: NativeLibrary, num_tokens: int, num_outputs: int, num_inputs: int
 ) -> None:
-    backend = make_native(bf16_library, torch.bfloat16)
+    backend = make_native(library, torch.bfloat16)
     x = random(num_tokens, num_inputs, dtype=torch.bfloat16)
     weight_OI = (random(num_outputs, num_inputs, seed=1) / num_inputs**0.5).bfloat16()
     weight, bias = Weight.plain(weight_OI), random(num_outputs, seed=2, dtype=torch.bfloat16)
@@ -183,22 +175,33 @@ def assert_bf16_close(got: Tensor, exact: Tensor) -> None:
     torch.testing.assert_close(got.float(), exact, rtol=1e-2, atol=1e-2)
 
 
-def test_a_token_gets_the_same_bf16_bits_whatever_tokens_are_beside_it(
-    bf16_library: NativeLibrary,
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), SHAPES)
+def test_a_token_gets_the_same_bf16_bits_at_any_place_among_any_number_of_tokens(
+    library: NativeLibrary, num_outputs: int, num_inputs: int
 ) -> None:
-    weight = Weight.plain(random(96, 128, dtype=torch.bfloat16))
-    op = make_native(bf16_library, torch.bfloat16).linear(weight)
-    x = random(40, 128, seed=1, dtype=torch.bfloat16)
-    together = op(x)
-    for count in (1, 5, 12, 13, 39):
-        assert torch.equal(op(x[:count]), together[:count])
+    backend = make_native(library, torch.bfloat16)
+    x = random(100, num_inputs, seed=1, dtype=torch.bfloat16)
+    weight_OI = random(num_outputs, num_inputs, dtype=torch.bfloat16)
+    weight = Weight.plain(weight_OI)
+    for op in (
+        backend.linear(weight, weight_OI[:, 0]),
+        backend.gated(weight),
+        backend.head(weight),
+    ):
+        alone = torch.cat([op(x[t : t + 1]) for t in range(100)])
+        for count in (*range(2, 28), 100):
+            assert torch.equal(op(x[:count]), alone[:count])
+            assert torch.equal(op(x[-count:]), alone[-count:])
 
 
-def test_weights_of_odd_width_go_to_the_fallback(bf16_library: NativeLibrary) -> None:
-    backend = make_native(bf16_library, torch.bfloat16)
-    weight = Weight.plain(random(8, 5, dtype=torch.bfloat16))
-    for op in (backend.linear(weight), backend.gated(weight), backend.head(weight)):
-        assert not isinstance(op, NativeLinear)
+def test_a_token_of_odd_width_takes_nothing_from_the_one_behind_it(library: NativeLibrary) -> None:
+    op = make_native(library, torch.bfloat16).linear(
+        Weight.plain(random(8, 7, dtype=torch.bfloat16))
+    )
+    x = random(2, 7, seed=1, dtype=torch.bfloat16)
+    expected = op(x[:1])
+    x[1] = math.nan
+    assert torch.equal(op(x)[:1], expected)
 
 
 def test_fp16_products_are_left_to_plain_torch(library: NativeLibrary) -> None:
@@ -287,26 +290,26 @@ def run_rows(decoder: Decoder, rows: list[tuple[int, int, int]], seeds: list[int
 
 
 def test_fused_layers_equal_single_operations_and_run_in_one_call_a_segment(
-    bf16_library: NativeLibrary,
+    library: NativeLibrary,
 ) -> None:
     fused = make_decoder(torch.bfloat16, backend="cpu", release_weights=True)
     plain = make_decoder(torch.bfloat16, backend="reference")
     seeds = list(range(len(ROWS)))
-    before = bf16_library.calls.copy()
+    before = library.calls.copy()
     got = run_rows(fused, ROWS, seeds)
-    calls = bf16_library.calls - before
+    calls = library.calls - before
     # The mixed step has two segments; each of the three rows with a past ran one step before.
     assert calls["layers"] == 2 + 3
     assert calls["attention"] == 0
     expected = run_rows(plain, ROWS, seeds)
-    assert bf16_library.calls["layers"] == before["layers"] + 5
+    assert library.calls["layers"] == before["layers"] + 5
     torch.testing.assert_close(got, expected, rtol=0.05, atol=0.08)
 
 
 def test_in_bf16_a_row_gets_the_same_bits_alone_and_in_a_mixed_batch(
-    bf16_library: NativeLibrary,
+    library: NativeLibrary,
 ) -> None:
-    del bf16_library  # the kernels are there
+    del library  # the kernels are there
     decoder = make_decoder(torch.bfloat16, backend="cpu")
     seeds = list(range(len(ROWS)))
     mixed = run_rows(decoder, ROWS, seeds)

@@ -1,11 +1,11 @@
 """Attention on the CPU by the C++ kernels, which read pages in place.
 
 Tokens that attend on their own go through ``kernels/attention.cpp``: in fp32 all of them, so that
-a token's result is the same however its prompt is cut into chunks. Where the model is bf16 and the
-CPU has AVX-512 BF16, prompts go through ``kernels/prefill.cpp``, as matrix products; there, too, a
-token's result is the same in any chunk, and generated tokens attend on their own, also when they
-are computed again. Elsewhere tokens of short rows attend on their own, and for longer ones the
-kernel does the norms, RoPE and the write to the cache, and torch the attention.
+a token's result is the same however its prompt is cut into chunks. Where the model is bf16, prompts
+go through ``kernels/prefill.cpp``, as matrix products; there, too, a token's result is the same in
+any chunk, and generated tokens attend on their own, also when they are computed again. In fp16
+tokens of short rows attend on their own, and for longer ones the kernel does the norms, RoPE and
+the write to the cache, and torch the attention.
 
 Shape legend: see ``reference/attention.py``.
 """
@@ -115,7 +115,7 @@ class NativeAttention:
         self.rope = rope
         self.library = library
         self.dtype = dtype
-        self.has_chunk_kernel = library.has_bf16_kernels and dtype == torch.bfloat16
+        self.has_chunk_kernel = dtype == torch.bfloat16
         """Whether chunks go through a kernel, too."""
 
     def prepare(self, batch: Batch, slabs: range, num_rows: int) -> Sequence[SlabAttention]:

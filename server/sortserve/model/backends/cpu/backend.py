@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from sortserve.model.attention import RopeTables
@@ -40,19 +39,19 @@ class CpuBackend(ReferenceBackend):
 
     def linear(self, weight: Weight, bias_O: Tensor | None = None) -> LinearOp:
         """In one call, bias and rounding included."""
-        if not can_pack(weight, self.target.dtype, self.library):
+        if not can_pack(weight, self.target.dtype):
             return super().linear(weight, bias_O)
         return pack(self.library, weight, bias_O, Output.of(self.target.dtype))
 
     def gated(self, weight: Weight, bias_2F: Tensor | None = None) -> LinearOp:
         """In one call, the gate included."""
-        if not can_pack(weight, self.target.dtype, self.library):
+        if not can_pack(weight, self.target.dtype):
             return super().gated(weight, bias_2F)
         return pack(self.library, weight, bias_2F, Output.SILU_MUL)
 
     def head(self, weight: Weight) -> LinearOp:
         """In one call, its sums as they are."""
-        if not can_pack(weight, self.target.dtype, self.library):
+        if not can_pack(weight, self.target.dtype):
             return super().head(weight)
         return pack(self.library, weight, None, Output.FP32)
 
@@ -76,6 +75,4 @@ def make_cpu_backend(target: Target) -> CpuBackend | None:
     if target.device.type != "cpu" or target.dtype not in DTYPE_CODES:
         return None
     library = load_native()
-    if library is None or (target.dtype == torch.bfloat16 and not library.has_bf16_kernels):
-        return None
-    return CpuBackend(target, library)
+    return None if library is None else CpuBackend(target, library)

@@ -43,9 +43,7 @@ class NativeLibrary:
     Attributes:
         isa: its name.
         calls: how often each kernel was called, by its name without the prefix.
-        has_bf16_kernels: whether it has kernels for bf16.
         attention_partition: cached tokens that one unit of attention work covers.
-        fp32_panel: outputs of a panel of fp32 weights.
 
     Raises:
         BuildError: it is no library of these kernels.
@@ -57,9 +55,7 @@ class NativeLibrary:
         try:
             self._library = ctypes.CDLL(str(path.resolve()))
             self._openmp = _join_openmp(self._library)
-            self.has_bf16_kernels = bool(self._library.sortserve_has_bf16_kernels())
             self.attention_partition = int(self._library.sortserve_attention_partition())
-            self.fp32_panel = int(self._library.sortserve_fp32_panel())
             self._functions = {
                 name: getattr(self._library, f"sortserve_{name}")
                 for name in (

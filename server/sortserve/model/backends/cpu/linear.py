@@ -1,4 +1,4 @@
-"""Linear layers by the C++ kernels: bf16 with AVX-512 BF16, and fp32 on any CPU.
+"""Linear layers by the C++ kernels: bf16 and fp32 on any CPU.
 
 They stream the weights at memory bandwidth for few tokens, and a token's result does not depend on
 the tokens beside it.
@@ -13,14 +13,15 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sortserve.model.backends.cpu.library import NativeLibrary, pointer
 from sortserve.model.weight import PLAIN, Weight
 
 __all__ = ["Matrix", "NativeLinear", "Output", "can_pack", "pack"]
 
-_BF16_PANEL = 32
-"""Outputs of a panel: kPanel of ``kernels/tile.h``."""
+_PANEL = 32
+"""Outputs of a panel: kPanel of ``kernels/tile_fma.h``."""
 
 
 class Output(IntEnum):
@@ -36,13 +37,11 @@ class Output(IntEnum):
         return Output.BF16 if dtype == torch.bfloat16 else Output.FP32
 
 
-def can_pack(weight: Weight, dtype: torch.dtype, library: NativeLibrary) -> bool:
+def can_pack(weight: Weight, dtype: torch.dtype) -> bool:
     """Whether there is a kernel for products of ``weight`` with inputs of ``dtype``."""
     if weight.format is not PLAIN or weight.values.dtype != dtype:
         return False
-    if dtype == torch.bfloat16:
-        return library.has_bf16_kernels and weight.values.shape[1] % 2 == 0
-    return dtype == torch.float32
+    return dtype in {torch.bfloat16, torch.float32}
 
 
 def pack(
@@ -59,10 +58,9 @@ def pack(
     weight_OI = weight.values
     if output is not Output.SILU_MUL:
         return NativeLinear(library, output, weight_OI.shape[0], weight_OI, bias_O)
-    panel = _panel(library, weight_OI.dtype)
-    bias_O = None if bias_O is None else _interleave_halves(bias_O, panel)
+    bias_O = None if bias_O is None else _interleave_halves(bias_O)
     return NativeLinear(
-        library, output, weight_OI.shape[0] // 2, _interleave_halves(weight_OI, panel), bias_O
+        library, output, weight_OI.shape[0] // 2, _interleave_halves(weight_OI), bias_O
     )
 
 
@@ -108,9 +106,8 @@ class NativeLinear:
         self._library = library
         self._kernel = "linear" if self.dtype == torch.bfloat16 else "linear_fp32"
         self._output_dtype = torch.float32 if output is Output.FP32 else self.dtype
-        panel = _panel(library, self.dtype)
-        self._packed = _pack(weight_OI, panel)
-        self._bias = None if bias_O is None else _pad_outputs(bias_O.float(), panel)
+        self._packed = _pack(weight_OI)
+        self._bias = None if bias_O is None else _pad_outputs(bias_O.float())
         self.matrix = Matrix(
             pointer(self._packed), pointer(self._bias), weight_OI.shape[1], num_outputs, output
         )
@@ -128,31 +125,27 @@ class NativeLinear:
         return y_TO
 
 
-def _panel(library: NativeLibrary, dtype: torch.dtype) -> int:
-    """Outputs of a panel of weights."""
-    return _BF16_PANEL if dtype == torch.bfloat16 else library.fp32_panel
-
-
-def _pack(weight_OI: Tensor, panel: int) -> Tensor:
-    """[O, I] to [panels, I / n, outputs of a panel, n], the last panel filled up with zeros.
+def _pack(weight_OI: Tensor) -> Tensor:
+    """[O, I] to [panels, I / n, outputs of a panel, n], outputs and inputs filled up with zeros.
 
     n inputs are four bytes: 2 in bf16, 1 in fp32.
     """
     n = 4 // weight_OI.itemsize
-    panels = _pad_outputs(weight_OI, panel).view(-1, panel, weight_OI.shape[1] // n, n)
+    weight_OI = pad(weight_OI, (0, -weight_OI.shape[1] % n))
+    panels = _pad_outputs(weight_OI).view(-1, _PANEL, weight_OI.shape[1] // n, n)
     return panels.transpose(1, 2).contiguous()
 
 
-def _pad_outputs(x_O: Tensor, panel: int) -> Tensor:
-    missing = -x_O.shape[0] % panel
+def _pad_outputs(x_O: Tensor) -> Tensor:
+    missing = -x_O.shape[0] % _PANEL
     if missing == 0:
         return x_O.contiguous()
     return torch.cat((x_O, x_O.new_zeros(missing, *x_O.shape[1:])))
 
 
-def _interleave_halves(x_2F: Tensor, panel: int) -> Tensor:
+def _interleave_halves(x_2F: Tensor) -> Tensor:
     """Half a panel of gates, then the same ups, and so on; F is filled up with zeros."""
-    half = panel // 2
+    half = _PANEL // 2
     size = x_2F.shape[0] // 2
     rest = x_2F.shape[1:]
     padding = x_2F.new_zeros(-size % half, *rest)

@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "dots.h"
 #include "kernels.h"
 
 namespace sortserve {
@@ -26,7 +27,7 @@ static void norm_head(T* head, const T* weight, int64_t n, double eps) {
     const f32x16 v = load(head + i, n - i);
     squares += v * v;
   }
-  const f32x16 scale = splat(1.0f / std::sqrt(sum(squares) / n + static_cast<float>(eps)));
+  const f32x16 scale = 1.0f / std::sqrt(sum(squares) / n + static_cast<float>(eps));
   for (int64_t i = 0; i < n; i += 16)
     store(head + i, load(head + i, n - i) * scale * load(weight + i, n - i), n - i);
 }
@@ -64,114 +65,11 @@ static void write_token(const Step& step, const AttentionCall& call, int64_t tok
   }
 }
 
-// ---- scores: dot products of one query with up to 16 keys that lie one after another
-
-template <typename T>
-static f32x16 dots(const T* query, const T* keys, int64_t dim, int64_t n) {
-  f32x16 result = {};
-  for (int64_t j = 0; j < n; ++j) {
-    f32x16 products = {};
-    for (int64_t i = 0; i < dim; i += 16)
-      products += load(query + i, dim - i) * load(keys + j * dim + i, dim - i);
-    result[j] = sum(products);
-  }
-  return result;
-}
-
-#if defined(__AVX512F__)
-
-// The sums of 16 vectors, as one vector: each round adds halves and interleaves two vectors.
-// Lane 4 i + j of the result is the sum of v[i + 4 j].
-static f32x16 sums_of_16(__m512 (&v)[16]) {
-  for (int i = 0; i < 8; ++i)
-    v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[i], v[i + 8]), _mm512_unpackhi_ps(v[i], v[i + 8]));
-  for (int i = 0; i < 4; ++i)
-    v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[i], v[i + 4]), _mm512_unpackhi_ps(v[i], v[i + 4]));
-  const auto add_lanes = [](__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-  };
-  return (f32x16)add_lanes(add_lanes(v[0], v[1]), add_lanes(v[2], v[3]));
-}
-
-static f32x16 dots_of_16s(const float* query, const float* keys, int64_t dim, int64_t n) {
-  __m512 products[16] = {};
-  for (int64_t i = 0; i < dim; i += 16) {
-    const __m512 q = _mm512_loadu_ps(query + i);
-#pragma GCC unroll 16
-    for (int64_t p = 0; p < 16; ++p) {
-      const int64_t key = 4 * (p % 4) + p / 4;
-      products[p] =
-          _mm512_fmadd_ps(q, _mm512_loadu_ps(keys + (key < n ? key : 0) * dim + i), products[p]);
-    }
-  }
-  return sums_of_16(products);
-}
-
-#elif defined(__AVX2__) && defined(__FMA__)
-
-// Eight keys at a time: hadd adds neighbours, and the two halves are added at the end.
-static __m256 dots_of_8(const float* query, const float* keys, int64_t dim, int64_t n) {
-  __m256 p[8] = {};
-  for (int64_t i = 0; i < dim; i += 8) {
-    const __m256 q = _mm256_loadu_ps(query + i);
-#pragma GCC unroll 8
-    for (int64_t key = 0; key < 8; ++key)
-      p[key] = _mm256_fmadd_ps(q, _mm256_loadu_ps(keys + (key < n ? key : 0) * dim + i), p[key]);
-  }
-  const auto sums_of_4 = [](const __m256* v) {
-    return _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
-  };
-  const __m256 low = sums_of_4(p), high = sums_of_4(p + 4);
-  return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
-                       _mm256_permute2f128_ps(low, high, 0x31));
-}
-
-static f32x16 dots_of_16s(const float* query, const float* keys, int64_t dim, int64_t n) {
-  const __m256 halves[2] = {dots_of_8(query, keys, dim, n),
-                            n > 8 ? dots_of_8(query, keys + 8 * dim, dim, n - 8) : __m256{}};
-  f32x16 result;
-  std::memcpy(&result, halves, sizeof(result));
-  return result;
-}
-
-#endif
-
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
-
-static f32x16 dots(const float* query, const float* keys, int64_t dim, int64_t n) {
-  return dim % 16 == 0 ? dots_of_16s(query, keys, dim, n) : dots<float>(query, keys, dim, n);
-}
-
-#endif
-
-#if defined(__AVX512BF16__)
-
-// Query and keys meet in bf16, as they are stored; products and sums are fp32.
-static f32x16 dots_of_32s(const bf16* query, const bf16* keys, int64_t dim, int64_t n) {
-  __m512 products[16] = {};
-  for (int64_t i = 0; i < dim; i += 32) {
-    const __m512bh q = (__m512bh)_mm512_loadu_si512(query + i);
-#pragma GCC unroll 16
-    for (int64_t p = 0; p < 16; ++p) {
-      const int64_t key = 4 * (p % 4) + p / 4;
-      const __m512bh k = (__m512bh)_mm512_loadu_si512(keys + (key < n ? key : 0) * dim + i);
-      products[p] = _mm512_dpbf16_ps(products[p], q, k);
-    }
-  }
-  return sums_of_16(products);
-}
-
-static f32x16 dots(const bf16* query, const bf16* keys, int64_t dim, int64_t n) {
-  return dim % 32 == 0 ? dots_of_32s(query, keys, dim, n) : dots<bf16>(query, keys, dim, n);
-}
-
-#endif
-
 // ---- softmax
 
 void softmax(float* scores, int64_t n, float scale, float* largest, float* total) {
   for (int64_t i = n; i < round_up(n, 16); ++i) scores[i] = -INFINITY;
-  f32x16 top = splat(-INFINITY);
+  f32x16 top = -INFINITY;
   for (int64_t i = 0; i < n; i += 16) top = max(top, load(scores + i));
   *largest = max(top) * scale;
   f32x16 sums = {};
@@ -194,21 +92,24 @@ static void add_values(const float* probabilities, int64_t stride, const T* valu
   for (int64_t j = 0; j < n; ++j) {
     const T* row = values + j * dim + column;
     f32x16 value[V];
-    for (int i = 0; i < V; ++i) value[i] = V > 1 ? load(row + 16 * i) : load(row, dim - column);
+    for (int i = 0; i < V; ++i) value[i] = load(row + 16 * i, V > 1 ? 16 : dim - column);
     for (int g = 0; g < G; ++g)
-      for (int i = 0; i < V; ++i) acc[g][i] += probabilities[g * stride + j] * value[i];
+      for (int i = 0; i < V; ++i) acc[g][i] = fma(probabilities[g * stride + j], value[i], acc[g][i]);
   }
   for (int g = 0; g < G; ++g)
     for (int i = 0; i < V; ++i) store(sums + g * sums_stride + column + 16 * i, acc[g][i]);
 }
 
-// All columns: 64 at a time, the rest 16 at a time (the last 16 may be part of a vector).
+// All columns: as many at a time as the registers hold sums of, the rest 16 at a time (the last 16
+// may be part of a vector).
 template <typename T, int G>
 static void add_all_values(const float* probabilities, int64_t stride, const T* values, int64_t dim,
                            int64_t n, float* sums, int64_t sums_stride) {
+  constexpr int kSums = kRegisters * 3 / 4 / (G * kParts);
+  constexpr int V = kSums >= 4 ? 4 : kSums >= 2 ? 2 : 1;
   int64_t column = 0;
-  for (; column + 64 <= dim; column += 64)
-    add_values<T, G, 4>(probabilities, stride, values, dim, n, column, sums, sums_stride);
+  for (; column + 16 * V <= dim; column += 16 * V)
+    add_values<T, G, V>(probabilities, stride, values, dim, n, column, sums, sums_stride);
   for (; column < dim; column += 16)
     add_values<T, G, 1>(probabilities, stride, values, dim, n, column, sums, sums_stride);
 }
@@ -260,9 +161,7 @@ static void score_keys(const Step& step, const AttentionCall& call, const Task& 
       prefetch(keys + cached_at(step, task.table, task.kv_head, ahead), step.block_size * dim);
     prefetch(values + at, n * dim);
     for (int64_t g = 0; g < group; ++g)
-      for (int64_t j = 0; j < n; j += 16)
-        store(scores + g * stride + position - task.first + j,
-              dots(queries + g * dim, keys + at + j * dim, dim, std::min<int64_t>(16, n - j)));
+      dots(queries + g * dim, keys + at, dim, n, scores + g * stride + position - task.first);
   });
 }
 
@@ -296,7 +195,7 @@ template <typename T>
 static void attend(const Step& step, const AttentionCall& call, const Task& task,
                    Scratch& scratch) {
   const int64_t group = step.num_heads / step.num_kv_heads;
-  // Scores are stored 16 at a time, so the last may run over by 15.
+  // Scores are stored a vector at a time, so the last may run over by 15.
   const int64_t stride = kPartition + 16;
   scratch.scores.resize(group * stride);
   scratch.sums.assign(group * round_up(step.head_dim, 16), 0.0f);
@@ -382,7 +281,7 @@ static void merge_parts(const Step& step, const AttentionCall& call, int64_t que
     const float weight = std::exp(partial[width] - largest);
     total += weight * partial[width + 1];
     for (int64_t i = 0; i < width; i += 16) {
-      const f32x16 before = part == first ? f32x16{} : load(merged + i);
+      const f32x16 before = part == first ? f32x16(0.0f) : load(merged + i);
       store(merged + i, before + weight * load(partial + i));
     }
   }

@@ -37,17 +37,18 @@ struct RowsCall {
 // x += delta (if there is one); y = x / rms(x) * weight.
 void add_rms_norm(Team& team, const RowsCall& call);
 
-// ---- linear.cpp (bf16), linear_fp32.cpp; Python: linear.py
+// ---- linear.cpp; Python: linear.py
 
 enum Output : int64_t { kBf16 = 0, kFp32 = 1, kSiluMul = 2 };
 
 struct Matrix {
-  const void* packed;  // bf16 [panels, num_inputs / 2, 32, 2], or fp32 [panels, num_inputs, panel]
-  const float* bias;   // [panel * panels], or null
+  const void* packed;  // bf16 [panels, num_inputs / 2, 32, 2], or fp32 [panels, num_inputs, 32]
+  const float* bias;   // [32 * panels], or null
   int64_t num_inputs, num_outputs;
   int64_t output;  // an Output; kSiluMul: a panel is half of it gates, then the same ups
 };
 
+// y = x W^T + b, in bf16 with fp32 accumulation.
 void linear(Team& team, const Matrix& matrix, const bf16* x, void* y, int64_t num_tokens);
 
 // ---- attention.cpp, prefill.cpp; Python: attention.py
@@ -93,7 +94,7 @@ inline int64_t cached_at(const Step& step, const int32_t* table, int64_t kv_head
 
 void attention(Team& team, const Step& step, const AttentionCall& call);
 
-// The chunks' part of attention; bf16 with AVX-512 BF16 only.
+// The chunks' part of attention; bf16 only.
 void attend_chunks(Team& team, const Step& step, const AttentionCall& call);
 
 // Scores to probabilities: scores[i] = exp(scores[i] * scale - largest) for i < n, zero up to the

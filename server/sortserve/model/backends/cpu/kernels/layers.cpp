@@ -1,4 +1,4 @@
-// A run of decoder layers in one call: bf16, for CPUs with AVX-512 BF16. Python: stack.py.
+// A run of decoder layers in one call: bf16. Python: stack.py.
 //
 // The residual stream is h + delta; the addition is left to the next norm, which reads both anyway.
 

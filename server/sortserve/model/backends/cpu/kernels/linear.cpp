@@ -1,31 +1,33 @@
-// y = x W^T + b in bf16 with fp32 accumulation, for CPUs with AVX-512 BF16. Weights are packed in
-// panels (tile.h), so that a step over few tokens streams them once, in order. A token's result
-// does not depend on the tokens beside it.
+// y = x W^T + b, in bf16 with fp32 accumulation and in fp32. Weights are packed in panels (tile.h),
+// so that a step over few tokens streams them once, in order. A token's result does not depend on
+// the tokens beside it nor on their number.
+
+#include <vector>
 
 #include "kernels.h"
 #include "tile.h"
 
 namespace sortserve {
 
+template <typename T>
 struct LinearCall {
   Matrix matrix;
-  const bf16* x;  // [num_tokens, num_inputs]
-  void* y;        // [num_tokens, num_outputs]
+  const T* x;  // [num_tokens, num_inputs]
+  void* y;     // [num_tokens, num_outputs]
   int64_t num_tokens, num_threads;
 };
 
-#if defined(SORTSERVE_HAS_TILE)
-
-// One row of one panel: bias, activation, rounding.
-static void write_outputs(const Matrix& matrix, void* y, int64_t token, int64_t panel, f32x16 a,
-                          f32x16 b) {
+// One row of one panel: bias, activation, rounding. Not inlined: the same instructions for all tiles.
+template <typename T>
+__attribute__((noinline)) static void write_outputs(const Matrix& matrix, void* y, int64_t token,
+                                                    int64_t panel, f32x16 a, f32x16 b) {
   if (matrix.bias != nullptr) {
     a += load(matrix.bias + panel * kPanel);
     b += load(matrix.bias + panel * kPanel + 16);
   }
   if (matrix.output == kSiluMul) {
-    const int64_t first = panel * 16;
-    bf16* out = static_cast<bf16*>(y) + token * matrix.num_outputs + first;
+    const int64_t first = panel * kPanel / 2;
+    T* out = static_cast<T*>(y) + token * matrix.num_outputs + first;
     return store(out, silu(a) * b, matrix.num_outputs - first);
   }
   const int64_t first = panel * kPanel, left = matrix.num_outputs - first;
@@ -34,44 +36,92 @@ static void write_outputs(const Matrix& matrix, void* y, int64_t token, int64_t 
     store(out, a, left);
     if (left > 16) store(out + 16, b, left - 16);
   };
-  matrix.output == kFp32 ? both(static_cast<float*>(y)) : both(static_cast<bf16*>(y));
+  matrix.output == kFp32 ? both(static_cast<float*>(y)) : both(static_cast<T*>(y));
 }
 
-void linear(Team& team, const Matrix& matrix, const bf16* x, void* y, int64_t num_tokens) {
+// Rows as tiles take them: in the element type of RowOf, and filled up to a whole pack.
+template <typename T>
+struct Rows {
+  const RowOf<T>* x;
+  int64_t stride;
+};
+
+template <typename T>
+static Rows<T> prepare_rows(Team& team, const T* x, int64_t num_tokens, int64_t num_inputs) {
+  using Row = RowOf<T>;
+  const int64_t stride = round_up(num_inputs, kPack<T>);
+  if constexpr (std::is_same<Row, T>::value)
+    if (stride == num_inputs) return {x, stride};
+  thread_local std::vector<Row> buffer;
+  if (static_cast<int64_t>(buffer.size()) < num_tokens * stride) buffer.resize(num_tokens * stride);
+  Row* rows = buffer.data();
+  team.parallel_for(num_tokens, std::max<int64_t>(1, (1 << 15) / stride), [&](int64_t token) {
+    Row* row = rows + token * stride;
+    for (int64_t i = 0; i < num_inputs; i += 16)
+      store(row + i, load(x + token * num_inputs + i, num_inputs - i), stride - i);
+  });
+  return {rows, stride};
+}
+
+// Tokens that go through all panels together, so that they stay in the second cache.
+template <typename T>
+static int64_t num_blocks_of(const Rows<T>& rows, int64_t num_tokens) {
+  constexpr int64_t kBytes = 256 << 10, kMinTokens = 48;
+  const int64_t row_bytes = rows.stride * sizeof(*rows.x);
+  const int64_t block = std::max<int64_t>(kMinTokens, kBytes / row_bytes);
+  return std::max<int64_t>(1, (num_tokens + block / 2) / block);
+}
+
+// The next panel, which is fetched by the first tile, or half each by the first two. Hence also
+// grains of neighbouring panels.
+template <typename T>
+static Ahead ahead_of(int64_t tile, int64_t num_tiles, const T* panel, int64_t panel_size) {
+  if (num_tiles == 1) return {panel + panel_size, true};
+  if (tile < 2) return {panel + (2 + tile) * panel_size / 2, false};
+  return {panel, false};
+}
+
+template <typename T>
+static void multiply(Team& team, const Matrix& matrix, const T* x, void* y, int64_t num_tokens) {
   const int64_t width = matrix.output == kSiluMul ? kPanel / 2 : kPanel;
   const int64_t num_panels = (matrix.num_outputs + width - 1) / width;
-  const int64_t num_tiles = (num_tokens + kMaxRows - 1) / kMaxRows;
-  const int64_t pairs = matrix.num_inputs / 2;
-  const int64_t grain = std::max<int64_t>(1, num_panels / (team.num_threads() * 4));
-  // The first tile of a panel waits for memory; the second and third, which do not, fetch the next
-  // panel, half each. Hence also grains of neighbouring panels.
-  team.parallel_for(num_panels, grain, [&](int64_t panel) {
-    const bf16* weights = static_cast<const bf16*>(matrix.packed) + panel * pairs * 2 * kPanel;
+  const int64_t panel_size = round_up(matrix.num_inputs, kPack<T>) * kPanel;
+  const Rows<T> rows = prepare_rows(team, x, num_tokens, matrix.num_inputs);
+  const int64_t num_blocks = num_blocks_of(rows, num_tokens);
+  const int64_t count = num_blocks * num_panels;
+  const int64_t grain = std::max<int64_t>(1, count / (team.num_threads() * 4 * num_blocks));
+  team.parallel_for(count, grain, [&](int64_t index) {
+    const int64_t panel = index % num_panels, block = index / num_panels;
+    const int64_t begin = block * num_tokens / num_blocks;
+    const int64_t num_rows = (block + 1) * num_tokens / num_blocks - begin;
+    const int64_t num_tiles = (num_rows + kMaxRows<T> - 1) / kMaxRows<T>;
+    const T* weights = static_cast<const T*>(matrix.packed) + panel * panel_size;
     for (int64_t i = 0; i < num_tiles; ++i) {
-      const int64_t first = i * num_tokens / num_tiles;
-      const int64_t num_rows = (i + 1) * num_tokens / num_tiles - first;
-      multiply_rows(num_rows, x + first * matrix.num_inputs, matrix.num_inputs, weights, pairs,
-                    [&](int64_t m, f32x16 a, f32x16 b) {
-                      write_outputs(matrix, y, first + m, panel, a, b);
-                    },
-                    i == 1 || i == 2 ? weights + (i + 1) * pairs * kPanel : nullptr);
+      const int64_t first = begin + i * num_rows / num_tiles;
+      const int64_t rows_of_tile = begin + (i + 1) * num_rows / num_tiles - first;
+      multiply_rows<T>(rows_of_tile, rows.x + first * rows.stride, rows.stride, weights,
+                       matrix.num_inputs,
+                       [&](int64_t m, const f32x16& a, const f32x16& b) {
+                         write_outputs<T>(matrix, y, first + m, panel, a, b);
+                       },
+                       ahead_of(i, num_tiles, weights, panel_size));
     }
   });
 }
 
-extern "C" int64_t sortserve_has_bf16_kernels() { return 1; }
+void linear(Team& team, const Matrix& matrix, const bf16* x, void* y, int64_t num_tokens) {
+  multiply(team, matrix, x, y, num_tokens);
+}
 
-#else
-
-void linear(Team&, const Matrix&, const bf16*, void*, int64_t) {}
-
-extern "C" int64_t sortserve_has_bf16_kernels() { return 0; }
-
-#endif
-
-extern "C" void sortserve_linear(const LinearCall* call) {
+extern "C" void sortserve_linear(const LinearCall<bf16>* call) {
   Team::run(call->num_threads, [&](Team& team) {
-    linear(team, call->matrix, call->x, call->y, call->num_tokens);
+    multiply(team, call->matrix, call->x, call->y, call->num_tokens);
+  });
+}
+
+extern "C" void sortserve_linear_fp32(const LinearCall<float>* call) {
+  Team::run(call->num_threads, [&](Team& team) {
+    multiply(team, call->matrix, call->x, call->y, call->num_tokens);
   });
 }
 

@@ -33,7 +33,7 @@ static void add_rms_norm_row(const RowsCall& call, int64_t row) {
     const f32x16 v = load(x + i, width - i);
     squares += v * v;
   }
-  const f32x16 scale = splat(1.0f / std::sqrt(sum(squares) / width + static_cast<float>(call.eps)));
+  const f32x16 scale = 1.0f / std::sqrt(sum(squares) / width + static_cast<float>(call.eps));
   for (int64_t i = 0; i < width; i += 16)
     store(y + i, load(x + i, width - i) * scale * load(weight + i, width - i), width - i);
 }

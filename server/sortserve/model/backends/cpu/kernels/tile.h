@@ -1,62 +1,52 @@
-// The inner loop of all bf16 matrix products: M rows of x against one panel of 32 outputs.
+// The inner loop of all matrix products: M rows of x against one panel of 32 outputs.
 //
-// A panel is [k / 2][32 outputs][2], the order in which vdpbf16ps wants its operand: each vector of
-// weights is loaded once for M rows. An output is summed over k in the same order whatever M is.
+// A panel of bf16 is [k / 2][32 outputs][2]: pairs of inputs lie side by side, as vdpbf16ps and AMX
+// want them, and one shift or mask apart from fp32. A panel of fp32 is [k][32 outputs]. An output
+// is one chain of sums over k, in the same order whatever M is; libraries choose another kernel, and
+// so another order, for one row than for many.
+//
+// What an instruction set brings for a type of weights W: the type of x's elements (``RowOf<W>``),
+// how many rows go together (``kMaxRows<W>``), and ``multiply_tile<M>``.
 #pragma once
 
-#include "vec.h"
+#include <type_traits>
+
+#include "tile_bf16.h"
+#include "tile_fma.h"
 
 namespace sortserve {
 
-constexpr int kPanel = 32;
-
-#if defined(__AVX512BF16__)
-#define SORTSERVE_HAS_TILE 1
-
-constexpr int kMaxRows = 12;  // 24 accumulators of 32 registers
-
-// write(m, outputs 0 to 15, outputs 16 to 31) for each row. Meanwhile the 64 * pairs bytes at
-// ``ahead`` are brought near.
-template <int M, typename Write>
-inline void multiply_tile(const bf16* x, int64_t x_stride, const bf16* panel, int64_t pairs,
-                          const bf16* ahead, const Write& write) {
-  __m512 sums[M][2] = {};
-  for (int64_t k = 0; k < pairs; ++k) {
-    const __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel + k * 2 * kPanel);
-    const __m512bh w1 = (__m512bh)_mm512_loadu_si512(panel + k * 2 * kPanel + kPanel);
-    _mm_prefetch(ahead + k * kPanel, _MM_HINT_T1);
-    for (int m = 0; m < M; ++m) {
-      int32_t pair;
-      std::memcpy(&pair, x + m * x_stride + 2 * k, sizeof(pair));
-      const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-      sums[m][0] = _mm512_dpbf16_ps(sums[m][0], w0, both);
-      sums[m][1] = _mm512_dpbf16_ps(sums[m][1], w1, both);
-    }
-  }
-  for (int m = 0; m < M; ++m) write(m, (f32x16)sums[m][0], (f32x16)sums[m][1]);
-}
-
-// The same with 1 <= num_rows <= kMaxRows; ``ahead`` may be null.
-template <typename Write>
-inline void multiply_rows(int64_t num_rows, const bf16* x, int64_t x_stride, const bf16* panel,
-                          int64_t pairs, const Write& write, const bf16* ahead = nullptr) {
-  if (ahead == nullptr) ahead = panel;  // in the cache already
-  switch (num_rows) {
-    case 1: return multiply_tile<1>(x, x_stride, panel, pairs, ahead, write);
-    case 2: return multiply_tile<2>(x, x_stride, panel, pairs, ahead, write);
-    case 3: return multiply_tile<3>(x, x_stride, panel, pairs, ahead, write);
-    case 4: return multiply_tile<4>(x, x_stride, panel, pairs, ahead, write);
-    case 5: return multiply_tile<5>(x, x_stride, panel, pairs, ahead, write);
-    case 6: return multiply_tile<6>(x, x_stride, panel, pairs, ahead, write);
-    case 7: return multiply_tile<7>(x, x_stride, panel, pairs, ahead, write);
-    case 8: return multiply_tile<8>(x, x_stride, panel, pairs, ahead, write);
-    case 9: return multiply_tile<9>(x, x_stride, panel, pairs, ahead, write);
-    case 10: return multiply_tile<10>(x, x_stride, panel, pairs, ahead, write);
-    case 11: return multiply_tile<11>(x, x_stride, panel, pairs, ahead, write);
-    case 12: return multiply_tile<12>(x, x_stride, panel, pairs, ahead, write);
-  }
-}
-
+#if defined(SORTSERVE_MULTIPLIES_BF16)
+template <typename W>
+using RowOf = W;
+template <typename W>
+constexpr int kMaxRows = std::is_same<W, bf16>::value ? kBf16Rows : kFmaRows;
+#else
+template <typename W>
+using RowOf = float;
+template <typename W>
+constexpr int kMaxRows = kFmaRows;
 #endif
+
+template <typename W, int M = kMaxRows<W>>
+inline void multiply_any(int64_t num_rows, const RowOf<W>* x, int64_t x_stride, const W* panel,
+                         int64_t num_inputs, float* outputs, const Ahead& ahead) {
+  if constexpr (M > 1)
+    if (num_rows != M)
+      return multiply_any<W, M - 1>(num_rows, x, x_stride, panel, num_inputs, outputs, ahead);
+  multiply_tile<M>(x, x_stride, panel, num_inputs, outputs, ahead);
+}
+
+// 1 <= num_rows <= kMaxRows<W>: write(m, outputs 0 to 15, outputs 16 to 31) for each row. Of an odd
+// number of inputs the last is half of a pair, whose other half is zero in the panel, and must be
+// finite in x.
+template <typename W, typename Write>
+inline void multiply_rows(int64_t num_rows, const RowOf<W>* x, int64_t x_stride, const W* panel,
+                          int64_t num_inputs, const Write& write, const Ahead& ahead) {
+  alignas(64) float outputs[kMaxRows<W> * kPanel];
+  multiply_any<W>(num_rows, x, x_stride, panel, num_inputs, outputs, ahead);
+  for (int64_t m = 0; m < num_rows; ++m)
+    write(m, load(outputs + m * kPanel), load(outputs + m * kPanel + 16));
+}
 
 }  // namespace sortserve
