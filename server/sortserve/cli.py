@@ -147,8 +147,8 @@ def _kernels(arguments: Sequence[str]) -> int:
         nargs="+",
         action="extend",
         metavar="NAME",
-        help="avx512_bf16, avx2, portable, or all (default): every one that this kind of machine "
-        "has",
+        help="amx, avx512_bf16, avx2, portable, or all (default): every one that there is for this "
+        "kind of machine",
     )
     parser.add_argument(
         "--output",

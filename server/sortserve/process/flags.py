@@ -160,7 +160,7 @@ variable, the variable over the `--config` file, the file over the default.
 * Unknown flags, keys and `{ENV_PREFIX}*` variables are refused. Exceptions: `SORTSERVE_URL`, which
   is the client's; `SORTSERVE_CACHE_DIR`, the folder of converted weights and compiled
   kernels (default: `sortserve` in the user's cache folder); `SORTSERVE_CPU_ISA`, the instruction
-  set of the CPU kernels (`avx512_bf16`, `avx2` or `portable`; default: the fastest that the
+  set of the CPU kernels (`amx`, `avx512_bf16`, `avx2` or `portable`; default: the fastest that the
   processor has); `SORTSERVE_KERNELS_DIR`, the folder of kernels that `sortserve kernels --output`
   compiled ahead of time; and what Kubernetes sets for a Service called `sortserve`
   (`SORTSERVE_SERVICE_*`, `SORTSERVE_PORT_*`, and any value that begins with `tcp://`).

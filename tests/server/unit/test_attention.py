@@ -11,18 +11,17 @@ from torch import Tensor
 
 from sortserve.model.attention import Attention, HeadNorms, KVCache, RopeTables
 from sortserve.model.backends.cpu.attention import NativeAttention
-from sortserve.model.backends.cpu.isa import ISAS
 from sortserve.model.backends.cpu.library import NativeLibrary
 from sortserve.model.backends.reference.attention import ReferenceAttention
 from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
-from support.native import instance
+from support.native import INSTANCES, instance
 
 MAX_LEN = 1400
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-@pytest.fixture(name="library", params=list(ISAS))
+@pytest.fixture(name="library", params=list(INSTANCES))
 def _library(request: pytest.FixtureRequest) -> NativeLibrary:
     return instance(request.param)
 

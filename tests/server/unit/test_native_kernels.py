@@ -14,7 +14,6 @@ from sortserve.model.backend import Target
 from sortserve.model.backends import choose_backend
 from sortserve.model.backends.cpu import backend as cpu_backend
 from sortserve.model.backends.cpu.backend import CpuBackend
-from sortserve.model.backends.cpu.isa import ISAS
 from sortserve.model.backends.cpu.library import NativeLibrary
 from sortserve.model.backends.cpu.ops import NativeOps
 from sortserve.model.backends.reference.ops import ReferenceOps
@@ -23,7 +22,7 @@ from sortserve.model.decoder import Decoder
 from sortserve.model.weight import Weight
 from sortserve.model.weights import LayerWeights, ModelWeights
 from support.batches import Chunk, Pages, random_ids, run_chunks
-from support.native import force_isa
+from support.native import INSTANCES, force_isa
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 CPU = torch.device("cpu")
@@ -43,7 +42,7 @@ CONFIG = ModelConfig(
 )
 
 
-@pytest.fixture(name="library", params=list(ISAS))
+@pytest.fixture(name="library", params=list(INSTANCES))
 def _library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> NativeLibrary:
     return force_isa(request.param, monkeypatch)
 

@@ -46,7 +46,7 @@ class NativeLibrary:
         attention_partition: cached tokens that one unit of attention work covers.
 
     Raises:
-        BuildError: it is no library of these kernels.
+        BuildError: it is no library of these kernels, or they may not run here.
     """
 
     def __init__(self, path: Path, isa: Isa) -> None:
@@ -54,6 +54,8 @@ class NativeLibrary:
         self.calls: Counter[str] = Counter()
         try:
             self._library = ctypes.CDLL(str(path.resolve()))
+            if not self._library.sortserve_enable():
+                raise BuildError(f"the operating system grants no {isa.name} to this process")
             self._openmp = _join_openmp(self._library)
             self.attention_partition = int(self._library.sortserve_attention_partition())
             self._functions = {

@@ -6,11 +6,13 @@
 // so another order, for one row than for many.
 //
 // What an instruction set brings for a type of weights W: the type of x's elements (``RowOf<W>``),
-// how many rows go together (``kMaxRows<W>``), and ``multiply_tile<M>``.
+// how many rows go together (``kMaxRows<W>``), and ``multiply_tile<M>``; AMX takes any number of rows
+// with the same instructions.
 #pragma once
 
 #include <type_traits>
 
+#include "tile_amx.h"
 #include "tile_bf16.h"
 #include "tile_fma.h"
 
@@ -36,6 +38,15 @@ inline void multiply_any(int64_t num_rows, const RowOf<W>* x, int64_t x_stride, 
       return multiply_any<W, M - 1>(num_rows, x, x_stride, panel, num_inputs, outputs, ahead);
   multiply_tile<M>(x, x_stride, panel, num_inputs, outputs, ahead);
 }
+
+#if defined(SORTSERVE_HAS_AMX)
+template <>
+inline void multiply_any<bf16, kBf16Rows>(int64_t num_rows, const bf16* x, int64_t x_stride,
+                                          const bf16* panel, int64_t num_inputs, float* outputs,
+                                          const Ahead& ahead) {
+  multiply_by_amx(num_rows, x, x_stride, panel, num_inputs, outputs, ahead);
+}
+#endif
 
 // 1 <= num_rows <= kMaxRows<W>: write(m, outputs 0 to 15, outputs 16 to 31) for each row. Of an odd
 // number of inputs the last is half of a pair, whose other half is zero in the panel, and must be

@@ -4,7 +4,7 @@
 #include "tile_ahead.h"
 #include "vec.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(SORTSERVE_HAS_AMX)
 #define SORTSERVE_MULTIPLIES_BF16 1
 
 namespace sortserve {
