@@ -22,6 +22,8 @@ class EngineConfig:
     overload_delay_s: float = 2.0
     """Predicted wait beyond which requests without a budget start shallower; 0: never."""
     enable_prefix_caching: bool = True
+    pages_are_resident: bool = False
+    """Every page of the KV cache takes memory from the start, as on a GPU: see ``BlockPool``."""
     max_failed_steps: int = 3
     """So many steps that fail and give no token, nor their self-tests, end the engine."""
     seed: int | None = None

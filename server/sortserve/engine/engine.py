@@ -84,6 +84,7 @@ class Engine:
             block_size=runner.block_size,
             slab_size=runner.slab_size,
             enable_prefix_caching=config.enable_prefix_caching,
+            pages_are_resident=config.pages_are_resident,
         )
         self.scheduler = Scheduler(
             self.kv_cache,

@@ -52,13 +52,21 @@ class KVCacheManager:
     """
 
     def __init__(
-        self, *, num_pages: int, block_size: int, slab_size: int, enable_prefix_caching: bool = True
+        self,
+        *,
+        num_pages: int,
+        block_size: int,
+        slab_size: int,
+        enable_prefix_caching: bool = True,
+        pages_are_resident: bool = False,
     ) -> None:
         self.block_size = block_size
         self.slab_size = slab_size
         self.enable_prefix_caching = enable_prefix_caching
         self.prefix_cache = PrefixCache()
-        self.pool = BlockPool(num_pages, on_evict=self.prefix_cache.forget)
+        self.pool = BlockPool(
+            num_pages, on_evict=self.prefix_cache.forget, resident=pages_are_resident
+        )
         self._tables: dict[str, _PageTable] = {}
 
     def num_pages_needed(self, num_tokens: int, exit_layer: int) -> int:

@@ -59,6 +59,64 @@ def test_kept_pages_go_out_least_recently_released_first() -> None:
     assert pool.allocate(3) == [a, c, b]
 
 
+def test_the_page_that_was_emptied_last_goes_out_first() -> None:
+    pool = BlockPool(5)
+    a, b, c = pool.allocate(3)
+    pool.release([b, a], keep=keep_none)
+
+    assert pool.allocate(2) == [a, b]
+    assert c == pool.num_touched - 1 == 2
+    pool.check_invariants()
+
+
+def test_the_cache_grows_to_what_the_load_ever_held_and_then_evicts_its_oldest() -> None:
+    evicted: list[int] = []
+    pool = BlockPool(100, on_evict=evicted.append)
+    for _ in range(20):
+        pages = pool.allocate(10)
+        pool.check_invariants()
+        pool.release(pages, keep=keep_all)
+
+    assert pool.num_touched <= 20
+    assert evicted[:3] == [0, 1, 2]
+    pages = pool.allocate(30)  # more load: more room for both
+    pool.release(pages, keep=keep_all)
+    pool.release(pool.allocate(30), keep=keep_all)
+    assert 30 < pool.num_touched <= 60
+    pool.check_invariants()
+
+
+def test_a_small_load_has_a_share_of_the_pool_to_cache_in() -> None:
+    pool = BlockPool(320)
+    for _ in range(40):
+        pool.release(pool.allocate(1), keep=keep_all)
+
+    assert pool.num_kept == pool.num_touched == 10
+
+
+def test_a_pool_that_takes_its_memory_at_once_evicts_only_when_it_must() -> None:
+    evicted: list[int] = []
+    pool = BlockPool(40, on_evict=evicted.append, resident=True)
+    for _ in range(40):
+        pool.release(pool.allocate(1), keep=keep_all)
+    assert evicted == []
+
+    pool.release(pool.allocate(1), keep=keep_all)
+    assert evicted == [0]
+    pool.check_invariants()
+
+
+def test_every_page_can_be_had_at_once_whatever_state_it_is_in() -> None:
+    pool = BlockPool(12)
+    pages = pool.allocate(8)
+    pool.release(pages[:3], keep=keep_all)
+    pool.release(pages[3:5], keep=keep_none)
+
+    assert sorted(pool.allocate(9) + pages[5:]) == list(range(12))
+    assert pool.num_free == pool.num_kept == 0
+    pool.check_invariants()
+
+
 def test_a_kept_page_can_be_taken_back() -> None:
     pool = BlockPool(1)
     (page,) = pool.allocate(1)
