@@ -21,7 +21,7 @@ from sortserve.core.request import Observer, Request
 from sortserve.cost.learner import CostLearner
 from sortserve.engine.calibrator import Calibrator
 from sortserve.engine.engine import Engine, EngineConfig
-from sortserve.engine.memory import CacheShape, cache_shape
+from sortserve.engine.memory import CacheShape, cache_shape, return_freed_memory
 from sortserve.engine.runner import ModelRunner
 from sortserve.model.backends import AUTO, check_backend_name, choose_backend
 from sortserve.model.decoder import Decoder
@@ -122,6 +122,7 @@ def assemble(
         backend=backend,
         release_weights=release_weights,
     )
+    return_freed_memory()
     cache = cache_shape(
         decoder,
         max_model_len=max_model_len,
@@ -138,6 +139,7 @@ def assemble(
         policy=options.policy,
         overload_delay_s=options.overload_delay,
         enable_prefix_caching=options.enable_prefix_caching,
+        pages_are_resident=decoder.device.type != "cpu",
         max_failed_steps=options.max_failed_steps,
         seed=options.seed,
         vocab_size=checkpoint.config.vocab_size,

@@ -1,8 +1,10 @@
-"""How much memory the KV cache takes."""
+"""How much memory the KV cache takes, and what loading leaves behind."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,13 @@ from sortserve.core.errors import ConfigError
 from sortserve.model.attention import KVCache
 from sortserve.model.decoder import Decoder
 
-__all__ = ["CacheShape", "available_memory_bytes", "cache_shape", "num_kv_pages"]
+__all__ = [
+    "CacheShape",
+    "available_memory_bytes",
+    "cache_shape",
+    "num_kv_pages",
+    "return_freed_memory",
+]
 
 MEMORY_SHARE = 0.25
 """Share of the free memory that the KV cache takes unless told."""
@@ -128,3 +136,13 @@ def _meminfo_available_bytes(path: Path) -> int | None:
         if name == "MemAvailable":
             return int(rest.split()[0]) * 1024
     return None
+
+
+def return_freed_memory() -> None:
+    """Give the system back what this process has freed but its allocator still holds.
+
+    Reading, merging and packing a model frees as much again as the model takes, in pieces too small
+    to go back by themselves. Does nothing where the C library is not glibc.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
