@@ -53,6 +53,7 @@ class EngineBench:
         )
         parts = assemble(checkpoint, options)
         self._engine = parts.engine
+        self.decoder = parts.decoder
         self.device, self.dtype = parts.decoder.device, parts.decoder.dtype
         self._prompts = PromptMaker(
             random.Random(arguments.seed), vocab_size=checkpoint.config.vocab_size

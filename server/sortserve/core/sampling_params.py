@@ -142,9 +142,13 @@ class SamplingParams:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SamplingRow:
-    """What the sampler needs to know of one row: plain values, nothing of the batch around it."""
+    """What the sampler needs to know of one row: plain values, nothing of the batch around it.
+
+    Two are the same only if they are one object: a request keeps its own for as long as it lives,
+    and ``output_token_ids`` may grow meanwhile, but only at its end.
+    """
 
     params: SamplingParams
     seed: int

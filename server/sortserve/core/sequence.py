@@ -78,6 +78,13 @@ class Sequence:
         self.deadlines: Deadlines = request.budget.deadlines(request.arrival_s)
 
         self.output_token_ids: list[int] = []
+        self._sampling_row = SamplingRow(
+            params=request.sampling,
+            seed=seed,
+            prompt_token_ids=request.prompt_token_ids,
+            output_token_ids=self.output_token_ids,
+            stop_token_ids=stop_token_ids,
+        )
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
@@ -143,14 +150,8 @@ class Sequence:
         self.tokens_by_exit[self.exit_layer] = self.tokens_by_exit.get(self.exit_layer, 0) + 1
 
     def sampling_row(self) -> SamplingRow:
-        """What the sampler needs to choose the next token."""
-        return SamplingRow(
-            params=self.request.sampling,
-            seed=self.seed,
-            prompt_token_ids=self.request.prompt_token_ids,
-            output_token_ids=self.output_token_ids,
-            stop_token_ids=self.stop_token_ids,
-        )
+        """What the sampler needs to choose the next token: always the same object."""
+        return self._sampling_row
 
     def __repr__(self) -> str:
         return (

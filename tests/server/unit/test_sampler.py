@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sortserve.core.sampling_params import RowFailure, SampledToken, SamplingParams, SamplingRow
-from sortserve.engine.sampling import filters
+from sortserve.engine.sampling import filters, wide
 from sortserve.engine.sampling.sampler import Sampler, uniform
-from sortserve.engine.sampling.vocab_ops import argmax, at_least, draw
+from sortserve.engine.sampling.vocab_ops import argmax, at_least, block_maxima, draw, kth_largest
 from support.reference_sampling import processed_logits, reference_uniform, sample_reference
 
 
@@ -204,7 +204,11 @@ def test_a_row_keeps_the_same_candidates_and_weights_to_the_last_bit_in_any_batc
     params = [SamplingParams(**settings[r % 3]) for r in range(12)]  # type: ignore[arg-type]
 
     def surviving(logits_NV: Tensor, params: list[SamplingParams]) -> tuple[Tensor, Tensor]:
-        candidates = filters._tighten(filters._find_candidates(logits_NV, params), params)
+        by_mass = [n for n, p in enumerate(params) if p.top_k <= 0]
+        found = filters._find_candidates(
+            logits_NV, params, block_maxima(logits_NV), logits_NV[by_mass].softmax(-1)
+        )
+        candidates = filters._tighten(found, params)
         return candidates.ids_NC, filters._surviving_weights(candidates, params)
 
     ids_RC, weights_RC = surviving(logits_RV, params)
@@ -448,3 +452,116 @@ def test_block_wise_argmax_and_search_agree_with_torch(vocab_size: int) -> None:
     for n in range(5):
         expected = (x_NV[n] >= floor_N1[n]).nonzero()[:, 0].tolist()
         assert ids_NC[n, : count_N[n]].tolist() == expected
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 96, 4096, 5000])
+def test_the_kth_largest_of_a_row_is_that_of_a_sort_whatever_its_neighbours_ask(
+    vocab_size: int,
+) -> None:
+    x_NV = random_logits(6, vocab_size).round()  # many ties
+    x_NV[4, 2:] = -torch.inf
+    ks = [1, 2, 50, 3000, 40, 10**6]
+    expected = [
+        x_V.sort(descending=True).values[min(k, vocab_size) - 1].item()
+        for x_V, k in zip(x_NV, ks, strict=True)
+    ]
+    assert kth_largest(x_NV, ks)[:, 0].tolist() == expected
+    for n, k in enumerate(ks):
+        assert kth_largest(x_NV[n : n + 1], [k]).item() == expected[n]
+
+
+# ---- where the model is unsure ----------------------------------------------------------------
+
+
+def unsure_logits(num_rows: int, *, seed: int, scale: float) -> Tensor:
+    """Many tokens near each other, a few ahead, as after a prompt that says nothing."""
+    logits_RV = random_logits(num_rows, 20_000, seed=seed, scale=scale)
+    logits_RV[:, :50] += 2.0
+    return logits_RV
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 1.6])
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.99])
+def test_an_unsure_row_draws_what_it_draws_candidate_by_candidate(
+    scale: float, top_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits_RV = unsure_logits(24, seed=1, scale=scale)
+    rows = [make_row(seed=seed, temperature=1.0, top_p=top_p) for seed in range(24)]
+    outcomes: list[Tensor] = []
+    original = filters.draw_wide
+
+    def watched(*args: Tensor) -> wide.Wide:
+        outcomes.append((result := original(*args)).done_M)
+        return result
+
+    monkeypatch.setattr(filters, "draw_wide", watched)
+    tokens = sample(logits_RV, *rows)
+    assert sum(int(done_M.sum()) for done_M in outcomes) >= 6  # the fast way was taken
+    alone = [sample(logits_RV[r : r + 1], row)[0] for r, row in enumerate(rows)]
+    monkeypatch.setattr(wide, "_MANY", 10**9)
+    assert tokens == alone == sample(logits_RV, *rows)
+
+
+@pytest.mark.parametrize("bounds", [(1.5, 3.0), (0.01, 0.5)])
+def test_a_wrong_guess_about_an_unsure_row_costs_time_and_no_token(
+    bounds: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits_RV = unsure_logits(8, seed=2, scale=1.0)
+    rows = [make_row(seed=seed, temperature=1.0, top_p=0.9) for seed in range(8)]
+    expected = sample(logits_RV, *rows)
+    monkeypatch.setattr(wide, "_LOW", bounds[0])
+    monkeypatch.setattr(wide, "_HIGH", bounds[1])
+    assert sample(logits_RV, *rows) == expected
+
+
+def test_of_equal_tokens_of_an_unsure_row_the_higher_id_is_cut_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits_RV = unsure_logits(6, seed=3, scale=1.0).round()
+    rows = [make_row(seed=seed, temperature=1.0, top_p=0.7) for seed in range(6)]
+    tokens = sample(logits_RV, *rows)
+    monkeypatch.setattr(wide, "_MANY", 10**9)
+    assert sample(logits_RV, *rows) == tokens
+
+
+# ---- tokens are counted once ------------------------------------------------------------------
+
+
+def test_a_row_that_comes_again_samples_what_a_new_one_of_the_same_tokens_would() -> None:
+    rng, sampler, vocab_size = random.Random(5), Sampler(), 300
+    outputs: list[list[int]] = [[] for _ in range(12)]
+    settings = [
+        {
+            "temperature": rng.choice([0.0, 1.0]),
+            "repetition_penalty": rng.choice([1.0, 0.7, 1.4]),
+            "presence_penalty": rng.choice([0.0, 0.9]),
+            "frequency_penalty": rng.choice([0.0, -0.5, 0.6]),
+            "logit_bias": rng.choice([{}, {3: 4.0, 17: -100.0, 200: 1.5}]),
+        }
+        for _ in outputs
+    ]
+    lasting = [
+        make_row(seed=r, output=output, **settings[r])  # type: ignore[arg-type]
+        for r, output in enumerate(outputs)
+    ]
+    for step in range(40):
+        logits_RV = random_logits(12, vocab_size, seed=step)
+        fresh = [
+            make_row(seed=r, output=tuple(output), **settings[r])  # type: ignore[arg-type]
+            for r, output in enumerate(outputs)
+        ]
+        present = rng.sample(range(12), rng.randrange(1, 13))  # some sit a step out
+        tokens = sampler.sample(logits_RV[present].clone(), [lasting[r] for r in present])
+        assert tokens == Sampler().sample(logits_RV[present].clone(), [fresh[r] for r in present])
+        for r, token in zip(present, tokens, strict=True):
+            assert isinstance(token, SampledToken)
+            outputs[r].append(token.token_id)
+
+
+def test_what_was_counted_for_a_request_goes_with_it() -> None:
+    sampler = Sampler()
+    row = make_row(temperature=0.0, presence_penalty=1.0, output=(3, 4))
+    sampler.sample(random_logits(1, 10), [row])
+    assert len(sampler._editor._edits) == 1
+    del row
+    assert len(sampler._editor._edits) == 0

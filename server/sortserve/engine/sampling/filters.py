@@ -1,8 +1,9 @@
 """top_k, top_p and min_p as transformers defines them, without sorting the vocabulary.
 
-A floor per row leaves the few candidates that can survive; only these are sorted. All decisions
-are float64 sums rounded to float32, which is what transformers' float32 sums come to on a CPU. Sums
-run in order, from left to right, so that padding to the widest neighbour changes no bit of them.
+A floor per row leaves the few candidates that can survive; only these are sorted. Where top_p
+leaves thousands, ``sampling.wide`` is tried first. All decisions are float64 sums rounded to
+float32, which is what transformers' float32 sums come to on a CPU. Sums run in order, from left to
+right, so that padding to the widest neighbour changes no bit of them.
 
 Shapes: N rows, V vocabulary, C candidates of a row, padded to the widest.
 """
@@ -16,7 +17,16 @@ import torch
 from torch import Tensor
 
 from sortserve.core.sampling_params import SamplingParams
-from sortserve.engine.sampling.vocab_ops import at_least, draw_in_order, pick, row_sums, take_rows
+from sortserve.engine.sampling.vocab_ops import (
+    at_least,
+    block_maxima,
+    draw_in_order,
+    kth_largest,
+    pick,
+    row_sums,
+    take_rows,
+)
+from sortserve.engine.sampling.wide import draw_wide, is_wide
 
 __all__ = ["draw_filtered", "has_filter"]
 
@@ -34,7 +44,10 @@ def has_filter(params: SamplingParams) -> bool:
 
 
 def draw_filtered(
-    scores_NV: Tensor, uniform_N: Tensor, params: Sequence[SamplingParams]
+    scores_NV: Tensor,
+    uniform_N: Tensor,
+    params: Sequence[SamplingParams],
+    largest_NK: Tensor | None = None,
 ) -> list[int]:
     """One token per row from those that survive its filters; every row must have one.
 
@@ -42,8 +55,62 @@ def draw_filtered(
         scores_NV: float32 logits after temperature.
         uniform_N: float64 in [0, 1).
         params: each row's filters.
+        largest_NK: the scores' ``block_maxima``, where these are known.
     """
-    candidates = _tighten(_find_candidates(scores_NV, params), params)
+    largest_NK = block_maxima(scores_NV) if largest_NK is None else largest_NK
+    by_mass = [n for n, p in enumerate(params) if p.top_k <= 0 and p.top_p < 1.0]
+    whole_MV = take_rows(scores_NV, by_mass).softmax(-1)
+    drawn = _draw_wide_ones(scores_NV, whole_MV, uniform_N, by_mass, params)
+    rest = [n for n in range(len(params)) if n not in drawn]
+    if rest:
+        left = [m for m, n in enumerate(by_mass) if n not in drawn]
+        tokens = _draw_from_candidates(
+            _find_candidates(
+                take_rows(scores_NV, rest),
+                [params[n] for n in rest],
+                take_rows(largest_NK, rest),
+                take_rows(whole_MV, left),
+            ),
+            uniform_N[rest],
+            [params[n] for n in rest],
+        )
+        drawn |= dict(zip(rest, tokens, strict=True))
+    return [drawn[n] for n in range(len(params))]
+
+
+def _draw_wide_ones(
+    scores_NV: Tensor,
+    whole_MV: Tensor,
+    uniform_N: Tensor,
+    by_mass: Sequence[int],
+    params: Sequence[SamplingParams],
+) -> dict[int, int]:
+    """The tokens of the rows that are better not looked at candidate by candidate."""
+    if not by_mass:
+        return {}
+    spare_M1 = _column([1.0 - params[n].top_p for n in by_mass], scores_NV)
+    looks_wide = is_wide(whole_MV, spare_M1).tolist()
+    wide = [m for m, n in enumerate(by_mass) if looks_wide[m] and params[n].min_p <= 0.0]
+    if not wide:
+        return {}
+    rows = [by_mass[m] for m in wide]
+    result = draw_wide(
+        scores_NV,
+        torch.tensor(rows, device=scores_NV.device),
+        take_rows(whole_MV, wide).clone()
+        if len(wide) == len(whole_MV)
+        else take_rows(whole_MV, wide),
+        spare_M1[wide],
+        uniform_N[rows],
+    )
+    outcomes = zip(rows, result.token_M.tolist(), result.done_M.tolist(), strict=True)
+    return {n: token for n, token, done in outcomes if done}
+
+
+def _draw_from_candidates(
+    candidates: _Candidates, uniform_N: Tensor, params: Sequence[SamplingParams]
+) -> list[int]:
+    candidates = _tighten(candidates, params)
     counts = candidates.count_N.tolist()
     groups = [[n] for n, count in enumerate(counts) if count > _WIDE]
     groups.append([n for n, count in enumerate(counts) if count <= _WIDE])
@@ -85,21 +152,32 @@ class _Candidates:
         )
 
 
-def _find_candidates(scores_NV: Tensor, params: Sequence[SamplingParams]) -> _Candidates:
+def _find_candidates(
+    scores_NV: Tensor,
+    params: Sequence[SamplingParams],
+    largest_NK: Tensor,
+    whole_MV: Tensor,
+) -> _Candidates:
     """Every token that may survive.
 
     The floor under a row's candidates is, with top_k, the k-th largest score (ties with it stay).
     With top_p alone: tokens no likelier than x weigh at most V * x together, so a token survives
     only if x > (1 - top_p) / V. With min_p alone: min_p times the largest probability.
+
+    Args:
+        scores_NV: of each row.
+        params: its filters.
+        largest_NK: the scores' ``block_maxima``.
+        whole_MV: the softmax of those with top_p and no top_k.
     """
+    by_rank = [n for n, p in enumerate(params) if p.top_k > 0]
     by_mass = [n for n, p in enumerate(params) if p.top_k <= 0 and p.top_p < 1.0]
-    whole_MV = take_rows(scores_NV, by_mass).softmax(-1)
-    largest_N1 = scores_NV.amax(-1, keepdim=True)
+    largest_N1 = largest_NK.amax(-1, keepdim=True)
     floor_N1 = largest_N1 + _column([p.min_p for p in params], scores_NV).log() - _SLACK
-    for k in {p.top_k for p in params if p.top_k > 0}:
-        by_rank = [n for n, p in enumerate(params) if p.top_k == k]
-        floor_N1[by_rank] = (
-            take_rows(scores_NV, by_rank).topk(min(k, scores_NV.shape[1])).values[:, -1:]
+    if by_rank:
+        ks = [params[n].top_k for n in by_rank]
+        floor_N1[by_rank] = kth_largest(
+            take_rows(scores_NV, by_rank), ks, take_rows(largest_NK, by_rank)
         )
     if by_mass:
         spare_M1 = _column([1.0 - params[n].top_p for n in by_mass], scores_NV)
@@ -107,7 +185,7 @@ def _find_candidates(scores_NV: Tensor, params: Sequence[SamplingParams]) -> _Ca
         floor_N1[by_mass] = largest_N1[by_mass] + ratio_M1.log() - _SLACK
     floor_N1.clamp_(min=torch.finfo(scores_NV.dtype).min)  # -inf has no weight
 
-    ids_NC, count_N = at_least(scores_NV, floor_N1)
+    ids_NC, count_N = at_least(scores_NV, floor_N1, largest_NK)
     padded_NC = _padded(ids_NC, count_N)
     scores_NC = scores_NV.gather(1, ids_NC).masked_fill(padded_NC, -torch.inf)
     mass_NC = (scores_NC - largest_N1).double().exp()
