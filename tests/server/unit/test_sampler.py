@@ -488,13 +488,13 @@ def test_an_unsure_row_draws_what_it_draws_candidate_by_candidate(
     logits_RV = unsure_logits(24, seed=1, scale=scale)
     rows = [make_row(seed=seed, temperature=1.0, top_p=top_p) for seed in range(24)]
     outcomes: list[Tensor] = []
-    original = filters.draw_wide
+    original = wide.draw_wide
 
     def watched(*args: Tensor) -> wide.Wide:
         outcomes.append((result := original(*args)).done_M)
         return result
 
-    monkeypatch.setattr(filters, "draw_wide", watched)
+    monkeypatch.setattr(wide, "draw_wide", watched)
     tokens = sample(logits_RV, *rows)
     assert sum(int(done_M.sum()) for done_M in outcomes) >= 6  # the fast way was taken
     alone = [sample(logits_RV[r : r + 1], row)[0] for r, row in enumerate(rows)]

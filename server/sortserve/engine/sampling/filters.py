@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sortserve.core.sampling_params import SamplingParams
+from sortserve.engine.sampling import wide
 from sortserve.engine.sampling.vocab_ops import (
     at_least,
     block_maxima,
@@ -26,7 +27,6 @@ from sortserve.engine.sampling.vocab_ops import (
     row_sums,
     take_rows,
 )
-from sortserve.engine.sampling.wide import draw_wide, is_wide
 
 __all__ = ["draw_filtered", "has_filter"]
 
@@ -89,18 +89,18 @@ def _draw_wide_ones(
     if not by_mass:
         return {}
     spare_M1 = _column([1.0 - params[n].top_p for n in by_mass], scores_NV)
-    looks_wide = is_wide(whole_MV, spare_M1).tolist()
-    wide = [m for m, n in enumerate(by_mass) if looks_wide[m] and params[n].min_p <= 0.0]
-    if not wide:
+    looks_wide = wide.is_wide(whole_MV, spare_M1).tolist()
+    unsure = [m for m, n in enumerate(by_mass) if looks_wide[m] and params[n].min_p <= 0.0]
+    if not unsure:
         return {}
-    rows = [by_mass[m] for m in wide]
-    result = draw_wide(
+    rows = [by_mass[m] for m in unsure]
+    result = wide.draw_wide(
         scores_NV,
         torch.tensor(rows, device=scores_NV.device),
-        take_rows(whole_MV, wide).clone()
-        if len(wide) == len(whole_MV)
-        else take_rows(whole_MV, wide),
-        spare_M1[wide],
+        take_rows(whole_MV, unsure).clone()
+        if len(unsure) == len(whole_MV)
+        else take_rows(whole_MV, unsure),
+        spare_M1[unsure],
         uniform_N[rows],
     )
     outcomes = zip(rows, result.token_M.tolist(), result.done_M.tolist(), strict=True)

@@ -164,7 +164,7 @@ class BlockDraw:
 
     def __init__(self, weights_NV: Tensor) -> None:
         self._blocks_NKB = _blocks(weights_NV)
-        parts = self._blocks_NKB.split(_ROWS_AT_ONCE)  # each is copied as float64
+        parts = torch.split(self._blocks_NKB, _ROWS_AT_ONCE)  # each is copied as float64
         self._sums_NK = torch.cat([part.sum(-1, dtype=torch.float64) for part in parts])
         self.total_N = self._sums_NK.sum(-1)
 
