@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from sortserve.cli import main
 from sortserve.core.errors import ConfigError
@@ -337,9 +336,3 @@ def test_a_compiler_that_fails_is_told_with_the_instance(
 
 
 # ---- loading
-
-
-def test_the_kernels_join_the_openmp_runtime_that_torch_has_loaded() -> None:
-    path = library._loaded_openmp()
-    assert path is not None
-    assert os.path.realpath(path).startswith(os.path.realpath(Path(torch.__file__).parents[1]))

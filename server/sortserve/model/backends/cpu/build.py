@@ -39,7 +39,7 @@ MAX_CACHED = 8
 
 _SOURCES = Path(__file__).parent / "kernels"
 _COMPILERS = ("g++", "c++", "clang++")
-_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-w")
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-w")
 _COMPILE_TIMEOUT_S = 300
 
 

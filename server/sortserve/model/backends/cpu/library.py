@@ -1,11 +1,11 @@
 """The C++ kernels in ``kernels/``, called by ctypes.
 
 The library has a plain C interface and no headers of torch, so that it compiles in seconds and
-outlives torch upgrades. It takes part in the OpenMP thread pool that torch has loaded; calls
-release the GIL. There is one for each instruction set (``isa.py``), prebuilt or compiled on first
-use (``build.py``); several can be loaded side by side. Where there is none and none can be
-compiled, ``load_native`` says so once in the log and returns None: the callers then use plain
-torch.
+outlives torch upgrades. It has threads of its own beside torch's OpenMP pool
+(``kernels/parallel.h``), which sleep when there is nothing to do; calls release the GIL. There is
+one for each instruction set (``isa.py``), prebuilt or compiled on first use (``build.py``); several
+can be loaded side by side. Where there is none and none can be compiled, ``load_native`` says so
+once in the log and returns None: the callers then use plain torch.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The enum Dtype of ``kernels/kernels.h``."""
-
-_OPENMP_NAMES = ("libgomp", "libomp", "libiomp5")
 
 
 class NativeLibrary:
@@ -56,7 +54,6 @@ class NativeLibrary:
             self._library = ctypes.CDLL(str(path.resolve()))
             if not self._library.sortserve_enable():
                 raise BuildError(f"the operating system grants no {isa.name} to this process")
-            self._openmp = _join_openmp(self._library)
             self.attention_partition = int(self._library.sortserve_attention_partition())
             self._functions = {
                 name: getattr(self._library, f"sortserve_{name}")
@@ -135,26 +132,3 @@ def _load_fastest() -> NativeLibrary | None:
     text = "; ".join(dict.fromkeys(faults.values()))
     logger.warning("native CPU kernels are off, plain torch is used: %s", text)
     return None
-
-
-def _join_openmp(library: ctypes.CDLL) -> ctypes.CDLL | None:
-    """Hand the kernels the OpenMP runtime that torch uses; without it they run on one thread."""
-    path = _loaded_openmp()
-    runtime = ctypes.CDLL(path) if path else None
-    if runtime is None or not hasattr(runtime, "GOMP_parallel"):
-        logger.warning("torch's OpenMP runtime was not found: native kernels use one thread")
-        return None
-    library.sortserve_set_parallel(ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p))
-    return runtime
-
-
-def _loaded_openmp() -> str | None:
-    """The file of the OpenMP runtime in this process; torch's own first, should there be two."""
-    try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    paths = {line.split(maxsplit=5)[5] for line in lines if "/" in line}
-    found = sorted(path for path in paths if Path(path).name.startswith(_OPENMP_NAMES))
-    torch_dir = str(Path(torch.__file__).parent.parent)
-    return min(found, key=lambda path: not path.startswith(torch_dir), default=None)

@@ -1,38 +1,73 @@
-// Loops over the threads of the OpenMP runtime that torch has loaded, so that there is one pool.
+// Loops over threads, on a machine that may be busy with other things.
 //
-// A kernel enters that pool once, as a Team, and then runs any number of loops: the thread that
-// called is the leader and walks through the kernel; the others help with whatever loop is open.
-// The leader never waits for a helper that holds no work, so a helper which lost its core to
-// another process costs its share of speed and no more. (One OpenMP region per loop would wait for
-// every thread at every loop: measured, a step then takes ten times as long on a busy machine.)
+// A kernel runs as a Team: the thread that called is the leader and walks through it, and helpers
+// take grains of whatever loop is open. The leader never waits for a helper that holds no grain,
+// neither between loops nor at the end, so a helper that lost its core to another process costs its
+// share of speed and little more. (An OpenMP region ends when every thread has reached its end,
+// and its threads spin for milliseconds before they sleep, on cores that others need.)
+//
+// Which thread runs which grain is left to chance: a body must give the same bits whatever the
+// grains and whoever runs them.
 #pragma once
-
-#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <thread>
 
 namespace sortserve {
 
-// GOMP_parallel of that runtime (libgomp, or LLVM's libomp under its compatible name); it runs
-// fn(data) once on each of num_threads threads, the caller among them. Null: no helpers.
-using ParallelFn = void (*)(void (*fn)(void*), void* data, unsigned num_threads, unsigned flags);
-extern ParallelFn run_on_threads;
+// What a leader and its helpers share. It belongs to the leading thread, and outlives it for as
+// long as a helper looks at it.
+class Crew {
+ public:
+  using Run = void (*)(const void* data, int64_t grain);
+
+  // The calling thread's own, with as many helpers as could be started; at least one, or null.
+  static Crew* of_this_thread(int64_t num_helpers);
+
+  // run(data, i) for each grain i < num_grains, by the leader and its first helpers.
+  void run_loop(Run run, const void* data, uint32_t num_grains, int64_t num_helpers);
+
+  // The life of a helper.
+  void help(int64_t index);
+
+  // Helpers end, each as soon as it looks.
+  void dismiss();
+
+ private:
+  static constexpr uint32_t kClosed = ~0u;
+
+  void publish(Run run, const void* data, uint32_t num_grains);
+  bool has_grain() const;
+  bool take_grain();
+  void wake_helpers();
+  bool wait_for_grain(int64_t index);
+  void wait_for_end(uint32_t num_grains);
+
+  // The number of the loop and, in its low half, the next free grain. It is closed while the loop
+  // changes, so whoever takes a grain has read the loop that the grain is of.
+  alignas(64) std::atomic<uint64_t> ticket_{kClosed};
+  std::atomic<Run> run_{nullptr};
+  std::atomic<const void*> data_{nullptr};
+  std::atomic<uint32_t> num_grains_{0};
+  std::atomic<int64_t> num_wanted_{0};  // helpers with a lower index take part
+  alignas(64) std::atomic<uint32_t> num_done_{0};
+  std::atomic<bool> is_leader_asleep_{false};
+  alignas(64) std::atomic<uint32_t> num_calls_{0};  // changes when sleepers are to wake
+  std::atomic<int64_t> num_asleep_{0};
+  std::atomic<bool> is_dismissed_{false};
+};
 
 class Team {
  public:
-  explicit Team(int64_t num_threads) : num_threads_(num_threads) {}
-
-  int64_t num_threads() const { return num_threads_; }
+  int64_t num_threads() const { return num_helpers_ + 1; }
 
   // body(i) for i in [0, count), a grain of neighbouring indices at a time. Leader only.
   template <typename Body>
   void parallel_for(int64_t count, int64_t grain, const Body& body) {
     grain = std::max(grain, (count + kMaxGrains - 1) / kMaxGrains);
     const int64_t num_grains = (count + grain - 1) / grain;
-    if (num_threads_ <= 1 || num_grains <= 1) {
+    if (num_helpers_ == 0 || num_grains <= 1) {
       for (int64_t i = 0; i < count; ++i) body(i);
       return;
     }
@@ -41,92 +76,25 @@ class Team {
       for (int64_t i = index * grain; i < last; ++i) body(i);
     };
     using RunGrain = decltype(run_grain);
-    publish([](const void* data, int64_t i) { (*static_cast<const RunGrain*>(data))(i); },
-            &run_grain, num_grains);
-    while (take_grain()) {
-    }
-    for (int spins = 0; done_.load(std::memory_order_acquire) != num_grains;) relax(spins);
+    crew_->run_loop([](const void* data, int64_t i) { (*static_cast<const RunGrain*>(data))(i); },
+                    &run_grain, static_cast<uint32_t>(num_grains), num_helpers_);
   }
 
-  // fn(team), with num_threads threads.
+  // fn(team), with num_threads threads; with one where no other can be started.
   template <typename Fn>
   static void run(int64_t num_threads, const Fn& fn) {
-    if (run_on_threads == nullptr || num_threads <= 1) {
-      Team alone(1);
-      return fn(alone);
-    }
-    struct Region {
-      const Fn& fn;
-      Team team;
-      std::thread::id leader;
-    } region{fn, Team(num_threads), std::this_thread::get_id()};
-    run_on_threads(
-        [](void* data) {
-          Region& region = *static_cast<Region*>(data);
-          if (std::this_thread::get_id() != region.leader) return region.team.help();
-          region.fn(region.team);
-          region.team.finished_.store(true, std::memory_order_release);
-        },
-        &region, static_cast<unsigned>(num_threads), 0);
+    Crew* crew = num_threads > 1 ? Crew::of_this_thread(num_threads - 1) : nullptr;
+    Team team(crew, crew == nullptr ? 0 : num_threads - 1);
+    fn(team);
   }
 
  private:
-  using Run = void (*)(const void*, int64_t);
-  static constexpr uint32_t kClosed = ~0u;
   static constexpr int64_t kMaxGrains = 1 << 20;
 
-  static void relax(int& spins) {
-    if (++spins > 256) {
-      sched_yield();
-      return;
-    }
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
+  Team(Crew* crew, int64_t num_helpers) : crew_(crew), num_helpers_(num_helpers) {}
 
-  // ticket_ is the number of the loop and, in its low half, the next free grain. It is closed
-  // while the loop changes, so whoever takes a grain has read the loop that the grain is of.
-  void publish(Run run, const void* data, int64_t num_grains) {
-    const uint64_t loop = ((ticket_.load(std::memory_order_relaxed) >> 32) + 1) << 32;
-    ticket_.store(loop | kClosed, std::memory_order_seq_cst);
-    std::atomic_thread_fence(std::memory_order_seq_cst);
-    run_.store(run, std::memory_order_relaxed);
-    data_.store(data, std::memory_order_relaxed);
-    num_grains_.store(num_grains, std::memory_order_relaxed);
-    done_.store(0, std::memory_order_relaxed);
-    ticket_.store(loop, std::memory_order_release);
-  }
-
-  // False: no free grain.
-  bool take_grain() {
-    uint64_t ticket = ticket_.load(std::memory_order_acquire);
-    const Run run = run_.load(std::memory_order_relaxed);
-    const void* data = data_.load(std::memory_order_relaxed);
-    const int64_t index = static_cast<uint32_t>(ticket);
-    if (index >= num_grains_.load(std::memory_order_relaxed)) return false;
-    if (!ticket_.compare_exchange_strong(ticket, ticket + 1, std::memory_order_acq_rel)) return true;
-    run(data, index);
-    done_.fetch_add(1, std::memory_order_release);
-    return true;
-  }
-
-  void help() {
-    for (int spins = 0; !finished_.load(std::memory_order_acquire);) {
-      if (take_grain())
-        spins = 0;
-      else
-        relax(spins);
-    }
-  }
-
-  const int64_t num_threads_;
-  std::atomic<uint64_t> ticket_{kClosed};
-  std::atomic<Run> run_{nullptr};
-  std::atomic<const void*> data_{nullptr};
-  std::atomic<int64_t> num_grains_{0};
-  alignas(64) std::atomic<int64_t> done_{0};
-  std::atomic<bool> finished_{false};
+  Crew* const crew_;
+  const int64_t num_helpers_;
 };
 
 }  // namespace sortserve
