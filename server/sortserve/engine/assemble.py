@@ -6,8 +6,6 @@ parts.engine.step()
 
 from __future__ import annotations
 
-import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from sortserve.engine.calibrator import Calibrator
 from sortserve.engine.engine import Engine, EngineConfig
 from sortserve.engine.memory import CacheShape, cache_shape, return_freed_memory
 from sortserve.engine.runner import ModelRunner
+from sortserve.engine.threads import StepThreads, limit_threads
 from sortserve.model.backends import AUTO, check_backend_name, choose_backend
 from sortserve.model.decoder import Decoder
 from sortserve.text.tokenizer import TextStream, Tokenizer
@@ -36,8 +35,6 @@ __all__ = [
     "make_tokenizer",
     "start_threads",
 ]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +73,28 @@ class EngineParts:
     """An engine that has not run yet, and what it was made of."""
 
     engine: Engine
+    runner: ModelRunner
     tokenizer: Tokenizer
     decoder: Decoder
     cache: CacheShape
     calibrator: Calibrator
 
-    def calibrate(self) -> None:
-        """Let the engine know what its steps cost; on the thread that will run them."""
+    @property
+    def num_threads(self) -> int:
+        """CPU threads that a step may use."""
+        return torch.get_num_threads()
+
+    def calibrate(self, *, adapt_threads: bool = False) -> None:
+        """Let the engine know what its steps cost; on the thread that will run them.
+
+        Args:
+            adapt_threads: from then on, steps use as many threads as pays, at most those that the
+                calibration had. PyTorch's number of threads is the process's, so this is for a
+                process that does nothing else.
+        """
         self.engine.costs.learn_from(CostLearner(self.calibrator.samples()))
+        if adapt_threads:
+            self.runner.adapt_threads(StepThreads(self.engine.costs))
 
 
 def assemble(
@@ -147,6 +158,7 @@ def assemble(
     engine = make_engine(runner, checkpoint, tokenizer, config, observer=observer)
     return EngineParts(
         engine=engine,
+        runner=runner,
         tokenizer=tokenizer,
         decoder=decoder,
         cache=cache,
@@ -207,22 +219,13 @@ def context_length(checkpoint: LoadedCheckpoint, wanted: int | None) -> int:
 
 
 def start_threads(wanted: int | None) -> None:
-    """Let the model use so many threads of this process; None leaves PyTorch's choice."""
+    """See ``limit_threads``; what is no number of threads is refused."""
     if wanted is not None:
         _check_count("num_threads", wanted)
-        torch.set_num_threads(num_threads(wanted))
+    limit_threads(wanted)
 
 
 def _check_count(name: str, value: object, least: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         flag = name.replace("_", "-")
         raise ConfigError(f"--{flag}={value!r} is not allowed: an integer >= {least}.", param=flag)
-
-
-def num_threads(wanted: int) -> int:
-    """Threads to start: those that are wanted, but no more than there are cores to run them."""
-    has_affinity = hasattr(os, "sched_getaffinity")
-    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    if wanted > num_cores:
-        logger.warning("--num-threads=%d: only %d are started, one a core.", wanted, num_cores)
-    return min(wanted, num_cores)

@@ -8,6 +8,7 @@ from sortserve.core.plan import StepPlan
 from sortserve.core.sampling_params import RowFailure, SampledToken
 from sortserve.engine.inputs import build_batch
 from sortserve.engine.sampling.sampler import Sampler
+from sortserve.engine.threads import StepThreads
 from sortserve.model.decoder import Decoder
 
 __all__ = ["ModelRunner"]
@@ -25,10 +26,21 @@ class ModelRunner:
         self._decoder = decoder
         self._sampler = sampler or Sampler()
         self._kv_cache = decoder.allocate_kv_cache(num_pages, block_size)
+        self._threads: StepThreads | None = None
 
-    @torch.inference_mode()
+    def adapt_threads(self, threads: StepThreads) -> None:
+        """From now on, let steps use as many threads as ``threads`` finds best."""
+        if self._decoder.device.type == "cpu":
+            self._threads = threads
+
     def execute(self, plan: StepPlan) -> list[SampledToken | RowFailure]:
         """Run the plan's rows; for each that samples, in the plan's order, its token or failure."""
+        if self._threads is None:
+            return self._execute(plan)
+        return self._threads.run(plan, self._execute)
+
+    @torch.inference_mode()
+    def _execute(self, plan: StepPlan) -> list[SampledToken | RowFailure]:
         batch = build_batch(
             plan,
             block_size=self.block_size,

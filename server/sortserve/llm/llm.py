@@ -48,7 +48,8 @@ class LLM:
         device: ``auto``, ``cpu`` or ``cuda``.
         quantize: make the weights smaller at load: ``none``, ``nf4`` or ``int8-bnb``.
         revision: branch, tag or commit of a Hugging Face id.
-        num_threads: CPU threads of PyTorch, in the whole process; None: its own choice.
+        num_threads: CPU threads of PyTorch, in the whole process; None: its own choice, but no more
+            than there are cores for.
         calibrate: measure what steps cost before the first request: seconds, unless an earlier
             start has done it. Without it no time is predicted: a budget's times choose no exit.
         options: fields of ``EngineOptions``: ``max_model_len``, ``policy``, ``max_num_seqs``,

@@ -26,6 +26,7 @@ def banner(settings: ServeSettings, serving: Serving, port: int | None) -> str:
         f"sortserve {__version__} serves {serving.model_name} on {settings.uds or url}",
         f"  exits     {', '.join(map(str, exits.layers))} of {exits.full} layers",
         f"  weights   {weights}",
+        f"  backend   {chosen['backend']} ({chosen['isa']}), threads: {chosen['threads']}",
         f"  KV cache  {cache.num_pages} pages of {cache.block_size} tokens x {cache.slab_size} "
         f"layers, {cache.num_bytes / 2**20:.0f} MiB",
     ]

@@ -42,7 +42,7 @@ class Serving:
     metrics: Metrics
     cache: CacheShape
     computed_in: Mapping[str, str]
-    """What was chosen for the model: ``dtype``, ``quantization`` and ``backend``."""
+    """``dtype``, ``quantization``, ``backend``, ``isa`` and ``threads``: what each auto became."""
 
 
 def build(settings: ServeSettings) -> Serving:
@@ -83,13 +83,15 @@ def build(settings: ServeSettings) -> Serving:
 
     def prepare() -> None:
         if settings.calibrate:
-            parts.calibrate()
+            parts.calibrate(adapt_threads=settings.num_threads is None)
 
     cache, decoder = parts.cache, parts.decoder
     computed_in = {
         "dtype": str(decoder.dtype).removeprefix("torch."),
         "quantization": quantization_of(decoder.formats),
         "backend": decoder.backend.name,
+        "isa": decoder.backend.detail or "none",
+        "threads": str(parts.num_threads),
     }
     metrics.watch(worker.stats)
     metrics.set_model_config(computed_in)

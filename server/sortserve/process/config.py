@@ -102,7 +102,8 @@ class ServeSettings(BaseSettings):
     fastest that works here."""
     num_threads: Annotated[int, Field(ge=1, le=MAX_THREADS), Number] | None = None
     """CPU threads of the model, at most 1024; more than there are cores are not started. Default:
-    PyTorch's choice."""
+    one for each core that the process may use (affinity, CPU quota, no second hardware thread), of
+    which steps use fewer while that is faster, because other programs keep the cores busy."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), Number] | None = None
     """Makes requests without a seed of their own repeatable, in their order of arrival."""
 

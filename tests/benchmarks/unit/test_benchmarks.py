@@ -13,6 +13,7 @@ import torch
 from benchmarks.lib.common import environment, metric_total, percentile, summarise
 from benchmarks.lib.floors import Machine, ModelCost, Work, figure, speedups
 from benchmarks.lib.http_parse import ResponseParser
+from benchmarks.lib.neighbours import Neighbours
 from benchmarks.lib.workload import (
     ExitMix,
     PromptMaker,
@@ -300,3 +301,10 @@ def test_the_ideal_speedup_is_the_ratio_of_the_floors() -> None:
         "measured": 4.0,
         "share_of_ideal": 0.8,
     }
+
+
+def test_neighbours_keep_as_many_cores_busy_as_asked() -> None:
+    with Neighbours("spin", 1.5) as neighbours:
+        assert neighbours.shares == [1.0, 0.5]
+        assert all(process.poll() is None for process in neighbours.processes)
+    assert all(process.poll() is not None for process in neighbours.processes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from sortserve.cli import main
 from sortserve.core.errors import ConfigError
 from sortserve.cost.cache import read_samples, write_samples
 from sortserve.cost.model import RowShape, StepShape
-from sortserve.engine.assemble import num_threads
+from sortserve.engine import threads
+from sortserve.engine.assemble import start_threads
+from sortserve.engine.cores import allowed_cpus
 from sortserve.engine.memory import available_memory_bytes, num_kv_pages
 from sortserve.process.build import build
 from sortserve.process.config import load_settings
@@ -218,11 +220,43 @@ def test_extreme_settings_that_fit_are_served_with(tiny: Path, flags: dict[str, 
     assert serving.cache.num_bytes < 8 << 30
 
 
+@pytest.fixture(name="threads")
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 def test_no_more_threads_are_started_than_there_are_cores(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    cores = num_threads(1024)
+    start_threads(1024)
 
-    assert 1 <= cores <= 1024
-    assert num_threads(1) == 1
+    assert torch.get_num_threads() == len(allowed_cpus())
     assert "--num-threads=1024" in caplog.text
+
+    start_threads(1)
+
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.usefixtures("threads")
+def test_unless_told_no_more_threads_are_started_than_can_run_at_full_speed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.set_num_threads(6)
+    for usable, expected in [(8, 6), (4, 4), (1, 1)]:
+        monkeypatch.setattr(threads, "num_usable_cores", lambda usable=usable: usable)
+        start_threads(None)
+        assert torch.get_num_threads() == expected
+
+
+def test_what_every_auto_became_is_known(tiny: Path) -> None:
+    serving = build(load_settings({"model": str(tiny), "calibrate": False, "num_threads": 1}))
+
+    assert set(serving.computed_in) == {"dtype", "quantization", "backend", "isa", "threads"}
+    assert serving.computed_in["threads"] == "1"
+    assert serving.computed_in["backend"] in {"cpu", "reference"}
+    is_native = serving.computed_in["backend"] == "cpu"
+    assert (serving.computed_in["isa"] != "none") == is_native

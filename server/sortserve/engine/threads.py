@@ -1,0 +1,68 @@
+"""The threads of a step: how many there are at a start, and how many a step uses."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from sortserve.core.plan import StepPlan
+from sortserve.cost.costs import Costs
+from sortserve.cost.model import step_shape
+from sortserve.engine.cores import allowed_cpus, num_usable_cores
+from sortserve.engine.thread_policy import ThreadPolicy
+
+__all__ = ["StepThreads", "limit_threads"]
+
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
+
+
+def limit_threads(wanted: int | None) -> None:
+    """Let the model use so many threads of this process, but no more than there are cores.
+
+    None: as many as can run at once at full speed (``num_usable_cores``), or fewer where PyTorch
+    was told so (``OMP_NUM_THREADS``).
+    """
+    if wanted is None:
+        number = min(torch.get_num_threads(), num_usable_cores())
+    else:
+        number = min(wanted, len(allowed_cpus()))
+        if number < wanted:
+            logger.warning("--num-threads=%d: only %d are started, one a core.", wanted, number)
+    if number != torch.get_num_threads():
+        torch.set_num_threads(number)
+
+
+class StepThreads:
+    """Runs steps with as many threads as pays at the moment.
+
+    Args:
+        costs: what steps are expected to take; while it does not know, nothing is changed.
+        clock: monotonic.
+    """
+
+    def __init__(self, costs: Costs, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._costs = costs
+        self._clock = clock
+        self._policy = ThreadPolicy(torch.get_num_threads())
+
+    def run(self, plan: StepPlan, execute: Callable[[StepPlan], Result]) -> Result:
+        """``execute(plan)``; the policy learns from the time it took, unless it raised."""
+        model, policy = self._costs.model, self._policy
+        if model is None:
+            return execute(plan)
+        if policy.num_threads != torch.get_num_threads():
+            torch.set_num_threads(policy.num_threads)
+        started_s = self._clock()
+        result = execute(plan)
+        now = self._clock()
+        before = policy.settled
+        policy.observe((now - started_s) / model.step_s(step_shape(plan)), now - started_s, now)
+        if policy.settled != before:
+            logger.info("steps use %d threads now, %d before", policy.settled, before)
+        return result
