@@ -1,12 +1,14 @@
 """Linear layers, attention and whole steps by backend, each beside what the machine allows.
 
-    python -m benchmarks.kernels [--steps-only] [--threads N] [--dtype bfloat16]
+    python -m benchmarks.kernels [--isa all] [--steps-only] [--threads N] [--dtype bfloat16]
 
-The model is random and shaped like SmolLM2-135M: nothing is loaded. Every time is the median of
-several runs in which the backends take turns, so that a busy moment of the machine hits all alike;
-linear layers go through copies of their weights, so that none waits in a cache. The floor is the
-larger of bytes / memory rate and FLOPs / matrix rate, both measured in this run (``floors``). The
-last line is one JSON document.
+``--isa`` measures one instance of the CPU kernels, ``all`` every one that this machine can run,
+one after another. The model is random and shaped like SmolLM2-135M: nothing is loaded. Every time
+is the median of several runs in which the backends take turns, so that a busy moment of the machine
+hits all alike; linear layers go through copies of their weights, so that none waits in a cache. The
+floor is the larger of bytes / memory rate and FLOPs / matrix rate, both measured in this run
+(``floors``). Beside linear layers stand the first alone, and torch's fp32 GEMM of the same product.
+The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +32,7 @@ from benchmarks.lib.floors import Machine, ModelCost, Work, measure_machine
 from sortserve.core.errors import ConfigError
 from sortserve.model.attention import Attention, KVCache, RopeTables
 from sortserve.model.backends import BACKENDS, choose_backend
+from sortserve.model.backends.kernels import ISA_VARIABLE, ISAS, cpu_isa
 from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
 from sortserve.model.decoder import Decoder
@@ -54,7 +59,7 @@ LINEARS = {
     "down": (576, 1536),
     "head": (49152, 576),
 }
-NUM_TOKENS = (1, 8, 32, 128, 512)
+NUM_TOKENS = (1, 4, 8, 16, 32, 128, 1024)
 ROTATED_BYTES = 128 << 20
 """Of weights that a linear layer goes through: above the last-level caches we run on."""
 BLOCK_SIZE = 16
@@ -62,7 +67,7 @@ ATTENTION_SHAPES = ((1, 200), (8, 200), (32, 200), (32, 1000), (1, 4000))
 """(rows, cached tokens)"""
 DECODE_ROWS = (1, 8, 32)
 DECODE_CONTEXT = 200
-PREFILL_TOKENS = (128, 512)
+PREFILL_TOKENS = (128, 512, 1500)
 
 Row = dict[str, float | str | None]
 
@@ -82,17 +87,36 @@ def main() -> None:
         }
         print(f"machine: {rates}\n")
         results: dict[str, Any] = {"machine": rates}
-        if not arguments.steps_only:
-            results["linear"] = show("linear (us)", bench_linears(dtype, machine))
-            results["attention"] = show("attention, 1 layer (us)", bench_attention(dtype, machine))
-        results["steps"] = show("steps, 30 layers (ms)", bench_steps(dtype, machine))
+        for isa in isas(arguments.isa):
+            os.environ[ISA_VARIABLE] = isa
+            print(f"instruction set: {cpu_isa()}\n")
+            results[isa or "auto"] = measure(dtype, machine, steps_only=arguments.steps_only)
     print_json("kernels", arguments, described, results)
+
+
+def isas(chosen: str) -> list[str]:
+    """Values of the variable that forces an instruction set; empty: the server's own choice."""
+    if chosen != "all":
+        return [chosen]
+    return [name for name, isa in ISAS.items() if isa.can_run()]
+
+
+def measure(dtype: torch.dtype, machine: Machine, *, steps_only: bool) -> dict[str, list[Row]]:
+    results = {}
+    if not steps_only:
+        results["linear"] = show("linear (us)", bench_linears(dtype, machine))
+        results["attention"] = show("attention, 1 layer (us)", bench_attention(dtype, machine))
+    results["steps"] = show("steps, 30 layers (ms)", bench_steps(dtype, machine))
+    return results
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Kernel times beside their floors.")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--isa", choices=("all", *ISAS), default="", help="of the CPU kernels; or all of them"
+    )
     parser.add_argument("--steps-only", action="store_true", help="whole steps alone")
     return parser.parse_args()
 
@@ -149,8 +173,15 @@ def bench_linears(dtype: torch.dtype, machine: Machine) -> list[Row]:
                 num_bytes=num_outputs * num_inputs * dtype.itemsize,
                 num_flops=2 * num_outputs * num_inputs * num_tokens,
             )
+            memory_us = machine.memory_floor_s(work) * 1e6
+            x_fp32, weight_fp32 = x.float(), weights[0].float()
+            runs["gemm fp32"] = partial(torch.nn.functional.linear, x_fp32, weight_fp32)
             times = medians_s(runs, budget_s=0.2)
-            rows.append(row_of(f"{name} x {num_tokens}", times, machine.floor_s(work), 1e6))
+            gemm_s = times.pop("gemm fp32")
+            rows.append(
+                row_of(f"{name} x {num_tokens}", times, machine.floor_s(work), 1e6)
+                | {"memory": round(memory_us, 1), "gemm fp32": round(gemm_s * 1e6, 1)}
+            )
     return rows
 
 

@@ -10,11 +10,12 @@ from sortserve.model.backends.cpu.build import (
     prebuild,
     prebuilt_dir,
 )
-from sortserve.model.backends.cpu.isa import ISAS, Isa
+from sortserve.model.backends.cpu.isa import ISA_VARIABLE, ISAS, Isa
 from sortserve.model.backends.cpu.library import load_native
 
 __all__ = [
     "ISAS",
+    "ISA_VARIABLE",
     "KERNELS_DIR_VARIABLE",
     "BuildError",
     "Isa",
