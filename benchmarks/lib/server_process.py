@@ -1,21 +1,24 @@
-"""Starts a sortserve server for a benchmark and stops it again."""
+"""Starts a server for a benchmark, ours or another, and stops it again."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.lib.http_client import HttpClient
 
-__all__ = ["ServerStartError", "free_port", "serve"]
+__all__ = ["RunningServer", "ServerStartError", "free_port", "run_server", "serve", "stop", "tail"]
 
 POLL_S = 0.2
 STOP_S = 60.0
@@ -33,6 +36,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@dataclass(frozen=True)
+class RunningServer:
+    """A server that answers."""
+
+    client: HttpClient
+    pid: int
+
+
 @asynccontextmanager
 async def serve(arguments: Sequence[str], *, timeout_s: float = 300.0) -> AsyncIterator[HttpClient]:
     """A server started as ``sortserve serve ARGUMENTS`` on a free loopback port, ready.
@@ -44,15 +55,44 @@ async def serve(arguments: Sequence[str], *, timeout_s: float = 300.0) -> AsyncI
     command = [_executable(), "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
+        async with run_server(command, port=port, log=log, timeout_s=timeout_s) as server:
+            yield server.client
+
+
+@asynccontextmanager
+async def run_server(
+    command: Sequence[str],
+    *,
+    port: int,
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float = 300.0,
+) -> AsyncIterator[RunningServer]:
+    """Any server whose ``/health`` says 200 when it is ready; with the block it ends, children and all.
+
+    ``env`` comes on top of our own environment.
+
+    Raises:
+        ServerStartError: it cannot be started, it ended, or it was not ready within ``timeout_s``.
+    """
+    try:
         with log.open("wb") as stream:
-            process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
-        client = HttpClient(f"http://127.0.0.1:{port}")
-        try:
-            await _wait_until_ready(client, process, log, timeout_s)
-            yield client
-        finally:
-            client.close()
-            _stop(process)
+            process = subprocess.Popen(
+                command,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=dict(os.environ) | dict(env or {}),
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise ServerStartError(f"{command[0]} cannot be started: {error.strerror}.") from error
+    client = HttpClient(f"http://127.0.0.1:{port}")
+    try:
+        await _wait_until_ready(client, process, log, timeout_s)
+        yield RunningServer(client, process.pid)
+    finally:
+        client.close()
+        stop(process)
 
 
 def _executable() -> str:
@@ -74,15 +114,20 @@ async def _wait_until_ready(
         except OSError:
             pass  # not listening yet
         await asyncio.sleep(POLL_S)
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-NUM_LOG_LINES:])
     what = "was not ready in time" if process.poll() is None else f"ended ({process.returncode})"
-    raise ServerStartError(f"the server {what}; the end of its log:\n{tail}")
+    raise ServerStartError(f"the server {what}; the end of its log:\n{tail(log)}")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def tail(log: Path, num_lines: int = NUM_LOG_LINES) -> str:
+    """The last lines of a log."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-num_lines:])
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends the leader of a session: politely first, then whatever is left of its session."""
     process.terminate()
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
