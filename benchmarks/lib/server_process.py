@@ -68,7 +68,7 @@ async def run_server(
     env: Mapping[str, str] | None = None,
     timeout_s: float = 300.0,
 ) -> AsyncIterator[RunningServer]:
-    """Any server whose ``/health`` says 200 when it is ready; with the block it ends, children and all.
+    """Any server whose ``/health`` says 200 when it is ready; its children end, too.
 
     ``env`` comes on top of our own environment.
 

@@ -34,8 +34,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     setup = commands.add_parser("setup", help="install, build and convert")
-    others = [peer for peer in PEERS if peer != "sortserve"]
-    setup.add_argument("peers", nargs="+", choices=["all", *others], metavar="PEER")
+    setup.add_argument(
+        "peers", nargs="+", choices=["all", *PEERS], help="sortserve: the model alone"
+    )
     setup.add_argument("--root", type=Path, default=DEFAULT_ROOT)
     run = commands.add_parser("run", help="measure")
     run.add_argument("--root", type=Path, default=DEFAULT_ROOT)

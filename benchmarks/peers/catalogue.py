@@ -22,13 +22,19 @@ MAX_CLIENTS = 32
 MAX_MODEL_LEN = 512
 """Tokens of one request, prompt and answer, that each server makes room for."""
 
-ONEDNN_AVX2 = {
+FORCE_AVX2 = {
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "DNNL_MAX_CPU_ISA": "AVX2",
     "ATEN_CPU_CAPABILITY": "avx2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX512F,-AVX512VL,-AVX512BW,-AVX512CD,-AVX512DQ",
 }
-"""oneDNN under both of its names, torch's own kernels, and MKL (on Intel's processors)."""
+"""oneDNN under both of its names, torch's own kernels, MKL, and the C library's copies of memory.
+
+The last costs nothing, and without it every thread would seem to compute with AVX-512.
+"""
+WITHOUT_AVX512 = Path(__file__).with_name("without_avx512")
+"""Hides AVX-512 from Python programs that ask torch for it."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ def _sortserve(where: Where, *arguments: str) -> Launch:
             *arguments,
         ],
         {"PYTHONPATH": str(ROOT / "server"), "OMP_NUM_THREADS": str(where.num_threads)}
-        | ({"SORTSERVE_CPU_ISA": where.isa} | ONEDNN_AVX2 if forced else {}),
+        | ({"SORTSERVE_CPU_ISA": where.isa} | FORCE_AVX2 if forced else {}),
         f"SORTSERVE_CPU_ISA={where.isa}" if forced else None,
     )
 
@@ -98,19 +104,20 @@ def _vllm(where: Where) -> Launch:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "LD_PRELOAD": ":".join(preload),
+        "PYTHONPATH": str(WITHOUT_AVX512) if forced else "",
     }
     command = [
-        str(layout.venv("vllm") / "bin" / "vllm"),
-        "serve",
-        str(layout.model),
+        # `vllm serve` asks for the metadata of a package called vllm, which this one is not.
+        *(str(layout.python("vllm")), "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(layout.model)),
         *("--served-model-name", "model", "--dtype", "bfloat16"),
         *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_CLIENTS)),
         *("--host", "127.0.0.1", "--port", str(where.port)),
     ]
     return Launch(
         command,
-        env | (ONEDNN_AVX2 if forced else {}),
-        "ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA" if forced else None,
+        env | (FORCE_AVX2 if forced else {}),
+        "its AVX2 library: torch tells it of no AVX-512" if forced else None,
     )
 
 
@@ -123,6 +130,7 @@ def _llamacpp(where: Where, kind: str) -> Launch:
             *("--threads", str(where.num_threads), "--threads-batch", str(where.num_threads)),
             *("--host", "127.0.0.1", "--port", str(where.port)),
         ],
+        FORCE_AVX2 if where.isa != "native" else {},
         forced_by="a CPU library built without AVX-512" if where.isa != "native" else None,
     )
 
@@ -136,7 +144,7 @@ def _openvino(where: Where, weight_format: str) -> Launch:
             str(where.layout.openvino(weight_format)),
             *("--num-threads", str(where.num_threads)),
         ],
-        ONEDNN_AVX2 if forced else {},
+        {"PYTHONPATH": ""} | (FORCE_AVX2 if forced else {}),
         "ONEDNN_MAX_CPU_ISA" if forced else None,
     )
 

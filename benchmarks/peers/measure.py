@@ -8,12 +8,13 @@ import os
 import random
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lib.common import percentile
 from benchmarks.lib.http_client import HttpClient
 from benchmarks.lib.loadgen import Planned, RequestRecord, Run, run_closed_loop
 from benchmarks.lib.report import report
@@ -117,15 +118,21 @@ async def measure(subject: Subject, load: Load) -> dict[str, Any]:
 def figures(run: Run) -> dict[str, Any]:
     """What the table and the JSON document keep of one load."""
     described = report(run)
-    (times,) = described["classes"].values() if described["classes"] else ({},)
+    finished = [record for record in run.records if record.ok]
+    gaps = [gap for record in finished for gap in record.itls_s]
     kept = ("wall_s", "num_finished", "num_failed", "num_cut", "errors", "generator_cpu_share")
     return {name: described[name] for name in kept} | {
         "output_tokens_per_s": described["output_tokens_per_s"],
         "num_output_tokens": sum(record.num_output_tokens for record in run.records),
-        "ttft_p50_ms": (times.get("ttft_ms") or {}).get("p50"),
-        "tpot_p50_ms": (times.get("tpot_ms") or {}).get("p50"),
-        "itl_p99_ms": (times.get("itl_ms") or {}).get("p99"),
+        "ttft_p50_ms": _percentile_ms([record.ttft_s for record in finished], 0.5),
+        "tpot_p50_ms": _percentile_ms([record.tpot_s for record in finished], 0.5),
+        "itl_p99_ms": _percentile_ms(gaps, 0.99),
     }
+
+
+def _percentile_ms(seconds: Sequence[float | None], share: float) -> float | None:
+    known = [value * 1e3 for value in seconds if value is not None]
+    return round(percentile(known, share), 2) if known else None
 
 
 def read_run(line: str) -> Run:

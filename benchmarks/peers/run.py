@@ -18,14 +18,14 @@ from typing import Any
 
 from benchmarks.lib.common import ROOT, environment, print_json
 from benchmarks.lib.server_process import ServerStartError
-from benchmarks.peers.catalogue import ONEDNN_AVX2, Configuration, Where, choose
+from benchmarks.peers.catalogue import FORCE_AVX2, Configuration, Where, choose
 from benchmarks.peers.floor import Ceiling, Rates, ceiling, model_size, read_rates
 from benchmarks.peers.journal import Journal
 from benchmarks.peers.layout import Layout
 from benchmarks.peers.measure import Load, Subject, measure, num_requests, open_subject
 from benchmarks.peers.table import Measured, print_rows, summarise_rows
 
-__all__ = ["run"]
+__all__ = ["run", "take_turns"]
 
 MAX_REASON_CHARS = 500
 
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         fresh=arguments.fresh,
     )
     rates = _measure_rates(arguments.isa, arguments.cores)
-    failures = asyncio.run(_take_turns(chosen, layout, arguments, journal))
+    failures = asyncio.run(take_turns(chosen, layout, arguments, journal))
     ceilings = _ceilings(chosen, layout, arguments, rates)
     rows = summarise_rows(chosen, journal.measured, ceilings)
     _print_machine(rates, described, arguments)
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if rows else 1
 
 
-async def _take_turns(
+async def take_turns(
     chosen: Sequence[Configuration],
     layout: Layout,
     arguments: argparse.Namespace,
@@ -159,7 +159,7 @@ def _measure_rates(isa: str, num_threads: int) -> Rates:
         "OMP_NUM_THREADS": str(num_threads),
         "PYTHONPATH": str(ROOT / "server"),
     }
-    env |= ONEDNN_AVX2 if isa != "native" else {}
+    env |= FORCE_AVX2 if isa != "native" else {}
     command = [sys.executable, "-m", "benchmarks.peers.floor", "--isa", isa]
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return read_rates(done.stdout)
