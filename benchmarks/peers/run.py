@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     print_rows(rows, failures)
     results = {
         "versions": {c.peer: versions(layout, c.peer) for c in chosen},
+        "launches": {c.name: _described_launch(c, layout, arguments) for c in chosen},
         "machine": asdict(rates),
         "ceilings": {f"{name} x {n}": asdict(limit) for (name, n), limit in ceilings.items()},
         "rows": [asdict(row) for row in rows],
@@ -58,17 +58,34 @@ def run(arguments: argparse.Namespace) -> int:
         "measured": [asdict(m) for m in journal.measured],
     }
     if arguments.output is not None:
-        document = {
-            "benchmark": "peers",
-            "date": date.today().isoformat(),
-            "environment": described,
-        }
-        document |= {"arguments": vars(arguments), "results": results}
-        arguments.output.write_text(
-            json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8"
-        )
+        _write(arguments.output, described, results)
     print_json("peers", arguments, described, results)
     return 0 if rows else 1
+
+
+def _write(output: Path, described: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    document = {"benchmark": "peers", "environment": described, "results": results}
+    output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _described_launch(
+    configuration: Configuration, layout: Layout, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """How a server was started, without the paths of this machine."""
+    launch = configuration.launch(Where(layout, 0, arguments.isa, arguments.cores))
+    return {
+        "command": _without_paths(" ".join(launch.command), layout),
+        "env": {name: _without_paths(value, layout) for name, value in launch.env.items()},
+        "forced_by": launch.forced_by,
+    }
+
+
+def _without_paths(text: str, layout: Layout) -> str:
+    """Paths of the comparison's folder and of the repository become relative to them."""
+    programs = str(Path(sys.executable).parent)
+    for folder, name in ((layout.root, "ROOT"), (ROOT, "REPOSITORY"), (programs, "BIN")):
+        text = text.replace(f"{folder}/", f"{name}/")
+    return text
 
 
 async def take_turns(
@@ -95,7 +112,8 @@ async def take_turns(
                 async with open_subject(configuration, where, log) as subject:
                     await _measure_all(configuration, subject, missing, turn, arguments, journal)
             except ServerStartError as error:
-                failures[configuration.name] = " ".join(str(error).split())[-MAX_REASON_CHARS:]
+                reason = _without_paths(" ".join(str(error).split()), layout)
+                failures[configuration.name] = reason[-MAX_REASON_CHARS:]
                 _say(f"{configuration.name}: {failures[configuration.name]}")
     return failures
 
