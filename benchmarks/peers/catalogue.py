@@ -34,7 +34,7 @@ FORCE_AVX2 = {
 The last costs nothing, and without it every thread would seem to compute with AVX-512.
 """
 WITHOUT_AVX512 = Path(__file__).with_name("without_avx512")
-"""Hides AVX-512 from Python programs that ask torch for it."""
+"""What hides AVX-512 from programs that no variable keeps from it: vLLM and OpenVINO."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,9 @@ def _openvino(where: Where, weight_format: str) -> Launch:
             str(where.layout.openvino(weight_format)),
             *("--num-threads", str(where.num_threads)),
         ],
-        {"PYTHONPATH": ""} | (FORCE_AVX2 if forced else {}),
-        "ONEDNN_MAX_CPU_ISA" if forced else None,
+        {"PYTHONPATH": ""}
+        | (FORCE_AVX2 | {"LD_PRELOAD": str(where.layout.openvino_avx2)} if forced else {}),
+        "ONEDNN_MAX_CPU_ISA, and a preloaded library for its other kernels" if forced else None,
     )
 
 

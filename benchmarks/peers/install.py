@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers.catalogue import WITHOUT_AVX512
 from benchmarks.peers.layout import Layout
 
 __all__ = [
@@ -101,6 +102,7 @@ def plan(layout: Layout, peers: Sequence[str]) -> list[Step]:
     if "openvino" in peers:
         steps += [
             _venv_step(layout, "openvino", OPENVINO_PACKAGES),
+            _openvino_avx2_step(layout),
             *(_openvino_step(layout, weight_format) for weight_format in OPENVINO_FORMATS),
         ]
     if "llamacpp" in peers:
@@ -237,6 +239,18 @@ def _openvino_step(layout: Layout, weight_format: str) -> Step:
         )
 
     return Step(f"openvino-{weight_format}", {"file": MODEL_FILE}, [target], run)
+
+
+def _openvino_avx2_step(layout: Layout) -> Step:
+    source = WITHOUT_AVX512 / "openvino.cpp"
+
+    def run(log: Path) -> None:
+        layout.openvino_avx2.parent.mkdir(parents=True, exist_ok=True)
+        flags = ["-O2", "-shared", "-fPIC", "-o", str(layout.openvino_avx2)]
+        _call(["g++", *flags, str(source)], log)
+
+    inputs = {"source": source.read_text(encoding="utf-8")}
+    return Step("openvino-avx2", inputs, [layout.openvino_avx2], run)
 
 
 def _llama_steps(layout: Layout) -> list[Step]:

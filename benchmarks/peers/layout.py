@@ -42,6 +42,11 @@ class Layout:
         return self.root / "openvino" / weight_format
 
     @property
+    def openvino_avx2(self) -> Path:
+        """The library that hides AVX-512 from OpenVINO."""
+        return self.root / "openvino" / "without_avx512.so"
+
+    @property
     def llama_source(self) -> Path:
         """The source archive of llama-cpp-python, unpacked."""
         return self.root / "llama" / "source"

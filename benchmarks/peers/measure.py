@@ -25,7 +25,6 @@ from benchmarks.peers.process_facts import avx512_threads, memory_bytes
 
 __all__ = ["Load", "Subject", "figures", "measure", "num_requests", "open_subject", "read_run"]
 
-READY_S = 240.0
 GRACE_S = 60.0
 """Beyond the time of a load, for a process that measures itself."""
 WARMUP_TOKENS = 16
@@ -41,7 +40,7 @@ class Load:
     num_requests: int
     prompt_tokens: int = 128
     output_tokens: int = 128
-    max_seconds: float = 40.0
+    max_seconds: float = 60.0
     """Answers that are unfinished then are cut; their tokens count."""
     seed: int = 0
     vocab_size: int = 32000
@@ -81,9 +80,9 @@ class Subject:
 
 @asynccontextmanager
 async def open_subject(
-    configuration: Configuration, where: Where, log: Path
+    configuration: Configuration, where: Where, log: Path, ready_s: float
 ) -> AsyncIterator[Subject]:
-    """Starts a configuration and waits until it is ready.
+    """Starts a configuration and waits until it is ready, at most ``ready_s``.
 
     Raises:
         ServerStartError: it is not.
@@ -92,11 +91,11 @@ async def open_subject(
     launch = configuration.launch(where)
     started_s = time.monotonic()
     if configuration.in_process:
-        async with _run_worker(launch, log) as process:
+        async with _run_worker(launch, log, ready_s) as process:
             yield Subject(process.pid, time.monotonic() - started_s, None, process, configuration)
         return
     async with run_server(
-        launch.command, port=where.port, log=log, env=launch.env, timeout_s=READY_S
+        launch.command, port=where.port, log=log, env=launch.env, timeout_s=ready_s
     ) as server:
         start_s = time.monotonic() - started_s
         yield Subject(server.pid, start_s, server.client, None, configuration)
@@ -171,7 +170,9 @@ async def _run_http(client: HttpClient, configuration: Configuration, load: Load
 
 
 @asynccontextmanager
-async def _run_worker(launch: Launch, log: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+async def _run_worker(
+    launch: Launch, log: Path, ready_s: float
+) -> AsyncIterator[asyncio.subprocess.Process]:
     """A process that takes loads on its standard input; its first line says that it is ready."""
     with log.open("wb") as stream:
         try:
@@ -188,7 +189,7 @@ async def _run_worker(launch: Launch, log: Path) -> AsyncIterator[asyncio.subpro
                 f"{launch.command[0]} cannot be started: {error.strerror}."
             ) from error
     try:
-        async with asyncio.timeout(READY_S):
+        async with asyncio.timeout(ready_s):
             line = await _read(process)
         if not line.startswith('{"ready"'):
             raise ServerStartError(f"the process is not ready: {line[:200]}\n{tail(log)}")

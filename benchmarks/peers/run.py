@@ -109,7 +109,8 @@ async def take_turns(
             log = layout.logs / f"{configuration.name}-{arguments.isa}-{turn}.log"
             log.parent.mkdir(parents=True, exist_ok=True)
             try:
-                async with open_subject(configuration, where, log) as subject:
+                ready_s = arguments.ready_seconds
+                async with open_subject(configuration, where, log, ready_s) as subject:
                     await _measure_all(configuration, subject, missing, turn, arguments, journal)
             except ServerStartError as error:
                 reason = _without_paths(" ".join(str(error).split()), layout)

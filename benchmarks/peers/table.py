@@ -23,6 +23,7 @@ HEADER = (
     "TPOT p50 ms",
     "ceiling tok/s",
     "% of it",
+    "cut",
     "MiB",
     "AVX-512 threads",
     "best peer",
@@ -55,7 +56,9 @@ class Row:
     tpot_p50_ms: float | None
     ceiling_tokens_per_s: float | None
     percent_of_ceiling: float | None
-    memory_mib: float | None
+    num_cut: int | None
+    """Most answers that were unfinished at the end of a load: it was too short for this server."""
+    memory_mib: int | None
     avx512_threads: int | None
     best_peer: str | None = None
     """For a row of ours: the fastest other with as many bits."""
@@ -106,6 +109,7 @@ def print_rows(rows: Sequence[Row], failures: Mapping[str, str]) -> None:
                 row.tpot_p50_ms,
                 row.ceiling_tokens_per_s,
                 row.percent_of_ceiling,
+                row.num_cut,
                 row.memory_mib,
                 row.avx512_threads,
                 row.best_peer,
@@ -138,6 +142,7 @@ def _row(
         tpot_p50_ms=_median(found, "tpot_p50_ms"),
         ceiling_tokens_per_s=best,
         percent_of_ceiling=round(100 * tokens_per_s / best, 1) if best else None,
+        num_cut=_largest(found, "num_cut"),
         memory_mib=_largest(found, "memory_mib"),
         avx512_threads=_largest(found, "avx512_threads"),
     )
