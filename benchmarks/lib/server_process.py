@@ -82,7 +82,7 @@ async def run_server(
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env=dict(os.environ) | dict(env or {}),
-                start_new_session=True,
+                process_group=0,  # a session of its own would be scheduled against ours
             )
     except OSError as error:
         raise ServerStartError(f"{command[0]} cannot be started: {error.strerror}.") from error
@@ -124,7 +124,7 @@ def tail(log: Path, num_lines: int = NUM_LOG_LINES) -> str:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends the leader of a session: politely first, then whatever is left of its session."""
+    """Ends the leader of a process group: politely first, then whatever is left of its group."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(STOP_S)

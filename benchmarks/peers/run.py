@@ -34,6 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))[: arguments.cores]
         os.sched_setaffinity(0, cores)  # children inherit it
+    os.environ.pop("OMP_NUM_THREADS", None)  # every server is told its threads in its own way
     described = environment()
     layout = Layout(arguments.root.resolve())
     chosen = choose(arguments.peers)
