@@ -64,6 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if rows else 1
 
 
+def _shortened(reason: str) -> str:
+    """Its beginning, which says what happened, and its end, which is the end of a log."""
+    if len(reason) <= MAX_REASON_CHARS:
+        return reason
+    return f"{reason[:80]} ... {reason[80 - MAX_REASON_CHARS :]}"
+
+
 def _write(output: Path, described: Mapping[str, Any], results: Mapping[str, Any]) -> None:
     document = {"benchmark": "peers", "environment": described, "results": results}
     output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -115,7 +122,7 @@ async def take_turns(
                     await _measure_all(configuration, subject, missing, turn, arguments, journal)
             except ServerStartError as error:
                 reason = _without_paths(" ".join(str(error).split()), layout)
-                failures[configuration.name] = reason[-MAX_REASON_CHARS:]
+                failures[configuration.name] = _shortened(reason)
                 _say(f"{configuration.name}: {failures[configuration.name]}")
     return failures
 
