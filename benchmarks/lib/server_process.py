@@ -18,7 +18,16 @@ from pathlib import Path
 
 from benchmarks.lib.http_client import HttpClient
 
-__all__ = ["RunningServer", "ServerStartError", "free_port", "run_server", "serve", "stop", "tail"]
+__all__ = [
+    "RunningServer",
+    "ServerStartError",
+    "free_port",
+    "run_server",
+    "serve",
+    "start_server",
+    "stop",
+    "tail",
+]
 
 POLL_S = 0.2
 STOP_S = 60.0
@@ -46,6 +55,19 @@ class RunningServer:
 
 @asynccontextmanager
 async def serve(arguments: Sequence[str], *, timeout_s: float = 300.0) -> AsyncIterator[HttpClient]:
+    """``start_server`` for those who only ask.
+
+    Raises:
+        ServerStartError: it ended, or ``/health`` was not 200 within ``timeout_s``.
+    """
+    async with start_server(arguments, timeout_s=timeout_s) as server:
+        yield server.client
+
+
+@asynccontextmanager
+async def start_server(
+    arguments: Sequence[str], *, timeout_s: float = 300.0
+) -> AsyncIterator[RunningServer]:
     """A server started as ``sortserve serve ARGUMENTS`` on a free loopback port, ready.
 
     Raises:
@@ -56,7 +78,7 @@ async def serve(arguments: Sequence[str], *, timeout_s: float = 300.0) -> AsyncI
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
         async with run_server(command, port=port, log=log, timeout_s=timeout_s) as server:
-            yield server.client
+            yield server
 
 
 @asynccontextmanager
