@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 from benchmarks.lib.http_client import HttpClient, NoResponseError, encode_request
-from benchmarks.lib.loadgen import Planned, RequestRecord, Run, run_closed_loop, run_open_loop
+from benchmarks.lib.loadgen import (
+    EventReader,
+    Planned,
+    RequestRecord,
+    Run,
+    run_closed_loop,
+    run_open_loop,
+)
 from benchmarks.lib.report import met_budget, report
 from benchmarks.mixed_depth import mixed_figures
 
@@ -123,6 +130,19 @@ async def test_a_streamed_answer_is_recorded_with_usage_and_budget() -> None:
     assert (got.num_prompt_tokens, got.num_output_tokens) == (5, 2)
     assert len(got.chunk_times_s) == 2  # neither the closing chunk nor the usage is a token
     assert got.served_exit == 9
+
+
+STREAM = b"data: a\n\ndata: b\n\n: waiting\n\ndata: c\ndata: d\n\ndata: e\r\n\r\ndata: f\n\n"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 9, 18, len(STREAM)])
+def test_events_are_read_alike_wherever_the_stream_is_cut(size: int) -> None:
+    events = EventReader()
+    pieces = [STREAM[i : i + size] for i in range(0, len(STREAM), size)]
+
+    read = [data for piece in pieces for data in events.feed(piece)]
+
+    assert read == [b"a", b"b", b"c\nd", b"e", b"f"]
 
 
 async def test_an_error_in_the_stream_is_a_failure() -> None:
