@@ -291,7 +291,11 @@ class Timers:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._timers: list[tuple[float, asyncio.Handle]] = []
-        monkeypatch.setattr(asyncio.get_running_loop(), "call_later", self._call_later)
+        self._passed_s = 0.0
+        loop = asyncio.get_running_loop()
+        real_time = loop.time
+        monkeypatch.setattr(loop, "call_later", self._call_later)
+        monkeypatch.setattr(loop, "time", lambda: real_time() + self._passed_s)
 
     def _call_later(self, delay: float, callback: Callable[[], None]) -> asyncio.Handle:
         handle = asyncio.Handle(callback, [], asyncio.get_running_loop())
@@ -303,8 +307,13 @@ class Timers:
         """Of the timers that run."""
         return [delay for delay, handle in self._timers if not handle.cancelled()]
 
-    def ring(self, delay: float) -> None:
-        """The time of the timers of this delay is over."""
+    def pass_time(self, seconds: float) -> None:
+        """So much time passes, and no timer rings."""
+        self._passed_s += seconds
+
+    def ring(self, delay: float, *, at_once: bool = False) -> None:
+        """The time of the timers of this delay is over, ``at_once`` if it has passed already."""
+        self._passed_s += 0 if at_once else delay
         due = [timer for timer in self._timers if timer[0] == delay]
         self._timers = [timer for timer in self._timers if timer[0] != delay]
         for _, handle in due:
@@ -405,6 +414,33 @@ async def test_a_silent_stream_carries_a_comment_every_ten_seconds(
     assert [part.partition(":")[0] for part in parts] == ["", "", "data", "", "data", "data", ""]
     assert timers.delays == []
     assert connection.messages[-1]["more_body"] is False
+
+
+async def test_what_is_sent_puts_the_comment_off(
+    service: HttpService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timers = Timers(monkeypatch)
+    service.runner.gated = True
+    connection = Connection(service.app, "/generate", as_json({**LONG, "stream": True}))
+    task = connection.open()
+    await settle()
+
+    timers.pass_time(4)
+    service.runner.permits.release()
+    await connection.wait_for_events(1)
+    await settle()
+    timers.pass_time(6)
+    timers.ring(10, at_once=True)
+    await settle()
+    [left_s] = timers.delays
+
+    assert 3.9 < left_s <= 4  # ten seconds after the token
+    assert ": waiting" not in connection.content.decode()
+    timers.ring(left_s)
+    await settle()
+    assert connection.content.decode().endswith(": waiting\n\n")
+    service.runner.open()
+    await finish(task)
 
 
 async def test_a_comment_that_cannot_be_sent_ends_the_request(

@@ -171,11 +171,12 @@ class _Comments:
         self._send = send
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
+        self._due_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._sending: asyncio.Task[None] | None = None
 
     def __enter__(self) -> Self:
-        self.put_off()
+        self._begin_anew()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -184,13 +185,22 @@ class _Comments:
                 pending.cancel()
 
     def put_off(self) -> None:
-        """Something was sent: the silence begins anew."""
-        if self._timer is not None:
-            self._timer.cancel()
+        """Something was sent: the silence begins anew.
+
+        The timer is left to ring too early: to set one for each token is work for nothing.
+        """
+        self._due_s = self._loop.time() + COMMENT_INTERVAL_S
+
+    def _begin_anew(self) -> None:
+        self.put_off()
         self._timer = self._loop.call_later(COMMENT_INTERVAL_S, self._ring)
 
     def _ring(self) -> None:
-        self._sending = self._loop.create_task(self._comment())
+        left_s = self._due_s - self._loop.time()
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._ring)
+        else:
+            self._sending = self._loop.create_task(self._comment())
 
     async def _comment(self) -> None:
         try:
@@ -198,7 +208,7 @@ class _Comments:
         except OSError:
             self._on_lost()
         else:
-            self.put_off()
+            self._begin_anew()
 
 
 async def _send_text(send: Send, ready: list[str]) -> None:
