@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from sortserve.api.problems import renamed
 from sortserve.core.errors import RequestTimeoutError, SortserveError
@@ -93,17 +93,22 @@ class Generation:
         Raises:
             SortserveError: what the engine ended a sequence with; the others are aborted.
         """
-        source = self._one(self._streams[0]) if len(self._streams) == 1 else self._merged()
-        async with aclosing(source):
-            try:
-                async for outputs in source:
-                    yield outputs
-            except SortserveError as error:
-                raise renamed(error, self._field_names) from error.__cause__
-            finally:
-                self.abort()
-                if self._on_end is not None:
-                    self._on_end(self)
+        try:
+            if len(self._streams) == 1:  # for each token, so without a generator in between
+                [stream] = self._streams
+                while not stream.is_over:
+                    await stream.wait()
+                    yield [(0, output) for output in stream.take_ready()]
+            else:
+                async with aclosing(self._merged()) as merged:
+                    async for outputs in merged:
+                        yield outputs
+        except SortserveError as error:
+            raise renamed(error, self._field_names) from error.__cause__
+        finally:
+            self.abort()
+            if self._on_end is not None:
+                self._on_end(self)
 
     def take(self, index: int, output: RequestOutput) -> None:
         """Count one output.
@@ -125,19 +130,15 @@ class Generation:
             choice.finish_reason = output.finish_reason
             choice.report = output.report
 
-    async def _one(self, stream: RequestStream, index: int = 0) -> AsyncGenerator[Outputs, None]:
-        async with aclosing(cast(AsyncGenerator[RequestOutput, None], aiter(stream))) as source:
-            async for output in source:
-                yield [(index, output), *((index, more) for more in stream.take_ready())]
-
     async def _merged(self) -> AsyncGenerator[Outputs, None]:
         arrived: deque[tuple[int, RequestOutput]] = deque()
         wake = asyncio.Event()
 
         async def pump(index: int, stream: RequestStream) -> None:
             try:
-                async for outputs in self._one(stream, index):
-                    arrived.extend(outputs)
+                while not stream.is_over:
+                    await stream.wait()
+                    arrived.extend((index, output) for output in stream.take_ready())
                     wake.set()
             finally:
                 wake.set()

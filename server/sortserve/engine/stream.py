@@ -23,24 +23,43 @@ class RequestStream:
         self.loop = asyncio.get_running_loop()
         self._abort = abort
         self._outputs: deque[RequestOutput] = deque()
-        self._arrived = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
         self._finished = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last output has been taken."""
+        return self._finished
 
     def deliver(self, output: RequestOutput) -> None:
         """Add an output (on the event loop)."""
+        self._add(output)
+
+    def _add(self, output: RequestOutput) -> None:
         self._outputs.append(output)
-        self._arrived.set()
+        # A future, as this runs for each token: an asyncio.Event costs more.
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def fail(self) -> None:
         """End the stream with an error (on the event loop): an output could not be delivered."""
         error = EngineError("The server failed on this request.")
-        self._outputs.append(RequestOutput(request_id=self.request_id, error=error))
-        self._arrived.set()
+        self._add(RequestOutput(request_id=self.request_id, error=error))
 
     def abort(self) -> None:
         """End the request now; any thread, any number of times, also after it is over."""
         if not self._finished:
             self._abort(self.request_id)
+
+    async def wait(self) -> None:
+        """Wait until there is an output to take. One reader at a time."""
+        while not self._outputs:
+            assert self._waiter is None, "two readers of one stream"
+            self._waiter = self.loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
 
     def take_ready(self) -> list[RequestOutput]:
         """The outputs that are here already, without waiting.
@@ -63,9 +82,7 @@ class RequestStream:
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
         """Outputs until the last; raises the error the engine ended the request with."""
         while not self._finished:
-            while not self._outputs:
-                self._arrived.clear()
-                await self._arrived.wait()
+            await self.wait()
             yield self._pop()
 
 
