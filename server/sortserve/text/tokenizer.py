@@ -75,6 +75,7 @@ class Tokenizer:
         self._has_byte_tokens = "ByteFallback" in kinds
         self._anchor: list[int] = self._backend.encode("a", add_special_tokens=False).ids[-1:]
         self._bytes_by_id: dict[int, bytes] = {}
+        self._text_by_id: dict[int, str | None] = {}
         self._literals: dict[int, bytes] = {
             token_id: token.content.encode()
             for token_id, token in added.items()
@@ -191,6 +192,14 @@ class Tokenizer:
             data = self._bytes_by_id[token_id] = self._look_up_bytes(token_id)
         return data
 
+    def token_text(self, token_id: int) -> str | None:
+        """``token_bytes`` as text; None if they are not whole characters."""
+        try:
+            return self._text_by_id[token_id]
+        except KeyError:
+            text = self._text_by_id[token_id] = _whole_text(self.token_bytes(token_id))
+            return text
+
     def first_token_bytes(self, token_id: int) -> bytes:
         """What a token adds to an empty text: sentencepiece drops one leading space there."""
         data = self.token_bytes(token_id)
@@ -250,6 +259,8 @@ class TextStream:
         self._tokenizer = tokenizer
         self._hidden = tokenizer.special_token_ids if params.skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._is_between_characters = True
+        """No half of a character waits in the decoder."""
         self._matcher = StopMatcher(params.stop, keep_stop=params.include_stop_str_in_output)
         self._is_empty = not any(map(self._is_shown, prompt_token_ids))
         self._tokens_to_go = params.min_tokens
@@ -262,7 +273,20 @@ class TextStream:
         """
         assert not self._is_stopped, "a token after a stop string"
         self._tokens_to_go -= 1
-        return self._show(self._decoder.decode(self._bytes(token_id)))
+        return self._show(self._decode(token_id))
+
+    def _decode(self, token_id: int) -> str:
+        """The characters that the token completes.
+
+        Most tokens are whole characters and stand between others: their text is looked up.
+        """
+        if self._is_between_characters and not self._is_empty and token_id not in self._hidden:
+            text = self._tokenizer.token_text(token_id)
+            if text is not None:
+                return text
+        text = self._decoder.decode(self._bytes(token_id))
+        self._is_between_characters = not self._decoder.getstate()[0]
+        return text
 
     def finish(self) -> str:
         """The text held back so far: the generation is over. Empty after a stop string."""
@@ -285,6 +309,13 @@ class TextStream:
     def _show(self, text: str) -> tuple[str, bool]:
         text, self._is_stopped = self._matcher.push(text, may_stop=self._tokens_to_go <= 0)
         return text, self._is_stopped
+
+
+def _whole_text(data: bytes) -> str | None:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _decoder_kinds(decoder: dict[str, Any] | None) -> Iterator[str]:
