@@ -69,6 +69,9 @@ class Sequence:
         promise: Promise | None = None,
     ) -> None:
         self.request = request
+        # Asked for many times a step: as attributes they cost no calls.
+        self.request_id = request.request_id
+        self.num_prompt_tokens = len(request.prompt_token_ids)
         self.exit_layer = exit_layer
         self.floor_layer = exit_layer if floor_layer is None else floor_layer
         self.promise = promise
@@ -97,11 +100,6 @@ class Sequence:
         self._status = Status.WAITING
 
     @property
-    def request_id(self) -> str:
-        """The request's id."""
-        return self.request.request_id
-
-    @property
     def status(self) -> Status:
         """Where the sequence is; ``move_to`` is the one door."""
         return self._status
@@ -112,11 +110,6 @@ class Sequence:
             f"{self.request_id}: {self._status.value} -> {status.value} is not allowed"
         )
         self._status = status
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt_token_ids)
 
     @property
     def num_output_tokens(self) -> int:
@@ -131,7 +124,7 @@ class Sequence:
     @property
     def num_pending_tokens(self) -> int:
         """Known tokens without KV: the work left before the next sample."""
-        return self.num_tokens - self.num_computed_tokens
+        return self.num_prompt_tokens + len(self.output_token_ids) - self.num_computed_tokens
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Known tokens at positions ``start`` to ``stop``."""
