@@ -55,7 +55,15 @@ class EngineAlone:
         Raises:
             ServerStartError: the process ended.
         """
-        names = ("model", "dtype", "seed", "prompt_tokens", "output_tokens", "vocab_size")
+        names = (
+            "model",
+            "dtype",
+            "quantize",
+            "seed",
+            "prompt_tokens",
+            "output_tokens",
+            "vocab_size",
+        )
         flags = [f"--{n.replace('_', '-')}={getattr(arguments, n)}" for n in names]
         command = [sys.executable, "-m", "benchmarks.lib.engine_alone", *flags]
         pipe = subprocess.PIPE
@@ -112,7 +120,8 @@ async def _run_http(
 async def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rounds: dict[int, list[dict[str, float]]] = defaultdict(list)
     prompts = PromptMaker(random.Random(arguments.seed + 1), vocab_size=arguments.vocab_size)
-    flags = [arguments.model, "--dtype", arguments.dtype, *arguments.server_args.split()]
+    flags = [arguments.model, "--dtype", arguments.dtype, "--quantize", arguments.quantize]
+    flags += arguments.server_args.split()
     with EngineAlone.start(arguments) as engine:
         async with start_server(flags) as server:
             maker = RequestMaker(model=await detect_model(server.client), prompts=prompts)
@@ -155,6 +164,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantize", default="none")
     parser.add_argument("--num-clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--exit", type=int, dest="exit_layer", help="default: full depth")
     parser.add_argument("--rounds", type=int, default=2)

@@ -21,7 +21,7 @@ from sortserve.admission.choose import ExitChoice
 from sortserve.checkpoint.load import load_checkpoint
 from sortserve.core.request import Request
 from sortserve.core.sampling_params import SamplingParams
-from sortserve.engine.assemble import EngineOptions, assemble
+from sortserve.engine.assemble import EngineOptions, assemble, start_threads
 from sortserve.engine.engine import Engine
 
 __all__ = ["main", "run_rows"]
@@ -74,14 +74,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lib.engine_alone")
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantize", default="none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--vocab-size", type=int, default=32000)
     arguments = parser.parse_args(argv)
-    checkpoint = load_checkpoint(arguments.model, dtype=arguments.dtype)
+    start_threads(None)
+    checkpoint = load_checkpoint(
+        arguments.model, dtype=arguments.dtype, quantize=arguments.quantize
+    )
     parts = assemble(checkpoint, EngineOptions(), release_weights=True)
-    parts.calibrate()
+    parts.calibrate(adapt_threads=True)  # as a server does
     requests = _requests(arguments, parts.engine, arguments.vocab_size)
     print(parts.engine.exits.full, flush=True)
     for line in sys.stdin:
