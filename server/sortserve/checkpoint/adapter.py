@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sortserve.checkpoint.adapter_config import (
@@ -16,7 +15,8 @@ from sortserve.checkpoint.adapter_config import (
     read_adapter_config,
 )
 from sortserve.checkpoint.hf import quiet
-from sortserve.checkpoint.loader import SafetensorsReader
+from sortserve.checkpoint.plain_model import load_plain_model
+from sortserve.checkpoint.tensors import SafetensorsReader
 from sortserve.core.errors import CheckpointError
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "adapter_base", "check_adapter", "merge_adapter"]
@@ -68,7 +68,9 @@ def check_adapter(folder: Path, base: Path, skeleton: Any) -> None:
 def merge_adapter(folder: Path, base: Path) -> Mapping[str, Tensor]:
     """The state dict of the base folder's model with the adapter merged in, in fp32.
 
-    Merging in fp32 rounds once, when the weights are converted, whatever is served.
+    Merging in fp32 rounds once, when the weights are converted, whatever is served. A quantised
+    base counts as the matrices it stands for, so that the result is what the adapter was trained
+    on top of.
 
     Args:
         folder: of an adapter that ``check_adapter`` has accepted.
@@ -79,14 +81,13 @@ def merge_adapter(folder: Path, base: Path) -> Mapping[str, Tensor]:
     """
     _quieten()
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                base, dtype=torch.float32, local_files_only=True
-            )
+            model = load_plain_model(base)
             merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    except CheckpointError:
+        raise
     except Exception as error:  # peft and safetensors raise many kinds
         raise CheckpointError(
             f"{folder}: the adapter cannot be merged into {base}: {error}"

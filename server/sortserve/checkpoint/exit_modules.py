@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sortserve.checkpoint.loader import SafetensorsReader, check_tensors
+from sortserve.checkpoint.loader import check_tensors
+from sortserve.checkpoint.tensors import SafetensorsReader
 from sortserve.core.errors import CheckpointError
 from sortserve.model.config import ModelConfig
 from sortserve.model.exit_module import EXIT_MODULE_KINDS

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sortserve.checkpoint.quantization import Quantization
 from sortserve.core.errors import CheckpointError
 from sortserve.model.config import ModelConfig
 from sortserve.model.rope import check_rope, context_length, rope_frequencies
@@ -63,23 +64,18 @@ _ALIASES = {"ministral": "mistral"}
 
 
 def check_family(raw_config: Mapping[str, Any]) -> None:
-    """Refuse a ``config.json`` of another family, or one that is quantised, by name.
+    """Refuse a ``config.json`` of another family, or quantised in another way, by name.
 
     Raises:
-        CheckpointError: ``model_type`` is missing or unknown, or there is a quantization_config.
+        CheckpointError: ``model_type`` is missing or unknown, or ``quantization_config`` is not
+            supported.
     """
     family = raw_config.get("model_type")
     if family not in FAMILIES:
         raise CheckpointError(
             f"model family {family!r} is not supported; supported: {', '.join(FAMILIES)}."
         )
-    quantization = raw_config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        raise CheckpointError(
-            f"quantised weights ({method or 'quantization_config'}) are not supported; "
-            "serve the unquantised checkpoint or a GGUF file."
-        )
+    Quantization.read(raw_config)
 
 
 def read_model_config(hf_config: Any) -> ModelConfig:

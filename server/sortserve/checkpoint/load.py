@@ -23,16 +23,11 @@ from sortserve.checkpoint.families import read_model_config, tensor_shapes
 from sortserve.checkpoint.generation_config import generation_settings
 from sortserve.checkpoint.hf import build_skeleton, load_hf_config, load_tokenizer
 from sortserve.checkpoint.layout import CheckpointLayout, lay_out
-from sortserve.checkpoint.loader import (
-    StateDictReader,
-    TensorReader,
-    check_tensors,
-    load_weights,
-    open_trunk,
-)
-from sortserve.checkpoint.quantize import NO_QUANTIZER, find_quantizer
+from sortserve.checkpoint.loader import check_tensors, load_weights, open_trunk
+from sortserve.checkpoint.quantize import NO_QUANTIZER, check_not_quantised, find_quantizer
 from sortserve.checkpoint.sorted_json import SORTED_JSON, SortedInfo, check_exits
 from sortserve.checkpoint.sources import resolve_source
+from sortserve.checkpoint.tensors import StateDictReader, WeightReader
 from sortserve.core.budget import ExitTable
 from sortserve.core.errors import CheckpointError, ConfigError
 from sortserve.model.backends.kernels import cpu_isa
@@ -121,6 +116,8 @@ def load_checkpoint(
         layout = lay_out(found, resolve_dtype(dtype, torch_device, None), stack)
         hf_config = load_hf_config(layout.model)
         config = _read_config(hf_config, layout)
+        if not layout.is_adapter:  # merged, its weights are plain
+            check_not_quantised(quantize, hf_config, layout.name)
         served = _choose_exits(exits, config, layout)
         tokenizer, chat_template = _load_tokenizer(layout, config)
         eos_token_ids, defaults = generation_settings(layout.model, hf_config, tokenizer)
@@ -266,7 +263,7 @@ def _load_tokenizer(layout: CheckpointLayout, config: ModelConfig) -> tuple[Any,
 def _load_weights(
     layout: CheckpointLayout,
     config: ModelConfig,
-    trunk: TensorReader,
+    trunk: WeightReader,
     rope: tuple[torch.Tensor, float],
     exits: Sequence[int],
     dtype: torch.dtype,

@@ -7,138 +7,42 @@ that a bad checkpoint is refused in milliseconds and by the name of what is wron
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
-from types import TracebackType
-from typing import Any, Protocol, Self
+from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sortserve.checkpoint.bnb_reader import BnbReader
 from sortserve.checkpoint.families import tensor_shapes
-from sortserve.checkpoint.files import check_regular, read_json
+from sortserve.checkpoint.files import read_json
+from sortserve.checkpoint.quantization import Quantization
+from sortserve.checkpoint.tensors import (
+    FLOATS,
+    SafetensorsReader,
+    TensorReader,
+    WeightReader,
+    safetensors_files,
+)
 from sortserve.core.errors import CheckpointError
 from sortserve.model.config import ModelConfig
-from sortserve.model.weight import Weight
+from sortserve.model.weight import PLAIN, Weight
 from sortserve.model.weights import LayerWeights, ModelWeights
 
-__all__ = [
-    "SafetensorsReader",
-    "StateDictReader",
-    "TensorReader",
-    "check_tensors",
-    "load_weights",
-    "open_trunk",
-    "safetensors_files",
-]
+__all__ = ["check_tensors", "load_weights", "open_trunk"]
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_FLOATS = ("F32", "F16", "BF16", "F64")
 _IGNORED = ("lm_head.weight", "rotary_emb.inv_freq")
 _EMBED, _HEAD, _PREFIX = "model.embed_tokens.weight", "lm_head.weight", "model."
-
-
-class TensorReader(Protocol):
-    """Named tensors whose shapes are known before they are read."""
-
-    @property
-    def origin(self) -> str:
-        """Where the tensors come from, for messages."""
-        ...
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shape of every tensor there is."""
-        ...
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU, in the dtype it is stored in."""
-        ...
-
-
-class StateDictReader:
-    """Tensors that are in memory already (a merged adapter)."""
-
-    def __init__(self, state_dict: Mapping[str, Tensor], origin: str) -> None:
-        self._state_dict = state_dict
-        self.origin = origin
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, as it is."""
-        return self._state_dict[name]
-
-
-class SafetensorsReader:
-    """The tensors of one or several safetensors files, mapped into memory, read one by one.
-
-    A context manager; opening checks that every file is whole.
-
-    Raises:
-        CheckpointError: a file is missing, truncated or not safetensors, or holds a tensor that
-            is not floating point.
-    """
-
-    def __init__(self, files: Iterable[Path], origin: str) -> None:
-        self.origin = origin
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._holders: dict[str, Any] = {}
-        self._stack = ExitStack()
-        try:
-            for file in files:
-                self._open(file)
-        except BaseException:
-            self._stack.close()
-            raise
-
-    def _open(self, file: Path) -> None:
-        if not os.path.lexists(file):
-            raise CheckpointError(f"{self.origin}: the weights file {file.name} is missing.")
-        check_regular(file)
-        try:
-            holder = self._stack.enter_context(safe_open(str(file), framework="pt", device="cpu"))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{self.origin}: {file.name} is truncated or not a safetensors file ({error})."
-            ) from error
-        for name in holder.keys():  # noqa: SIM118 (not a mapping)
-            entry = holder.get_slice(name)
-            if entry.get_dtype() not in _FLOATS:
-                raise CheckpointError(
-                    f"{self.origin}: tensor {name} in {file.name} is {entry.get_dtype()}; "
-                    f"supported: {', '.join(_FLOATS)}."
-                )
-            self.shapes[name] = tuple(entry.get_shape())
-            self._holders[name] = holder
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU, in the dtype it is stored in."""
-        tensor: Tensor = self._holders[name].get_tensor(name)
-        return tensor
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stack.close()
 
 
 class _Renamed:
     """Tensors under other names than they are stored under."""
 
-    def __init__(self, reader: TensorReader, stored: Mapping[str, str]) -> None:
+    def __init__(self, reader: WeightReader, stored: Mapping[str, str]) -> None:
         self._reader = reader
         self._stored = stored
         self.origin = reader.origin
@@ -148,52 +52,13 @@ class _Renamed:
         """One tensor, by its full name."""
         return self._reader.read(self._stored[name])
 
-
-def safetensors_files(folder: Path) -> list[Path]:
-    """The weight files of a Hugging Face folder: one, or those its index names.
-
-    As in transformers, the one file goes before an index, which must be sound all the same.
-
-    Raises:
-        CheckpointError: there are none, or the index is corrupted.
-    """
-    has_index = os.path.lexists(folder / _INDEX)
-    shards = _indexed_files(folder / _INDEX) if has_index else []
-    if os.path.lexists(folder / _WEIGHTS):
-        return [folder / _WEIGHTS]
-    if has_index:
-        return [folder / name for name in shards]
-    hint = ""
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
-        hint = " Pickled weights (.bin, .pth) are not read: convert them to safetensors."
-    raise CheckpointError(f"{folder}: no weights: neither {_WEIGHTS} nor {_INDEX} is there.{hint}")
-
-
-def _indexed_files(index: Path) -> list[str]:
-    """The shards an index names; transformers, too, looks for every tensor in all of them."""
-    document = read_json(index)
-    for name in ("metadata", "weight_map"):
-        if not isinstance(document.get(name), dict):
-            raise CheckpointError(
-                f"{index} is corrupted: {name}={document.get(name)!r} is not an object."
-            )
-    weight_map = document["weight_map"]
-    if not weight_map:
-        raise CheckpointError(f"{index} is corrupted: weight_map names no tensor.")
-    for tensor, name in weight_map.items():
-        parts = PurePosixPath(name).parts if isinstance(name, str) else ()
-        if not parts or ".." in parts or PurePosixPath(name).suffix != ".safetensors":
-            raise CheckpointError(
-                f"{index} is corrupted: weight_map.{tensor}={name!r} is no .safetensors file "
-                "of the folder."
-            )
-        if PurePosixPath(name).is_absolute():
-            raise CheckpointError(f"{index}: weight_map.{tensor}={name!r} leaves the folder.")
-    return sorted(set(weight_map.values()))
+    def read_weight(self, name: str) -> Weight:
+        """One matrix, by its full name."""
+        return self._reader.read_weight(self._stored[name])
 
 
 @contextmanager
-def open_trunk(folder: Path, config: ModelConfig) -> Iterator[tuple[TensorReader, ModelConfig]]:
+def open_trunk(folder: Path, config: ModelConfig) -> Iterator[tuple[WeightReader, ModelConfig]]:
     """The checked tensors of a folder under their full names, and the architecture they make.
 
     Two liberties that files take are understood as transformers understands them: the prefix
@@ -209,14 +74,24 @@ def open_trunk(folder: Path, config: ModelConfig) -> Iterator[tuple[TensorReader
         CheckpointError: a file is missing or bad, or a tensor missing, ambiguous or of another
             shape.
     """
-    with SafetensorsReader(safetensors_files(folder), str(folder)) as stored:
-        reader = _with_full_names(stored, config)
+    with ExitStack() as stack:
+        reader = _with_full_names(_open(folder, stack), config)
         config = _settle_head(reader, config)
         check_tensors(reader, tensor_shapes(config))
         yield reader, config
 
 
-def _with_full_names(reader: TensorReader, config: ModelConfig) -> TensorReader:
+def _open(folder: Path, stack: ExitStack) -> WeightReader:
+    """The tensors of a folder under the names they are stored under, quantised or not."""
+    quantization = Quantization.read(read_json(folder / "config.json"))
+    if quantization is None:
+        return stack.enter_context(SafetensorsReader(safetensors_files(folder), str(folder)))
+    files, dtypes = safetensors_files(folder), (*FLOATS, "U8", "I8")
+    stored = stack.enter_context(SafetensorsReader(files, str(folder), dtypes))
+    return BnbReader(stored, quantization)
+
+
+def _with_full_names(reader: WeightReader, config: ModelConfig) -> WeightReader:
     expected = {*tensor_shapes(config), _HEAD}
     stored: dict[str, str] = {}
     for name in reader.shapes:
@@ -232,7 +107,7 @@ def _with_full_names(reader: TensorReader, config: ModelConfig) -> TensorReader:
     return _Renamed(reader, stored)
 
 
-def _settle_head(reader: TensorReader, config: ModelConfig) -> ModelConfig:
+def _settle_head(reader: WeightReader, config: ModelConfig) -> ModelConfig:
     """``config``, untied if the files hold a head that is not the embedding."""
     if not (config.tie_word_embeddings and _HEAD in reader.shapes and _EMBED in reader.shapes):
         return config
@@ -273,7 +148,7 @@ def check_tensors(reader: TensorReader, expected: Mapping[str, tuple[int, ...]])
 
 def load_weights(
     config: ModelConfig,
-    reader: TensorReader,
+    reader: WeightReader,
     rope: tuple[Tensor, float],
     dtype: torch.dtype,
     device: torch.device,
@@ -287,17 +162,22 @@ def load_weights(
         rope: inverse frequencies [H / 2] and the factor on cos and sin.
         dtype: of all weights but the frequencies, which stay fp32.
         device: where the weights go, layer by layer.
-        quantize: makes the matrices of the layers and of the head, each as soon as it is read, so
-            that the model is never in memory twice.
+        quantize: makes the weights of the plain matrices of the layers and of the head, each as
+            soon as it is read, so that the model is never in memory twice.
     """
 
-    def read(*names: str) -> Tensor:
+    def fuse(tensors: list[Tensor]) -> Tensor:
         # cat copies even a single tensor, so that no weight stays a view of the mapped file.
-        fused = torch.cat([reader.read(name) for name in names])
-        return fused.to(device=device, dtype=dtype)
+        return torch.cat(tensors).to(device=device, dtype=dtype)
+
+    def read(*names: str) -> Tensor:
+        return fuse([reader.read(name) for name in names])
 
     def matrix(*names: str) -> Weight:
-        return quantize(read(*(f"{name}.weight" for name in names)))
+        stored = [reader.read_weight(f"{name}.weight") for name in names]
+        if all(weight.format is PLAIN for weight in stored):
+            return quantize(fuse([weight.values for weight in stored]))
+        return Weight.concat([_place(weight, dtype, device) for weight in stored])
 
     embed = read("model.embed_tokens.weight")
     inv_freq, attention_scaling = rope
@@ -309,6 +189,14 @@ def load_weights(
         inv_freq=inv_freq.to(device),
         rope_attention_scaling=attention_scaling,
     )
+
+
+def _place(weight: Weight, dtype: torch.dtype, device: torch.device) -> Weight:
+    """A weight in memory of its own, no longer a view of the mapped file."""
+    values_dtype = dtype if weight.format is PLAIN else weight.values.dtype
+    values = weight.values.to(device=device, dtype=values_dtype, copy=True)
+    scales = None if weight.scales is None else weight.scales.to(device, copy=True)
+    return Weight(values, scales, weight.format)
 
 
 def _load_layer(

@@ -14,14 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sortserve.core.errors import ConfigError
+from sortserve.model.bnb import quantize_eight_bit, quantize_four_bit
 from sortserve.model.weight import Weight
 
-__all__ = ["NO_QUANTIZER", "QUANTIZERS", "Quantizer", "find_quantizer"]
+__all__ = ["NO_QUANTIZER", "QUANTIZERS", "Quantizer", "check_not_quantised", "find_quantizer"]
 
 NO_QUANTIZER = "none"
 """What leaves weights as they are."""
@@ -43,7 +45,10 @@ class Quantizer:
     """The extra of sortserve that installs it."""
 
 
-QUANTIZERS: dict[str, Quantizer] = {}
+QUANTIZERS: dict[str, Quantizer] = {
+    "nf4": Quantizer(make=quantize_four_bit, library="bitsandbytes", extra="quant"),
+    "int8-bnb": Quantizer(make=quantize_eight_bit, library="bitsandbytes", extra="quant"),
+}
 """By what ``--quantize`` calls them."""
 
 
@@ -77,6 +82,21 @@ def find_quantizer(name: str, device: torch.device) -> Callable[[Tensor], Weight
             f"pip install 'sortserve[{quantizer.extra}]'",
         )
     return quantizer.make
+
+
+def check_not_quantised(name: str, hf_config: Any, checkpoint: str) -> None:
+    """Refuse to quantise twice.
+
+    Args:
+        name: of the quantiser.
+        hf_config: transformers' config of the checkpoint.
+        checkpoint: its name.
+
+    Raises:
+        ConfigError: the checkpoint's weights are quantised as they are stored.
+    """
+    if name != NO_QUANTIZER and getattr(hf_config, "quantization_config", None) is not None:
+        raise _refusal(name, f": {checkpoint} is quantised already: use --quantize={NO_QUANTIZER}.")
 
 
 def _refusal(name: str, why: str) -> ConfigError:

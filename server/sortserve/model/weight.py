@@ -10,6 +10,7 @@ Shape legend: T tokens, I inputs, O outputs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["PLAIN", "LinearOp", "PlainFormat", "Weight", "WeightFormat"]
+__all__ = ["PLAIN", "LinearOp", "PlainFormat", "StackedFormat", "Weight", "WeightFormat"]
 
 
 class LinearOp(Protocol):
@@ -45,6 +46,17 @@ class WeightFormat(ABC):
     def linear(self, weight: Weight, bias_O: Tensor | None) -> LinearOp:
         """``x W^T + b`` in the dtype of x."""
 
+    def nbytes(self, weight: Weight) -> int:
+        """Bytes that a product reads of the matrix."""
+        return weight.values.nbytes + (0 if weight.scales is None else weight.scales.nbytes)
+
+    def concat(self, weights: Sequence[Weight]) -> Weight:
+        """One matrix of the outputs of several, of which the first is in this format.
+
+        A format that can join its values does so; else the parts stay what they are.
+        """
+        return Weight(torch.empty(0), None, StackedFormat(weights))
+
 
 @dataclass(frozen=True, eq=False)
 class Weight:
@@ -58,6 +70,12 @@ class Weight:
     def plain(weight_OI: Tensor) -> Weight:
         """A matrix of floats, as it is."""
         return Weight(weight_OI, None, PLAIN)
+
+    @staticmethod
+    def concat(weights: Sequence[Weight]) -> Weight:
+        """One matrix of the outputs of several, in their order, whatever their formats."""
+        first, *others = weights
+        return first.format.concat(weights) if others else first
 
     @staticmethod
     def nothing() -> Weight:
@@ -77,8 +95,8 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values and scales."""
-        return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        """Bytes that a product reads of it."""
+        return self.format.nbytes(self)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The matrix itself, [O, I] in ``dtype``."""
@@ -103,6 +121,41 @@ class PlainFormat(WeightFormat):
         """See WeightFormat."""
         weight_OI = weight.values
         return lambda x_TI: functional.linear(x_TI, weight_OI, bias_O)
+
+    def concat(self, weights: Sequence[Weight]) -> Weight:
+        """See WeightFormat."""
+        if any(weight.format is not self for weight in weights):
+            return super().concat(weights)
+        return Weight.plain(torch.cat([weight.values for weight in weights]))
+
+
+class StackedFormat(WeightFormat):
+    """Outputs in different formats, or in one whose values cannot be joined."""
+
+    def __init__(self, parts: Sequence[Weight]) -> None:
+        self.parts = tuple(parts)
+        self.name = "+".join(sorted({part.format.name for part in parts}))
+
+    def shape(self, weight: Weight) -> tuple[int, int]:
+        """See WeightFormat."""
+        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
+
+    def dequantize(self, weight: Weight, dtype: torch.dtype) -> Tensor:
+        """See WeightFormat."""
+        return torch.cat([part.dequantize(dtype) for part in self.parts])
+
+    def linear(self, weight: Weight, bias_O: Tensor | None) -> LinearOp:
+        """Each part by its own format."""
+        sizes = [part.shape[0] for part in self.parts]
+        biases = [None] * len(sizes) if bias_O is None else torch.split(bias_O, sizes)
+        linears = [
+            part.format.linear(part, bias) for part, bias in zip(self.parts, biases, strict=True)
+        ]
+        return lambda x_TI: torch.cat([linear(x_TI) for linear in linears], dim=-1)
+
+    def nbytes(self, weight: Weight) -> int:
+        """See WeightFormat."""
+        return sum(part.nbytes for part in self.parts)
 
 
 PLAIN = PlainFormat()

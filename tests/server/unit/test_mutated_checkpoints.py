@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from sortserve.api.settings import ApiSettings
 from sortserve.checkpoint.hf import quiet
 from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
-from sortserve.checkpoint.loader import SafetensorsReader
+from sortserve.checkpoint.tensors import SafetensorsReader
 from sortserve.core.errors import CheckpointError
 from sortserve.text.tokenizer import Tokenizer
 from support.reference import reference_forward

@@ -22,9 +22,11 @@ from sortserve.checkpoint.load import (
     resolve_device,
     resolve_dtype,
 )
-from sortserve.checkpoint.loader import SafetensorsReader, open_trunk
-from sortserve.checkpoint.quantize import NO_QUANTIZER, find_quantizer
+from sortserve.checkpoint.loader import open_trunk
+from sortserve.checkpoint.plain_model import load_plain_model
+from sortserve.checkpoint.quantize import NO_QUANTIZER, check_not_quantised, find_quantizer
 from sortserve.checkpoint.sorted_json import SortedInfo, check_exits
+from sortserve.checkpoint.tensors import SafetensorsReader
 from sortserve.core.errors import CheckpointError, ConfigError
 from sortserve.model.config import ModelConfig
 from sortserve.model.weight import Weight
@@ -74,7 +76,9 @@ def load_for_training(settings: TrainSettings, method: Method) -> LoadedModel:
     """
     device = resolve_device(settings.device)
     with open_checkpoint(settings.base, revision=settings.revision) as layout:
-        config = _check_weights(layout, read_model_config(load_hf_config(layout.model)))
+        hf_config = load_hf_config(layout.model)
+        check_not_quantised(settings.quantize, hf_config, layout.name)
+        config = _check_weights(layout, read_model_config(hf_config))
         dtype = resolve_dtype(settings.dtype, device, None)
         exits = choose_exits(settings.exits, config.num_layers)
         trunk_dtype = torch.float32 if settings.trains_weights else dtype
@@ -128,14 +132,17 @@ def load_for_evaluation(
     torch_device = resolve_device(device)
     make_weight = find_quantizer(quantize, torch_device)
     with open_checkpoint(source, revision=revision) as layout:
-        config = _check_weights(layout, read_model_config(load_hf_config(layout.model)))
+        hf_config = load_hf_config(layout.model)
+        if not layout.is_adapter:
+            check_not_quantised(quantize, hf_config, layout.name)
+        config = _check_weights(layout, read_model_config(hf_config))
         torch_dtype = resolve_dtype(dtype, torch_device, None)
         info = layout.sorted_info
         heads = _load_heads(layout)
         known = info.exits if info is not None else (config.num_layers,)
         known = tuple(sorted({*heads, *known}))
         chosen = choose_exits(exits or known, config.num_layers)
-        trunk = _load_trunk(layout, torch.float32, "none")
+        trunk = _load_trunk(layout, torch.float32)
         if layout.is_adapter:
             trunk.load_state_dict(merge_adapter(layout.own, layout.model))
         kinds = {e: info.module_kind(e) for e in chosen[:-1] if info is not None}
@@ -193,19 +200,21 @@ def _check_weights(layout: CheckpointLayout, config: ModelConfig) -> ModelConfig
     return config
 
 
-def _load_trunk(layout: CheckpointLayout, dtype: torch.dtype, quantize: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
-    if quantize == "nf4":
-        from transformers import BitsAndBytesConfig
-
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
+def _load_trunk(layout: CheckpointLayout, dtype: torch.dtype, quantize: str = "none") -> Any:
     try:
         with quiet():
-            return AutoModelForCausalLM.from_pretrained(layout.model, **options)
+            if quantize == "none":
+                return load_plain_model(layout.model, dtype)
+            from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+            return AutoModelForCausalLM.from_pretrained(
+                layout.model,
+                dtype=dtype,
+                local_files_only=True,
+                quantization_config=BitsAndBytesConfig(
+                    load_in_4bit=True, bnb_4bit_quant_type=quantize, bnb_4bit_compute_dtype=dtype
+                ),
+            )
     except OSError as error:
         reason = " ".join(str(error).split())[:400]
         raise CheckpointError(f"{layout.model}: the weights cannot be read: {reason}") from error

@@ -33,7 +33,8 @@ from sortserve.checkpoint.generation_config import GENERATION_CONFIG, generation
 from sortserve.checkpoint.hf import load_hf_config, load_tokenizer
 from sortserve.checkpoint.layout import CheckpointLayout
 from sortserve.checkpoint.load import open_checkpoint
-from sortserve.checkpoint.loader import StateDictReader, TensorReader, open_trunk
+from sortserve.checkpoint.loader import open_trunk
+from sortserve.checkpoint.tensors import StateDictReader, TensorReader
 from sortserve.core.errors import ConfigError
 from sortserve.model.config import ModelConfig
 from sortserve.model.exit_module import NO_MODULE
@@ -265,7 +266,7 @@ def _shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
 def _config_document(model: Path, config: ModelConfig, dtype: str) -> dict[str, Any]:
     """``config.json`` of the trunk, cut to the layers of the sub-model."""
     document = read_json(model / "config.json")
-    for name in ("torch_dtype", "_name_or_path"):
+    for name in ("torch_dtype", "_name_or_path", "quantization_config"):
         document.pop(name, None)
     full, layers = document["num_hidden_layers"], config.num_layers
     document |= {
