@@ -39,6 +39,7 @@ _STATE = "quant_state.bitsandbytes__"
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _NESTED_BLOCK_SIZE = 256
 _ROW_MAJOR = 0
+_MAX_STATE_BYTES = 4096
 
 
 class BnbReader:
@@ -112,19 +113,23 @@ class BnbReader:
 
     def _read_state(self, name: str, kind: str) -> dict[str, Any]:
         self._check_dtype(name, "U8")
+        if math.prod(self._stored.shapes[name]) > _MAX_STATE_BYTES:
+            raise self._error(f"tensor {name} has more than {_MAX_STATE_BYTES} bytes")
         try:
             state = json.loads(bytes(self._stored.read(name).tolist()))
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise self._error(f"tensor {name} is not JSON in bytes ({error})") from error
         if not isinstance(state, dict):
             raise self._error(f"tensor {name} is not a JSON object")
         allowed = {
             "quant_type": state.get("quant_type") == kind,
-            "blocksize": state.get("blocksize") in _BLOCK_SIZES,
+            "blocksize": _is_one_of(state.get("blocksize"), _BLOCK_SIZES),
             "shape": _is_shape(state.get("shape")),
         }
         if "nested_blocksize" in state:
-            allowed["nested_blocksize"] = state["nested_blocksize"] == _NESTED_BLOCK_SIZE
+            allowed["nested_blocksize"] = _is_one_of(
+                state["nested_blocksize"], (_NESTED_BLOCK_SIZE,)
+            )
             allowed["nested_offset"] = _is_number(state.get("nested_offset"))
         for field, is_allowed in allowed.items():
             if not is_allowed:
@@ -206,6 +211,10 @@ class BnbReader:
         """The kernels have the 16 values built in."""
         if not torch.allclose(stored, four_bit_values(kind), rtol=0, atol=1e-6):
             raise self._error(f"tensor {name}.quant_map does not hold the values of {kind}")
+
+
+def _is_one_of(value: object, allowed: tuple[int, ...]) -> bool:
+    return isinstance(value, int) and value in allowed
 
 
 def _is_shape(value: object) -> bool:
