@@ -29,7 +29,7 @@ from benchmarks.lib.common import environment, print_json, print_table
 from benchmarks.lib.cpu_time import main_thread_share, process_share, thread_times
 from benchmarks.lib.loadgen import Planned, run_closed_loop
 from benchmarks.lib.report import report
-from benchmarks.lib.server_process import Server, ServerStartError, start_server
+from benchmarks.lib.server_process import RunningServer, ServerStartError, start_server
 from benchmarks.lib.workload import PromptMaker, RequestMaker, RequestSpec
 from benchmarks.serving import detect_model
 
@@ -93,7 +93,7 @@ class EngineAlone:
 
 
 async def _run_http(
-    server: Server, maker: RequestMaker, arguments: argparse.Namespace, num_clients: int
+    server: RunningServer, maker: RequestMaker, arguments: argparse.Namespace, num_clients: int
 ) -> dict[str, float]:
     """One round over HTTP, as the engine's: each client sends its next request after its last."""
     spec = RequestSpec(
