@@ -58,7 +58,8 @@ class NativeLibrary:
             self._functions = {
                 name: getattr(self._library, f"sortserve_{name}")
                 for name in (
-                    *("layers", "linear", "linear_fp32", "attention"),
+                    *("layers", "linear", "linear_fp32", "linear_int8", "pack_int8"),
+                    "attention",
                     *("add_rms_norm", "silu_and_mul"),
                 )
             }

@@ -1,0 +1,215 @@
+// y = x W^T + b with weights and activations in int8: a scale for every 32 inputs of an output, and
+// of a row. Activations are quantised here, once for all outputs; integers are summed within a
+// block, and blocks in fp32. Python: linear_int8.py; the same in torch: model/quantization.py.
+//
+// A token's result does not depend on the tokens beside it nor on their number.
+
+#include <memory>
+
+#include "kernels.h"
+#include "outputs.h"
+#include "tile_int8.h"
+
+namespace sortserve {
+
+struct LinearInt8Call {
+  Matrix matrix;  // packed: as sortserve_pack_int8 does it
+  const void* x;  // [num_tokens, num_inputs] in fp32 or bf16
+  void* y;        // [num_tokens, num_outputs] in the dtype of x, or in fp32 (kFp32)
+  int64_t num_tokens, dtype, num_threads;
+};
+
+struct PackInt8Call {
+  const int8_t* values;  // [rows, num_inputs]; rows: num_outputs, or all gates, then all ups
+  const bf16* scales;    // [rows, blocks of 32 inputs]
+  uint8_t* packed;       // [packed_bytes], or null: only packed_bytes is found
+  int64_t num_inputs, num_outputs, output, num_threads;
+  int64_t packed_bytes;  // written
+};
+
+static int64_t num_blocks_of(int64_t num_inputs) { return (num_inputs + kBlock - 1) / kBlock; }
+
+static int64_t num_panels_of(int64_t num_outputs, int64_t output) {
+  const int64_t width = output == kSiluMul ? kPanelOutputs / 2 : kPanelOutputs;
+  return (num_outputs + width - 1) / width;
+}
+
+// ---- packing
+
+// The row of the weights that an output of a panel has, or -1: it is there to fill the panel.
+static int64_t row_of(const PackInt8Call& call, int64_t panel, int64_t i) {
+  if (call.output != kSiluMul) {
+    const int64_t row = panel * kPanelOutputs + i;
+    return row < call.num_outputs ? row : -1;
+  }
+  const int64_t half = kPanelOutputs / 2, row = panel * half + i % half;
+  if (row >= call.num_outputs) return -1;
+  return i < half ? row : call.num_outputs + row;
+}
+
+static void pack_output(const PackInt8Call& call, int64_t panel, int64_t i, uint8_t* packed) {
+  const int64_t row = row_of(call, panel, i), num_blocks = num_blocks_of(call.num_inputs);
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    uint8_t* block = packed + b * kBlockBytes;
+    for (int64_t k = 0; k < kBlock; ++k) {
+      const int64_t input = b * kBlock + k;
+      const bool is_there = row >= 0 && input < call.num_inputs;
+      const int value = is_there ? call.values[row * call.num_inputs + input] : 0;
+      block[(k / 4 * kPanelOutputs + i) * 4 + k % 4] =
+          static_cast<uint8_t>(value + Int8Tile::kWeightOffset);
+    }
+    const bf16 scale = row >= 0 ? call.scales[row * num_blocks + b] : bf16{0};
+    std::memcpy(block + kBlockValueBytes + i * sizeof(bf16), &scale, sizeof(bf16));
+  }
+}
+
+extern "C" void sortserve_pack_int8(PackInt8Call* call) {
+  const int64_t num_panels = num_panels_of(call->num_outputs, call->output);
+  const int64_t panel_bytes = num_blocks_of(call->num_inputs) * kBlockBytes;
+  call->packed_bytes = num_panels * panel_bytes;
+  if (call->packed == nullptr) return;
+  Team::run(call->num_threads, [&](Team& team) {
+    team.parallel_for(num_panels, 1, [&](int64_t panel) {
+      for (int64_t i = 0; i < kPanelOutputs; ++i)
+        pack_output(*call, panel, i, call->packed + panel * panel_bytes);
+    });
+  });
+}
+
+// ---- activations
+
+// To the nearest integers, ties to even, of the rounded products.
+static void round_products(const float* x, float factor, int32_t* values) {
+  for (int64_t i = 0; i < kBlock; i += kLanes) {
+    lanes product = load_lanes(x + i) * splat_lanes(factor);
+#if defined(__AVX512F__)
+    const i32_lanes nearest = (i32_lanes)_mm512_cvtps_epi32((__m512)product);
+#elif defined(__AVX2__)
+    const i32_lanes nearest = (i32_lanes)_mm256_cvtps_epi32((__m256)product);
+#else
+    asm("" : "+m"(product));  // or it were fused with the addition, and rounded once
+    const lanes shifted = product + splat_lanes(12582912.0f);  // 1.5 * 2^23
+    const i32_lanes nearest = bit_cast<i32_lanes>(shifted) - 0x4b400000;
+#endif
+    std::memcpy(values + i, &nearest, sizeof(nearest));
+  }
+}
+
+// The largest size of 32 numbers; NaN if there is one, as its bits are above all others.
+static float largest_size(const float* x) {
+  i32_lanes largest = {};
+  for (int64_t i = 0; i < kBlock; i += kLanes) {
+    const i32_lanes size = load_as<i32_lanes>(x + i) & 0x7fffffff;
+    largest = size > largest ? size : largest;
+  }
+  int32_t result = largest[0];
+  for (int i = 1; i < kLanes; ++i) result = std::max(result, (int32_t)largest[i]);
+  return bit_cast<float>(result);
+}
+
+// Blocks that are all below this are zero: their factor would not be finite.
+constexpr float kTiny = 0x1p-100f;
+
+template <typename T>
+static void quantize_block(const T* x, int64_t n, int8_t* values, BlockScale* scale) {
+  alignas(64) float numbers[kBlock];
+  store(numbers, load(x, n));
+  store(numbers + 16, n > 16 ? load(x + 16, n - 16) : f32x16(0));
+  const float largest = largest_size(numbers);
+  if (largest < kTiny) {
+    std::memset(values, 0, kBlock);
+    *scale = {0, 0};
+    return;
+  }
+  alignas(64) int32_t integers[kBlock];
+  round_products(numbers, 127.0f / largest, integers);
+  int32_t sum = 0;
+  for (int64_t i = 0; i < kBlock; ++i) {
+    values[i] = static_cast<int8_t>(integers[i]);
+    sum += values[i];
+  }
+  *scale = {largest / 127.0f, -Int8Tile::kWeightOffset * sum};
+}
+
+// Room for the quantised rows of a call; kept, as the next call needs as much.
+class Scratch {
+ public:
+  char* reserve(int64_t num_bytes) {
+    if (num_bytes > size_) {
+      bytes_.reset(new char[num_bytes + 64]);
+      size_ = num_bytes;
+    }
+    const auto address = reinterpret_cast<uintptr_t>(bytes_.get());
+    return bytes_.get() + (64 - address % 64) % 64;
+  }
+
+ private:
+  std::unique_ptr<char[]> bytes_;
+  int64_t size_ = 0;
+};
+
+template <typename T>
+static QuantizedRows quantize_rows(Team& team, const T* x, int64_t num_tokens, int64_t num_inputs) {
+  thread_local Scratch scratch;
+  const int64_t num_blocks = num_blocks_of(num_inputs), count = num_tokens * num_blocks;
+  int8_t* values = reinterpret_cast<int8_t*>(
+      scratch.reserve(count * (kBlock + static_cast<int64_t>(sizeof(BlockScale)))));
+  BlockScale* scales = reinterpret_cast<BlockScale*>(values + count * kBlock);
+  constexpr int64_t kGrain = 512;
+  team.parallel_for(count, kGrain, [&](int64_t index) {
+    const int64_t token = index / num_blocks, first = index % num_blocks * kBlock;
+    quantize_block(x + token * num_inputs + first, num_inputs - first, values + index * kBlock,
+                   scales + index);
+  });
+  return {values, scales, num_blocks};
+}
+
+// ---- products
+
+// What a tile brings near: the same panel a little further on where that is all there is to wait
+// for, else the next panel, while the second tile runs.
+static const uint8_t* ahead_of(int64_t tile, int64_t num_tiles, const uint8_t* panel,
+                               int64_t panel_bytes) {
+  constexpr int64_t kStreamAhead = 2048;
+  if (num_tiles == 1) return panel + kStreamAhead;
+  return tile == 1 ? panel + panel_bytes : panel;
+}
+
+template <typename T>
+static void multiply_int8(Team& team, const Matrix& matrix, const T* x, void* y,
+                          int64_t num_tokens) {
+  const int64_t num_panels = num_panels_of(matrix.num_outputs, matrix.output);
+  const int64_t num_tiles = (num_tokens + Int8Tile::kRows - 1) / Int8Tile::kRows;
+  const QuantizedRows rows = quantize_rows(team, x, num_tokens, matrix.num_inputs);
+  const int64_t panel_bytes = rows.num_blocks * kBlockBytes;
+  const int64_t grain = std::max<int64_t>(1, num_panels / (team.num_threads() * 4));
+  team.parallel_for(num_panels, grain, [&](int64_t panel) {
+    const uint8_t* weights = static_cast<const uint8_t*>(matrix.packed) + panel * panel_bytes;
+    alignas(64) float sums[Int8Tile::kRows][kPanelOutputs];
+    for (int64_t i = 0; i < num_tiles; ++i) {
+      const int64_t first = i * num_tokens / num_tiles;
+      const int64_t num_rows = (i + 1) * num_tokens / num_tiles - first;
+      multiply_int8_rows(num_rows, rows.from(first), weights,
+                         ahead_of(i, num_tiles, weights, panel_bytes), sums);
+      for (int64_t m = 0; m < num_rows; ++m)
+        write_outputs<T>(matrix, y, first + m, panel, load(sums[m]), load(sums[m] + 16));
+    }
+  });
+}
+
+void linear_int8(Team& team, const Matrix& matrix, const bf16* x, void* y, int64_t num_tokens) {
+  multiply_int8(team, matrix, x, y, num_tokens);
+}
+
+extern "C" void sortserve_linear_int8(const LinearInt8Call* call) {
+  Team::run(call->num_threads, [&](Team& team) {
+    if (call->dtype == kBfloat16)
+      multiply_int8(team, call->matrix, static_cast<const bf16*>(call->x), call->y,
+                    call->num_tokens);
+    else
+      multiply_int8(team, call->matrix, static_cast<const float*>(call->x), call->y,
+                    call->num_tokens);
+  });
+}
+
+}  // namespace sortserve

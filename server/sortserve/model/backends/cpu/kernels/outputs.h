@@ -1,0 +1,32 @@
+// What happens to a panel's sums: bias, activation, rounding.
+#pragma once
+
+#include "kernels.h"
+
+namespace sortserve {
+
+// One row of one panel: outputs 0 to 15 (a) and 16 to 31 (b) to y, [num_tokens, num_outputs] in T
+// (kFp32: in float). Not inlined: the same instructions for all tiles.
+template <typename T>
+__attribute__((noinline)) void write_outputs(const Matrix& matrix, void* y, int64_t token,
+                                             int64_t panel, f32x16 a, f32x16 b) {
+  constexpr int64_t kOutputs = 32;
+  if (matrix.bias != nullptr) {
+    a += load(matrix.bias + panel * kOutputs);
+    b += load(matrix.bias + panel * kOutputs + 16);
+  }
+  if (matrix.output == kSiluMul) {
+    const int64_t first = panel * kOutputs / 2;
+    T* out = static_cast<T*>(y) + token * matrix.num_outputs + first;
+    return store(out, silu(a) * b, matrix.num_outputs - first);
+  }
+  const int64_t first = panel * kOutputs, left = matrix.num_outputs - first;
+  const auto both = [&](auto* out) {
+    out += token * matrix.num_outputs + first;
+    store(out, a, left);
+    if (left > 16) store(out + 16, b, left - 16);
+  };
+  matrix.output == kFp32 ? both(static_cast<float*>(y)) : both(static_cast<T*>(y));
+}
+
+}  // namespace sortserve
