@@ -77,8 +77,9 @@ def quantize_activations(x_TI: Tensor) -> tuple[Tensor, Tensor]:
     blocks_TB32 = _blocks(x_TI)
     largest_TB = blocks_TB32.abs().amax(-1)
     is_zero_TB = largest_TB < _TINY
-    scales_TB = torch.where(is_zero_TB, 0, largest_TB / _LARGEST)
-    factors_TB = torch.where(is_zero_TB, 0, _LARGEST / largest_TB)
+    most_TB = torch.full_like(largest_TB, _LARGEST)  # with a number torch may not divide
+    scales_TB = torch.where(is_zero_TB, 0, largest_TB / most_TB)
+    factors_TB = torch.where(is_zero_TB, 0, most_TB / largest_TB)
     values_TB32 = (blocks_TB32 * factors_TB[..., None]).round_().nan_to_num_(0)
     return values_TB32.to(torch.int8).flatten(1)[:, : x_TI.shape[1]], scales_TB
 

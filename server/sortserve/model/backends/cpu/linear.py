@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from sortserve.model.backends.cpu.library import NativeLibrary, pointer
 from sortserve.model.weight import PLAIN, Weight
 
-__all__ = ["Matrix", "NativeLinear", "Output", "can_pack", "pack"]
+__all__ = ["Matrix", "NativeLinear", "Output", "can_pack", "pack", "pack_bias"]
 
 _PANEL = 32
 """Outputs of a panel: kPanel of ``kernels/tile_fma.h``."""
@@ -61,6 +61,20 @@ def pack(
     bias_O = None if bias_O is None else _interleave_halves(bias_O)
     return NativeLinear(
         library, output, weight_OI.shape[0] // 2, _interleave_halves(weight_OI), bias_O
+    )
+
+
+def pack_bias(bias_O: Tensor | None, output: Output) -> Tensor | None:
+    """The bias of a packed weight in fp32, filled up to whole panels.
+
+    Args:
+        bias_O: in the order of the weight's outputs.
+        output: for ``Output.SILU_MUL`` all gates, then all ups.
+    """
+    if bias_O is None:
+        return None
+    return _pad_outputs(
+        (_interleave_halves(bias_O) if output is Output.SILU_MUL else bias_O).float()
     )
 
 

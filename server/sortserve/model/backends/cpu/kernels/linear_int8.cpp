@@ -11,6 +11,7 @@
 #include "tile_int8.h"
 
 namespace sortserve {
+namespace {
 
 struct LinearInt8Call {
   Matrix matrix;  // packed: as sortserve_pack_int8 does it
@@ -27,9 +28,9 @@ struct PackInt8Call {
   int64_t packed_bytes;  // written
 };
 
-static int64_t num_blocks_of(int64_t num_inputs) { return (num_inputs + kBlock - 1) / kBlock; }
+int64_t num_blocks_of(int64_t num_inputs) { return (num_inputs + kBlock - 1) / kBlock; }
 
-static int64_t num_panels_of(int64_t num_outputs, int64_t output) {
+int64_t num_panels_of(int64_t num_outputs, int64_t output) {
   const int64_t width = output == kSiluMul ? kPanelOutputs / 2 : kPanelOutputs;
   return (num_outputs + width - 1) / width;
 }
@@ -37,7 +38,7 @@ static int64_t num_panels_of(int64_t num_outputs, int64_t output) {
 // ---- packing
 
 // The row of the weights that an output of a panel has, or -1: it is there to fill the panel.
-static int64_t row_of(const PackInt8Call& call, int64_t panel, int64_t i) {
+int64_t row_of(const PackInt8Call& call, int64_t panel, int64_t i) {
   if (call.output != kSiluMul) {
     const int64_t row = panel * kPanelOutputs + i;
     return row < call.num_outputs ? row : -1;
@@ -47,7 +48,7 @@ static int64_t row_of(const PackInt8Call& call, int64_t panel, int64_t i) {
   return i < half ? row : call.num_outputs + row;
 }
 
-static void pack_output(const PackInt8Call& call, int64_t panel, int64_t i, uint8_t* packed) {
+void pack_output(const PackInt8Call& call, int64_t panel, int64_t i, uint8_t* packed) {
   const int64_t row = row_of(call, panel, i), num_blocks = num_blocks_of(call.num_inputs);
   for (int64_t b = 0; b < num_blocks; ++b) {
     uint8_t* block = packed + b * kBlockBytes;
@@ -63,6 +64,8 @@ static void pack_output(const PackInt8Call& call, int64_t panel, int64_t i, uint
   }
 }
 
+}  // namespace
+
 extern "C" void sortserve_pack_int8(PackInt8Call* call) {
   const int64_t num_panels = num_panels_of(call->num_outputs, call->output);
   const int64_t panel_bytes = num_blocks_of(call->num_inputs) * kBlockBytes;
@@ -76,10 +79,12 @@ extern "C" void sortserve_pack_int8(PackInt8Call* call) {
   });
 }
 
+namespace {
+
 // ---- activations
 
 // To the nearest integers, ties to even, of the rounded products.
-static void round_products(const float* x, float factor, int32_t* values) {
+void round_products(const float* x, float factor, int32_t* values) {
   for (int64_t i = 0; i < kBlock; i += kLanes) {
     lanes product = load_lanes(x + i) * splat_lanes(factor);
 #if defined(__AVX512F__)
@@ -96,7 +101,7 @@ static void round_products(const float* x, float factor, int32_t* values) {
 }
 
 // The largest size of 32 numbers; NaN if there is one, as its bits are above all others.
-static float largest_size(const float* x) {
+float largest_size(const float* x) {
   i32_lanes largest = {};
   for (int64_t i = 0; i < kBlock; i += kLanes) {
     const i32_lanes size = load_as<i32_lanes>(x + i) & 0x7fffffff;
@@ -111,7 +116,7 @@ static float largest_size(const float* x) {
 constexpr float kTiny = 0x1p-100f;
 
 template <typename T>
-static void quantize_block(const T* x, int64_t n, int8_t* values, BlockScale* scale) {
+void quantize_block(const T* x, int64_t n, int8_t* values, BlockScale* scale) {
   alignas(64) float numbers[kBlock];
   store(numbers, load(x, n));
   store(numbers + 16, n > 16 ? load(x + 16, n - 16) : f32x16(0));
@@ -132,7 +137,7 @@ static void quantize_block(const T* x, int64_t n, int8_t* values, BlockScale* sc
 }
 
 // Room for the quantised rows of a call; kept, as the next call needs as much.
-class Scratch {
+class RowBuffer {
  public:
   char* reserve(int64_t num_bytes) {
     if (num_bytes > size_) {
@@ -149,11 +154,11 @@ class Scratch {
 };
 
 template <typename T>
-static QuantizedRows quantize_rows(Team& team, const T* x, int64_t num_tokens, int64_t num_inputs) {
-  thread_local Scratch scratch;
+QuantizedRows quantize_rows(Team& team, const T* x, int64_t num_tokens, int64_t num_inputs) {
+  thread_local RowBuffer buffer;
   const int64_t num_blocks = num_blocks_of(num_inputs), count = num_tokens * num_blocks;
   int8_t* values = reinterpret_cast<int8_t*>(
-      scratch.reserve(count * (kBlock + static_cast<int64_t>(sizeof(BlockScale)))));
+      buffer.reserve(count * (kBlock + static_cast<int64_t>(sizeof(BlockScale)))));
   BlockScale* scales = reinterpret_cast<BlockScale*>(values + count * kBlock);
   constexpr int64_t kGrain = 512;
   team.parallel_for(count, kGrain, [&](int64_t index) {
@@ -168,7 +173,7 @@ static QuantizedRows quantize_rows(Team& team, const T* x, int64_t num_tokens, i
 
 // What a tile brings near: the same panel a little further on where that is all there is to wait
 // for, else the next panel, while the second tile runs.
-static const uint8_t* ahead_of(int64_t tile, int64_t num_tiles, const uint8_t* panel,
+const uint8_t* ahead_of(int64_t tile, int64_t num_tiles, const uint8_t* panel,
                                int64_t panel_bytes) {
   constexpr int64_t kStreamAhead = 2048;
   if (num_tiles == 1) return panel + kStreamAhead;
@@ -176,7 +181,7 @@ static const uint8_t* ahead_of(int64_t tile, int64_t num_tiles, const uint8_t* p
 }
 
 template <typename T>
-static void multiply_int8(Team& team, const Matrix& matrix, const T* x, void* y,
+void multiply_int8(Team& team, const Matrix& matrix, const T* x, void* y,
                           int64_t num_tokens) {
   const int64_t num_panels = num_panels_of(matrix.num_outputs, matrix.output);
   const int64_t num_tiles = (num_tokens + Int8Tile::kRows - 1) / Int8Tile::kRows;
@@ -196,6 +201,8 @@ static void multiply_int8(Team& team, const Matrix& matrix, const T* x, void* y,
     }
   });
 }
+
+}  // namespace
 
 void linear_int8(Team& team, const Matrix& matrix, const bf16* x, void* y, int64_t num_tokens) {
   multiply_int8(team, matrix, x, y, num_tokens);
