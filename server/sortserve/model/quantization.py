@@ -86,7 +86,8 @@ def quantize_activations(x_TI: Tensor) -> tuple[Tensor, Tensor]:
 
 def _blocks(x_NI: Tensor) -> Tensor:
     """[N, I] to fp32 [N, B, 32]."""
-    return pad(x_NI.float(), (0, -x_NI.shape[1] % BLOCK_SIZE)).unflatten(1, (-1, BLOCK_SIZE))
+    padded_NI = pad(x_NI.float(), (0, -x_NI.shape[1] % BLOCK_SIZE))
+    return padded_NI.view(len(padded_NI), -1, BLOCK_SIZE)
 
 
 def _dequantize(values_NI: Tensor, scales_NB: Tensor) -> Tensor:

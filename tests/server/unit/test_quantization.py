@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from sortserve.model.backends.cpu.isa import ISAS
 from sortserve.model.backends.cpu.library import NativeLibrary
 from sortserve.model.backends.cpu.linear import Output
 from sortserve.model.backends.cpu.linear_int8 import NativeInt8Linear
@@ -18,14 +17,14 @@ from sortserve.model.quantization import (
     quantize_int8,
 )
 from sortserve.model.weight import Weight
-from support.native import force_isa
+from support.native import INSTANCES, force_isa
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(32, 64), (70, 36), (8, 2), (18, 7), (576, 576), (40, 1536)]
 """(outputs, inputs)"""
 
 
-@pytest.fixture(name="library", params=list(ISAS))
+@pytest.fixture(name="library", params=list(INSTANCES))
 def _library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> NativeLibrary:
     return force_isa(request.param, monkeypatch)
 

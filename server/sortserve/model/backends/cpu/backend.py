@@ -1,4 +1,4 @@
-"""Our C++ kernels: bf16 and fp32 on any CPU that a compiler or a prebuilt library serves.
+"""Our C++ kernels: bf16, fp32 and int8 on any CPU that a compiler or a prebuilt library serves.
 
 Linear layers stream their weights at memory bandwidth for few tokens, and a token's result does not
 depend on the tokens beside it (``benchmarks/kernels.py`` measures). What has no kernel (products in
@@ -15,7 +15,8 @@ from sortserve.model.attention import RopeTables
 from sortserve.model.backend import LayerStack, Ops, Target
 from sortserve.model.backends.cpu.attention import NativeAttention
 from sortserve.model.backends.cpu.library import DTYPE_CODES, NativeLibrary, load_native
-from sortserve.model.backends.cpu.linear import Output, can_pack, pack
+from sortserve.model.backends.cpu.linear import NativeLinear, Output, PackedLinear
+from sortserve.model.backends.cpu.linear_int8 import NativeInt8Linear
 from sortserve.model.backends.cpu.ops import NativeOps
 from sortserve.model.backends.cpu.stack import NativeStack, can_fuse
 from sortserve.model.backends.reference.backend import ReferenceBackend
@@ -39,21 +40,23 @@ class CpuBackend(ReferenceBackend):
 
     def linear(self, weight: Weight, bias_O: Tensor | None = None) -> LinearOp:
         """In one call, bias and rounding included."""
-        if not can_pack(weight, self.target.dtype):
-            return super().linear(weight, bias_O)
-        return pack(self.library, weight, bias_O, Output.of(self.target.dtype))
+        packed = self._pack(weight, bias_O, Output.of(self.target.dtype))
+        return packed or super().linear(weight, bias_O)
 
     def gated(self, weight: Weight, bias_2F: Tensor | None = None) -> LinearOp:
         """In one call, the gate included."""
-        if not can_pack(weight, self.target.dtype):
-            return super().gated(weight, bias_2F)
-        return pack(self.library, weight, bias_2F, Output.SILU_MUL)
+        return self._pack(weight, bias_2F, Output.SILU_MUL) or super().gated(weight, bias_2F)
 
     def head(self, weight: Weight) -> LinearOp:
         """In one call, its sums as they are."""
-        if not can_pack(weight, self.target.dtype):
-            return super().head(weight)
-        return pack(self.library, weight, None, Output.FP32)
+        return self._pack(weight, None, Output.FP32) or super().head(weight)
+
+    def _pack(self, weight: Weight, bias_O: Tensor | None, output: Output) -> PackedLinear | None:
+        """None: there is no kernel for it."""
+        for kind in (NativeLinear, NativeInt8Linear):
+            if kind.can_pack(weight, self.target.dtype):
+                return kind(self.library, weight, bias_O, output, self.target.dtype)
+        return None
 
     def attention(self, rope: RopeTables) -> NativeAttention:
         """Reads pages in place."""

@@ -9,7 +9,9 @@ Shape legend: T tokens, I inputs, O outputs, F intermediate.
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from enum import IntEnum
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from torch.nn.functional import pad
 from sortserve.model.backends.cpu.library import NativeLibrary, pointer
 from sortserve.model.weight import PLAIN, Weight
 
-__all__ = ["Matrix", "NativeLinear", "Output", "can_pack", "pack", "pack_bias"]
+__all__ = ["Matrix", "NativeLinear", "Output", "PackedLinear"]
 
 _PANEL = 32
 """Outputs of a panel: kPanel of ``kernels/tile_fma.h``."""
@@ -37,34 +39,7 @@ class Output(IntEnum):
         return Output.BF16 if dtype == torch.bfloat16 else Output.FP32
 
 
-def can_pack(weight: Weight, dtype: torch.dtype) -> bool:
-    """Whether there is a kernel for products of ``weight`` with inputs of ``dtype``."""
-    if weight.format is not PLAIN or weight.values.dtype != dtype:
-        return False
-    return dtype in {torch.bfloat16, torch.float32}
-
-
-def pack(
-    library: NativeLibrary, weight: Weight, bias_O: Tensor | None, output: Output
-) -> NativeLinear:
-    """A weight that ``can_pack``, ready for its kernel.
-
-    Args:
-        library: the kernels.
-        weight: for ``Output.SILU_MUL`` all gates, then all ups.
-        bias_O: in the order of the weight's outputs.
-        output: what the product is made into.
-    """
-    weight_OI = weight.values
-    if output is not Output.SILU_MUL:
-        return NativeLinear(library, output, weight_OI.shape[0], weight_OI, bias_O)
-    bias_O = None if bias_O is None else _interleave_halves(bias_O)
-    return NativeLinear(
-        library, output, weight_OI.shape[0] // 2, _interleave_halves(weight_OI), bias_O
-    )
-
-
-def pack_bias(bias_O: Tensor | None, output: Output) -> Tensor | None:
+def _pack_bias(bias_O: Tensor | None, output: Output) -> Tensor | None:
     """The bias of a packed weight in fp32, filled up to whole panels.
 
     Args:
@@ -84,7 +59,7 @@ class Matrix(ctypes.Structure):
     _fields_ = (
         ("packed", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("num_inputs", "num_outputs", "output")),
+        *((name, ctypes.c_int64) for name in ("num_inputs", "num_outputs", "output", "format")),
     )
 
 
@@ -100,42 +75,87 @@ class _LinearCall(ctypes.Structure):
     )
 
 
-class NativeLinear:
-    """One weight matrix, packed for the C++ kernel of its dtype.
+class PackedLinear(ABC):
+    """One weight matrix, packed for a kernel: a LinearOp.
+
+    Args:
+        library: the kernels.
+        weight: with Output.SILU_MUL all gates, then all ups.
+        bias_O: in the order of the weight's outputs.
+        output: what the sums are made into.
+        dtype: of the inputs, and of the outputs unless they are Output.FP32.
 
     Attributes:
-        dtype: of weights and inputs.
+        dtype: as given.
         matrix: the kernel's view of it; valid as long as this object lives.
     """
+
+    format: ClassVar[int]
+    """The enum Format of ``kernels/kernels.h``."""
 
     def __init__(
         self,
         library: NativeLibrary,
-        output: Output,
-        num_outputs: int,
-        weight_OI: Tensor,
+        weight: Weight,
         bias_O: Tensor | None,
+        output: Output,
+        dtype: torch.dtype,
     ) -> None:
-        self.dtype = weight_OI.dtype
+        num_outputs, num_inputs = weight.shape
+        if output is Output.SILU_MUL:
+            num_outputs //= 2
+        self.dtype = dtype
         self._library = library
-        self._kernel = "linear" if self.dtype == torch.bfloat16 else "linear_fp32"
-        self._output_dtype = torch.float32 if output is Output.FP32 else self.dtype
-        self._packed = _pack(weight_OI)
-        self._bias = None if bias_O is None else _pad_outputs(bias_O.float())
+        self._output_dtype = torch.float32 if output is Output.FP32 else dtype
+        self._packed = self._pack(weight, num_outputs, output)
+        self._bias = _pack_bias(bias_O, output)
         self.matrix = Matrix(
-            pointer(self._packed), pointer(self._bias), weight_OI.shape[1], num_outputs, output
+            pointer(self._packed),
+            pointer(self._bias),
+            num_inputs,
+            num_outputs,
+            output,
+            self.format,
         )
 
+    @abstractmethod
+    def _pack(self, weight: Weight, num_outputs: int, output: Output) -> Tensor:
+        """The matrix in the order of the kernel."""
+
+    @abstractmethod
     def __call__(self, x_TI: Tensor) -> Tensor:
         """See LinearOp."""
+
+    def _outputs(self, x_TI: Tensor) -> Tensor:
+        """Room for what the kernel makes of these inputs."""
         num_tokens, num_inputs = x_TI.shape
         assert x_TI.dtype == self.dtype
         assert num_inputs == self.matrix.num_inputs
-        y_TO = torch.empty(num_tokens, self.matrix.num_outputs, dtype=self._output_dtype)
+        return torch.empty(num_tokens, self.matrix.num_outputs, dtype=self._output_dtype)
+
+
+class NativeLinear(PackedLinear):
+    """A plain matrix in the dtype of the inputs: bf16 or fp32."""
+
+    format = 0
+
+    @staticmethod
+    def can_pack(weight: Weight, dtype: torch.dtype) -> bool:
+        """Whether there is a kernel for products of ``weight`` with inputs of ``dtype``."""
+        is_plain = weight.format is PLAIN and weight.values.dtype == dtype
+        return is_plain and dtype in {torch.bfloat16, torch.float32}
+
+    def _pack(self, weight: Weight, num_outputs: int, output: Output) -> Tensor:
+        is_gated = output is Output.SILU_MUL
+        return _pack(_interleave_halves(weight.values) if is_gated else weight.values)
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        """See LinearOp."""
+        y_TO = self._outputs(x_TI)
         call = _LinearCall(
-            self.matrix, pointer(x_TI), pointer(y_TO), num_tokens, torch.get_num_threads()
+            self.matrix, pointer(x_TI), pointer(y_TO), len(x_TI), torch.get_num_threads()
         )
-        self._library.call(self._kernel, call)
+        self._library.call("linear" if self.dtype == torch.bfloat16 else "linear_fp32", call)
         return y_TO
 
 

@@ -10,12 +10,12 @@ import ctypes
 import torch
 from torch import Tensor
 
-from sortserve.model.backends.cpu.library import DTYPE_CODES, NativeLibrary, pointer
-from sortserve.model.backends.cpu.linear import Matrix, Output, pack_bias
+from sortserve.model.backends.cpu.library import DTYPE_CODES, pointer
+from sortserve.model.backends.cpu.linear import Matrix, Output, PackedLinear
 from sortserve.model.quantization import INT8
 from sortserve.model.weight import Weight
 
-__all__ = ["NativeInt8Linear", "can_pack_int8"]
+__all__ = ["NativeInt8Linear"]
 
 
 class _LinearInt8Call(ctypes.Structure):
@@ -39,77 +39,44 @@ class _PackInt8Call(ctypes.Structure):
     )
 
 
-def can_pack_int8(weight: Weight, dtype: torch.dtype) -> bool:
-    """Whether there is a kernel for this weight and inputs of this dtype."""
-    return weight.format is INT8 and dtype in {torch.float32, torch.bfloat16}
+class NativeInt8Linear(PackedLinear):
+    """A matrix in int8; inputs are quantised by the kernel."""
 
+    format = 1
 
-class NativeInt8Linear:
-    """One weight matrix, packed for the int8 kernel.
+    @staticmethod
+    def can_pack(weight: Weight, dtype: torch.dtype) -> bool:
+        """Whether there is a kernel for products of ``weight`` with inputs of ``dtype``."""
+        return weight.format is INT8 and dtype in {torch.float32, torch.bfloat16}
 
-    Args:
-        library: the kernels.
-        weight: one that ``can_pack_int8``; with Output.SILU_MUL all gates, then all ups.
-        bias_O: as the weight's outputs.
-        output: what becomes of the sums.
-        dtype: of the inputs, and of the outputs unless they are Output.FP32.
-
-    Attributes:
-        matrix: the kernel's view of it; valid as long as this object lives.
-    """
-
-    def __init__(
-        self,
-        library: NativeLibrary,
-        weight: Weight,
-        bias_O: Tensor | None,
-        output: Output,
-        dtype: torch.dtype,
-    ) -> None:
-        num_outputs, num_inputs = weight.shape
-        if output is Output.SILU_MUL:
-            num_outputs //= 2
-        self.dtype = dtype
-        self._library = library
-        self._output_dtype = torch.float32 if output is Output.FP32 else dtype
-        self._packed = _pack(library, weight, num_outputs, output)
-        self._bias = pack_bias(bias_O, output)
-        self.matrix = Matrix(
-            pointer(self._packed), pointer(self._bias), num_inputs, num_outputs, output
+    def _pack(self, weight: Weight, num_outputs: int, output: Output) -> Tensor:
+        """uint8, values and scales in the order of the kernel: ``kernels/tile_int8.h``."""
+        assert weight.scales is not None
+        call = _PackInt8Call(
+            pointer(weight.values),
+            pointer(weight.scales),
+            None,
+            weight.shape[1],
+            num_outputs,
+            output,
+            torch.get_num_threads(),
         )
+        self._library.call("pack_int8", call)  # says how many bytes it takes
+        packed = torch.empty(call.packed_bytes, dtype=torch.uint8)
+        call.packed = pointer(packed)
+        self._library.call("pack_int8", call)
+        return packed
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         """See LinearOp."""
-        num_tokens, num_inputs = x_TI.shape
-        assert x_TI.dtype == self.dtype
-        assert num_inputs == self.matrix.num_inputs
-        y_TO = torch.empty(num_tokens, self.matrix.num_outputs, dtype=self._output_dtype)
+        y_TO = self._outputs(x_TI)
         call = _LinearInt8Call(
             self.matrix,
             pointer(x_TI),
             pointer(y_TO),
-            num_tokens,
+            len(x_TI),
             DTYPE_CODES[self.dtype],
             torch.get_num_threads(),
         )
         self._library.call("linear_int8", call)
         return y_TO
-
-
-def _pack(library: NativeLibrary, weight: Weight, num_outputs: int, output: Output) -> Tensor:
-    """uint8, values and scales in the order of the kernel: ``kernels/tile_int8.h``."""
-    assert weight.scales is not None
-    call = _PackInt8Call(
-        pointer(weight.values),
-        pointer(weight.scales),
-        None,
-        weight.shape[1],
-        num_outputs,
-        output,
-        torch.get_num_threads(),
-    )
-    library.call("pack_int8", call)
-    packed = torch.empty(call.packed_bytes, dtype=torch.uint8)
-    call.packed = pointer(packed)
-    library.call("pack_int8", call)
-    return packed

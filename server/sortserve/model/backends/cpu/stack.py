@@ -14,7 +14,7 @@ from torch import Tensor
 from sortserve.model.attention import KVCache
 from sortserve.model.backends.cpu.attention import NativeAttention, Step
 from sortserve.model.backends.cpu.library import pointer
-from sortserve.model.backends.cpu.linear import Matrix, NativeLinear
+from sortserve.model.backends.cpu.linear import Matrix, PackedLinear
 from sortserve.model.batch import Batch
 from sortserve.model.layers import PackedLayer
 from sortserve.model.weight import LinearOp
@@ -49,9 +49,9 @@ class _LayersCall(ctypes.Structure):
 
 
 def can_fuse(layers: Sequence[PackedLayer]) -> bool:
-    """Whether all matrices of these layers are packed for the kernels, in bf16."""
+    """Whether all matrices of these layers are packed for the kernels, for bf16."""
     return all(
-        isinstance(op, NativeLinear) and op.dtype == torch.bfloat16
+        isinstance(op, PackedLinear) and op.dtype == torch.bfloat16
         for layer in layers
         for op in (layer.qkv, layer.o, layer.gated, layer.down)
     )
@@ -111,7 +111,7 @@ class NativeStack:
 
 
 def _matrix(op: LinearOp) -> Matrix:
-    assert isinstance(op, NativeLinear)
+    assert isinstance(op, PackedLinear)
     return op.matrix
 
 

@@ -41,15 +41,22 @@ void add_rms_norm(Team& team, const RowsCall& call);
 
 enum Output : int64_t { kBf16 = 0, kFp32 = 1, kSiluMul = 2 };
 
+enum Format : int64_t { kPlain = 0, kInt8 = 1 };
+
 struct Matrix {
-  const void* packed;  // bf16 [panels, num_inputs / 2, 32, 2], or fp32 [panels, num_inputs, 32]
+  const void* packed;  // bf16 [panels, num_inputs / 2, 32, 2], fp32 [panels, num_inputs, 32], or
+                       // int8 as in tile_int8.h
   const float* bias;   // [32 * panels], or null
   int64_t num_inputs, num_outputs;
   int64_t output;  // an Output; kSiluMul: a panel is half of it gates, then the same ups
+  int64_t format;  // a Format
 };
 
 // y = x W^T + b, in bf16 with fp32 accumulation.
 void linear(Team& team, const Matrix& matrix, const bf16* x, void* y, int64_t num_tokens);
+
+// The same with weights and activations in int8.
+void linear_int8(Team& team, const Matrix& matrix, const bf16* x, void* y, int64_t num_tokens);
 
 // ---- attention.cpp, prefill.cpp; Python: attention.py
 

@@ -22,6 +22,11 @@ struct LayersCall {
   int64_t plane_size;          // elements of keys (or values) of one layer
 };
 
+static void multiply(Team& team, const Matrix& matrix, const bf16* x, bf16* y, int64_t num_tokens) {
+  if (matrix.format == kInt8) return linear_int8(team, matrix, x, y, num_tokens);
+  linear(team, matrix, x, y, num_tokens);
+}
+
 static void run_layer(Team& team, const LayersCall& call, const Layer& layer, const Step& step,
                       bf16* keys) {
   const int64_t num_tokens = step.num_tokens;
@@ -30,13 +35,13 @@ static void run_layer(Team& team, const LayersCall& call, const Layer& layer, co
                         kBfloat16, step.num_threads, step.eps});
   };
   norm(layer.input_norm);
-  linear(team, layer.qkv, call.x, call.qkv, num_tokens);
+  multiply(team, layer.qkv, call.x, call.qkv, num_tokens);
   attention(team, step,
             {call.qkv, keys, keys + call.plane_size, layer.q_norm, layer.k_norm, call.heads});
-  linear(team, layer.o, call.heads, call.delta, num_tokens);
+  multiply(team, layer.o, call.heads, call.delta, num_tokens);
   norm(layer.post_attention_norm);
-  linear(team, layer.gate_up, call.x, call.mlp, num_tokens);
-  linear(team, layer.down, call.mlp, call.delta, num_tokens);
+  multiply(team, layer.gate_up, call.x, call.mlp, num_tokens);
+  multiply(team, layer.down, call.mlp, call.delta, num_tokens);
 }
 
 extern "C" void sortserve_layers(const LayersCall* call) {

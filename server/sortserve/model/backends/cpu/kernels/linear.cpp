@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "outputs.h"
 #include "tile.h"
 
 namespace sortserve {
@@ -16,28 +17,6 @@ struct LinearCall {
   void* y;     // [num_tokens, num_outputs]
   int64_t num_tokens, num_threads;
 };
-
-// One row of one panel: bias, activation, rounding. Not inlined: the same instructions for all tiles.
-template <typename T>
-__attribute__((noinline)) static void write_outputs(const Matrix& matrix, void* y, int64_t token,
-                                                    int64_t panel, f32x16 a, f32x16 b) {
-  if (matrix.bias != nullptr) {
-    a += load(matrix.bias + panel * kPanel);
-    b += load(matrix.bias + panel * kPanel + 16);
-  }
-  if (matrix.output == kSiluMul) {
-    const int64_t first = panel * kPanel / 2;
-    T* out = static_cast<T*>(y) + token * matrix.num_outputs + first;
-    return store(out, silu(a) * b, matrix.num_outputs - first);
-  }
-  const int64_t first = panel * kPanel, left = matrix.num_outputs - first;
-  const auto both = [&](auto* out) {
-    out += token * matrix.num_outputs + first;
-    store(out, a, left);
-    if (left > 16) store(out + 16, b, left - 16);
-  };
-  matrix.output == kFp32 ? both(static_cast<float*>(y)) : both(static_cast<T*>(y));
-}
 
 // Rows as tiles take them: in the element type of RowOf, and filled up to a whole pack.
 template <typename T>
