@@ -13,6 +13,8 @@ __all__ = ["Quantization"]
 
 _METHOD = "bitsandbytes"
 _KINDS = ("nf4", "fp4")
+_MAX_THRESHOLD = 65504
+"""The largest number in float16, which inputs are compared in."""
 _ELSEWHERE = "serve the unquantised checkpoint or a GGUF file"
 
 
@@ -59,9 +61,11 @@ class Quantization:
                 "supported: false."
             )
         threshold = fields.get("llm_int8_threshold", 6.0)
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or threshold < 0:
+        is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+        if not is_number or not 0 <= threshold <= _MAX_THRESHOLD:
             raise CheckpointError(
-                f"quantization_config.llm_int8_threshold={threshold!r} is not a number >= 0."
+                f"quantization_config.llm_int8_threshold={threshold!r} is not a number from 0 to "
+                f"{_MAX_THRESHOLD}."
             )
         if find_spec(_METHOD) is None:
             raise CheckpointError(

@@ -104,8 +104,10 @@ def state(**fields: Any) -> Callable[[Tensors], Tensors]:
         ({"bnb_4bit_quant_type": "nf3"}, ["bnb_4bit_quant_type='nf3'", "supported: nf4, fp4"]),
         ({"bnb_4bit_quant_storage": "bfloat16"}, ["quant_storage='bfloat16'", "supported: uint8"]),
         ({"llm_int8_has_fp16_weight": True}, ["llm_int8_has_fp16_weight=true is not supported"]),
-        ({"llm_int8_threshold": -1}, ["llm_int8_threshold=-1 is not a number >= 0"]),
-        ({"llm_int8_threshold": True}, ["llm_int8_threshold=True is not a number >= 0"]),
+        ({"llm_int8_threshold": -1}, ["llm_int8_threshold=-1 is not a number from 0 to"]),
+        ({"llm_int8_threshold": float("nan")}, ["llm_int8_threshold=nan is not a number from 0"]),
+        ({"llm_int8_threshold": 10**400}, ["is not a number from 0 to 65504"]),
+        ({"llm_int8_threshold": True}, ["llm_int8_threshold=True is not a number from 0 to"]),
     ],
 )
 def test_a_field_of_the_config_is_named(
