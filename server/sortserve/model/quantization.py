@@ -86,8 +86,10 @@ def quantize_activations(x_TI: Tensor) -> tuple[Tensor, Tensor]:
 
 def _blocks(x_NI: Tensor) -> Tensor:
     """[N, I] to fp32 [N, B, 32]."""
-    padded_NI = pad(x_NI.float(), (0, -x_NI.shape[1] % BLOCK_SIZE))
-    return padded_NI.view(len(padded_NI), -1, BLOCK_SIZE)
+    num_rows, num_inputs = x_NI.shape
+    num_blocks = -(-num_inputs // BLOCK_SIZE)
+    padded = pad(x_NI.float(), (0, num_blocks * BLOCK_SIZE - num_inputs))
+    return padded.view(num_rows, num_blocks, BLOCK_SIZE)
 
 
 def _dequantize(values_NI: Tensor, scales_NB: Tensor) -> Tensor:

@@ -175,7 +175,7 @@ QuantizedRows quantize_rows(Team& team, const T* x, int64_t num_tokens, int64_t 
 // for, else the next panel, while the second tile runs.
 const uint8_t* ahead_of(int64_t tile, int64_t num_tiles, const uint8_t* panel,
                                int64_t panel_bytes) {
-  constexpr int64_t kStreamAhead = 2048;
+  constexpr int64_t kStreamAhead = 4096;
   if (num_tiles == 1) return panel + kStreamAhead;
   return tile == 1 ? panel + panel_bytes : panel;
 }
