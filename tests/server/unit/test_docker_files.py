@@ -117,13 +117,20 @@ def test_the_server_is_process_one_and_gets_the_signal_that_drains_it(path: Path
 
 
 @each_dockerfile
-def test_checkpoints_and_compiled_kernels_outlive_the_container(path: Path) -> None:
+def test_checkpoints_and_converted_weights_outlive_the_container(path: Path) -> None:
     stage = final_stage(path)
     (volume,) = json.loads(stage["VOLUME"][0])
 
     for variable in ("HF_HOME", "XDG_CACHE_HOME"):
         assert environment(stage)[variable].startswith(f"{volume}/")
-    assert any("g++" in run for run in stage["RUN"]), "kernels are compiled at the first start"
+
+
+def test_the_cpu_image_has_kernels_for_every_processor_and_no_compiler() -> None:
+    path = next(path for path in DOCKERFILES if path.name == "Dockerfile.cpu")
+    compiles = [rest for name, rest in instructions(path) if "sortserve kernels --isa all" in rest]
+
+    assert len(compiles) == 1
+    assert not any("g++" in run for run in final_stage(path).get("RUN", []))
 
 
 @each_dockerfile
