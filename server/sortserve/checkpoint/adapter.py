@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from sortserve.checkpoint.adapter_config import (
     ADAPTER_CONFIG,
     check_adapter_config,
+    quieten_bitsandbytes,
     read_adapter_config,
 )
 from sortserve.checkpoint.hf import quiet
@@ -48,7 +48,7 @@ def check_adapter(folder: Path, base: Path, skeleton: Any) -> None:
         CheckpointError: the adapter cannot be merged or does not fit its base, or its weights are
             missing or bad.
     """
-    _quieten()
+    quieten_bitsandbytes()
     from peft import PeftConfig, get_peft_model
 
     check_adapter_config(folder, [name for name, _ in skeleton.named_modules()])
@@ -79,7 +79,7 @@ def merge_adapter(folder: Path, base: Path) -> Mapping[str, Tensor]:
     Raises:
         CheckpointError: peft cannot merge the two.
     """
-    _quieten()
+    quieten_bitsandbytes()
     from peft import PeftModel
 
     try:
@@ -94,11 +94,6 @@ def merge_adapter(folder: Path, base: Path) -> Mapping[str, Tensor]:
         ) from error
     state_dict: Mapping[str, Tensor] = merged.state_dict()
     return state_dict
-
-
-def _quieten() -> None:
-    """Peft imports bitsandbytes where it is installed, which tells of kernels it would download."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _check_fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -12,7 +13,12 @@ from sortserve.checkpoint.patterns import Pattern, check_patterns
 from sortserve.core.errors import CheckpointError
 from sortserve.model.config_fields import check_integer, check_number
 
-__all__ = ["ADAPTER_CONFIG", "check_adapter_config", "read_adapter_config"]
+__all__ = [
+    "ADAPTER_CONFIG",
+    "check_adapter_config",
+    "quieten_bitsandbytes",
+    "read_adapter_config",
+]
 
 ADAPTER_CONFIG = "adapter_config.json"
 MAX_RANK = 1 << 16
@@ -78,16 +84,14 @@ def check_adapter_config(folder: Path, module_names: list[str]) -> None:
 
 def _check_kind(config: Mapping[str, Any]) -> None:
     """Refuse every field that asks for what is not merged here, known to peft or not."""
-    from peft import LoraConfig
-
-    defaults = {
-        field.name: field.default if field.default is not MISSING else None
-        for field in fields(LoraConfig)
+    others = {
+        name: value
+        for name, value in config.items()
+        if value and name not in _HANDLED and name not in _WITHOUT_EFFECT
     }
-    for name, value in config.items():
-        if name in _HANDLED or name in _WITHOUT_EFFECT:
-            continue
-        if value and value != defaults.get(name):
+    defaults = _peft_defaults() if others else {}  # few adapters have any: peft takes seconds
+    for name, value in others.items():
+        if value != defaults.get(name):
             raise CheckpointError(f"{name}={value!r} is not supported.")
     init = config.get("init_lora_weights", True)
     if init not in _PLAIN_INITS:
@@ -95,6 +99,21 @@ def _check_kind(config: Mapping[str, Any]) -> None:
             f"init_lora_weights={init!r} is not supported: it changes the base's weights. Save "
             "the adapter converted to plain LoRA."
         )
+
+
+def quieten_bitsandbytes() -> None:
+    """Before peft is imported, which imports it if it is there: it tells of kernels it lacks."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _peft_defaults() -> dict[str, Any]:
+    quieten_bitsandbytes()
+    from peft import LoraConfig
+
+    return {
+        field.name: field.default if field.default is not MISSING else None
+        for field in fields(LoraConfig)
+    }
 
 
 def _check_values(config: Mapping[str, Any]) -> None:

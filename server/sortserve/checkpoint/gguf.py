@@ -25,6 +25,7 @@ import torch
 from sortserve.checkpoint.families import check_family, read_model_config
 from sortserve.checkpoint.hf import quiet
 from sortserve.core.atomic_write import PRIVATE, write_atomically
+from sortserve.core.cache_bound import held, prune
 from sortserve.core.errors import CheckpointError
 from sortserve.core.user_cache import file_digest, is_private, open_user_cache
 from sortserve.model.config_fields import check_fields
@@ -37,30 +38,42 @@ _FORMAT = 1
 """Part of the cache key: raise it when the conversion changes."""
 _DIGESTS = "digests.json"
 """In a converted folder: the sha256 of every other file."""
+_WEIGHTS = "model.safetensors"
 _MIB = 1 << 20
 _MAGIC = b"GGUF"
 _SCALING = (b"rope.scaling.type", b"rope.scaling.factor", b"rope_freqs.weight")
 
 
 @contextmanager
-def converted_gguf(path: Path, dtype: torch.dtype) -> Iterator[Path]:
+def converted_gguf(path: Path, dtype: torch.dtype, *, with_weights: bool = True) -> Iterator[Path]:
     """A Hugging Face folder with the contents of ``path``, weights in ``dtype``.
 
     The folder is valid inside the ``with`` block: where the cache cannot be used, it is a
     temporary one. A conversion that was kept is used if it is what was written.
+
+    Args:
+        path: of the GGUF file.
+        dtype: of the weights.
+        with_weights: False: the weights are not going to be read, and need not be whole.
 
     Raises:
         CheckpointError: the file is no GGUF, or holds a model that is not supported.
     """
     cache = open_user_cache()
     cached = None if cache is None else cache / f"{path.stem[:100]}-{_key(path, dtype)}"
-    if cached is not None and _is_whole(cached):
-        yield cached
-        return
-    logger.info("Converting %s, once.", path.name)
-    with ExitStack() as drafts:
-        folder = None if cached is None else _convert_into_cache(path, cached, dtype, drafts)
-        yield folder or _convert_for_now(path, dtype, drafts)
+    with ExitStack() as stack:
+        if cached is not None and _is_held(cached, stack, with_weights=with_weights):
+            yield cached
+            return
+        logger.info("Converting %s, once.", path.name)
+        folder = None if cached is None else _convert_into_cache(path, cached, dtype, stack)
+        yield folder or _convert_for_now(path, dtype, stack)
+
+
+def _is_held(folder: Path, stack: ExitStack, *, with_weights: bool) -> bool:
+    """Whether a folder of the cache is whole; then it stays until the stack is closed."""
+    stack.enter_context(held(folder))
+    return _is_whole(folder, with_weights=with_weights)
 
 
 def _convert_into_cache(
@@ -76,7 +89,10 @@ def _convert_into_cache(
     except Exception as error:  # safetensors and tokenizers report a full disk in their own types
         logger.warning("%s is converted at every start: no cache (%s).", path.name, error)
         return None
-    return _move(draft, cached)
+    folder = _move(draft, cached)
+    drafts.enter_context(held(folder))
+    prune(cached.parent)
+    return folder
 
 
 def _convert_for_now(path: Path, dtype: torch.dtype, drafts: ExitStack) -> Path:
@@ -124,12 +140,13 @@ def _seal(folder: Path) -> None:
     write_atomically(folder / _DIGESTS, json.dumps(digests, indent=2).encode(), mode=PRIVATE)
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_whole(folder: Path, *, with_weights: bool = True) -> bool:
     """Whether a folder of the cache holds what was written, to the last bit, and nothing else.
 
-    All of it is read: 540 MB take 0.3 s, which is little beside the rest of a start, and are in
-    the page cache afterwards. A bit that flipped would be a model that errs without a sign.
+    All that is going to be used is read: 540 MB of weights take 0.3 s, which is little beside the
+    rest of such a start. A bit that flipped would be a model that errs without a sign.
     """
+    unread = {_DIGESTS} if with_weights else {_DIGESTS, _WEIGHTS}
     try:
         if not is_private(folder, stat.S_IFDIR):
             return False
@@ -137,10 +154,12 @@ def _is_whole(folder: Path) -> bool:
         if not all(is_private(folder / name) for name in names):
             return False
         digests = json.loads((folder / _DIGESTS).read_bytes())
-        found = {name: file_digest(folder / name) for name in names - {_DIGESTS}}
-    except (OSError, ValueError):
+        found = {name: file_digest(folder / name) for name in names - unread}
+        if digests.keys() != names - {_DIGESTS}:
+            return False
+    except (OSError, ValueError, AttributeError):
         return False
-    return bool(found) and found == digests
+    return bool(found) and all(digests[name] == digest for name, digest in found.items())
 
 
 def _move(draft: Path, cached: Path) -> Path:
@@ -193,11 +212,11 @@ def _convert(path: Path, folder: Path, dtype: torch.dtype) -> None:
         state_dict.pop("lm_head.weight", None)
     save_file(
         {name: tensor.contiguous() for name, tensor in state_dict.items()},
-        folder / "model.safetensors",
+        folder / _WEIGHTS,
         metadata={"format": "pt"},
     )
     # The folder is renamed into the cache next: a power cut must not leave half a file there.
-    with (folder / "model.safetensors").open("rb") as file:
+    with (folder / _WEIGHTS).open("rb") as file:
         os.fsync(file.fileno())
     tokenizer.save_pretrained(folder)
     document: dict[str, Any] = {**hf_config.to_dict(), "dtype": str(dtype).removeprefix("torch.")}

@@ -31,25 +31,36 @@ class CheckpointLayout:
     """What the trunk's weights are known as, in words that find them again from anywhere: a hub
     id, ``package:PKG/FILE``, or an absolute path."""
     is_adapter: bool = False
-    is_gguf: bool = False
+    gguf: Path | None = None
+    """The GGUF file that ``model`` was converted from."""
     sorted_info: SortedInfo | None = None
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the trunk's weights come from a GGUF file."""
+        return self.gguf is not None
 
-def lay_out(found: Source, gguf_dtype: torch.dtype, stack: ExitStack) -> CheckpointLayout:
+
+def lay_out(
+    found: Source, gguf_dtype: torch.dtype, stack: ExitStack, *, with_weights: bool = True
+) -> CheckpointLayout:
     """Find the trunk of what was named: itself, or its base.
 
     Args:
         found: what was named.
         gguf_dtype: what a GGUF file is converted to.
         stack: on which temporary folders are kept.
+        with_weights: False: of a converted GGUF file all but the weights is going to be used.
 
     Raises:
         CheckpointError: it is no checkpoint, or its base is missing or no plain one.
     """
     if found.is_gguf:
-        folder = stack.enter_context(converted_gguf(found.path, gguf_dtype))
+        folder = stack.enter_context(
+            converted_gguf(found.path, gguf_dtype, with_weights=with_weights)
+        )
         return CheckpointLayout(
-            name=found.name, own=folder, model=folder, base=found.reference, is_gguf=True
+            name=found.name, own=folder, model=folder, base=found.reference, gguf=found.path
         )
     folder = found.path
     check_folder(folder)
@@ -76,7 +87,9 @@ def lay_out(found: Source, gguf_dtype: torch.dtype, stack: ExitStack) -> Checkpo
     if base_source.is_gguf:
         # An adapter is merged in fp32, so its base is kept in fp32.
         base_dtype = torch.float32 if is_adapter else gguf_dtype
-        model = stack.enter_context(converted_gguf(base_source.path, base_dtype))
+        model = stack.enter_context(
+            converted_gguf(base_source.path, base_dtype, with_weights=with_weights)
+        )
     check_folder(model)
     if not (model / "config.json").is_file() or (model / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
@@ -89,6 +102,6 @@ def lay_out(found: Source, gguf_dtype: torch.dtype, stack: ExitStack) -> Checkpo
         model=model,
         base=base_source.reference,
         is_adapter=is_adapter,
-        is_gguf=base_source.is_gguf,
+        gguf=base_source.path if base_source.is_gguf else None,
         sorted_info=sorted_info,
     )

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from sortserve.checkpoint.quantize import NO_QUANTIZER, check_not_quantised, fin
 from sortserve.checkpoint.sorted_json import SORTED_JSON, SortedInfo, check_exits
 from sortserve.checkpoint.sources import resolve_source
 from sortserve.checkpoint.tensors import StateDictReader, WeightReader
+from sortserve.checkpoint.weight_cache import KeptWeights, WeightCache, weight_cache
 from sortserve.core.budget import ExitTable
 from sortserve.core.errors import CheckpointError, ConfigError
 from sortserve.model.backends.kernels import cpu_isa
@@ -113,21 +115,32 @@ def load_checkpoint(
     make_weight = find_quantizer(quantize, torch_device)
     found = resolve_source(str(source), revision=revision)
     with ExitStack() as stack:
-        layout = lay_out(found, resolve_dtype(dtype, torch_device, None), stack)
+        gguf_dtype = resolve_dtype(dtype, torch_device, None)
+        layout = lay_out(found, gguf_dtype, stack, with_weights=False)
         hf_config = load_hf_config(layout.model)
         config = _read_config(hf_config, layout)
         if not layout.is_adapter:  # merged, its weights are plain
             check_not_quantised(quantize, hf_config, layout.name)
+        torch_dtype = resolve_dtype(dtype, torch_device, None if layout.is_gguf else hf_config)
+        cache = weight_cache(layout, torch_dtype, quantize)
+        target = _Target(torch_dtype, torch_device, make_weight, cache)
+        looking = _look_for_weights(target, stack)
+        if looking is None:
+            _check_model(hf_config, layout)
         served = _choose_exits(exits, config, layout)
         tokenizer, chat_template = _load_tokenizer(layout, config)
         eos_token_ids, defaults = generation_settings(layout.model, hf_config, tokenizer)
-        torch_dtype = resolve_dtype(dtype, torch_device, None if layout.is_gguf else hf_config)
         rope = rope_frequencies(hf_config, config.head_dim)
-        trunk, config = stack.enter_context(open_trunk(layout.model, config))
+        trunk: WeightReader | KeptWeights | None = None if looking is None else looking.result()
+        if isinstance(trunk, KeptWeights):
+            config = replace(config, tie_word_embeddings=trunk.tie_word_embeddings)
+        else:
+            layout = lay_out(found, gguf_dtype, stack)
+            if looking is not None:
+                _check_model(hf_config, layout)
+            trunk, config = stack.enter_context(open_trunk(layout.model, config))
         table = exit_table(config, layout.sorted_info, served)
-        weights = _load_weights(
-            layout, config, trunk, rope, served, torch_dtype, torch_device, make_weight
-        )
+        weights = _load_weights(layout, config, trunk, rope, served, target)
     return LoadedCheckpoint(
         name=layout.name,
         config=config,
@@ -161,7 +174,9 @@ def open_checkpoint(
     found = resolve_source(str(source), revision=revision)
     with ExitStack() as stack:
         layout = lay_out(found, dtype, stack)
-        _read_config(load_hf_config(layout.model), layout)
+        hf_config = load_hf_config(layout.model)
+        _read_config(hf_config, layout)
+        _check_model(hf_config, layout)
         yield layout
 
 
@@ -200,7 +215,6 @@ def resolve_dtype(dtype: str, device: torch.device, hf_config: Any | None) -> to
 def _read_config(hf_config: Any, layout: CheckpointLayout) -> ModelConfig:
     try:
         config = read_model_config(hf_config)
-        skeleton = build_skeleton(hf_config)
     except CheckpointError as error:
         raise CheckpointError(f"{layout.model / 'config.json'}: {error.message}") from error
     info = layout.sorted_info
@@ -209,9 +223,17 @@ def _read_config(hf_config: Any, layout: CheckpointLayout) -> ModelConfig:
             f"{layout.own / SORTED_JSON}: num_layers={info.num_layers}, but the model has "
             f"{config.num_layers} layers."
         )
+    return config
+
+
+def _check_model(hf_config: Any, layout: CheckpointLayout) -> None:
+    """Let transformers and peft refuse what they would not compute; both take seconds to load."""
+    try:
+        skeleton = build_skeleton(hf_config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{layout.model / 'config.json'}: {error.message}") from error
     if layout.is_adapter:
         check_adapter(layout.own, layout.model, skeleton)
-    return config
 
 
 def _choose_exits(
@@ -260,22 +282,44 @@ def _load_tokenizer(layout: CheckpointLayout, config: ModelConfig) -> tuple[Any,
     return tokenizer, chat_template
 
 
+@dataclass(frozen=True)
+class _Target:
+    """What weights are made into, and where they are kept."""
+
+    dtype: torch.dtype
+    device: torch.device
+    quantize: Callable[[torch.Tensor], Weight]
+    cache: WeightCache | None
+
+
+def _look_for_weights(target: _Target, stack: ExitStack) -> Future[KeptWeights | None] | None:
+    """Weights of an earlier start, read on a thread beside what follows; None: there are none."""
+    if target.cache is None or not target.cache.has_some():
+        return None
+    pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="weights"))
+    return pool.submit(target.cache.load, target.device)
+
+
 def _load_weights(
     layout: CheckpointLayout,
     config: ModelConfig,
-    trunk: WeightReader,
+    trunk: WeightReader | KeptWeights,
     rope: tuple[torch.Tensor, float],
     exits: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
-    quantize: Callable[[torch.Tensor], Weight],
+    target: _Target,
 ) -> ModelWeights:
     info = layout.sorted_info
     kinds = info.exit_modules if info else {}
-    modules = load_exit_modules(layout.own, kinds, exits, config, dtype, device)
-    if layout.is_adapter:
-        trunk = StateDictReader(merge_adapter(layout.own, layout.model), str(layout.own))
-        check_tensors(trunk, tensor_shapes(config))
-    weights = load_weights(config, trunk, rope, dtype, device, quantize)
+    modules = load_exit_modules(layout.own, kinds, exits, config, target.dtype, target.device)
+    if isinstance(trunk, KeptWeights):
+        weights = trunk.weights
+        weights.inv_freq, weights.rope_attention_scaling = rope[0].to(target.device), rope[1]
+    else:
+        if layout.is_adapter:
+            trunk = StateDictReader(merge_adapter(layout.own, layout.model), str(layout.own))
+            check_tensors(trunk, tensor_shapes(config))
+        weights = load_weights(config, trunk, rope, target.dtype, target.device, target.quantize)
+        if target.cache is not None:
+            target.cache.keep(weights, tie_word_embeddings=config.tie_word_embeddings)
     weights.exit_modules.update(modules)
     return weights

@@ -38,6 +38,9 @@ class Quantizer:
     """From a matrix [O, I], on the device and in the dtype it would be served in. The matrix is
     dropped afterwards, so the result must not be a view of it. What becomes of an output must not
     depend on the outputs beside it: which matrices are fused is the decoder's affair."""
+    restore: Callable[[Tensor, Tensor | None, tuple[int, int]], Weight] | None = None
+    """What ``make`` gave, from its values, scales and shape [O, I]. With it the weights are kept
+    between starts; without it they are made at every start."""
     devices: tuple[str, ...] = ("cpu", "cuda")
     """Types of the devices that its products can be computed on."""
     library: str | None = None

@@ -8,10 +8,12 @@ import logging
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 
 from sortserve.core.atomic_write import PRIVATE, write_atomically
+from sortserve.core.cache_bound import prune
 from sortserve.core.user_cache import is_private, make_private
 from sortserve.cost.model import Samples, StepShape, is_time
 
@@ -61,6 +63,8 @@ def read_samples(path: Path) -> list[tuple[StepShape, float]] | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         logger.warning("the calibration in %s cannot be used: %s", path, error)
         return None
+    with suppress(OSError):  # a cache that we may only read
+        os.utime(path)  # so that it is not the one that was used longest ago
     return samples or None
 
 
@@ -85,6 +89,7 @@ def write_samples(path: Path, samples: Samples, key: Mapping[str, object]) -> No
     try:
         make_private(path.parent)
         write_atomically(path, json.dumps(document).encode(), mode=PRIVATE)
+        prune(path.parent.parent)
     except OSError as error:
         logger.warning("the calibration cannot be kept in %s: %s", path, error)
 

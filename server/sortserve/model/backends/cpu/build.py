@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sortserve.core.atomic_write import PRIVATE, write_atomically
+from sortserve.core.cache_bound import hold
 from sortserve.core.user_cache import is_private, open_user_cache
 from sortserve.model.backends.cpu.isa import Isa
 
@@ -148,8 +149,7 @@ def build_library(isa: Isa, cache_dir: Path | None = None, compiler: str | None 
 def _find_cached(cache: Path, isa: Isa, key: str) -> Path | None:
     for path in _libraries(cache, isa, key):
         if is_private(path) and path.name == _library_name(isa, key, path.read_bytes()):
-            with suppress(OSError):
-                os.utime(path)  # so that it is not the oldest
+            hold(path)
             return path
         logger.warning("%s is damaged or not ours: the kernels are compiled again", path)
         with suppress(OSError):
