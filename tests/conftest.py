@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 
 import pytest
 from hypothesis import settings
+
+from sortserve.core.user_cache import user_cache_dir
+
+# A cache of its own that outlives the run (kernels take a while to compile), so that hundreds of
+# tiny checkpoints do not push out of the user's what he serves.
+if "SORTSERVE_CACHE_DIR" not in os.environ and (cache := user_cache_dir()) is not None:
+    os.environ["SORTSERVE_CACHE_DIR"] = str(cache.with_name("sortserve-tests"))
 
 # Examples are searched for, not timed: a busy machine must not fail a law.
 settings.register_profile("default", deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +43,17 @@ class CheckpointLayout:
 
 
 def lay_out(
-    found: Source, gguf_dtype: torch.dtype, stack: ExitStack, *, with_weights: bool = True
+    found: Source,
+    gguf_dtype: Callable[[], torch.dtype],
+    stack: ExitStack,
+    *,
+    with_weights: bool = True,
 ) -> CheckpointLayout:
     """Find the trunk of what was named: itself, or its base.
 
     Args:
         found: what was named.
-        gguf_dtype: what a GGUF file is converted to.
+        gguf_dtype: what a GGUF file is converted to; only asked if need be.
         stack: on which temporary folders are kept.
         with_weights: False: of a converted GGUF file all but the weights is going to be used.
 
@@ -57,7 +62,7 @@ def lay_out(
     """
     if found.is_gguf:
         folder = stack.enter_context(
-            converted_gguf(found.path, gguf_dtype, with_weights=with_weights)
+            converted_gguf(found.path, gguf_dtype(), with_weights=with_weights)
         )
         return CheckpointLayout(
             name=found.name, own=folder, model=folder, base=found.reference, gguf=found.path
@@ -86,7 +91,7 @@ def lay_out(
     model = base_source.path
     if base_source.is_gguf:
         # An adapter is merged in fp32, so its base is kept in fp32.
-        base_dtype = torch.float32 if is_adapter else gguf_dtype
+        base_dtype = torch.float32 if is_adapter else gguf_dtype()
         model = stack.enter_context(
             converted_gguf(base_source.path, base_dtype, with_weights=with_weights)
         )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from sortserve.checkpoint.tensors import StateDictReader, WeightReader
 from sortserve.checkpoint.weight_cache import KeptWeights, WeightCache, weight_cache
 from sortserve.core.budget import ExitTable
 from sortserve.core.errors import CheckpointError, ConfigError
-from sortserve.model.backends.kernels import cpu_isa
+from sortserve.model.backends.kernels import cpu_isa, start_compiling
 from sortserve.model.config import ModelConfig
 from sortserve.model.rope import rope_frequencies
 from sortserve.model.weight import Weight
@@ -114,8 +115,10 @@ def load_checkpoint(
         raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.", param="dtype")
     make_weight = find_quantizer(quantize, torch_device)
     found = resolve_source(str(source), revision=revision)
+    if torch_device.type == "cpu" and dtype == "auto":
+        start_compiling()  # a compiler keeps another core busy than a conversion
     with ExitStack() as stack:
-        gguf_dtype = resolve_dtype(dtype, torch_device, None)
+        gguf_dtype = partial(resolve_dtype, dtype, torch_device, None)
         layout = lay_out(found, gguf_dtype, stack, with_weights=False)
         hf_config = load_hf_config(layout.model)
         config = _read_config(hf_config, layout)
@@ -173,7 +176,7 @@ def open_checkpoint(
     """
     found = resolve_source(str(source), revision=revision)
     with ExitStack() as stack:
-        layout = lay_out(found, dtype, stack)
+        layout = lay_out(found, lambda: dtype, stack)
         hf_config = load_hf_config(layout.model)
         _read_config(hf_config, layout)
         _check_model(hf_config, layout)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
@@ -21,10 +23,13 @@ from sortserve.engine.worker import EngineWorker
 from sortserve.model.weights import quantization_of
 from sortserve.process.config import ServeSettings
 from sortserve.telemetry.logs import Observers, RequestLogger
+from sortserve.telemetry.logs import fields as log_fields
 from sortserve.telemetry.metrics import Metrics
 from sortserve.text.tokenizer import Tokenizer
 
 __all__ = ["Serving", "build"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,7 @@ def build(settings: ServeSettings) -> Serving:
     """
     options = EngineOptions(**{f.name: getattr(settings, f.name) for f in fields(EngineOptions)})
     start_threads(settings.num_threads)
+    started_s = time.monotonic()
     checkpoint = load_checkpoint(
         settings.model,
         exits=settings.exits,
@@ -62,6 +68,7 @@ def build(settings: ServeSettings) -> Serving:
         quantize=settings.quantize,
         revision=settings.revision,
     )
+    loaded_s = time.monotonic()
     max_model_len = context_length(checkpoint, settings.max_model_len)
     tokenizer = make_tokenizer(checkpoint, max_tokens=max_encoded_tokens(max_model_len))
     model_name = settings.served_model_name or checkpoint.name
@@ -72,6 +79,13 @@ def build(settings: ServeSettings) -> Serving:
         tokenizer=tokenizer,
         observer=Observers([metrics, RequestLogger()]),
         release_weights=True,
+    )
+    logger.info(
+        "loaded",
+        extra=log_fields(
+            checkpoint_s=round(loaded_s - started_s, 2),
+            engine_s=round(time.monotonic() - loaded_s, 2),
+        ),
     )
     worker = EngineWorker(
         parts.engine,

@@ -159,7 +159,8 @@ variable, the variable over the `--config` file, the file over the default.
 * Sizes take a unit: `512MiB`, `2GiB`. Times are in seconds.
 * Unknown flags, keys and `{ENV_PREFIX}*` variables are refused. Exceptions: `SORTSERVE_URL`, which
   is the client's; `SORTSERVE_CACHE_DIR`, the folder of converted weights and compiled
-  kernels (default: `sortserve` in the user's cache folder); `SORTSERVE_CPU_ISA`, the instruction
+  kernels (default: `sortserve` in the user's cache folder); `SORTSERVE_CACHE_SIZE`, the most that
+  this folder takes (default: `20GiB`); `SORTSERVE_CPU_ISA`, the instruction
   set of the CPU kernels (`amx`, `avx512_bf16`, `avx2` or `portable`; default: the fastest that the
   processor has); `SORTSERVE_KERNELS_DIR`, the folder of kernels that `sortserve kernels --output`
   compiled ahead of time; and what Kubernetes sets for a Service called `sortserve`

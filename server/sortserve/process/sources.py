@@ -27,7 +27,13 @@ __all__ = [
 
 ENV_PREFIX = "SORTSERVE_"
 FOREIGN_VARIABLES = frozenset(
-    {"SORTSERVE_URL", "SORTSERVE_CACHE_DIR", "SORTSERVE_CPU_ISA", "SORTSERVE_KERNELS_DIR"}
+    {
+        "SORTSERVE_URL",
+        "SORTSERVE_CACHE_DIR",
+        "SORTSERVE_CACHE_SIZE",
+        "SORTSERVE_CPU_ISA",
+        "SORTSERVE_KERNELS_DIR",
+    }
 )
 """Read elsewhere: by ``sortserve generate``, and where converted weights and kernels are kept."""
 KUBERNETES_PREFIXES = ("SORTSERVE_SERVICE_", "SORTSERVE_PORT_")

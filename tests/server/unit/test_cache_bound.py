@@ -13,6 +13,7 @@ from sortserve.core import cache_bound, file_digests
 from sortserve.core.cache_bound import cache_size_bytes, held, hold, prune
 from sortserve.core.errors import ConfigError
 from sortserve.core.file_digests import remembered_digests
+from sortserve.core.user_cache import file_digest
 
 DAY_S = 24 * 3600.0
 
@@ -171,7 +172,7 @@ def test_what_is_no_size_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) 
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that were read for their digest."""
     read: list[Path] = []
-    digest = file_digests.file_digest
+    digest = file_digest
 
     def counted(path: Path) -> str:
         read.append(path)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sortserve.checkpoint import load as checkpoint_module
 from sortserve.checkpoint import weight_cache
+from sortserve.checkpoint.adapter import merge_adapter
 from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
 from sortserve.checkpoint.quantize import QUANTIZERS, Quantizer
 from sortserve.core.errors import ConfigError
@@ -41,7 +42,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def merges(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The adapters that were merged, in order."""
     merged: list[Path] = []
-    merge = checkpoint_module.merge_adapter
+    merge = merge_adapter
 
     def counted(folder: Path, base: Path) -> Any:
         merged.append(folder)

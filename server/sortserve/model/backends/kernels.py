@@ -4,6 +4,10 @@ making ahead of time.
 
 from __future__ import annotations
 
+from contextlib import suppress
+from threading import Thread
+
+from sortserve.core.errors import ConfigError
 from sortserve.model.backends.cpu.build import (
     KERNELS_DIR_VARIABLE,
     BuildError,
@@ -22,6 +26,7 @@ __all__ = [
     "cpu_isa",
     "prebuild",
     "prebuilt_dir",
+    "start_compiling",
 ]
 
 
@@ -33,3 +38,16 @@ def cpu_isa() -> str | None:
     """
     library = load_native()
     return None if library is None else library.isa
+
+
+def start_compiling() -> None:
+    """Let the kernels be made, if they must be, while the caller does something else.
+
+    Whoever asks for them meanwhile waits, and is told what went wrong.
+    """
+
+    def compile_them() -> None:
+        with suppress(ConfigError):
+            load_native()
+
+    Thread(target=compile_them, name="kernels", daemon=True).start()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The enum Dtype of ``kernels/kernels.h``."""
+
+_loading = threading.Lock()
 
 
 class NativeLibrary:
@@ -93,11 +96,11 @@ def load_native() -> NativeLibrary | None:
         ConfigError: what the variable asks for does not exist, cannot run here or cannot be had.
     """
     isa = forced_isa()
-    if isa is None:
-        return _load_fastest()
     try:
-        return load_instance(isa)
+        with _loading:  # who asks while another thread compiles waits for that
+            return _load_fastest() if isa is None else load_instance(isa)
     except (BuildError, OSError) as error:
+        assert isa is not None
         raise ConfigError(
             f"{ISA_VARIABLE}={isa.name!r}: there are no kernels for it: {error}", param=ISA_VARIABLE
         ) from error
