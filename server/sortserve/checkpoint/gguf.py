@@ -189,11 +189,13 @@ def _convert(path: Path, folder: Path, dtype: torch.dtype) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    from sortserve.checkpoint.gguf_reading import parsed_once
+
     _refuse_dropped_scaling(path)
     where = {"gguf_file": path.name, "local_files_only": True}
     try:
         # The progress bar of the conversion heeds no setting, but writes to sys.stderr.
-        with quiet(), redirect_stderr(io.StringIO()):
+        with quiet(), redirect_stderr(io.StringIO()), parsed_once():
             hf_config = AutoConfig.from_pretrained(path.parent, **where)
             check_family(hf_config.to_dict())
             check_fields(hf_config.to_dict())
