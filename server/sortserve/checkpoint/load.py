@@ -125,7 +125,7 @@ def load_checkpoint(
         if not layout.is_adapter:  # merged, its weights are plain
             check_not_quantised(quantize, hf_config, layout.name)
         torch_dtype = resolve_dtype(dtype, torch_device, None if layout.is_gguf else hf_config)
-        cache = weight_cache(layout, torch_dtype, quantize)
+        cache = weight_cache(layout, torch_dtype, torch_device, quantize)
         target = _Target(torch_dtype, torch_device, make_weight, cache)
         looking = _look_for_weights(target, stack)
         if looking is None:

@@ -20,8 +20,13 @@ import torch
 from torch import Tensor
 
 from sortserve.core.errors import ConfigError
-from sortserve.model.bnb import quantize_eight_bit, quantize_four_bit
-from sortserve.model.quantization import quantize_int8
+from sortserve.model.bnb import (
+    quantize_eight_bit,
+    quantize_four_bit,
+    restore_eight_bit,
+    restore_four_bit,
+)
+from sortserve.model.quantization import quantize_int8, restore_int8
 from sortserve.model.weight import Weight
 
 __all__ = ["NO_QUANTIZER", "QUANTIZERS", "Quantizer", "check_not_quantised", "find_quantizer"]
@@ -50,9 +55,19 @@ class Quantizer:
 
 
 QUANTIZERS: dict[str, Quantizer] = {
-    "int8": Quantizer(make=quantize_int8),
-    "nf4": Quantizer(make=quantize_four_bit, library="bitsandbytes", extra="quant"),
-    "int8-bnb": Quantizer(make=quantize_eight_bit, library="bitsandbytes", extra="quant"),
+    "int8": Quantizer(make=quantize_int8, restore=restore_int8),
+    "nf4": Quantizer(
+        make=quantize_four_bit,
+        restore=restore_four_bit,
+        library="bitsandbytes",
+        extra="quant",
+    ),
+    "int8-bnb": Quantizer(
+        make=quantize_eight_bit,
+        restore=restore_eight_bit,
+        library="bitsandbytes",
+        extra="quant",
+    ),
 }
 """By what ``--quantize`` calls them."""
 

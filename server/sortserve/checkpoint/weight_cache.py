@@ -130,13 +130,14 @@ class WeightCache:
 
 
 def weight_cache(
-    layout: CheckpointLayout, dtype: torch.dtype, quantizer: str
+    layout: CheckpointLayout, dtype: torch.dtype, device: torch.device, quantizer: str
 ) -> WeightCache | None:
     """Where the weights of a checkpoint are kept; None if they are not.
 
     Args:
         layout: of the checkpoint.
         dtype: in which it is served.
+        device: where its matrices are quantised: each kind rounds in its own way.
         quantizer: NO_QUANTIZER or one of QUANTIZERS.
 
     Raises:
@@ -153,10 +154,11 @@ def weight_cache(
     files = _sources(layout)
     if not all(file.is_file() for file in files):
         return None  # refused soon, in better words
+    place = "" if chosen is None else device.type  # merged on the CPU in any case
     makers = [*_MAKERS, *([] if chosen is None else [inspect.getmodule(chosen.make)])]
     key = hashlib.sha256()
     for part in (
-        *(_FORMAT, str(dtype), quantizer, *map(_version, _LIBRARIES)),
+        *(_FORMAT, str(dtype), quantizer, place, *map(_version, _LIBRARIES)),
         *remembered_digests(files, folder),
         *map(_source, makers),
     ):

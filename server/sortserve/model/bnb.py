@@ -33,6 +33,8 @@ __all__ = [
     "four_bit_values",
     "quantize_eight_bit",
     "quantize_four_bit",
+    "restore_eight_bit",
+    "restore_four_bit",
     "restore_scales",
 ]
 
@@ -243,10 +245,21 @@ def quantize_four_bit(matrix_OI: Tensor, kind: str = "nf4") -> Weight:
     return Weight(values, state.absmax, format_)
 
 
+def restore_four_bit(values: Tensor, scales: Tensor | None, shape: tuple[int, int]) -> Weight:
+    """What ``quantize_four_bit`` made of a matrix of this shape in nf4."""
+    return Weight(values, scales, FourBitFormat("nf4", *shape, BLOCK_SIZE))
+
+
 def quantize_eight_bit(matrix_OI: Tensor) -> Weight:
     """A plain matrix in 8 bits."""
     quantize = _bitsandbytes().functional.int8_vectorwise_quant
     values, scales, _ = quantize(matrix_OI.to(torch.float16))
+    return Weight(values, scales, EightBitFormat(OUTLIER_THRESHOLD))
+
+
+def restore_eight_bit(values: Tensor, scales: Tensor | None, shape: tuple[int, int]) -> Weight:
+    """What ``quantize_eight_bit`` made of a matrix of this shape."""
+    assert tuple(values.shape) == shape
     return Weight(values, scales, EightBitFormat(OUTLIER_THRESHOLD))
 
 

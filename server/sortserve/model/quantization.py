@@ -17,7 +17,14 @@ from torch.nn.functional import linear, pad
 
 from sortserve.model.weight import LinearOp, Weight, WeightFormat
 
-__all__ = ["BLOCK_SIZE", "INT8", "Int8Format", "quantize_activations", "quantize_int8"]
+__all__ = [
+    "BLOCK_SIZE",
+    "INT8",
+    "Int8Format",
+    "quantize_activations",
+    "quantize_int8",
+    "restore_int8",
+]
 
 BLOCK_SIZE = 32
 """Inputs that share a scale."""
@@ -66,6 +73,12 @@ def quantize_int8(weight_OI: Tensor) -> Weight:
     values_OB32 = (blocks_OB32 * factors_OB[..., None]).round_().clamp_(-_LARGEST, _LARGEST)
     values_OI = values_OB32.to(torch.int8).flatten(1)[:, : weight_OI.shape[1]]
     return Weight(values_OI.contiguous(), scales_OB, INT8)
+
+
+def restore_int8(values: Tensor, scales: Tensor | None, shape: tuple[int, int]) -> Weight:
+    """What ``quantize_int8`` made of a matrix of this shape."""
+    assert tuple(values.shape) == shape
+    return Weight(values, scales, INT8)
 
 
 def quantize_activations(x_TI: Tensor) -> tuple[Tensor, Tensor]:

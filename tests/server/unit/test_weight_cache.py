@@ -116,7 +116,9 @@ def assert_equal(a: LoadedCheckpoint, b: LoadedCheckpoint) -> None:
             other = vars(y)[name]
             if isinstance(value, Weight):
                 assert value.format.name == other.format.name
+                assert value.shape == other.shape
                 pairs.append((value.values, other.values))
+                pairs.append((value.dequantize(torch.float32), other.dequantize(torch.float32)))
                 assert (value.scales is None) == (other.scales is None)
                 if value.scales is not None:
                     pairs.append((value.scales, other.scales))
@@ -145,13 +147,21 @@ def test_a_warm_start_has_the_bits_of_a_cold_one_and_merges_nothing(
     )
 
 
+@pytest.mark.parametrize("name", ["toy", *QUANTIZERS])
 def test_quantised_weights_are_kept_as_they_are(
-    folder_adapter: Path, merges: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+    folder_adapter: Path,
+    merges: list[Path],
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
-    monkeypatch.setitem(QUANTIZERS, "toy", toy(restore=True))
-    plain, cold = load(folder_adapter), load(folder_adapter, quantize="toy")
+    if name == "toy":
+        monkeypatch.setitem(QUANTIZERS, "toy", toy(restore=True))
+    elif (library := QUANTIZERS[name].library) is not None:
+        pytest.importorskip(library)
+    plain, cold = load(folder_adapter), load(folder_adapter, quantize=name)
 
-    warm = load(folder_adapter, quantize="toy")
+    warm = load(folder_adapter, quantize=name)
 
     assert warm.weights.formats == cold.weights.formats != plain.weights.formats
     assert_equal(cold, warm)
