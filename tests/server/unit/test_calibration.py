@@ -307,6 +307,39 @@ def test_only_steps_are_timed_that_the_engine_could_run_and_each_kind_that_it_co
         assert any(n > REGIME_TOKENS for n in tokens_of(found)) is can_be_large
 
 
+# ---- is the machine still what it was? ----
+
+
+def checked(machine: Machine) -> tuple[float, int]:
+    """The ratio that a check finds, and in how many steps."""
+    ratio = spot_check(machine, TRUTH, clock=machine.clock, **LIMITS)
+    return ratio, len(machine.plans)
+
+
+def test_a_machine_as_it_was_is_known_by_one_run_of_each_step() -> None:
+    ratio, num_steps = checked(Machine(slow=1.1))
+
+    assert ratio == pytest.approx(1.1)
+    assert num_steps == 1 + 5  # the first warms up
+
+
+@pytest.mark.parametrize("slow", [0.5, 0.8, 1.25, 3.0])
+def test_a_machine_that_has_changed_is_timed_as_often_as_a_calibration_does(slow: float) -> None:
+    ratio, num_steps = checked(Machine(slow=slow))
+
+    assert ratio == pytest.approx(slow)
+    assert num_steps == 1 + 3 * 5
+
+
+def test_a_machine_that_is_held_up_for_a_moment_has_not_changed() -> None:
+    moments = iter([4.0] * 6)
+
+    ratio, num_steps = checked(Machine(noise=lambda: next(moments, 1.0)))
+
+    assert ratio == pytest.approx(1.0)
+    assert num_steps == 1 + 3 * 5
+
+
 # ---- what is believed ----
 
 
