@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tokenizers import AddedToken
+from tokenizers.decoders import Decoder
 from transformers import PreTrainedTokenizerFast
 
 from sortserve.core.errors import InvalidRequestError
@@ -70,7 +71,7 @@ class Tokenizer:
         self._max_tokens = max_tokens
         added = self._backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
-        kinds = set(_decoder_kinds(json.loads(self._backend.to_str())["decoder"]))
+        kinds = set(_decoder_kinds(self._backend.decoder))
         self._is_byte_level = "ByteLevel" in kinds
         self._has_byte_tokens = "ByteFallback" in kinds
         self._anchor: list[int] = self._backend.encode("a", add_special_tokens=False).ids[-1:]
@@ -318,12 +319,15 @@ def _whole_text(data: bytes) -> str | None:
         return None
 
 
-def _decoder_kinds(decoder: dict[str, Any] | None) -> Iterator[str]:
-    """Types of a decoder and its parts, from the tokenizer's JSON."""
-    if decoder is not None:
-        yield decoder["type"]
-        for part in decoder.get("decoders", ()):
-            yield from _decoder_kinds(part)
+def _decoder_kinds(decoder: Decoder | None) -> Iterator[str]:
+    """Types of a decoder and its parts: from its JSON alone, which is short; the vocabulary's is
+    not.
+    """
+    descriptions = [] if decoder is None else [json.loads(decoder.__getstate__())]
+    while descriptions:
+        description = descriptions.pop()
+        yield description["type"]
+        descriptions += description.get("decoders", ())
 
 
 def _byte_characters() -> dict[str, int]:
