@@ -11,7 +11,7 @@ import torch
 
 from sortserve.checkpoint.adapter import ADAPTER_CONFIG, adapter_base
 from sortserve.checkpoint.files import check_folder
-from sortserve.checkpoint.gguf import converted_gguf
+from sortserve.checkpoint.gguf import convert_gguf
 from sortserve.checkpoint.sorted_json import SORTED_JSON, SortedInfo
 from sortserve.checkpoint.sources import Source, resolve_source
 from sortserve.core.errors import CheckpointError
@@ -34,6 +34,8 @@ class CheckpointLayout:
     is_adapter: bool = False
     gguf: Path | None = None
     """The GGUF file that ``model`` was converted from."""
+    has_whole_weights: bool = True
+    """False: converted weights that nobody has read yet; ``lay_out`` does, or makes them anew."""
     sorted_info: SortedInfo | None = None
 
     @property
@@ -61,11 +63,14 @@ def lay_out(
         CheckpointError: it is no checkpoint, or its base is missing or no plain one.
     """
     if found.is_gguf:
-        folder = stack.enter_context(
-            converted_gguf(found.path, gguf_dtype(), with_weights=with_weights)
-        )
+        trunk = convert_gguf(found.path, gguf_dtype(), stack, with_weights=with_weights)
         return CheckpointLayout(
-            name=found.name, own=folder, model=folder, base=found.reference, gguf=found.path
+            name=found.name,
+            own=trunk.folder,
+            model=trunk.folder,
+            base=found.reference,
+            gguf=found.path,
+            has_whole_weights=trunk.has_whole_weights,
         )
     folder = found.path
     check_folder(folder)
@@ -88,13 +93,12 @@ def lay_out(
         base_source = resolve_source(base, relative_to=folder)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: its base is missing: {error.message}") from error
-    model = base_source.path
+    model, has_whole_weights = base_source.path, True
     if base_source.is_gguf:
         # An adapter is merged in fp32, so its base is kept in fp32.
         base_dtype = torch.float32 if is_adapter else gguf_dtype()
-        model = stack.enter_context(
-            converted_gguf(base_source.path, base_dtype, with_weights=with_weights)
-        )
+        trunk = convert_gguf(base_source.path, base_dtype, stack, with_weights=with_weights)
+        model, has_whole_weights = trunk.folder, trunk.has_whole_weights
     check_folder(model)
     if not (model / "config.json").is_file() or (model / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
@@ -108,5 +112,6 @@ def lay_out(
         base=base_source.reference,
         is_adapter=is_adapter,
         gguf=base_source.path if base_source.is_gguf else None,
+        has_whole_weights=has_whole_weights,
         sorted_info=sorted_info,
     )

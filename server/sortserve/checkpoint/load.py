@@ -138,7 +138,8 @@ def load_checkpoint(
         if isinstance(trunk, KeptWeights):
             config = replace(config, tie_word_embeddings=trunk.tie_word_embeddings)
         else:
-            layout = lay_out(found, gguf_dtype, stack)
+            if not layout.has_whole_weights:
+                layout = lay_out(found, gguf_dtype, stack)
             if looking is not None:
                 _check_model(hf_config, layout)
             trunk, config = stack.enter_context(open_trunk(layout.model, config))
