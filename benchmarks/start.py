@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks.lib.common import environment, print_json, print_table
 from benchmarks.lib.server_process import ServerStartError, free_port
 
-POLL_S = 0.01
+POLL_S = 0.05
 TIMEOUT_S = 600.0
 FIGURES = ("listening_s", "checkpoint_s", "engine_s", "ready_s", "first_token_s", "cpu_s")
 

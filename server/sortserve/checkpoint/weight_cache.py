@@ -80,7 +80,8 @@ class WeightCache:
         """
         for path in self._found():
             # Locked before it is looked at: nobody removes it in between.
-            if is_private(path) and hold(path) and path.name == self._name(file_digest(path)):
+            is_usable = is_private(path) and hold(path)
+            if is_usable and path.name == self._name(file_digest(path, is_ours=True)):
                 with suppress(SafetensorError, OSError, KeyError, ValueError):
                     return self._read(path, device)
             logger.warning("%s is damaged or not ours: the weights are made again.", path)

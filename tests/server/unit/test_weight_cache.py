@@ -23,6 +23,7 @@ from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
 from sortserve.checkpoint.quantize import QUANTIZERS, Quantizer
 from sortserve.core.errors import ConfigError
 from sortserve.model.backends import choose_backend
+from sortserve.model.backends.kernels import cpu_isa
 from sortserve.model.decoder import Decoder
 from sortserve.model.weight import Weight
 from support.tiny_gguf import write_tiny_gguf
@@ -34,6 +35,7 @@ RANK = 4
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    cpu_isa()  # so that the kernels are not compiled for this folder
     monkeypatch.setenv("SORTSERVE_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -233,6 +235,10 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
 def let_others_write(path: Path) -> None:
     path.chmod(0o666)
 
@@ -249,7 +255,7 @@ def rename(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [flip_a_bit, cut, Path.unlink, let_others_write, link_elsewhere, rename]
+    "damage", [flip_a_bit, cut, empty, Path.unlink, let_others_write, link_elsewhere, rename]
 )
 def test_weights_that_are_not_what_was_written_are_made_again(
     folder_adapter: Path, merges: list[Path], cache: Path, damage: Callable[[Path], None]
@@ -263,6 +269,25 @@ def test_weights_that_are_not_what_was_written_are_made_again(
     assert_equal(cold, load(folder_adapter))
     assert len(merges) == 2
     assert kept(cache) == [path]
+
+
+def test_of_two_servers_that_start_at_once_both_work_and_one_keeps_what_it_made(
+    folder_adapter: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others: list[LoadedCheckpoint] = []
+
+    def merge_while_another_starts(folder: Path, base: Path) -> Any:
+        monkeypatch.setattr(checkpoint_module, "merge_adapter", merge_adapter)
+        others.append(load(folder_adapter))  # it finds nothing either, and is done before us
+        return merge_adapter(folder, base)
+
+    monkeypatch.setattr(checkpoint_module, "merge_adapter", merge_while_another_starts)
+    one = load(folder_adapter)
+
+    [other] = others
+    assert_equal(one, other)
+    assert len(kept(cache)) == 1
+    assert_equal(one, load(folder_adapter))
 
 
 def test_a_base_that_is_damaged_harms_only_who_needs_it(
