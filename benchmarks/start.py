@@ -6,8 +6,9 @@ A cold start has an empty cache folder, as after an install: kernels are compile
 and merged, step times measured. A warm one has what the cold one left. Times count from the start
 of the process: to listening (probes are answered), to ready (``/health`` is 200), and to the first
 token of one streamed completion. Processor seconds are those of the server and all it has started,
-to its end; on a machine that is busy with something else they say more than the clock. The last
-line is one JSON document.
+to its end; on a machine that is busy with something else they say more than the clock. The floor is
+a process that does nothing but import the libraries without which no start can do. The last line
+is one JSON document.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from typing import Any
 from benchmarks.lib.common import environment, print_json, print_table
 from benchmarks.lib.server_process import ServerStartError, free_port
 
-POLL_S = 0.05
+POLL_S = 0.05  # a probe takes the interpreter from what loads
+FLOOR = "import torch; from transformers import AutoTokenizer, LlamaConfig"
 TIMEOUT_S = 600.0
 FIGURES = ("listening_s", "checkpoint_s", "engine_s", "ready_s", "first_token_s", "cpu_s")
 
@@ -52,8 +54,10 @@ def main() -> None:
         for kind, found in runs.items()
         if found
     }
+    floor = _floor(max(1, arguments.warm_starts))
     print_table(["start", *FIGURES], ([kind, *found.values()] for kind, found in medians.items()))
-    print_json("start", arguments, described, {"median": medians, "runs": runs})
+    print(f"floor: {floor['wall_s']} s, {floor['cpu_s']} s of processor time: {FLOOR}")
+    print_json("start", arguments, described, {"median": medians, "floor": floor, "runs": runs})
 
 
 def start_once(model: str, arguments: list[str], cache: Path) -> dict[str, float]:
@@ -71,7 +75,7 @@ def start_once(model: str, arguments: list[str], cache: Path) -> dict[str, float
             command,
             stdout=subprocess.DEVNULL,
             stderr=log,
-            env={**os.environ, "SORTSERVE_CACHE_DIR": str(cache)},
+            env=_environment(SORTSERVE_CACHE_DIR=str(cache)),
         )
         figures: dict[str, float] = {}
         try:
@@ -97,6 +101,26 @@ def start_once(model: str, arguments: list[str], cache: Path) -> dict[str, float
         log.seek(0)
         figures.update(_phases(log.read()))
     return {name: round(value, 3) for name, value in figures.items()}
+
+
+def _floor(num_runs: int) -> dict[str, float]:
+    """Median seconds of a process that imports torch and transformers, and ends."""
+    walls, cpus = [], []
+    for _ in range(num_runs):
+        start_s = time.monotonic()
+        process = subprocess.Popen([sys.executable, "-c", FLOOR], env=_environment())
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        walls.append(time.monotonic() - start_s)
+        cpus.append(usage.ru_utime + usage.ru_stime)
+    medians = {"wall_s": statistics.median(walls), "cpu_s": statistics.median(cpus)}
+    return {name: round(value, 2) for name, value in medians.items()}
+
+
+def _environment(**more: str) -> dict[str, str]:
+    """Ours, but the compiled form of modules may be kept: an installed package has it."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | more
 
 
 def _health(port: int) -> int | None:
