@@ -5,6 +5,7 @@
 // A token's result does not depend on the tokens beside it nor on their number.
 
 #include <memory>
+#include <vector>
 
 #include "kernels.h"
 #include "outputs.h"
@@ -153,6 +154,26 @@ class RowBuffer {
   int64_t size_ = 0;
 };
 
+// How the rows of a call are shared out among tiles: as evenly as can be.
+struct Tiles {
+  int64_t num_rows, count;
+
+  explicit Tiles(int64_t num_tokens)
+      : num_rows(num_tokens), count((num_tokens + Int8Tile::kRows - 1) / Int8Tile::kRows) {}
+
+  int64_t first_row(int64_t tile) const { return tile * num_rows / count; }
+  int64_t size(int64_t tile) const { return first_row(tile + 1) - first_row(tile); }
+  int64_t tile_of(int64_t row) const { return ((row + 1) * count - 1) / num_rows; }
+};
+
+// Rows of x, quantised: of each tile in turn what TileRows has.
+struct QuantizedRows {
+  const int8_t* values;
+  const BlockScale* scales;
+  int64_t num_blocks;
+  Tiles tiles;
+};
+
 template <typename T>
 QuantizedRows quantize_rows(Team& team, const T* x, int64_t num_tokens, int64_t num_inputs) {
   thread_local RowBuffer buffer;
@@ -160,13 +181,16 @@ QuantizedRows quantize_rows(Team& team, const T* x, int64_t num_tokens, int64_t 
   int8_t* values = reinterpret_cast<int8_t*>(
       buffer.reserve(count * (kBlock + static_cast<int64_t>(sizeof(BlockScale)))));
   BlockScale* scales = reinterpret_cast<BlockScale*>(values + count * kBlock);
+  const Tiles tiles(num_tokens);
   constexpr int64_t kGrain = 512;
   team.parallel_for(count, kGrain, [&](int64_t index) {
-    const int64_t token = index / num_blocks, first = index % num_blocks * kBlock;
-    quantize_block(x + token * num_inputs + first, num_inputs - first, values + index * kBlock,
-                   scales + index);
+    const int64_t token = index / num_blocks, b = index % num_blocks, first = b * kBlock;
+    const int64_t tile = tiles.tile_of(token), tile_row = tiles.first_row(tile);
+    const int64_t to = tile_row * num_blocks + b * tiles.size(tile) + token - tile_row;
+    quantize_block(x + token * num_inputs + first, num_inputs - first, values + to * kBlock,
+                   scales + to);
   });
-  return {values, scales, num_blocks};
+  return {values, scales, num_blocks, tiles};
 }
 
 // ---- products
@@ -174,31 +198,64 @@ QuantizedRows quantize_rows(Team& team, const T* x, int64_t num_tokens, int64_t 
 // What a tile brings near: the same panel a little further on where that is all there is to wait
 // for, else the next panel, while the second tile runs.
 const uint8_t* ahead_of(int64_t tile, int64_t num_tiles, const uint8_t* panel,
-                               int64_t panel_bytes) {
+                        int64_t panel_bytes) {
   constexpr int64_t kStreamAhead = 4096;
   if (num_tiles == 1) return panel + kStreamAhead;
   return tile == 1 ? panel + panel_bytes : panel;
 }
 
+// What the sums of a panel lack, if they lack anything: [blocks, 32].
+const int16_t* lacks_of(const uint8_t* panel, int64_t num_blocks, int64_t num_rows) {
+  thread_local std::vector<int16_t> lacks;
+  if (!Int8Tile::has_lacks(num_rows)) return nullptr;
+  const size_t size = num_blocks * kPanelOutputs;
+  if (lacks.size() < size) lacks.resize(size);
+  for (int64_t b = 0; b < num_blocks; ++b)
+    Int8Tile::find_lacks(panel + b * kBlockBytes, lacks.data() + b * kPanelOutputs);
+  return lacks.data();
+}
+
+// Tiles that go through all panels together, so that their rows stay in the second cache.
+int64_t num_groups_of(const QuantizedRows& rows) {
+  constexpr int64_t kBytes = 128 << 10, kMinTiles = 6;
+  const int64_t tile_bytes = Int8Tile::kRows * rows.num_blocks * kBlock;
+  const int64_t group = std::max<int64_t>(kMinTiles, kBytes / tile_bytes);
+  return std::max<int64_t>(1, (rows.tiles.count + group / 2) / group);
+}
+
+// Tiles ``begin`` to ``end`` and one panel; write(row, sums of its 32 outputs) for each row.
+template <typename Write>
+void multiply_panel(const QuantizedRows& rows, int64_t begin, int64_t end, const uint8_t* panel,
+                    const Write& write) {
+  const Tiles& tiles = rows.tiles;
+  const int64_t num_blocks = rows.num_blocks;
+  const int16_t* lacks =
+      lacks_of(panel, num_blocks, tiles.first_row(end) - tiles.first_row(begin));
+  alignas(64) float sums[Int8Tile::kRows][kPanelOutputs];
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t first = tiles.first_row(tile), at = first * num_blocks;
+    multiply_int8_rows(tiles.size(tile), rows.values + at * kBlock, rows.scales + at, num_blocks,
+                       panel, lacks,
+                       ahead_of(tile - begin, end - begin, panel, num_blocks * kBlockBytes), sums);
+    for (int64_t m = 0; m < tiles.size(tile); ++m) write(first + m, sums[m]);
+  }
+}
+
 template <typename T>
-void multiply_int8(Team& team, const Matrix& matrix, const T* x, void* y,
-                          int64_t num_tokens) {
+void multiply_int8(Team& team, const Matrix& matrix, const T* x, void* y, int64_t num_tokens) {
+  if (num_tokens == 0) return;
   const int64_t num_panels = num_panels_of(matrix.num_outputs, matrix.output);
-  const int64_t num_tiles = (num_tokens + Int8Tile::kRows - 1) / Int8Tile::kRows;
   const QuantizedRows rows = quantize_rows(team, x, num_tokens, matrix.num_inputs);
-  const int64_t panel_bytes = rows.num_blocks * kBlockBytes;
+  const int64_t panel_bytes = rows.num_blocks * kBlockBytes, num_tiles = rows.tiles.count;
+  const int64_t num_groups = num_groups_of(rows);
   const int64_t grain = std::max<int64_t>(1, num_panels / (team.num_threads() * 4));
-  team.parallel_for(num_panels, grain, [&](int64_t panel) {
+  team.parallel_for(num_groups * num_panels, grain, [&](int64_t index) {
+    const int64_t panel = index % num_panels, group = index / num_panels;
     const uint8_t* weights = static_cast<const uint8_t*>(matrix.packed) + panel * panel_bytes;
-    alignas(64) float sums[Int8Tile::kRows][kPanelOutputs];
-    for (int64_t i = 0; i < num_tiles; ++i) {
-      const int64_t first = i * num_tokens / num_tiles;
-      const int64_t num_rows = (i + 1) * num_tokens / num_tiles - first;
-      multiply_int8_rows(num_rows, rows.from(first), weights,
-                         ahead_of(i, num_tiles, weights, panel_bytes), sums);
-      for (int64_t m = 0; m < num_rows; ++m)
-        write_outputs<T>(matrix, y, first + m, panel, load(sums[m]), load(sums[m] + 16));
-    }
+    multiply_panel(rows, group * num_tiles / num_groups, (group + 1) * num_tiles / num_groups,
+                   weights, [&](int64_t row, const float* sums) {
+                     write_outputs<T>(matrix, y, row, panel, load(sums), load(sums + 16));
+                   });
   });
 }
 

@@ -6,7 +6,8 @@
 // whatever M is.
 //
 // What an instruction set brings: ``Int8Tile`` with how many rows go together (kRows), what is added
-// to a weight so that it is the byte that its instruction wants (kWeightOffset), and ``add_block``.
+// to a weight so that it is the byte that its instruction wants (kWeightOffset), ``add_block``, and
+// what of a block its sums lack (``find_lacks``, where ``has_lacks``).
 #pragma once
 
 #include "vec.h"
@@ -23,21 +24,12 @@ struct BlockScale {
   int32_t offset;  // minus the weight offset times the sum of the values
 };
 
-// Rows of x, quantised; a row is num_blocks blocks.
-struct QuantizedRows {
-  const int8_t* values;
-  const BlockScale* scales;
-  int64_t num_blocks;
-
-  QuantizedRows from(int64_t row) const {
-    return {values + row * num_blocks * kBlock, scales + row * num_blocks, num_blocks};
-  }
-  const int8_t* block_values(int64_t row, int64_t block) const {
-    return values + (row * num_blocks + block) * kBlock;
-  }
-  const BlockScale& block_scale(int64_t row, int64_t block) const {
-    return scales[row * num_blocks + block];
-  }
+// The M rows of x of a tile, quantised. They lie together block by block, so that an instruction
+// has the place of each in its address.
+template <int M>
+struct TileRows {
+  const int8_t (*values)[M][kBlock];  // [blocks]
+  const BlockScale (*scales)[M];      // [blocks]
 };
 
 // sums += the integers of a block, scaled; ``scales`` are the weights'.
@@ -54,20 +46,23 @@ struct Int8Tile {
   static constexpr int kRows = 6;
   static constexpr int kWeightOffset = 128;
 
-  template <int M>
-  static void add_block(const QuantizedRows& x, int64_t b, const uint8_t* block,
-                        float (*sums)[kPanelOutputs]) {
+  static constexpr bool has_lacks(int64_t) { return false; }
+  static void find_lacks(const uint8_t*, int16_t*) {}
+
+  template <int M, bool kLacks>
+  static void add_block(const int8_t (&x)[M][kBlock], const BlockScale (&x_scales)[M],
+                        const uint8_t* block, const int16_t*, float (*sums)[kPanelOutputs]) {
     __m512i integers[M][2];
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m)
-      integers[m][0] = integers[m][1] = _mm512_set1_epi32(x.block_scale(m, b).offset);
+      integers[m][0] = integers[m][1] = _mm512_set1_epi32(x_scales[m].offset);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       const __m512i w0 = load_as<__m512i>(block + i * 128);
       const __m512i w1 = load_as<__m512i>(block + i * 128 + 64);
 #pragma GCC unroll 6
       for (int m = 0; m < M; ++m) {
-        const __m512i four = _mm512_set1_epi32(load_as<int32_t>(x.block_values(m, b) + i * 4));
+        const __m512i four = _mm512_set1_epi32(load_as<int32_t>(x[m] + i * 4));
         integers[m][0] = _mm512_dpbusd_epi32(integers[m][0], w0, four);
         integers[m][1] = _mm512_dpbusd_epi32(integers[m][1], w1, four);
       }
@@ -76,7 +71,7 @@ struct Int8Tile {
     const lanes scale0 = load_lanes(scales), scale1 = load_lanes(scales + kLanes);
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m) {
-      const float x_scale = x.block_scale(m, b).scale;
+      const float x_scale = x_scales[m].scale;
       add_scaled(sums[m], (lanes)_mm512_cvtepi32_ps(integers[m][0]), scale0, x_scale);
       add_scaled(sums[m] + kLanes, (lanes)_mm512_cvtepi32_ps(integers[m][1]), scale1, x_scale);
     }
@@ -86,51 +81,79 @@ struct Int8Tile {
 #elif defined(__AVX2__)
 
 // vpmaddubsw multiplies unsigned by signed bytes and sums two products in 16 bits: |w| by x with
-// the sign of w. No sum overflows, as neither factor is beyond 127.
+// the sign of w. No sum overflows, as neither factor is beyond 127. vpsignb, which gives the sign,
+// waits for the units that multiply. x ^ -1 does not, but is -x - 1: what it lacks is the sum of
+// |w| of all negative w, which is found once for all tiles of a panel; for a few rows that costs
+// more than it brings. The integers are the same either way.
 struct Int8Tile {
-  static constexpr int kRows = 4;
+  static constexpr int kRows = 8;
   static constexpr int kWeightOffset = 0;
 
-  template <int M>
-  static void add_block(const QuantizedRows& x, int64_t b, const uint8_t* block,
+  static constexpr bool has_lacks(int64_t num_rows) { return num_rows > 6; }
+
+  // lacks: [32], of a block.
+  static void find_lacks(const uint8_t* block, int16_t* lacks) {
+    const __m256i zero = _mm256_setzero_si256(), one = _mm256_set1_epi8(1);
+    for (int first = 0; first < kPanelOutputs; first += 2 * kLanes) {
+      __m256i sums[2] = {};
+      for (int i = 0; i < 8; ++i)
+        for (int v = 0; v < 2; ++v) {
+          const auto w = load_as<__m256i>(block + (i * kPanelOutputs + first + v * kLanes) * 4);
+          const __m256i pairs = _mm256_maddubs_epi16(one, _mm256_min_epi8(w, zero));
+          sums[v] = _mm256_sub_epi16(sums[v], pairs);
+        }
+      for (int v = 0; v < 2; ++v) sums[v] = _mm256_madd_epi16(sums[v], _mm256_set1_epi16(1));
+      const __m256i both = _mm256_packs_epi32(sums[0], sums[1]);
+      const __m256i in_order = _mm256_permute4x64_epi64(both, 0xd8);
+      std::memcpy(lacks + first, &in_order, sizeof(in_order));
+    }
+  }
+
+  template <int M, bool kLacks>
+  static void add_block(const int8_t (&x)[M][kBlock], const BlockScale (&x_scales)[M],
+                        const uint8_t* block, const int16_t* lacks,
                         float (*sums)[kPanelOutputs]) {
-    const bf16* scales = reinterpret_cast<const bf16*>(block + kBlockValueBytes);
-    for (int first = 0; first < kPanelOutputs; first += 2 * kLanes)
-      add_half<M>(x, b, block + first * 4, scales + first, first, sums);
+    for (int first = 0; first < kPanelOutputs; first += kLanes)
+      add_lanes<M, kLacks>(x, x_scales, block, lacks, first, sums);
   }
 
  private:
-  template <int M>
-  static void add_half(const QuantizedRows& x, int64_t b, const uint8_t* weights,
-                       const bf16* scales, int first, float (*sums)[kPanelOutputs]) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    __m256i integers[M][2] = {};
-    const int8_t* values = x.block_values(0, b);
+  template <int M, bool kLacks>
+  static void add_lanes(const int8_t (&x)[M][kBlock], const BlockScale (&x_scales)[M],
+                        const uint8_t* block, const int16_t* lacks, int first,
+                        float (*sums)[kPanelOutputs]) {
+    const __m256i ones = _mm256_set1_epi16(1), zero = _mm256_setzero_si256();
+    const uint8_t* weights = block + first * 4;
+    __m256i integers[M] = {};
+    if constexpr (kLacks) {
+      const __m256i lack = _mm256_cvtepi16_epi32(load_as<__m128i>(lacks + first));
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) integers[m] = lack;
+    }
 #pragma GCC unroll 1
     for (int i = 0; i < 8; ++i) {
-      const __m256i w0 = load_as<__m256i>(weights), w1 = load_as<__m256i>(weights + 32);
-      const __m256i size0 = _mm256_abs_epi8(w0), size1 = _mm256_abs_epi8(w1);
-#pragma GCC unroll 4
+      const __m256i w = load_as<__m256i>(weights);
+      const __m256i size = _mm256_abs_epi8(w), sign = _mm256_cmpgt_epi8(zero, w);
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        const __m256i four =
-            _mm256_set1_epi32(load_as<int32_t>(values + m * x.num_blocks * kBlock));
-        const __m256i pairs0 = _mm256_maddubs_epi16(size0, _mm256_sign_epi8(four, w0));
-        const __m256i pairs1 = _mm256_maddubs_epi16(size1, _mm256_sign_epi8(four, w1));
-        integers[m][0] = _mm256_add_epi32(integers[m][0], _mm256_madd_epi16(pairs0, ones));
-        integers[m][1] = _mm256_add_epi32(integers[m][1], _mm256_madd_epi16(pairs1, ones));
+        const __m256i four = _mm256_set1_epi32(load_as<int32_t>(x[m] + i * 4));
+        const __m256i signed_four =
+            kLacks ? _mm256_xor_si256(four, sign) : _mm256_sign_epi8(four, w);
+        const __m256i pairs = _mm256_maddubs_epi16(size, signed_four);
+        add_to(integers[m], _mm256_madd_epi16(pairs, ones));
       }
       weights += 4 * kPanelOutputs;
-      values += 4;
     }
-    const lanes scale0 = load_lanes(scales), scale1 = load_lanes(scales + kLanes);
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      const float x_scale = x.block_scale(m, b).scale;
-      float* at = sums[m] + first;
-      add_scaled(at, (lanes)_mm256_cvtepi32_ps(integers[m][0]), scale0, x_scale);
-      add_scaled(at + kLanes, (lanes)_mm256_cvtepi32_ps(integers[m][1]), scale1, x_scale);
-    }
+    const bf16* scales = reinterpret_cast<const bf16*>(block + kBlockValueBytes);
+    const lanes scale = load_lanes(scales + first);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+      add_scaled(sums[m] + first, (lanes)_mm256_cvtepi32_ps(integers[m]), scale,
+                 x_scales[m].scale);
   }
+
+  // In the register that the sum has: GCC would move it about.
+  static void add_to(__m256i& sum, __m256i v) { asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(v)); }
 };
 
 #else
@@ -140,13 +163,16 @@ struct Int8Tile {
   static constexpr int kRows = 4;
   static constexpr int kWeightOffset = 0;
 
-  template <int M>
-  static void add_block(const QuantizedRows& x, int64_t b, const uint8_t* block,
-                        float (*sums)[kPanelOutputs]) {
+  static constexpr bool has_lacks(int64_t) { return false; }
+  static void find_lacks(const uint8_t*, int16_t*) {}
+
+  template <int M, bool kLacks>
+  static void add_block(const int8_t (&x)[M][kBlock], const BlockScale (&x_scales)[M],
+                        const uint8_t* block, const int16_t*, float (*sums)[kPanelOutputs]) {
     const bf16* scales = reinterpret_cast<const bf16*>(block + kBlockValueBytes);
     float values[M][kBlock];
     for (int m = 0; m < M; ++m)
-      for (int k = 0; k < kBlock; ++k) values[m][k] = x.block_values(m, b)[k];
+      for (int k = 0; k < kBlock; ++k) values[m][k] = x[m][k];
     for (int first = 0; first < kPanelOutputs; first += kLanes) {
       lanes integers[M] = {};
       for (int k = 0; k < kBlock; k += 4) {
@@ -158,7 +184,7 @@ struct Int8Tile {
       }
       for (int m = 0; m < M; ++m)
         add_scaled(sums[m] + first, integers[m], load_lanes(scales + first),
-                   x.block_scale(m, b).scale);
+                   x_scales[m].scale);
     }
   }
 
@@ -174,28 +200,36 @@ struct Int8Tile {
 
 #endif
 
-// sums: [M, 32]. Meanwhile as many bytes as the panel has are brought near from ``ahead``. Not
-// inlined, so that the integers have the registers to themselves.
-template <int M>
-__attribute__((noinline)) void multiply_int8_tile(const QuantizedRows& x, const uint8_t* panel,
+// sums: [M, 32]; lacks: [blocks, 32] of the panel. Meanwhile as many bytes as the panel has are
+// brought near from ``ahead``. Not inlined, so that the integers have the registers to themselves.
+template <int M, bool kLacks>
+__attribute__((noinline)) void multiply_int8_tile(TileRows<M> x, int64_t num_blocks,
+                                                  const uint8_t* panel, const int16_t* lacks,
                                                   const uint8_t* ahead,
                                                   float (*sums)[kPanelOutputs]) {
   for (int m = 0; m < M; ++m) store(sums[m], f32x16(0)), store(sums[m] + 16, f32x16(0));
-  for (int64_t b = 0; b < x.num_blocks; ++b) {
+  for (int64_t b = 0; b < num_blocks; ++b) {
 #pragma GCC unroll 17
     for (int64_t line = 0; line < kBlockBytes; line += 64)
       __builtin_prefetch(ahead + b * kBlockBytes + line, 0, 2);
-    Int8Tile::add_block<M>(x, b, panel + b * kBlockBytes, sums);
+    Int8Tile::add_block<M, kLacks>(x.values[b], x.scales[b], panel + b * kBlockBytes,
+                                   lacks + b * kPanelOutputs, sums);
   }
 }
 
-// The same with 1 <= num_rows <= Int8Tile::kRows.
+// The same with 1 <= num_rows <= Int8Tile::kRows; lacks may be null.
 template <int M = Int8Tile::kRows>
-inline void multiply_int8_rows(int64_t num_rows, const QuantizedRows& x, const uint8_t* panel,
+inline void multiply_int8_rows(int64_t num_rows, const int8_t* values, const BlockScale* scales,
+                               int64_t num_blocks, const uint8_t* panel, const int16_t* lacks,
                                const uint8_t* ahead, float (*sums)[kPanelOutputs]) {
   if constexpr (M > 1)
-    if (num_rows != M) return multiply_int8_rows<M - 1>(num_rows, x, panel, ahead, sums);
-  multiply_int8_tile<M>(x, panel, ahead, sums);
+    if (num_rows != M)
+      return multiply_int8_rows<M - 1>(num_rows, values, scales, num_blocks, panel, lacks, ahead,
+                                       sums);
+  const TileRows<M> x = {reinterpret_cast<const int8_t (*)[M][kBlock]>(values),
+                         reinterpret_cast<const BlockScale (*)[M]>(scales)};
+  lacks == nullptr ? multiply_int8_tile<M, false>(x, num_blocks, panel, lacks, ahead, sums)
+                   : multiply_int8_tile<M, true>(x, num_blocks, panel, lacks, ahead, sums);
 }
 
 }  // namespace sortserve
