@@ -7,6 +7,7 @@ from sortserve import LLM, Budget, SamplingParams
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     from sortserve.llm import LLM
 
 __version__ = "0.1.0"
+
+# PyTorch's helpers spin for milliseconds after each parallel operation (sampling has some), on cores
+# that our kernels want. They read this when torch is imported; about 50 us are left, so that one
+# operation still follows another without a sleep.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 __all__ = ["LLM", "Budget", "SamplingParams", "__version__"]
 

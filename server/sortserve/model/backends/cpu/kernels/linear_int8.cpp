@@ -129,11 +129,14 @@ void quantize_block(const T* x, int64_t n, int8_t* values, BlockScale* scale) {
   }
   alignas(64) int32_t integers[kBlock];
   round_products(numbers, 127.0f / largest, integers);
+  // Into an array of our own: bytes elsewhere might be those of ``integers``, for all GCC knows.
+  alignas(64) int8_t bytes[kBlock];
   int32_t sum = 0;
   for (int64_t i = 0; i < kBlock; ++i) {
-    values[i] = static_cast<int8_t>(integers[i]);
-    sum += values[i];
+    bytes[i] = static_cast<int8_t>(integers[i]);
+    sum += integers[i];
   }
+  std::memcpy(values, bytes, kBlock);
   *scale = {largest / 127.0f, -Int8Tile::kWeightOffset * sum};
 }
 

@@ -83,13 +83,13 @@ struct Int8Tile {
 // vpmaddubsw multiplies unsigned by signed bytes and sums two products in 16 bits: |w| by x with
 // the sign of w. No sum overflows, as neither factor is beyond 127. vpsignb, which gives the sign,
 // waits for the units that multiply. x ^ -1 does not, but is -x - 1: what it lacks is the sum of
-// |w| of all negative w, which is found once for all tiles of a panel; for a few rows that costs
-// more than it brings. The integers are the same either way.
+// |w| of all negative w, which is found once for all tiles of a panel; for one tile that costs
+// more than it brings, as the panel comes from memory then. The integers are the same either way.
 struct Int8Tile {
   static constexpr int kRows = 8;
   static constexpr int kWeightOffset = 0;
 
-  static constexpr bool has_lacks(int64_t num_rows) { return num_rows > 6; }
+  static constexpr bool has_lacks(int64_t num_rows) { return num_rows > kRows; }
 
   // lacks: [32], of a block.
   static void find_lacks(const uint8_t* block, int16_t* lacks) {
