@@ -15,13 +15,14 @@
 #include "kernels.h"
 
 namespace sortserve {
+namespace {
 
 constexpr int64_t kPartition = 512;
 
 // ---- norm, RoPE and the write to the cache
 
 template <typename T>
-static void norm_head(T* head, const T* weight, int64_t n, double eps) {
+void norm_head(T* head, const T* weight, int64_t n, double eps) {
   f32x16 squares = {};
   for (int64_t i = 0; i < n; i += 16) {
     const f32x16 v = load(head + i, n - i);
@@ -33,7 +34,7 @@ static void norm_head(T* head, const T* weight, int64_t n, double eps) {
 }
 
 template <typename T>
-static void rotate_head(T* head, const float* cos, const float* sin, int64_t half) {
+void rotate_head(T* head, const float* cos, const float* sin, int64_t half) {
   for (int64_t i = 0; i < half; i += 16) {
     const int64_t n = half - i;
     const f32x16 a = load(head + i, n), b = load(head + half + i, n);
@@ -44,7 +45,7 @@ static void rotate_head(T* head, const float* cos, const float* sin, int64_t hal
 }
 
 template <typename T>
-static void write_token(const Step& step, const AttentionCall& call, int64_t token) {
+void write_token(const Step& step, const AttentionCall& call, int64_t token) {
   const int64_t dim = step.head_dim, half = dim / 2;
   T* qkv = static_cast<T*>(call.qkv) + token * (step.num_heads + 2 * step.num_kv_heads) * dim;
   const float* cos = step.cos + step.positions[token] * half;
@@ -67,6 +68,8 @@ static void write_token(const Step& step, const AttentionCall& call, int64_t tok
 
 // ---- softmax
 
+}  // namespace
+
 void softmax(float* scores, int64_t n, float scale, float* largest, float* total) {
   for (int64_t i = n; i < round_up(n, 16); ++i) scores[i] = -INFINITY;
   f32x16 top = -INFINITY;
@@ -81,11 +84,13 @@ void softmax(float* scores, int64_t n, float scale, float* largest, float* total
   *total = sum(sums);
 }
 
+namespace {
+
 // ---- values: sums[g] += probabilities[g] * values, over n values that lie one after another
 
 template <typename T, int G, int V>
-static void add_values(const float* probabilities, int64_t stride, const T* values, int64_t dim,
-                       int64_t n, int64_t column, float* sums, int64_t sums_stride) {
+void add_values(const float* probabilities, int64_t stride, const T* values, int64_t dim,
+                int64_t n, int64_t column, float* sums, int64_t sums_stride) {
   f32x16 acc[G][V];
   for (int g = 0; g < G; ++g)
     for (int i = 0; i < V; ++i) acc[g][i] = load(sums + g * sums_stride + column + 16 * i);
@@ -103,8 +108,8 @@ static void add_values(const float* probabilities, int64_t stride, const T* valu
 // All columns: as many at a time as the registers hold sums of, the rest 16 at a time (the last 16
 // may be part of a vector).
 template <typename T, int G>
-static void add_all_values(const float* probabilities, int64_t stride, const T* values, int64_t dim,
-                           int64_t n, float* sums, int64_t sums_stride) {
+void add_all_values(const float* probabilities, int64_t stride, const T* values, int64_t dim,
+                    int64_t n, float* sums, int64_t sums_stride) {
   constexpr int kSums = kRegisters * 3 / 4 / (G * kParts);
   constexpr int V = kSums >= 4 ? 4 : kSums >= 2 ? 2 : 1;
   int64_t column = 0;
@@ -128,7 +133,7 @@ struct Scratch {
 
 // fn(position, number of tokens) for the part of each page that lies in the task.
 template <typename Fn>
-static void for_each_block(const Step& step, const Task& task, const Fn& fn) {
+void for_each_block(const Step& step, const Task& task, const Fn& fn) {
   for (int64_t position = task.first; position < task.last;) {
     const int64_t left = step.block_size - position % step.block_size;
     const int64_t n = std::min(left, task.last - position);
@@ -139,15 +144,15 @@ static void for_each_block(const Step& step, const Task& task, const Fn& fn) {
 
 // Pages lie anywhere in memory, which the CPU cannot foresee.
 template <typename T>
-static void prefetch(const T* data, int64_t count) {
+void prefetch(const T* data, int64_t count) {
   const char* bytes = reinterpret_cast<const char*>(data);
   for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += 64)
     __builtin_prefetch(bytes + i, 0, 2);
 }
 
 template <typename T>
-static void score_keys(const Step& step, const AttentionCall& call, const Task& task,
-                       float* scores, int64_t stride) {
+void score_keys(const Step& step, const AttentionCall& call, const Task& task,
+                float* scores, int64_t stride) {
   const int64_t dim = step.head_dim, group = step.num_heads / step.num_kv_heads;
   const int64_t row_width = (step.num_heads + 2 * step.num_kv_heads) * dim;
   const T* queries =
@@ -166,8 +171,8 @@ static void score_keys(const Step& step, const AttentionCall& call, const Task& 
 }
 
 template <typename T>
-static void sum_values(const Step& step, const AttentionCall& call, const Task& task,
-                       const float* probabilities, int64_t stride, float* sums) {
+void sum_values(const Step& step, const AttentionCall& call, const Task& task,
+                const float* probabilities, int64_t stride, float* sums) {
   const int64_t dim = step.head_dim, group = step.num_heads / step.num_kv_heads;
   const int64_t sums_stride = round_up(dim, 16);
   const T* keys = static_cast<const T*>(call.keys);
@@ -192,8 +197,8 @@ static void sum_values(const Step& step, const AttentionCall& call, const Task& 
 }
 
 template <typename T>
-static void attend(const Step& step, const AttentionCall& call, const Task& task,
-                   Scratch& scratch) {
+void attend(const Step& step, const AttentionCall& call, const Task& task,
+            Scratch& scratch) {
   const int64_t group = step.num_heads / step.num_kv_heads;
   // Scores are stored a vector at a time, so the last may run over by 15.
   const int64_t stride = kPartition + 16;
@@ -212,20 +217,20 @@ static void attend(const Step& step, const AttentionCall& call, const Task& task
 // ---- all queries
 
 template <typename T>
-static void write_out(const Step& step, const AttentionCall& call, int64_t token, int64_t head,
-                      const float* sums, float total) {
+void write_out(const Step& step, const AttentionCall& call, int64_t token, int64_t head,
+               const float* sums, float total) {
   const int64_t dim = step.head_dim;
   T* out = static_cast<T*>(call.out) + (token * step.num_heads + head) * dim;
   for (int64_t i = 0; i < dim; i += 16) store(out + i, load(sums + i) / total, dim - i);
 }
 
-static int64_t num_parts_of(const Step& step, int64_t query) {
+int64_t num_parts_of(const Step& step, int64_t query) {
   return step.query_parts[query + 1] - step.query_parts[query];
 }
 
 // Partial results of queries with several partitions: for each partition and head the sums, then
 // the largest score and the total.
-static int64_t partial_size(const Step& step) { return round_up(step.head_dim, 16) + 16; }
+int64_t partial_size(const Step& step) { return round_up(step.head_dim, 16) + 16; }
 
 struct Partials {
   float* data;
@@ -237,8 +242,8 @@ struct Partials {
 };
 
 template <typename T>
-static void run_task(const Step& step, const AttentionCall& call, int64_t index,
-                     const Partials& partials) {
+void run_task(const Step& step, const AttentionCall& call, int64_t index,
+              const Partials& partials) {
   thread_local Scratch scratch;
   const int64_t part = partials.first_part + index / step.num_kv_heads;
   const int64_t* end = step.query_parts + step.num_queries + 1;
@@ -267,8 +272,8 @@ static void run_task(const Step& step, const AttentionCall& call, int64_t index,
 
 // Partitions of one query and head into one result: each counts by its own largest score.
 template <typename T>
-static void merge_parts(const Step& step, const AttentionCall& call, int64_t query, int64_t head,
-                        const Partials& partials) {
+void merge_parts(const Step& step, const AttentionCall& call, int64_t query, int64_t head,
+                 const Partials& partials) {
   const int64_t width = round_up(step.head_dim, 16);
   const int64_t first = step.query_parts[query], last = step.query_parts[query + 1];
   float* merged = partials.at(step, first, head);
@@ -290,8 +295,8 @@ static void merge_parts(const Step& step, const AttentionCall& call, int64_t que
 
 // Queries [first, last).
 template <typename T>
-static void attend_some(Team& team, const Step& step, const AttentionCall& call, int64_t first,
-                        int64_t last) {
+void attend_some(Team& team, const Step& step, const AttentionCall& call, int64_t first,
+                 int64_t last) {
   const int64_t first_part = step.query_parts[first];
   const int64_t num_parts = step.query_parts[last] - first_part, num_queries = last - first;
   thread_local std::vector<float> buffer;
@@ -311,7 +316,7 @@ static void attend_some(Team& team, const Step& step, const AttentionCall& call,
 
 // As many queries at a time as have no more than kMaxParts partitions: the buffer stays small.
 template <typename T>
-static void attend_queries(Team& team, const Step& step, const AttentionCall& call) {
+void attend_queries(Team& team, const Step& step, const AttentionCall& call) {
   constexpr int64_t kMaxParts = 1024;
   const int64_t* parts = step.query_parts;
   for (int64_t first = 0, last; first < step.num_queries; first = last) {
@@ -320,6 +325,8 @@ static void attend_queries(Team& team, const Step& step, const AttentionCall& ca
     attend_some<T>(team, step, call, first, last);
   }
 }
+
+}  // namespace
 
 void attention(Team& team, const Step& step, const AttentionCall& call) {
   with_dtype(step.dtype, [&](auto type) {

@@ -5,6 +5,7 @@
 #include "kernels.h"
 
 namespace sortserve {
+namespace {
 
 struct Layer {
   const void *input_norm, *post_attention_norm;  // [hidden]
@@ -22,13 +23,13 @@ struct LayersCall {
   int64_t plane_size;          // elements of keys (or values) of one layer
 };
 
-static void multiply(Team& team, const Matrix& matrix, const bf16* x, bf16* y, int64_t num_tokens) {
+void multiply(Team& team, const Matrix& matrix, const bf16* x, bf16* y, int64_t num_tokens) {
   if (matrix.format == kInt8) return linear_int8(team, matrix, x, y, num_tokens);
   linear(team, matrix, x, y, num_tokens);
 }
 
-static void run_layer(Team& team, const LayersCall& call, const Layer& layer, const Step& step,
-                      bf16* keys) {
+void run_layer(Team& team, const LayersCall& call, const Layer& layer, const Step& step,
+               bf16* keys) {
   const int64_t num_tokens = step.num_tokens;
   const auto norm = [&](const void* weight) {
     add_rms_norm(team, {call.h, call.delta, weight, call.x, num_tokens, call.hidden_size,
@@ -43,6 +44,8 @@ static void run_layer(Team& team, const LayersCall& call, const Layer& layer, co
   multiply(team, layer.gate_up, call.x, call.mlp, num_tokens);
   multiply(team, layer.down, call.mlp, call.delta, num_tokens);
 }
+
+}  // namespace
 
 extern "C" void sortserve_layers(const LayersCall* call) {
   Team::run(call->steps->num_threads, [&](Team& team) {

@@ -9,6 +9,7 @@
 #include "tile.h"
 
 namespace sortserve {
+namespace {
 
 template <typename T>
 struct LinearCall {
@@ -26,7 +27,7 @@ struct Rows {
 };
 
 template <typename T>
-static Rows<T> prepare_rows(Team& team, const T* x, int64_t num_tokens, int64_t num_inputs) {
+Rows<T> prepare_rows(Team& team, const T* x, int64_t num_tokens, int64_t num_inputs) {
   using Row = RowOf<T>;
   const int64_t stride = round_up(num_inputs, kPack<T>);
   if constexpr (std::is_same<Row, T>::value)
@@ -44,7 +45,7 @@ static Rows<T> prepare_rows(Team& team, const T* x, int64_t num_tokens, int64_t 
 
 // Tokens that go through all panels together, so that they stay in the second cache.
 template <typename T>
-static int64_t num_blocks_of(const Rows<T>& rows, int64_t num_tokens) {
+int64_t num_blocks_of(const Rows<T>& rows, int64_t num_tokens) {
   constexpr int64_t kBytes = 256 << 10, kMinTokens = 48;
   const int64_t row_bytes = rows.stride * sizeof(*rows.x);
   const int64_t block = std::max<int64_t>(kMinTokens, kBytes / row_bytes);
@@ -54,14 +55,14 @@ static int64_t num_blocks_of(const Rows<T>& rows, int64_t num_tokens) {
 // The next panel, which is fetched by the first tile, or half each by the first two. Hence also
 // grains of neighbouring panels.
 template <typename T>
-static Ahead ahead_of(int64_t tile, int64_t num_tiles, const T* panel, int64_t panel_size) {
+Ahead ahead_of(int64_t tile, int64_t num_tiles, const T* panel, int64_t panel_size) {
   if (num_tiles == 1) return {panel + panel_size, true};
   if (tile < 2) return {panel + (2 + tile) * panel_size / 2, false};
   return {panel, false};
 }
 
 template <typename T>
-static void multiply(Team& team, const Matrix& matrix, const T* x, void* y, int64_t num_tokens) {
+void multiply(Team& team, const Matrix& matrix, const T* x, void* y, int64_t num_tokens) {
   const int64_t width = matrix.output == kSiluMul ? kPanel / 2 : kPanel;
   const int64_t num_panels = (matrix.num_outputs + width - 1) / width;
   const int64_t panel_size = round_up(matrix.num_inputs, kPack<T>) * kPanel;
@@ -87,6 +88,8 @@ static void multiply(Team& team, const Matrix& matrix, const T* x, void* y, int6
     }
   });
 }
+
+}  // namespace
 
 void linear(Team& team, const Matrix& matrix, const bf16* x, void* y, int64_t num_tokens) {
   multiply(team, matrix, x, y, num_tokens);

@@ -5,20 +5,21 @@
 #include "kernels.h"
 
 namespace sortserve {
+namespace {
 
 // Elements that are worth a turn of their own, and worth waking the other threads for.
 constexpr int64_t kGrainElements = 4096, kTeamElements = 65536;
 
-static int64_t grain_of(const RowsCall& call) {
+int64_t grain_of(const RowsCall& call) {
   return std::max<int64_t>(1, kGrainElements / call.width);
 }
 
-static int64_t num_threads_of(const RowsCall& call) {
+int64_t num_threads_of(const RowsCall& call) {
   return call.num_rows * call.width < kTeamElements ? 1 : call.num_threads;
 }
 
 template <typename T>
-static void add_rms_norm_row(const RowsCall& call, int64_t row) {
+void add_rms_norm_row(const RowsCall& call, int64_t row) {
   const int64_t width = call.width;
   T* x = static_cast<T*>(call.x) + row * width;
   const T* weight = static_cast<const T*>(call.weight);
@@ -38,6 +39,8 @@ static void add_rms_norm_row(const RowsCall& call, int64_t row) {
     store(y + i, load(x + i, width - i) * scale * load(weight + i, width - i), width - i);
 }
 
+}  // namespace
+
 void add_rms_norm(Team& team, const RowsCall& call) {
   with_dtype(call.dtype, [&](auto type) {
     using T = decltype(type);
@@ -50,9 +53,11 @@ extern "C" void sortserve_add_rms_norm(const RowsCall* call) {
   Team::run(num_threads_of(*call), [&](Team& team) { add_rms_norm(team, *call); });
 }
 
+namespace {
+
 // y = silu(x[:width]) * x[width:].
 template <typename T>
-static void silu_and_mul_row(const RowsCall& call, int64_t row) {
+void silu_and_mul_row(const RowsCall& call, int64_t row) {
   const int64_t width = call.width;
   const T* gate = static_cast<const T*>(call.x) + row * 2 * width;
   const T* up = gate + width;
@@ -60,6 +65,8 @@ static void silu_and_mul_row(const RowsCall& call, int64_t row) {
   for (int64_t i = 0; i < width; i += 16)
     store(y + i, silu(load(gate + i, width - i)) * load(up + i, width - i), width - i);
 }
+
+}  // namespace
 
 extern "C" void sortserve_silu_and_mul(const RowsCall* call) {
   Team::run(num_threads_of(*call), [&](Team& team) {

@@ -11,6 +11,7 @@
 #include "tile.h"
 
 namespace sortserve {
+namespace {
 
 using Row = RowOf<bf16>;
 
@@ -24,13 +25,13 @@ struct Panels {
   bf16* values;  // [H / 32 panels, context / 2, 32 columns, 2]
 };
 
-static int64_t padded_context(const Panels& panels) { return round_up(panels.context_len, kPanel); }
+int64_t padded_context(const Panels& panels) { return round_up(panels.context_len, kPanel); }
 
-static uint32_t pair_of(bf16 even, bf16 odd) { return even.bits | static_cast<uint32_t>(odd.bits) << 16; }
+uint32_t pair_of(bf16 even, bf16 odd) { return even.bits | static_cast<uint32_t>(odd.bits) << 16; }
 
 // Copies 32 cached tokens; tokens past the end of the context become zero.
-static void pack_tokens(const Step& step, const AttentionCall& call, const Panels& panels,
-                        int64_t first) {
+void pack_tokens(const Step& step, const AttentionCall& call, const Panels& panels,
+                 int64_t first) {
   const int64_t dim = step.head_dim, padded_dim = round_up(dim, kPanel);
   thread_local std::vector<bf16> zeros;
   zeros.resize(padded_dim);
@@ -64,17 +65,17 @@ struct TileScratch {
 };
 
 // The same rows as elements of a tile: rounded, or where they lie.
-static const bf16* tile_rows(const float* from, std::vector<bf16>& to, int64_t size) {
+const bf16* tile_rows(const float* from, std::vector<bf16>& to, int64_t size) {
   if (static_cast<int64_t>(to.size()) < size) to.resize(size);
   for (int64_t i = 0; i < size; i += 16) store(to.data() + i, load(from + i));
   return to.data();
 }
-static const float* tile_rows(const float* from, std::vector<float>&, int64_t) { return from; }
+const float* tile_rows(const float* from, std::vector<float>&, int64_t) { return from; }
 
 // multiply_rows for any number of rows.
 template <typename Write>
-static void multiply_all(int64_t num_rows, const Row* x, int64_t x_stride, const bf16* panel,
-                         int64_t num_inputs, const Write& write) {
+void multiply_all(int64_t num_rows, const Row* x, int64_t x_stride, const bf16* panel,
+                  int64_t num_inputs, const Write& write) {
   for (int64_t first = 0; first < num_rows; first += kMaxRows<bf16>)
     multiply_rows<bf16>(std::min<int64_t>(kMaxRows<bf16>, num_rows - first), x + first * x_stride,
                         x_stride, panel, num_inputs,
@@ -83,8 +84,8 @@ static void multiply_all(int64_t num_rows, const Row* x, int64_t x_stride, const
 }
 
 // Rows [first, first + num_rows) of the chunk's tokens x query heads of one key/value head.
-static void attend_tile(const Step& step, const AttentionCall& call, const Panels& panels,
-                        int64_t first, int64_t num_rows, TileScratch& scratch) {
+void attend_tile(const Step& step, const AttentionCall& call, const Panels& panels,
+                 int64_t first, int64_t num_rows, TileScratch& scratch) {
   const int64_t dim = step.head_dim, group = step.num_heads / step.num_kv_heads;
   const int64_t row_width = (step.num_heads + 2 * step.num_kv_heads) * dim;
   const int64_t start = panels.context_len - panels.num_tokens;
@@ -132,6 +133,8 @@ static void attend_tile(const Step& step, const AttentionCall& call, const Panel
                    if (dim - column > 16) store(out + 16, b / totals[m], dim - column - 16);
                  });
 }
+
+}  // namespace
 
 void attend_chunks(Team& team, const Step& step, const AttentionCall& call) {
   const int64_t dim = step.head_dim, padded_dim = round_up(dim, kPanel);

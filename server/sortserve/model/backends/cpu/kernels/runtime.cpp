@@ -19,17 +19,18 @@
 #include "parallel.h"
 
 namespace sortserve {
+namespace {
 
 // Measured on two cores (benchmarks/busy.py). A helper that waits for work sleeps soon, since others
 // need the core. The leader spins for longer than a grain takes: to be woken costs more than that.
 constexpr int64_t kHelperSpinNs = 50'000, kLeaderSpinNs = 200'000, kLeaderSleepNs = 500'000;
 constexpr int64_t kTurnNs = 1'000'000;  // Linux gives a thread about 3 ms at a time
 
-static int64_t now_ns() {
+int64_t now_ns() {
   return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
 }
 
-static void relax() {
+void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -39,7 +40,7 @@ static void relax() {
 
 // Spins until done() or for so long; what done() said last.
 template <typename Done>
-static bool spin(int64_t for_ns, const Done& done) {
+bool spin(int64_t for_ns, const Done& done) {
   for (const int64_t until = now_ns() + for_ns; now_ns() < until;)
     for (int i = 0; i < 16; ++i) {
       if (done()) return true;
@@ -50,7 +51,7 @@ static bool spin(int64_t for_ns, const Done& done) {
 
 // Sleeps while the word has the value that was seen, at most for so long (0: until woken); it may
 // return early.
-static void sleep_while(std::atomic<uint32_t>& word, uint32_t seen, int64_t at_most_ns) {
+void sleep_while(std::atomic<uint32_t>& word, uint32_t seen, int64_t at_most_ns) {
 #if defined(__linux__)
   const timespec limit = {at_most_ns / 1'000'000'000, at_most_ns % 1'000'000'000};
   syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, seen, at_most_ns > 0 ? &limit : nullptr, nullptr, 0);
@@ -59,7 +60,7 @@ static void sleep_while(std::atomic<uint32_t>& word, uint32_t seen, int64_t at_m
 #endif
 }
 
-static void wake(std::atomic<uint32_t>& word) {
+void wake(std::atomic<uint32_t>& word) {
 #if defined(__linux__)
   syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 #endif
@@ -74,7 +75,7 @@ struct Leader {
 };
 
 // Signals are for the threads of the program, which know what to do with them.
-static bool start_helper(const std::shared_ptr<Crew>& crew, int64_t index) {
+bool start_helper(const std::shared_ptr<Crew>& crew, int64_t index) {
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -92,6 +93,8 @@ static bool start_helper(const std::shared_ptr<Crew>& crew, int64_t index) {
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
   return is_started;
 }
+
+}  // namespace
 
 Crew* Crew::of_this_thread(int64_t num_helpers) {
   thread_local Leader leader;
