@@ -135,31 +135,9 @@ def _profile(arguments: Sequence[str]) -> int:
 
 
 def _kernels(arguments: Sequence[str]) -> int:
-    from pathlib import Path
+    from sortserve.process.kernels import kernels_command
 
-    parser = Parser(
-        prog="sortserve kernels",
-        description="Compile the CPU kernels ahead of time: a server that finds them needs no "
-        "compiler.",
-    )
-    parser.add_argument(
-        "--isa",
-        nargs="+",
-        action="extend",
-        metavar="NAME",
-        help="amx, avx512_bf16, avx2, portable, or all (default): every one that there is for this "
-        "kind of machine",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="default: where the server looks (env: SORTSERVE_KERNELS_DIR, else in the package)",
-    )
-    options = parser.parse_args(arguments)
-    from sortserve.process.kernels import ALL, compile_kernels
-
-    return compile_kernels(options.isa or [ALL], options.output)
+    return kernels_command(arguments)
 
 
 def _generate(arguments: Sequence[str]) -> int:

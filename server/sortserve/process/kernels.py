@@ -14,10 +14,40 @@ from sortserve.model.backends.kernels import (
     prebuild,
     prebuilt_dir,
 )
+from sortserve.process.arguments import Parser
 
-__all__ = ["ALL", "compile_kernels"]
+__all__ = ["compile_kernels", "kernels_command"]
 
 ALL = "all"
+
+
+def kernels_command(arguments: Sequence[str]) -> int:
+    """The command line of ``sortserve kernels``; returns the exit code.
+
+    Raises:
+        ConfigError: see ``compile_kernels``.
+    """
+    parser = Parser(
+        prog="sortserve kernels",
+        description="Compile the CPU kernels ahead of time: a server that finds them needs no "
+        "compiler.",
+    )
+    parser.add_argument(
+        "--isa",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help=f"{', '.join(ISAS)}, or {ALL} (default): every one that there is for this kind of "
+        "machine",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="default: where the server looks (env: SORTSERVE_KERNELS_DIR, else in the package)",
+    )
+    options = parser.parse_args(arguments)
+    return compile_kernels(options.isa or [ALL], options.output)
 
 
 def compile_kernels(names: Sequence[str], output: Path | None) -> int:
