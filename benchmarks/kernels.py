@@ -6,9 +6,9 @@
 one after another. The model is random and shaped like SmolLM2-135M: nothing is loaded. Every time
 is the median of several runs in which the backends take turns, so that a busy moment of the machine
 hits all alike; linear layers go through copies of their weights, so that none waits in a cache. The
-floor is the larger of bytes / memory rate and FLOPs / matrix rate, both measured in this run
-(``floors``). Beside linear layers stand the first alone, and torch's fp32 GEMM of the same product.
-The last line is one JSON document.
+floor is that of ``--dtype``, beside int8 too: the larger of bytes / memory rate and FLOPs / matrix
+rate, both measured in this run (``floors``). Beside linear layers stand the first alone, and
+torch's fp32 GEMM of the same product. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ from benchmarks.lib.common import environment, print_json, print_table
 from benchmarks.lib.floors import Machine, ModelCost, Work, measure_machine
 from sortserve.core.errors import ConfigError
 from sortserve.model.attention import Attention, KVCache, RopeTables
+from sortserve.model.backend import Backend
 from sortserve.model.backends import BACKENDS, choose_backend
 from sortserve.model.backends.kernels import ISA_VARIABLE, ISAS, cpu_isa
 from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
 from sortserve.model.decoder import Decoder
+from sortserve.model.quantization import quantize_int8
 from sortserve.model.weight import LinearOp, Weight
 from sortserve.model.weights import LayerWeights, ModelWeights
 
@@ -186,13 +188,28 @@ def bench_linears(dtype: torch.dtype, machine: Machine) -> list[Row]:
 
 
 def linear_ops(weights: Sequence[Tensor]) -> dict[str, list[LinearOp]]:
-    """The same weights packed by every backend that works here."""
+    """The same weights packed by every backend that works here, and by the kernels in int8."""
     ops: dict[str, list[LinearOp]] = {}
-    for name in BACKENDS:
-        with suppress(ConfigError):
-            backend = choose_backend(CONFIG, weights[0].dtype, weights[0].device, name)
-            ops[name] = [backend.linear(Weight.plain(weight)) for weight in weights]
+    for name, backend in backends(weights[0].dtype).items():
+        ops[name] = [backend.linear(Weight.plain(weight)) for weight in weights]
+        if name == "cpu":
+            ops["cpu int8"] = [backend.linear(quantize_int8(weight)) for weight in weights]
     return ops
+
+
+def backends(dtype: torch.dtype) -> dict[str, Backend]:
+    """Those that work here, but for a reference that would take minutes.
+
+    Where oneDNN has no products in bf16 (any CPU with AVX2 at most), torch has a plain loop.
+    """
+    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    found = {}
+    for name in BACKENDS:
+        if name == "reference" and dtype == torch.bfloat16 and not has_bf16:
+            continue
+        with suppress(ConfigError):
+            found[name] = choose_backend(CONFIG, dtype, torch.device("cpu"), name)
+    return found
 
 
 def rotate(ops: Sequence[LinearOp], x: Tensor) -> Callable[[], object]:
@@ -204,11 +221,9 @@ def rotate(ops: Sequence[LinearOp], x: Tensor) -> Callable[[], object]:
 
 
 def bench_attention(dtype: torch.dtype, machine: Machine) -> list[Row]:
-    attentions: dict[str, Attention] = {}
-    for name in BACKENDS:
-        with suppress(ConfigError):
-            backend = choose_backend(CONFIG, dtype, torch.device("cpu"), name)
-            attentions[name] = backend.attention(make_rope())
+    attentions: dict[str, Attention] = {
+        name: backend.attention(make_rope()) for name, backend in backends(dtype).items()
+    }
     rows = []
     for num_rows, context_len in ATTENTION_SHAPES:
         num_pages = num_rows * math.ceil(context_len / BLOCK_SIZE)
@@ -245,19 +260,15 @@ def page_bytes(dtype: torch.dtype) -> int:
 
 def bench_steps(dtype: torch.dtype, machine: Machine) -> list[Row]:
     weights = random_weights(dtype)
-    exits = (9, 15, 21, 30)
-    decoders = {}
-    for name in BACKENDS:
-        try:
-            decoders[name] = Decoder(
-                CONFIG,
-                weights,
-                exits=exits,
-                max_model_len=2048,
-                backend=choose_backend(CONFIG, dtype, torch.device("cpu"), name),
-            )
-        except ConfigError:
-            continue
+
+    def make_decoder(weights: ModelWeights, backend: Backend) -> Decoder:
+        return Decoder(CONFIG, weights, exits=(9, 15, 21, 30), max_model_len=2048, backend=backend)
+
+    available = backends(dtype)
+    decoders = {name: make_decoder(weights, backend) for name, backend in available.items()}
+    if "cpu" in available:
+        in_int8 = random_weights(dtype, quantize_int8)
+        decoders["cpu int8"] = make_decoder(in_int8, available["cpu"])
     num_slabs = next(iter(decoders.values())).num_slabs
     num_pages = max(DECODE_ROWS) * num_slabs * math.ceil(max(PREFILL_TOKENS) / BLOCK_SIZE)
     cache = next(iter(decoders.values())).allocate_kv_cache(num_pages, BLOCK_SIZE)
@@ -305,14 +316,17 @@ def make_batch(num_rows: int, num_tokens: int, context_len: int, num_slabs: int)
         context_lens_R=torch.full((num_rows,), context_len, dtype=torch.int32),
         block_tables_SRB=tables,
         slots_ST=slots,
+        num_prompt_tokens=(num_tokens if num_tokens > 1 else 0,) * num_rows,
     )
 
 
-def random_weights(dtype: torch.dtype) -> ModelWeights:
+def random_weights(
+    dtype: torch.dtype, make_weight: Callable[[Tensor], Weight] = Weight.plain
+) -> ModelWeights:
     config, ones = CONFIG, torch.ones(CONFIG.hidden_size, dtype=dtype)
 
     def weight(name: str) -> Weight:
-        return Weight.plain(matrix(*LINEARS[name], dtype))
+        return make_weight(matrix(*LINEARS[name], dtype))
 
     layers = [
         LayerWeights(
@@ -328,7 +342,7 @@ def random_weights(dtype: torch.dtype) -> ModelWeights:
     embed = matrix(*LINEARS["head"], dtype)
     inv_freq = 10_000.0 ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
     return ModelWeights(
-        embed=embed, layers=layers, final_norm=ones, lm_head=Weight.plain(embed), inv_freq=inv_freq
+        embed=embed, layers=layers, final_norm=ones, lm_head=make_weight(embed), inv_freq=inv_freq
     )
 
 
