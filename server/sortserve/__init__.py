@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# PyTorch's helpers spin for milliseconds after each parallel operation (sampling has some), on cores
-# that our kernels want. They read this when torch is imported. About 50 us are left, so that one
-# operation can follow another without a sleep.
+# PyTorch's helpers spin for milliseconds after each parallel operation (sampling has some), on
+# cores that our kernels want. They read this when torch is imported. About 50 us are left, so that
+# one operation can follow another without a sleep.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
