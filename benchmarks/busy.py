@@ -22,16 +22,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels import (
-    BLOCK_SIZE,
-    CONFIG,
-    DECODE_CONTEXT,
-    make_batch,
-    random_weights,
-)
+from benchmarks.kernels import BLOCK_SIZE, DECODE_CONTEXT, make_batch
 from benchmarks.lib.common import environment, percentile, print_json, print_table
 from benchmarks.lib.floors import ModelCost, measure_machine
 from benchmarks.lib.neighbours import KINDS, Neighbours
+from benchmarks.lib.random_model import CONFIG, random_weights
 from sortserve.core.errors import ConfigError
 from sortserve.engine.cores import num_usable_cores
 from sortserve.engine.thread_policy import ThreadPolicy

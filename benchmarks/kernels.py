@@ -29,38 +29,25 @@ from torch import Tensor
 
 from benchmarks.lib.common import environment, print_json, print_table
 from benchmarks.lib.floors import Machine, ModelCost, Work, measure_machine
+from benchmarks.lib.random_model import (
+    CONFIG,
+    LINEARS,
+    generator,
+    make_rope,
+    random,
+    random_weights,
+)
 from sortserve.core.errors import ConfigError
-from sortserve.model.attention import Attention, KVCache, RopeTables
+from sortserve.model.attention import Attention, KVCache
 from sortserve.model.backend import Backend
 from sortserve.model.backends import BACKENDS, choose_backend
 from sortserve.model.backends.kernels import ISA_VARIABLE, ISAS, cpu_isa
 from sortserve.model.batch import Batch
-from sortserve.model.config import ModelConfig
 from sortserve.model.decoder import Decoder
 from sortserve.model.quantization import quantize_int8
 from sortserve.model.weight import LinearOp, Weight
-from sortserve.model.weights import LayerWeights, ModelWeights
+from sortserve.model.weights import ModelWeights
 
-CONFIG = ModelConfig(
-    family="llama",
-    num_layers=30,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    vocab_size=49152,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=8192,
-    tie_word_embeddings=True,
-)
-LINEARS = {
-    "qkv": (960, 576),
-    "o": (576, 576),
-    "gate_up": (3072, 576),
-    "down": (576, 1536),
-    "head": (49152, 576),
-}
 NUM_TOKENS = (1, 4, 8, 16, 32, 128, 1024)
 ROTATED_BYTES = 128 << 20
 """Of weights that a linear layer goes through: above the last-level caches we run on."""
@@ -318,49 +305,6 @@ def make_batch(num_rows: int, num_tokens: int, context_len: int, num_slabs: int)
         slots_ST=slots,
         num_prompt_tokens=(num_tokens if num_tokens > 1 else 0,) * num_rows,
     )
-
-
-def random_weights(
-    dtype: torch.dtype, make_weight: Callable[[Tensor], Weight] = Weight.plain
-) -> ModelWeights:
-    config, ones = CONFIG, torch.ones(CONFIG.hidden_size, dtype=dtype)
-
-    def weight(name: str) -> Weight:
-        return make_weight(matrix(*LINEARS[name], dtype))
-
-    layers = [
-        LayerWeights(
-            input_norm=ones,
-            qkv=weight("qkv"),
-            o=weight("o"),
-            post_attention_norm=ones,
-            gate_up=weight("gate_up"),
-            down=weight("down"),
-        )
-        for _ in range(config.num_layers)
-    ]
-    embed = matrix(*LINEARS["head"], dtype)
-    inv_freq = 10_000.0 ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
-    return ModelWeights(
-        embed=embed, layers=layers, final_norm=ones, lm_head=make_weight(embed), inv_freq=inv_freq
-    )
-
-
-def make_rope() -> RopeTables:
-    inv_freq = 10_000.0 ** -(torch.arange(0, CONFIG.head_dim, 2) / CONFIG.head_dim)
-    return RopeTables.build(inv_freq, 1.0, CONFIG.max_position_embeddings)
-
-
-def matrix(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> Tensor:
-    return (random(num_outputs, num_inputs) / math.sqrt(num_inputs)).to(dtype)
-
-
-def random(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator())
-
-
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 if __name__ == "__main__":
