@@ -1,6 +1,6 @@
 """What is promised in int8 (weights and activations in blocks of 32) of every instance of the
 kernels: the distributions of the definition in torch within a stated tolerance, and bits of a row
-that depend neither on its batch, nor on how deep others go, nor on where a prompt is cut.
+that depend neither on its batch nor on how deep others go.
 
 Integers are exact and scales are the definition's to the bit, so what differs is the order in which
 blocks are summed, and what bf16 and int8 then round otherwise: at most TOLERANCE nats on average
