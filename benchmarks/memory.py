@@ -31,6 +31,7 @@ from sortserve.core.errors import ConfigError, SortserveError
 from sortserve.core.request import Request
 from sortserve.core.sampling_params import SamplingParams
 from sortserve.engine.assemble import EngineOptions, EngineParts, assemble, start_threads
+from sortserve.model.weight import Weight
 from sortserve.model.weights import ModelWeights
 
 __all__ = ["main", "weights_bytes"]
@@ -49,11 +50,15 @@ def resident_bytes() -> int:
 
 def weights_bytes(weights: ModelWeights) -> int:
     """Bytes of all tensors, those that are one counted once."""
-    parts: list[object] = [weights.embed, weights.lm_head, weights.final_norm, weights.inv_freq]
+    values: list[object] = [weights.embed, weights.lm_head, weights.final_norm, weights.inv_freq]
     for layer in weights.layers:
-        parts += vars(layer).values()
+        values += vars(layer).values()
     for module in weights.exit_modules.values():
-        parts += module.tensors.values()
+        values += module.tensors.values()
+    parts = [*values]
+    for value in values:
+        if isinstance(value, Weight):
+            parts += [value.values, value.scales]
     tensors = {part.data_ptr(): part for part in parts if isinstance(part, Tensor)}
     return sum(tensor.nbytes for tensor in tensors.values())
 
