@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-
 from benchmarks.lib.random_model import CONFIG, LINEARS, random_weights
 from benchmarks.memory import weights_bytes
+
 from sortserve.model.quantization import quantize_int8
 
 
