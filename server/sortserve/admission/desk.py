@@ -214,4 +214,5 @@ class AdmissionDesk:
             arrival_s=request.arrival_s,
             deadlines=request.budget.deadlines(request.arrival_s),
             floor_layer=floor_layer,
+            weight=request.weight,
         )

@@ -43,6 +43,7 @@ class Newcomer:
     arrival_s: float
     deadlines: Deadlines = field(default_factory=Deadlines)
     floor_layer: int | None = None
+    weight: float = 1.0
 
     @property
     def bounds_time(self) -> bool:
@@ -199,6 +200,8 @@ def newcomer_demand(
         due_s=first_due_s if is_hard else now + SOFT_GAP_S,
         gap_s=min(gap_s, SOFT_GAP_S),
         end_s=end_s if promise is not None else math.inf,
+        weight=newcomer.weight,
+        num_left=newcomer.num_output_tokens,
     )
 
 

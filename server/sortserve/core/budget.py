@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from sortserve.core.errors import InvalidRequestError, shortened
@@ -76,6 +78,31 @@ class ExitTable:
     def full(self) -> int:
         """The full model's number of layers."""
         return self.exits[-1].exit_layer
+
+    @cached_property
+    def is_measured(self) -> bool:
+        """Whether the checkpoint says how good each exit is beside the full model."""
+        return all(info.score is not None for info in self.exits[:-1])
+
+    @cached_property
+    def scores(self) -> Mapping[int, float]:
+        """What a token of each exit is worth beside one of the full model: 1 there, ascending.
+
+        Measured quality; the share of layers where it was not measured. An exit that was measured
+        better than a deeper one counts as good as the best below it: nobody is sent deeper for
+        less.
+        """
+        own = {
+            info.exit_layer: (
+                info.score
+                if self.is_measured and info.score is not None
+                else info.exit_layer / self.full
+            )
+            for info in self.exits
+        }
+        own[self.full] = 1.0
+        best = itertools.accumulate(own.values(), max)
+        return dict(zip(own, best, strict=True))
 
     def __getitem__(self, exit_layer: int) -> ExitInfo:
         for info in self.exits:

@@ -63,6 +63,8 @@ class Request:
     sampling: SamplingParams
     budget: Budget = field(default_factory=Budget)
     arrival_s: float
+    weight: float = 1.0
+    """What its answer is worth beside that of another request; above 0."""
     sample_index: int = 0
     """Which of the n samples this is: moves the seed, so that samples differ."""
     expected_tokens: int | None = None

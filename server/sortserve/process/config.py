@@ -91,8 +91,8 @@ class ServeSettings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs."""
     quantize: Text = "none"
-    """Make the weights smaller at load: nf4 (4 bits) or int8-bnb (8 bits), both by bitsandbytes.
-    none: as they are."""
+    """Make the weights smaller at load: int8 (8 bits, for our own kernels), or nf4 (4 bits) and
+    int8-bnb (8 bits), both by bitsandbytes. none: as they are."""
     revision: Text | None = None
     """Branch, tag or commit of a Hugging Face id."""
     max_model_len: Annotated[int, Field(ge=2, le=MAX_COUNT), Number] | None = None

@@ -107,6 +107,17 @@ class Demand:
     """The mean time between two tokens after it."""
     end_s: float
     """When it should be over, at this pace."""
+    weight: float = 1.0
+    """What its answer is worth beside that of another request."""
+    num_left: int = 1
+    """Output tokens still to come, as far as can be planned; at least one."""
+    num_done: int = 0
+    """Output tokens that it has."""
+
+    @property
+    def left_share(self) -> float:
+        """The share of its answer that is still to come: in (0, 1]."""
+        return self.num_left / (self.num_left + self.num_done)
 
     @property
     def is_decoding(self) -> bool:
@@ -199,8 +210,8 @@ def demand_of(
     soft_due_s = sequence.last_scheduled_s + soft_gap_s
     due_s = gap_s = end_s = math.inf
     promised = sequence.promise is not None
+    num_left = max(1, expect(sequence) - sequence.num_output_tokens)
     if promised:
-        num_left = max(1, expect(sequence) - sequence.num_output_tokens)
         due_s, gap_s, end_s = _due_times(sequence, num_left)
         gap_s = max(gap_s, costs.decode_s(sequence.floor_layer, sequence.num_tokens))
         promised = math.isfinite(end_s) and not _is_hopeless(sequence, num_left, end_s, now, costs)
@@ -220,6 +231,9 @@ def demand_of(
         due_s=due_s if is_hard else soft_due_s,
         gap_s=min(gap_s, soft_gap_s),
         end_s=end_s,
+        weight=sequence.request.weight,
+        num_left=num_left,
+        num_done=sequence.num_output_tokens,
     )
 
 
