@@ -54,6 +54,7 @@ from sortserve.cost.machine import Machine
 from sortserve.cost.model import CostModel, step_shape
 from sortserve.engine.desk import desk_of
 from sortserve.engine.engine import Engine, EngineConfig
+from sortserve.scheduling.objective import DEFAULT_OBJECTIVE
 
 __all__ = [
     "Arrival",
@@ -127,6 +128,7 @@ def simulate(
     arrivals: Iterable[Arrival],
     *,
     policy: str = "deadline",
+    objective: str = DEFAULT_OBJECTIVE,
     max_num_seqs: int = 256,
     max_num_batched_tokens: int = 1024,
     num_pages: int = 200_000,
@@ -139,6 +141,7 @@ def simulate(
         machine: how long steps take.
         arrivals: in any order.
         policy: of the scheduler.
+        objective: of the choice of exits.
         max_num_seqs: most sequences that run at once.
         max_num_batched_tokens: most tokens of a step.
         num_pages: of the KV cache.
@@ -157,6 +160,7 @@ def simulate(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         policy=policy,
+        objective=objective,
         overload_delay_s=overload_delay_s,
         enable_prefix_caching=False,  # blank prompts would share all their pages
         seed=0,

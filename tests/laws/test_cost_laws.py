@@ -17,15 +17,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sortserve.admission.choose import choose_exit
-from sortserve.admission.forecast import Forecast, Load, Newcomer, forecast, predicted_drain_s
+from sortserve.admission.forecast import Forecast, forecast, predicted_drain_s
+from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.admission.overload import DepthLevel, next_level
 from sortserve.core.budget import Budget, Deadlines
 from sortserve.core.errors import MAX_RETRY_AFTER_S, BudgetUnattainableError
 from sortserve.core.request import Estimate
 from sortserve.cost.learner import CostLearner
 from sortserve.cost.model import CostModel, Line, RowShape, StepShape
-from sortserve.scheduling.capacity import lower, pressure, shallowest
+from sortserve.scheduling.capacity import pressure, shallowest
 from sortserve.scheduling.demand import Demand, StepCosts
+from sortserve.scheduling.lowering import lower
+from sortserve.scheduling.objective import Worth
 from sortserve.scheduling.policies.deadline import (
     deadline,
     least_slack_first,
@@ -149,16 +152,22 @@ def test_everybody_has_a_place_in_the_order_of_entry_and_one_of_them_leaves_firs
     assert most_slack_last_admitted(rows) in {d.request_id for d in rows}
 
 
-@given(rows=loads(), model=MODELS, busy_s=st.sampled_from([0.0, 1.0]), limit=st.floats(0.0, 2.0))
+@given(
+    rows=loads(),
+    model=MODELS,
+    busy_s=st.sampled_from([0.0, 1.0]),
+    worth=st.sampled_from([[0.2, 0.5, 1.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1e6, 2e6, 3e6]]),
+)
 @settings(max_examples=80, deadline=None)
 def test_the_pressure_is_a_number_and_nobody_goes_deeper_or_below_the_floor(
-    rows: list[Demand], model: CostModel, busy_s: float, limit: float
+    rows: list[Demand], model: CostModel, busy_s: float, worth: list[float]
 ) -> None:
     costs = StepCosts(model, num_rows=len(rows), safety=model.safety)
 
     needed = pressure(rows, costs, now=NOW, busy_s=busy_s)
     least = pressure(shallowest(rows), costs, now=NOW, busy_s=busy_s)
-    lowered = dict(lower(rows, EXITS, costs, now=NOW, limit=limit))
+    values = dict(zip(EXITS, worth, strict=True))
+    lowered = dict(lower(rows, EXITS, costs, NOW, Worth(values, values)))
 
     assert 0.0 <= needed < math.inf
     assert 0.0 <= least < math.inf
@@ -205,12 +214,12 @@ def test_forecasts_and_drain_times_are_numbers_or_none(
     judged_by = get_policy(policy)
     load = Load(now=NOW, demands=rows, policy=judged_by, max_num_batched_tokens=chunk)
 
-    found = forecast(exit_layer, newcomer, load, model)
+    found = forecast(exit_layer, newcomer, Outlook(load, model, EXITS))
     drained_s = predicted_drain_s(exit_layer, newcomer, load, model)
 
     assert is_sound(found.estimate)
     assert drained_s is None or 0.0 <= drained_s < math.inf
-    if judged_by.keeps_promises and newcomer.bounds_time and found.keeps_lowered:
+    if judged_by.keeps_promises and newcomer.bounds_time and found.loss is not None:
         assert found.promise.first_due_s > NOW, "no time is promised that is past"
 
 
@@ -238,21 +247,24 @@ def test_a_request_gets_an_allowed_exit_or_a_time_to_come_back(
         floor_layer=2,
     )
 
-    def predict(exit_layer: int) -> Forecast:
-        return forecast(exit_layer, newcomer, load, model)
+    outlook = Outlook(load, model, EXITS)
+
+    def predict(exit_layer: int, *, limit: float = 10.0) -> Forecast:
+        return forecast(exit_layer, newcomer, outlook, limit=limit)
 
     def drain_s() -> float | None:
         return predicted_drain_s(2, newcomer, load, model)
 
-    fits = any(predict(e).keeps for e in EXITS) or predict(2).keeps_lowered
+    worth = {2: 10.0, 4: 11.0, 6: 12.0}
+    fits = any(predict(e, limit=worth[e]).loss is not None for e in EXITS)
     if budget.on_miss == "reject" and not fits:
         with pytest.raises(BudgetUnattainableError) as refusal:
-            choose_exit(budget, EXITS, predict, drain_s=drain_s)
+            choose_exit(budget, EXITS, predict, worth=worth, drain_s=drain_s)
         assert refusal.value.retry_after_s is not None
         assert 1.0 <= refusal.value.retry_after_s <= MAX_RETRY_AFTER_S
         assert not {"nan", "inf"} & set(refusal.value.message.split())
         return
-    choice = choose_exit(budget, EXITS, predict, drain_s=drain_s)
+    choice = choose_exit(budget, EXITS, predict, worth=worth, drain_s=drain_s)
     assert choice.exit_layer in EXITS
     assert choice.fits is fits
     assert choice.estimate is not None

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sortserve.admission.forecast import Load, Newcomer, forecast
+from sortserve.admission.forecast import forecast
+from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.core.budget import Deadlines
 from sortserve.core.request import Request
 from sortserve.scheduling.demand import Demand, StepCosts
@@ -151,7 +152,7 @@ def test_newcomers_are_told_the_times_that_its_rates_give() -> None:
 
     def tpot_s(name: str) -> float:
         load = Load(now=0.0, demands=deep, policy=POLICIES[name])
-        return forecast(2, newcomer, load, MODEL).estimate.tpot_s
+        return forecast(2, newcomer, Outlook(load, MODEL, (2,))).estimate.tpot_s
 
     assert tpot_s("shortest") > tpot_s("lockstep")
     choice = timed.desk.choose(timed_request("r", tpot_ms=9), (2, 4, 6))

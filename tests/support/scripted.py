@@ -30,17 +30,19 @@ def depth_letter(tokens: Sequence[int], exit_layer: int) -> int:
     return ord("a") + (7 * exit_layer + len(tokens)) % 26
 
 
-def make_exits(*layers: int) -> ExitTable:
+def make_exits(*layers: int, scores: Sequence[float] | None = None) -> ExitTable:
+    """Exits of growing cost; scores are the share of layers unless given."""
     full = layers[-1]
+    scores = [layer / full for layer in layers] if scores is None else scores
     return ExitTable(
         tuple(
             ExitInfo(
                 exit_layer=layer,
                 num_parameters=1000 * layer,
                 compute=(layer + 2) / (full + 2),
-                score=layer / full,
+                score=score,
             )
-            for layer in layers
+            for layer, score in zip(layers, scores, strict=True)
         )
     )
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from sortserve.admission.forecast import Forecast
 from sortserve.core.budget import Budget, OnMiss
 from sortserve.core.errors import BudgetUnattainableError
 from sortserve.core.request import Estimate
 from sortserve.core.sequence import Promise
+from sortserve.scheduling.objective import Worth
 
-__all__ = ["ExitChoice", "choose_exit"]
+__all__ = ["ExitChoice", "Predict", "choose_exit", "worths"]
 
 
 @dataclass(frozen=True)
@@ -28,22 +30,32 @@ class ExitChoice:
     """The times to keep; None: nobody was promised any."""
 
 
+class Predict(Protocol):
+    """An exit's present forecast."""
+
+    def __call__(self, exit_layer: int, *, limit: float) -> Forecast:
+        """The forecast; others may lose ``limit`` for it at most."""
+
+
 def choose_exit(
     budget: Budget,
     allowed: Sequence[int],
-    predict: Callable[[int], Forecast],
+    predict: Predict,
     *,
+    worth: Mapping[int, float],
     drain_s: Callable[[], float | None] = lambda: None,
 ) -> ExitChoice:
-    """The deepest allowed exit that keeps the budget and every promise before it.
+    """The plan that brings most, of those that keep the budget and every promise before it.
 
-    If there is none, the shallowest allowed one, provided that it fits once others have gone
-    shallower for it. If it does not fit even then, ``on_miss`` decides.
+    A plan is an exit for the newcomer, and who of the others goes shallower for it. It brings what
+    the newcomer's answer is worth, less what the others lose. If no plan brings anything, refusing
+    the newcomer loses least, and ``on_miss`` decides. Of equal plans the deepest is taken.
 
     Args:
         budget: what the request may cost.
         allowed: exits that keep its other bounds, ascending, at least one.
         predict: an exit's present forecast.
+        worth: of its answer at each of them (see ``worths``).
         drain_s: predicted seconds until it would fit; None: never.
 
     Raises:
@@ -51,16 +63,35 @@ def choose_exit(
     """
     assert allowed
     floor = allowed[0]
+    most, best = 0.0, None
     for exit_layer in reversed(allowed):
-        found = predict(exit_layer)
-        if found.keeps:
-            promise = found.promise if budget.has_latency else None
-            return ExitChoice(exit_layer, found.estimate, True, floor, promise)
-    if found.keeps_lowered:
-        return ExitChoice(floor, found.estimate, True, floor, found.promise)
+        brings = worth[exit_layer]
+        if brings < most or (best is not None and brings == most):
+            break  # nothing shallower brings more
+        found = predict(exit_layer, limit=brings - most)
+        if found.loss is not None and (best is None or brings - found.loss > most):
+            most, best = brings - found.loss, (exit_layer, found)
+    if best is not None:
+        exit_layer, found = best
+        promise = found.promise if budget.has_latency else None
+        return ExitChoice(exit_layer, found.estimate, True, floor, promise)
+    found = predict(floor, limit=0.0)
     if budget.on_miss is OnMiss.REJECT:
         raise _unattainable(budget, floor, found.estimate, drain_s())
     return ExitChoice(floor, found.estimate, False, floor)
+
+
+def worths(allowed: Sequence[int], worth: Worth, weight: float) -> dict[int, float]:
+    """What an answer is worth at each exit it may have, beside being refused.
+
+    Args:
+        allowed: the exits, ascending.
+        worth: what the objective says of them.
+        weight: of the request.
+    """
+    deepest = allowed[-1]
+    whole = worth.answer[deepest]
+    return {e: weight * (whole - (worth.tokens[deepest] - worth.tokens[e])) for e in allowed}
 
 
 def _unattainable(

@@ -12,18 +12,17 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeVar
 
-from sortserve.admission.choose import ExitChoice, choose_exit
+from sortserve.admission.choose import ExitChoice, choose_exit, worths
 from sortserve.admission.forecast import (
     Forecast,
-    Load,
-    Newcomer,
     forecast,
     newcomer_demand,
     predicted_drain_s,
 )
+from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.admission.overload import DepthLevel, next_level
 from sortserve.core.budget import ExitTable
 from sortserve.core.errors import SortserveError
@@ -32,6 +31,7 @@ from sortserve.cost.costs import Costs
 from sortserve.cost.model import CostModel
 from sortserve.scheduling.demand import Demand
 from sortserve.scheduling.failures import FailureLog
+from sortserve.scheduling.objective import Objective, Worth
 from sortserve.scheduling.policy import Policy
 
 __all__ = ["AdmissionDesk"]
@@ -51,6 +51,7 @@ class AdmissionDesk:
 
     exits: ExitTable
     policy: Policy
+    objective: Objective
     max_num_batched_tokens: int
     overload_delay_s: float
     """Predicted wait beyond which unbudgeted newcomers start shallower; 0: never."""
@@ -107,9 +108,10 @@ class AdmissionDesk:
     def _judge(self, request: Request, allowed: tuple[int, ...], model: CostModel) -> ExitChoice:
         load = self.load()
         newcomer = self._newcomer(request, allowed[0])
+        outlook = Outlook(load, model, allowed)
 
-        def predict(exit_layer: int) -> Forecast:
-            return forecast(exit_layer, newcomer, load, model)
+        def predict(exit_layer: int, *, limit: float) -> Forecast:
+            return forecast(exit_layer, newcomer, outlook, limit=limit)
 
         def drain_s() -> float | None:
             drain = partial(predicted_drain_s, allowed[0], newcomer, load, model)
@@ -117,7 +119,9 @@ class AdmissionDesk:
 
         if not newcomer.bounds_time and request.budget.exit_layer is None:
             allowed = self._up_to_level(allowed, load, model)
-        return choose_exit(request.budget, allowed, predict, drain_s=drain_s)
+
+        values = worths(allowed, self._worth, request.weight)
+        return choose_exit(request.budget, allowed, predict, worth=values, drain_s=drain_s)
 
     def _ask(self, question: Callable[[CostModel], T], *, unknown: T, failed: T) -> T:
         """What the cost model says to a question; what can be said without one, or if it fails."""
@@ -162,7 +166,12 @@ class AdmissionDesk:
             demands=demands,
             policy=self.policy,
             max_num_batched_tokens=self.max_num_batched_tokens,
+            worth=self._worth.tokens,
         )
+
+    @cached_property
+    def _worth(self) -> Worth:
+        return self.objective.worth(self.exits)
 
     def estimate(self, exit_layer: int, num_prompt_tokens: int, max_tokens: int) -> Estimate | None:
         """Predicted times of an unbudgeted newcomer now; None before calibration."""
@@ -174,7 +183,7 @@ class AdmissionDesk:
                 num_output_tokens=max_tokens,
                 arrival_s=load.now,
             )
-            return forecast(exit_layer, newcomer, load, model).estimate
+            return forecast(exit_layer, newcomer, Outlook(load, model, (exit_layer,))).estimate
 
         return self._ask(predict, unknown=None, failed=None)
 

@@ -3,52 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from sortserve.core.budget import Deadlines
+from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.core.request import Estimate
 from sortserve.core.sequence import Promise
-from sortserve.cost.model import CostModel, RowShape, StepShape
-from sortserve.scheduling.capacity import pressure, shallowest
+from sortserve.cost.model import CostModel, StepShape
 from sortserve.scheduling.demand import SOFT_GAP_S, Demand, StepCosts, plan_pace, targets_of
-from sortserve.scheduling.policy import Policy
+from sortserve.scheduling.demand_table import DemandTable, Floats
+from sortserve.scheduling.lowering import MAX_PRESSURE, Times, least_lowering
 
-__all__ = ["Forecast", "Load", "Newcomer", "forecast", "newcomer_demand", "predicted_drain_s"]
+__all__ = ["Forecast", "forecast", "newcomer_demand", "predicted_drain_s"]
 
 EASES = (1.0, 0.6, 0.3)
 """Ways to spread a budget over prompt and tokens (see ``plan_pace``), in the order of trial."""
-MAX_BUSY_SHARE = 0.95
-"""Times of a newcomer are stretched for the promises before it, at most twentyfold."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """The engine's state as far as a newcomer's times depend on it."""
-
-    now: float
-    demands: Sequence[Demand] = ()
-    """Of all live requests, those that the engine has not yet taken included."""
-    policy: Policy
-    max_num_batched_tokens: int = 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class Newcomer:
-    """A request that asks what it could get."""
-
-    num_prompt_tokens: int
-    num_output_tokens: int
-    """To plan for."""
-    arrival_s: float
-    deadlines: Deadlines = field(default_factory=Deadlines)
-    floor_layer: int | None = None
-    weight: float = 1.0
-
-    @property
-    def bounds_time(self) -> bool:
-        """Whether it wants anything of a time."""
-        return self.deadlines != Deadlines()
 
 
 @dataclass(frozen=True)
@@ -56,57 +25,83 @@ class Forecast:
     """What one exit would bring."""
 
     estimate: Estimate
-    keeps: bool
-    """The newcomer's times and all promises before it can be kept."""
-    keeps_lowered: bool
-    """They can if others go shallower for it."""
+    loss: float | None
+    """What others lose by going shallower so that the newcomer's times and all promises before it
+    can be kept (worth of tokens times weight); None: they cannot."""
     promise: Promise
 
+    @property
+    def keeps(self) -> bool:
+        """Everything can be kept, and nobody loses anything by it."""
+        return self.loss == 0.0
 
-def forecast(exit_layer: int, newcomer: Newcomer, load: Load, model: CostModel) -> Forecast:
-    """The predicted times of a newcomer at an exit, and whether they keep every promise.
+
+def forecast(
+    exit_layer: int,
+    newcomer: Newcomer,
+    outlook: Outlook,
+    *,
+    limit: float = math.inf,
+) -> Forecast:
+    """The predicted times of a newcomer at an exit, and what it costs others to keep every promise.
 
     The estimate is what it would see if the load stayed as it is: the deepest step that keeps all
     promises, or its own pace where that is slower than the budget allows.
+
+    Args:
+        exit_layer: asked about.
+        newcomer: who asks.
+        outlook: the load, seen with the present costs; it must know the exit.
+        limit: more than this the others shall not lose.
     """
-    costs = _costs(load, model)
-    own = _own_times(exit_layer, newcomer, costs)
+    load = outlook.load
+    own = _own_times(exit_layer, newcomer, outlook.costs)
     promise = _promise(newcomer, load.now, own, ease=EASES[0])
-    estimate = _estimate(exit_layer, newcomer, load, costs, own, promise)
+    estimate = _estimate(exit_layer, newcomer, outlook, own, promise)
     if not newcomer.bounds_time:
-        return Forecast(estimate, True, True, promise)
+        return Forecast(estimate, 0.0, promise)
     if not load.policy.keeps_promises:
-        in_time = _in_time(newcomer, estimate)
-        return Forecast(estimate, in_time, in_time, promise)
+        return Forecast(estimate, 0.0 if _in_time(newcomer, estimate) else None, promise)
     promises = [promise, *(_promise(newcomer, load.now, own, ease=ease) for ease in EASES[1:])]
-    for others in (load.demands, shallowest(load.demands)):
+    for find in (_unchanged, _lowered):
         for promise in promises:
-            if _has_room(exit_layer, newcomer, promise, others, load, costs):
-                kept = _kept(estimate, newcomer, promise)
-                return Forecast(kept, others is load.demands, True, promise)
-    return Forecast(estimate, False, False, promises[0])
+            loss = _loss(exit_layer, newcomer, promise, outlook, find, limit)
+            if loss is not None:
+                return Forecast(_kept(estimate, newcomer, promise), loss, promise)
+    return Forecast(estimate, None, promises[0])
 
 
-def _has_room(
+Find = Callable[[DemandTable, Floats, Times, float], float | None]
+
+
+def _unchanged(table: DemandTable, worth: Floats, times: Times, limit: float) -> float | None:
+    """Nothing, if everything can be kept as it is."""
+    return 0.0 if table.need(table.level, **times).share <= MAX_PRESSURE else None
+
+
+def _lowered(table: DemandTable, worth: Floats, times: Times, limit: float) -> float | None:
+    """The loss of the least lowering, if it is within the limit."""
+    return least_lowering(table, worth, times, limit=limit)
+
+
+def _loss(
     exit_layer: int,
     newcomer: Newcomer,
     promise: Promise,
-    others: Sequence[Demand],
-    load: Load,
-    costs: StepCosts,
-) -> bool:
-    """Whether a promise can be kept beside those to others, and theirs beside it."""
-    demand = newcomer_demand(exit_layer, newcomer, promise, now=load.now)
-    if demand.is_hard and demand.due_s <= load.now:  # however fast the machine
-        return False
-    needed = pressure(
-        [*others, demand],
-        costs,
-        now=load.now,
-        busy_s=_busy_s(load, costs),
-        from_due_s=demand.due_s,
-    )
-    return needed <= 1.0
+    outlook: Outlook,
+    find: Find,
+    limit: float,
+) -> float | None:
+    """What others lose so that a promise can be kept beside theirs; None: it cannot."""
+    now = outlook.load.now
+    # The newcomer's exit is what is asked about: only the others may move.
+    pinned = replace(newcomer, floor_layer=exit_layer)
+    demand = newcomer_demand(exit_layer, pinned, promise, now=now)
+    if demand.is_hard and demand.due_s <= now:  # however fast the machine
+        return None
+    table = outlook.table.plus(outlook.columns([demand]))
+    times = Times(now=now, busy_s=outlook.busy_s, from_due_s=demand.due_s)
+    return find(table, outlook.worth, times, limit)
 
 
 def predicted_drain_s(
@@ -133,21 +128,11 @@ def _fits_after(
     end_s: float, exit_layer: int, newcomer: Newcomer, load: Load, model: CostModel
 ) -> bool:
     rest = [d for d in load.demands if d.end_s > end_s and math.isfinite(end_s)]
-    later = replace(load, demands=rest)
-    return forecast(exit_layer, newcomer, later, model).keeps_lowered
+    later = Outlook(replace(load, demands=rest), model, (exit_layer,))
+    return forecast(exit_layer, newcomer, later).loss is not None
 
 
 # ---- parts ----
-
-
-def _costs(load: Load, model: CostModel) -> StepCosts:
-    num_decoding = sum(d.is_decoding for d in load.demands)
-    return StepCosts(
-        model,
-        num_rows=num_decoding + 1,
-        chunk=load.max_num_batched_tokens,
-        safety=model.safety,
-    )
 
 
 def _own_times(exit_layer: int, newcomer: Newcomer, costs: StepCosts) -> tuple[float, float]:
@@ -205,16 +190,6 @@ def newcomer_demand(
     )
 
 
-def _busy_s(load: Load, costs: StepCosts) -> float:
-    """What the step under way still takes, in the mean: half of it."""
-    running = [d for d in load.demands if not d.is_waiting]
-    if not running:
-        return 0.0
-    deepest = max(d.exit_layer for d in running)
-    rows = sum(costs.row_s(d.exit_layer, d.context_len) for d in running if d.is_decoding)
-    return (costs.base_s(deepest) + rows) / 2
-
-
 def _in_time(newcomer: Newcomer, estimate: Estimate) -> bool:
     arrival_s, deadlines = newcomer.arrival_s, newcomer.deadlines
     return (
@@ -227,24 +202,23 @@ def _in_time(newcomer: Newcomer, estimate: Estimate) -> bool:
 def _estimate(
     exit_layer: int,
     newcomer: Newcomer,
-    load: Load,
-    costs: StepCosts,
+    outlook: Outlook,
     own: tuple[float, float],
     promise: Promise,
 ) -> Estimate:
     """Its times if the load stayed as it is."""
-    running = [d for d in load.demands if not d.is_waiting]
-    prompts = [d for d in load.demands if not d.is_decoding]
-    tpot_s = _shared_tpot_s(exit_layer, newcomer, load, costs)
-    queue_s = sum(d.work_s(costs) for d in prompts if _goes_before(d, newcomer, promise, load))
-    shared_s = tpot_s if running else 0.0
+    load, costs = outlook.load, outlook.costs
+    tpot_s = _shared_tpot_s(exit_layer, newcomer, outlook)
+    queue_s = sum(
+        d.work_s(costs) for d in outlook.prompts if _goes_before(d, newcomer, promise, load)
+    )
+    shared_s = tpot_s if outlook.rows else 0.0
     waited_s = max(0.0, load.now - newcomer.arrival_s)
-    ttft_s = waited_s + _busy_s(load, costs) + queue_s + shared_s + own[0]
+    ttft_s = waited_s + outlook.busy_s + queue_s + shared_s + own[0]
     if load.policy.keeps_promises:
-        hard = [d for d in load.demands if d.is_decoding and d.is_promised]
-        share = min(pressure(hard, costs, now=load.now), MAX_BUSY_SHARE) if hard else 0.0
+        share = outlook.hard_share
         tpot_s = max(tpot_s, own[1] / (1.0 - share)) if newcomer.bounds_time else tpot_s
-        ttft_s = waited_s + _busy_s(load, costs) + (queue_s + own[0]) / (1.0 - share)
+        ttft_s = waited_s + outlook.busy_s + (queue_s + own[0]) / (1.0 - share)
     num_gaps = newcomer.num_output_tokens - 1
     return Estimate(ttft_s=ttft_s, tpot_s=tpot_s, e2e_s=ttft_s + num_gaps * tpot_s)
 
@@ -268,25 +242,21 @@ def _goes_before(demand: Demand, newcomer: Newcomer, promise: Promise, load: Loa
     return True
 
 
-def _shared_tpot_s(exit_layer: int, newcomer: Newcomer, load: Load, costs: StepCosts) -> float:
+def _shared_tpot_s(exit_layer: int, newcomer: Newcomer, outlook: Outlook) -> float:
     """The time of a token if all rows take part in all steps that the policy would make."""
-    contexts: dict[int, list[int]] = {exit_layer: []}
-    for demand in load.demands:
-        if not demand.is_waiting:
-            contexts.setdefault(demand.exit_layer, []).append(demand.context_len)
-    contexts[exit_layer].append(newcomer.num_prompt_tokens + newcomer.num_output_tokens // 2)
-    seconds = {}
-    for cap in contexts:
-        rows = [
-            RowShape(e, 1, context_len, samples=True)
-            for e, lens in contexts.items()
-            for context_len in lens
-            if e <= cap
-        ]
-        seconds[cap] = costs.model.step_s(StepShape.of(rows)) * costs.safety
-    any_soft = not newcomer.bounds_time or any(
-        not d.is_promised for d in load.demands if not d.is_waiting
-    )
-    if load.policy.keeps_promises and not any_soft:
+    policy, costs = outlook.load.policy, outlook.costs
+    rows = dict(outlook.rows_by_exit)
+    count, tokens = rows.get(exit_layer, (0, 0))
+    own_len = newcomer.num_prompt_tokens + newcomer.num_output_tokens // 2
+    rows[exit_layer] = (count + 1, tokens + own_len)
+    seconds, num_rows, layer_tokens, layer_kv_tokens = {}, 0, 0, 0
+    for cap in sorted(rows):
+        count, tokens = rows[cap]
+        num_rows, layer_tokens = num_rows + count, layer_tokens + cap * count
+        layer_kv_tokens += cap * tokens
+        shape = StepShape(cap, num_rows, layer_tokens, layer_kv_tokens, num_rows)
+        seconds[cap] = costs.model.step_s(shape) * costs.safety
+    any_soft = not newcomer.bounds_time or outlook.any_soft
+    if policy.keeps_promises and not any_soft:
         return seconds[max(seconds)]  # a step is as deep as it can be while all are in time
-    return 1.0 / load.policy.rates(seconds)[exit_layer]
+    return 1.0 / policy.rates(seconds)[exit_layer]

@@ -24,6 +24,7 @@ from sortserve.engine.runner import ModelRunner
 from sortserve.engine.threads import StepThreads, limit_threads
 from sortserve.model.backends import AUTO, check_backend_name, choose_backend
 from sortserve.model.decoder import Decoder
+from sortserve.scheduling.objective import DEFAULT_OBJECTIVE
 from sortserve.text.tokenizer import TextStream, Tokenizer
 
 __all__ = [
@@ -49,6 +50,7 @@ class EngineOptions:
     """None: what the checkpoint allows."""
     backend: str = AUTO
     policy: str = "deadline"
+    objective: str = DEFAULT_OBJECTIVE
     overload_delay: float = 2.0
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 1024
@@ -148,6 +150,7 @@ def assemble(
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         policy=options.policy,
+        objective=options.objective,
         overload_delay_s=options.overload_delay,
         enable_prefix_caching=options.enable_prefix_caching,
         pages_are_resident=decoder.device.type != "cpu",

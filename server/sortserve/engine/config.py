@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sortserve.scheduling.objective import DEFAULT_OBJECTIVE
 from sortserve.scheduling.policies.table import DEFAULT_POLICY
 
 __all__ = ["EngineConfig"]
@@ -19,6 +20,8 @@ class EngineConfig:
     max_num_batched_tokens: int = 1024
     policy: str = DEFAULT_POLICY
     """Its name in the table of policies."""
+    objective: str = DEFAULT_OBJECTIVE
+    """What the choice of exits makes most of: its name in the table of objectives."""
     overload_delay_s: float = 2.0
     """Predicted wait beyond which requests without a budget start shallower; 0: never."""
     enable_prefix_caching: bool = True

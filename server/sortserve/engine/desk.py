@@ -20,6 +20,7 @@ def desk_of(engine: Engine, *, on_failure: Callable[[], None] = lambda: None) ->
     return AdmissionDesk(
         exits=engine.exits,
         policy=engine.policy,
+        objective=engine.objective,
         max_num_batched_tokens=engine.config.max_num_batched_tokens,
         overload_delay_s=engine.config.overload_delay_s,
         clock=engine.clock,

@@ -33,6 +33,7 @@ from sortserve.engine.steps import engine_stats, step_record
 from sortserve.engine.validation import check_lengths, check_vocabulary, exits_that_fit
 from sortserve.scheduling.demand import Demand
 from sortserve.scheduling.kv_cache import KVCacheManager
+from sortserve.scheduling.objective import get_objective
 from sortserve.scheduling.policies.table import get_policy
 from sortserve.scheduling.scheduler import Scheduler
 
@@ -72,6 +73,7 @@ class Engine:
         self.num_calls = 0
         """How often the model has been given something to do: any thread may look."""
         self.policy = get_policy(config.policy)
+        self.objective = get_objective(config.objective)
         self.costs = Costs()
         """What steps cost: any thread may read its model."""
         self.lengths = LengthEstimator()
@@ -95,6 +97,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             expect=lambda s: expected_tokens(s.request, s.num_output_tokens, self.lengths),
+            worth=self.objective.worth(exits),
         )
         self._live: dict[str, Live] = {}
         # Sequences whose budget may end them while they wait or run.

@@ -54,6 +54,7 @@ from sortserve.process.values import (
     is_network,
     shown,
 )
+from sortserve.scheduling.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from sortserve.scheduling.policies.table import DEFAULT_POLICY, POLICIES
 
 __all__ = ["ServeSettings", "load_settings", "settings_yaml"]
@@ -61,10 +62,16 @@ __all__ = ["ServeSettings", "load_settings", "settings_yaml"]
 ABOUT_POLICIES = (
     f"What each step runs: {', '.join(f'{p.name} {p.about}' for p in POLICIES.values())}."
 )
+ABOUT_OBJECTIVES = (
+    "What the choice of exits, and of whom to refuse, makes most of: "
+    f"{', '.join(f'{o.name} {o.about}' for o in OBJECTIVES.values())}."
+)
 if TYPE_CHECKING:
     PolicyName = str
-else:  # one of those in the table
+    ObjectiveName = str
+else:  # one of those in the tables
     PolicyName = Literal[tuple(POLICIES)]
+    ObjectiveName = Literal[tuple(OBJECTIVES)]
 
 
 class ServeSettings(BaseSettings):
@@ -141,6 +148,7 @@ class ServeSettings(BaseSettings):
 
     # Scheduling
     policy: PolicyName = Field(default=DEFAULT_POLICY, description=ABOUT_POLICIES)
+    objective: ObjectiveName = Field(default=DEFAULT_OBJECTIVE, description=ABOUT_OBJECTIVES)
     overload_delay: Seconds = 2.0
     """Predicted seconds in the queue beyond which requests without a budget get shallower exits,
     one at a time. 0: never."""

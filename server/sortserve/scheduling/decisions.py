@@ -17,6 +17,7 @@ from sortserve.core.sequence import Sequence
 from sortserve.cost.costs import Costs
 from sortserve.scheduling.demand import SOFT_GAP_S, Demand, StepCosts, demand_of
 from sortserve.scheduling.failures import FailureLog
+from sortserve.scheduling.objective import Worth
 from sortserve.scheduling.policies.fair import fair
 from sortserve.scheduling.policy import DepthClass, Policy, Situation, StepChoice
 
@@ -43,6 +44,7 @@ class Decisions:
         cost_of: relative cost of a step to an exit.
         max_num_tokens: most tokens of one step.
         expect: the output tokens to plan for, of a sequence.
+        worth: what the objective says of the exits.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Decisions:
         cost_of: Callable[[int], float],
         max_num_tokens: int,
         expect: Callable[[Sequence], int],
+        worth: Worth,
     ) -> None:
         self.policy = policy
         self._running = running
@@ -65,6 +68,7 @@ class Decisions:
         self._cost_of = cost_of
         self._max_num_tokens = max_num_tokens
         self._expect = expect
+        self._worth = worth
         # Compute time each busy exit has had a part in (see policies.fair).
         self._service: dict[int, float] = {}
         self._soft_entered_s = -math.inf
@@ -147,7 +151,9 @@ class Decisions:
             return []
         demands = list(self._demands.values())
         return self._decide(
-            lambda: self._allowed(lower(demands, self._exits, costs, now)), lambda: [], now
+            lambda: self._allowed(lower(demands, self._exits, costs, now, self._worth)),
+            lambda: [],
+            now,
         )
 
     def _allowed(self, chosen: SequenceOf[tuple[str, int]]) -> list[tuple[Sequence, int]]:

@@ -66,6 +66,12 @@ class StepCosts:
         _, _, b, d, h = self._decode_line
         return exit_layer * (b + d * context_len) + h
 
+    @property
+    def row_line(self) -> tuple[float, tuple[float, float]]:
+        """``row_s`` as a line: at any depth, and per layer: by itself and per token of context."""
+        _, _, b, d, h = self._decode_line
+        return h, (b, d)
+
     def token_s(self, exit_layer: int, context_len: int) -> float:
         """Of one more token of a prompt in a large step."""
         _, _, b, d, _ = self.model.large
@@ -113,6 +119,8 @@ class Demand:
     """Output tokens still to come, as far as can be planned; at least one."""
     num_done: int = 0
     """Output tokens that it has."""
+    is_lost: bool = False
+    """Its budget of time is missed already, or was never promised: no token of it counts."""
 
     @property
     def left_share(self) -> float:
@@ -234,6 +242,7 @@ def demand_of(
         weight=sequence.request.weight,
         num_left=num_left,
         num_done=sequence.num_output_tokens,
+        is_lost=sequence.request.budget.has_latency and not promised,
     )
 
 

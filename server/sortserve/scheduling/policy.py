@@ -15,13 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sortserve.scheduling.capacity import Lowering
 from sortserve.scheduling.demand import Demand, StepCosts
+from sortserve.scheduling.objective import Worth
 
-__all__ = ["LEAST_STEP_S", "DepthClass", "Policy", "Situation", "StepChoice"]
+__all__ = ["LEAST_STEP_S", "DepthClass", "Lowering", "Policy", "Situation", "StepChoice"]
 
 LEAST_STEP_S = 1e-9
 """A step that costs nothing counts as this."""
+
+Lowering = tuple[str, int]
+"""A request and the exit it goes on at."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,15 @@ class Policy:
     seconds of a step with its cap at each: what forecasts reckon with."""
     choose: Callable[[Situation], StepChoice] | None = None
     """Cap, rows and room for prompts. Plain: all rows up to ``cap``, prompts last."""
-    lower: Callable[[Sequence[Demand], Sequence[int], StepCosts, float], list[Lowering]] | None = (
-        None
-    )
-    """Who goes shallower in flight, from all live requests, the exits, costs and now. Plain: nobody
-    does."""
+    lower: (
+        Callable[
+            [Sequence[Demand], Sequence[int], StepCosts, float, Worth],
+            list[Lowering],
+        ]
+        | None
+    ) = None
+    """Who goes shallower in flight, from all live requests, the exits, costs, now, and what the
+    objective says of the exits. Plain: nobody does."""
     entry_order: Callable[[Sequence[Demand], StepCosts], Sequence[Demand]] | None = None
     """The waiting requests in the order in which they enter. Plain: first come, first served. Once
     in a while the oldest of those without a promise goes first in any case."""

@@ -12,6 +12,7 @@ from sortserve.cost.costs import Costs
 from sortserve.scheduling.decisions import Decisions
 from sortserve.scheduling.demand import Demand
 from sortserve.scheduling.kv_cache import KVCacheManager
+from sortserve.scheduling.objective import Worth, share_of_layers
 from sortserve.scheduling.policy import Policy, StepChoice
 
 __all__ = ["Scheduler"]
@@ -34,6 +35,7 @@ class Scheduler:
         max_num_seqs: most sequences that run at once.
         max_num_batched_tokens: most tokens of one step.
         expect: the output tokens to plan for, of a sequence.
+        worth: what the objective says of the exits; None: their share of the layers counts.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         expect: Callable[[Sequence], int] = lambda sequence: sequence.request.sampling.max_tokens,
+        worth: Worth | None = None,
     ) -> None:
         assert max_num_seqs > 0
         assert max_num_batched_tokens > 0
@@ -64,6 +67,7 @@ class Scheduler:
             cost_of=cost_of,
             max_num_tokens=max_num_batched_tokens,
             expect=expect,
+            worth=share_of_layers(exits) if worth is None else worth,
         )
         # What has happened since the last plan; the next one carries it.
         self._num_preemptions = 0

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from sortserve.admission.choose import ExitChoice, choose_exit
-from sortserve.admission.forecast import Forecast, Load, Newcomer, forecast, predicted_drain_s
+from sortserve.admission.forecast import Forecast, forecast, predicted_drain_s
+from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.core.budget import Budget, Deadlines, OnMiss
 from sortserve.core.errors import MAX_RETRY_AFTER_S, BudgetUnattainableError, OverloadedError
 from sortserve.core.request import Estimate
@@ -37,39 +38,43 @@ def load(*demands: Any, policy: str = "deadline") -> Load:
 # ---- choosing, from given forecasts ----
 
 
-def predict(exit_layer: int) -> Forecast:
-    """Exit 9 takes 180 ms, exit 15 300 ms, exit 30 600 ms; only 9 fits, with others lowered."""
+WORTH = {9: 0.3, 15: 0.5, 30: 1.0}
+
+
+def predict(exit_layer: int, *, limit: float = math.inf) -> Forecast:
+    """Exit 9 takes 180 ms, exit 15 300 ms, exit 30 600 ms; at 30 others lose 0.6 for it."""
     estimate = Estimate(0.01 * exit_layer, 0.001 * exit_layer, 0.02 * exit_layer)
     promise = Promise(Deadlines(), 0.0, 1.0)
-    return Forecast(estimate, exit_layer <= 15, True, promise)
+    loss = 0.0 if exit_layer <= 15 else 0.6
+    return Forecast(estimate, loss if loss <= limit else None, promise)
 
 
 def test_the_deepest_exit_that_keeps_everything_is_chosen() -> None:
-    choice = choose_exit(Budget(latency_ms=400), (9, 15, 30), predict)
+    choice = choose_exit(Budget(latency_ms=400), (9, 15, 30), predict, worth=WORTH)
 
     assert (choice.exit_layer, choice.floor_layer, choice.fits) == (15, 9, True)
     assert choice.promise is not None
 
 
 def test_without_a_time_nothing_is_promised() -> None:
-    choice = choose_exit(Budget(), (9, 15), predict)
+    choice = choose_exit(Budget(), (9, 15), predict, worth=WORTH)
 
     assert (choice.exit_layer, choice.promise) == (15, None)
 
 
 def test_if_it_fits_only_once_others_are_shallower_it_gets_its_floor() -> None:
-    choice = choose_exit(Budget(latency_ms=500), (30,), predict)
+    choice = choose_exit(Budget(latency_ms=500), (30,), predict, worth=WORTH)
 
     assert (choice.exit_layer, choice.fits) == (30, True)
     assert choice.promise is not None
 
 
-def never(exit_layer: int) -> Forecast:
-    return dataclasses.replace(predict(exit_layer), keeps=False, keeps_lowered=False)
+def never(exit_layer: int, *, limit: float) -> Forecast:
+    return dataclasses.replace(predict(exit_layer), loss=None)
 
 
 def test_when_nothing_fits_degrade_serves_the_shallowest_without_a_promise() -> None:
-    choice = choose_exit(Budget(latency_ms=1), (9, 15, 30), never)
+    choice = choose_exit(Budget(latency_ms=1), (9, 15, 30), never, worth=WORTH)
 
     assert (choice.exit_layer, choice.fits, choice.promise) == (9, False, None)
 
@@ -81,7 +86,7 @@ def test_when_nothing_fits_reject_answers_with_the_time_until_it_would(
     budget = Budget(latency_ms=1, on_miss=OnMiss.REJECT)
 
     with pytest.raises(BudgetUnattainableError, match="exit 9, needs 180 ms") as error:
-        choose_exit(budget, (9, 15, 30), never, drain_s=lambda: drain_s)
+        choose_exit(budget, (9, 15, 30), never, worth=WORTH, drain_s=lambda: drain_s)
 
     assert error.value.param == "budget.latency_ms"
     assert error.value.retry_after_s == retry_after_s
@@ -103,17 +108,16 @@ def test_a_time_that_is_past_is_promised_to_nobody_however_fast_the_machine() ->
         newcomer(latency_ms=10), arrival_s=-1.0, deadlines=Deadlines(e2e_s=-0.9)
     )
 
-    found = forecast(2, late, load(), fast)
+    found = forecast(2, late, Outlook(load(), fast, (2, 4, 6)))
 
-    assert not found.keeps
-    assert not found.keeps_lowered
+    assert found.loss is None
 
 
 def test_a_refusal_for_the_sake_of_others_says_so() -> None:
     budget = Budget(latency_ms=5000, on_miss=OnMiss.REJECT)
 
     with pytest.raises(BudgetUnattainableError, match="would break promises made to others"):
-        choose_exit(budget, (9, 15, 30), never)
+        choose_exit(budget, (9, 15, 30), never, worth=WORTH)
 
 
 def test_without_calibration_the_deepest_exit_is_taken_on_trust() -> None:
@@ -131,7 +135,9 @@ def test_without_calibration_the_deepest_exit_is_taken_on_trust() -> None:
 
 
 def e2e_s(exit_layer: int, *demands: Any, policy: str = "deadline") -> float:
-    return forecast(exit_layer, newcomer(), load(*demands, policy=policy), MODEL).estimate.e2e_s
+    return forecast(
+        exit_layer, newcomer(), Outlook(load(*demands, policy=policy), MODEL, (2, 4, 6))
+    ).estimate.e2e_s
 
 
 def test_a_shallower_exit_is_predicted_faster_and_a_loaded_engine_slower() -> None:
@@ -147,7 +153,9 @@ def test_in_lockstep_a_shallow_exit_beside_deep_rows_gains_no_tpot() -> None:
     deep = [make_demand(str(i), 6) for i in range(8)]
 
     def tpot(policy: str) -> float:
-        return forecast(2, newcomer(), load(*deep, policy=policy), MODEL).estimate.tpot_s
+        return forecast(
+            2, newcomer(), Outlook(load(*deep, policy=policy), MODEL, (2, 4, 6))
+        ).estimate.tpot_s
 
     assert tpot("fair") < 0.8 * tpot("lockstep")
 
@@ -169,25 +177,24 @@ def test_each_kind_of_bound_is_judged_on_an_idle_machine(
     budget: dict[str, float], keeps: bool
 ) -> None:
     # A step at exit 6 takes 7 ms, with the safety factor 7.7 ms; fifty of them 385 ms.
-    assert forecast(6, newcomer(**budget), load(), MODEL).keeps is keeps
+    assert forecast(6, newcomer(**budget), Outlook(load(), MODEL, (2, 4, 6))).keeps is keeps
 
 
 def test_a_promise_to_others_is_not_broken_for_a_newcomer() -> None:
     tight = [make_demand(f"t{i}", 2, due_s=0.01, gap_s=0.0045, floor_layer=2) for i in range(3)]
 
-    found = forecast(6, newcomer(latency_ms=500), load(*tight), MODEL)
+    found = forecast(6, newcomer(latency_ms=500), Outlook(load(*tight), MODEL, (2, 4, 6)))
 
-    assert not found.keeps
-    assert not found.keeps_lowered
+    assert found.loss is None
 
 
 def test_room_can_come_from_others_going_shallower() -> None:
     tight = [make_demand(f"t{i}", 6, due_s=0.02, gap_s=0.0078, floor_layer=2) for i in range(2)]
 
-    found = forecast(2, newcomer(latency_ms=600), load(*tight), MODEL)
+    found = forecast(2, newcomer(latency_ms=600), Outlook(load(*tight), MODEL, (2, 4, 6)))
 
-    assert not found.keeps
-    assert found.keeps_lowered
+    assert found.loss is not None
+    assert found.loss > 0.0
 
 
 def test_retry_after_is_when_enough_promises_have_ended() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from sortserve.core.budget import Deadlines
-from sortserve.scheduling.capacity import lower, pressure
+from sortserve.scheduling.capacity import pressure
 from sortserve.scheduling.demand import SOFT_GAP_S, Demand, plan_pace, targets_of
 from sortserve.scheduling.policies.deadline import (
     MIN_CHUNK,
@@ -286,34 +286,3 @@ def test_a_prompt_must_fit_before_it_is_due_and_only_later_ones_wait_for_it() ->
 
     assert load_of([first]) == pytest.approx(0.5, abs=0.02)
     assert 2 / 3 <= load_of([first, second]) < 0.85
-
-
-def test_nobody_goes_shallower_without_need() -> None:
-    assert lower([make_demand(due_s=0.1, gap_s=0.1)], EXITS, COSTS, now=0.0) == []
-
-
-def test_the_promise_that_asks_most_goes_shallower_one_exit_at_a_time() -> None:
-    loose = make_demand("loose", 6, due_s=0.1, gap_s=20 * DEEP_S)
-    tight = make_demand("tight", 6, due_s=0.1, gap_s=0.9 * DEEP_S)
-
-    lowered = lower([loose, tight], EXITS, COSTS, now=0.0)
-
-    assert lowered == [("tight", 4)]
-
-
-def test_nobody_goes_below_the_floor_even_where_that_breaks_the_promise() -> None:
-    tight = make_demand("tight", 6, floor_layer=4, due_s=0.1, gap_s=0.1 * DEEP_S)
-    fixed = make_demand("fixed", 6, floor_layer=6, due_s=0.1, gap_s=0.1 * DEEP_S)
-
-    assert lower([tight, fixed], EXITS, COSTS, now=0.0) == [("tight", 4)]
-    assert lower([tight], EXITS, COSTS, now=0.0) == [("tight", 4)]
-    assert lower([fixed], EXITS, COSTS, now=0.0) == []
-
-
-def test_requests_without_a_promise_go_shallower_before_those_with_one() -> None:
-    soft = make_demand("soft", 6, gap_s=1.5 * DEEP_S)
-    kept = make_demand("kept", 4, due_s=0.1, gap_s=1.2 * COSTS.decode_s(4, 10))
-
-    lowered = lower([soft, kept], EXITS, COSTS, now=0.0)
-
-    assert lowered == [("soft", 4)]

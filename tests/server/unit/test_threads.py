@@ -12,14 +12,16 @@ import pytest
 
 from sortserve.admission.choose import ExitChoice
 from sortserve.admission.desk import AdmissionDesk
-from sortserve.admission.forecast import Newcomer, newcomer_demand
+from sortserve.admission.forecast import newcomer_demand
 from sortserve.admission.lengths import MIN_ENDED, LengthEstimator
+from sortserve.admission.outlook import Newcomer
 from sortserve.admission.queue_limits import QueueLimits, Reservation
 from sortserve.core.errors import EngineError, OverloadedError, UnavailableError
 from sortserve.core.request import StepRecord
 from sortserve.cost.costs import Costs
 from sortserve.engine.worker import EngineWorker, RequestStream
 from sortserve.scheduling.demand import Demand
+from sortserve.scheduling.objective import get_objective
 from sortserve.scheduling.policies.table import get_policy
 from sortserve.telemetry.metrics import Metrics
 from support.scripted import make_engine, make_exits, make_request
@@ -104,6 +106,7 @@ def test_a_request_on_its_way_to_the_engine_is_counted_once() -> None:
     desk = AdmissionDesk(
         exits=make_exits(2, 4, 6),
         policy=get_policy("deadline"),
+        objective=get_objective("quality"),
         max_num_batched_tokens=64,
         overload_delay_s=0.0,
         clock=lambda: 0.0,

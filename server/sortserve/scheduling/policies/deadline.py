@@ -9,10 +9,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sortserve.scheduling.capacity import lower
 from sortserve.scheduling.demand import Demand, StepCosts
+from sortserve.scheduling.objective import Worth
 from sortserve.scheduling.policies.fair import fair, fair_rates
-from sortserve.scheduling.policy import Policy, Situation, StepChoice
+from sortserve.scheduling.policy import Lowering, Policy, Situation, StepChoice
 
 __all__ = ["DEADLINE", "deadline", "least_slack_first", "most_slack_last_admitted"]
 
@@ -157,13 +157,25 @@ def most_slack_last_admitted(candidates: Sequence[Demand]) -> str:
     return max(candidates, key=lambda d: d.due_s).request_id
 
 
+def _lower(
+    demands: Sequence[Demand],
+    exits: Sequence[int],
+    costs: StepCosts,
+    now: float,
+    worth: Worth,
+) -> list[Lowering]:
+    from sortserve.scheduling.lowering import lower  # the command line need not wait for numpy
+
+    return lower(demands, exits, costs, now, worth)
+
+
 DEADLINE = Policy(
     name="deadline",
     about="keeps the promised times",
     cap=fair,
     rates=fair_rates,
     choose=deadline,
-    lower=lower,
+    lower=_lower,
     entry_order=least_slack_first,
     victim=most_slack_last_admitted,
     keeps_promises=True,

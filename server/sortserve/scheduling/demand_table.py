@@ -1,0 +1,197 @@
+"""All demands as columns, so that many what-ifs take microseconds (no torch).
+
+`capacity` says in words and formulas what is computed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sortserve.cost.model import REGIME_TOKENS
+from sortserve.scheduling.demand import NO_GAP_S, Demand, StepCosts
+
+__all__ = ["LEAST_TIME_S", "DemandTable", "Need"]
+
+LEAST_TIME_S = 1e-3
+"""A prompt that is late counts as due in so many seconds."""
+
+Floats = NDArray[np.float64]
+Levels = NDArray[np.intp]
+"""For each demand the index of its exit among all exits, shallowest first."""
+
+_COLUMNS = (
+    "exit_layer",
+    "floor_layer",
+    "num_pending",
+    "context_len",
+    "gap_s",
+    "due_s",
+    "is_hard",
+    "is_promised",
+    "weight",
+    "num_left",
+    "num_done",
+    "is_lost",
+)
+_ROW = attrgetter(*_COLUMNS)
+
+
+@dataclass(frozen=True)
+class Need:
+    """The share of the machine that some demands need, and where they need most."""
+
+    share: float
+    """Above 1 some promise will be broken."""
+    num_prompts: int
+    """The prompts, in the order in which they are due, that decode in the worst moment."""
+    until_s: float
+    """The time that those and the next one have in that moment; infinite once all decode."""
+
+
+@dataclass(frozen=True, eq=False)
+class DemandTable:
+    """Columns over n demands and K exits; ``levels`` arguments say at which exit each one is."""
+
+    layers: Floats
+    """[K] the exits, ascending."""
+    segment_s: Floats
+    """[K] what a step costs more by going down to this exit instead of the one before it."""
+    row_s: float
+    """What a row costs at any depth."""
+    level: Levels
+    """[n] where they are."""
+    floor: Levels
+    """[n] how shallow they may go."""
+    rate: Floats
+    """[n] tokens a second."""
+    layer_s: Floats
+    """[n] what a token costs per layer, beside others."""
+    decodes: NDArray[np.bool_]
+    """[n] whether they decode now, or may begin to at any time."""
+    promised: NDArray[np.bool_]
+    """[n] whether they were promised a time."""
+    weight: Floats
+    """[n] what an answer is worth; 0 where it comes too late in any case."""
+    left_share: Floats
+    """[n] the share of the answer that is still to come."""
+    prompts: Levels
+    """[P] the promised prompts that are not read yet, in the order in which they are due."""
+    due_s: Floats
+    """[n]"""
+    work_s: Floats
+    """[n] reading what is not read yet: at any depth, and"""
+    work_layer_s: Floats
+    """[n] per layer."""
+
+    @classmethod
+    def of(cls, demands: Sequence[Demand], costs: StepCosts, exits: Sequence[int]) -> DemandTable:
+        """The columns of some demands, whose exits and floors are among ``exits`` (ascending)."""
+        values = np.array([_ROW(d) for d in demands], dtype=np.float64).reshape(-1, len(_COLUMNS))
+        exit_layer, floor_layer, pending, context, gap_s, due_s = values[:, :6].T
+        hard, promised = values[:, 6] > 0, values[:, 7] > 0
+        weight, num_left, num_done, is_lost = values[:, 8:].T
+        layers = np.array(exits, dtype=np.float64)
+        row0, row1 = costs.row_line
+        decoding = (pending == 1) & (context > 0)
+        work_s, work_layer_s = _reading(pending, context, costs)
+        table = cls(
+            layers=layers,
+            segment_s=np.diff([costs.base_s(e) for e in exits], prepend=0.0),
+            row_s=row0,
+            level=np.searchsorted(layers, exit_layer),
+            floor=np.searchsorted(layers, floor_layer),
+            rate=1.0 / np.maximum(gap_s, NO_GAP_S),
+            layer_s=row1[0] + row1[1] * (context + pending),
+            decodes=decoding | (promised & ~hard),
+            promised=promised,
+            weight=weight * (is_lost == 0),
+            left_share=num_left / (num_left + num_done),
+            prompts=np.empty(0, dtype=np.intp),
+            due_s=due_s,
+            work_s=work_s,
+            work_layer_s=work_layer_s,
+        )
+        return replace(table, prompts=_by_due(np.flatnonzero(hard & ~decoding), due_s))
+
+    def plus(self, other: DemandTable) -> DemandTable:
+        """These demands and those of another table of the same costs and exits, at the end."""
+        prompts = np.concatenate((self.prompts, other.prompts + len(self.level)))
+        joined = replace(
+            self,
+            level=np.concatenate((self.level, other.level)),
+            floor=np.concatenate((self.floor, other.floor)),
+            rate=np.concatenate((self.rate, other.rate)),
+            layer_s=np.concatenate((self.layer_s, other.layer_s)),
+            decodes=np.concatenate((self.decodes, other.decodes)),
+            promised=np.concatenate((self.promised, other.promised)),
+            weight=np.concatenate((self.weight, other.weight)),
+            left_share=np.concatenate((self.left_share, other.left_share)),
+            due_s=np.concatenate((self.due_s, other.due_s)),
+            work_s=np.concatenate((self.work_s, other.work_s)),
+            work_layer_s=np.concatenate((self.work_layer_s, other.work_layer_s)),
+        )
+        return replace(joined, prompts=_by_due(prompts, joined.due_s))
+
+    def without(self, rows: Levels) -> DemandTable:
+        """The demands as if some of them asked for nothing."""
+        rate, work_s, work_layer_s = self.rate.copy(), self.work_s.copy(), self.work_layer_s.copy()
+        for column in (rate, work_s, work_layer_s):
+            column[rows] = 0.0
+        prompts = self.prompts[~np.isin(self.prompts, rows)]
+        return replace(self, rate=rate, work_s=work_s, work_layer_s=work_layer_s, prompts=prompts)
+
+    def need(
+        self,
+        levels: Levels,
+        *,
+        now: float,
+        busy_s: float = 0.0,
+        from_due_s: float = -np.inf,
+        least_time_s: float = LEAST_TIME_S,
+    ) -> Need:
+        """What the demands need at these exits.
+
+        Args:
+            levels: [n] where each one is.
+            now, busy_s, from_due_s: see ``capacity.pressure``.
+            least_time_s: no prompt counts as due sooner.
+        """
+        prompts, rate = self.prompts, self.rate
+        depth = self.layers[levels]
+        row = rate * (self.row_s + depth * self.layer_s)
+        steps = np.where(levels[:, None] >= np.arange(len(self.layers)), rate[:, None], 0.0)
+        joined = np.vstack((steps[self.decodes].max(axis=0, initial=0.0), steps[prompts]))
+        joined = np.maximum.accumulate(joined)  # as one prompt after the other has been read
+        rows = row[self.decodes].sum() + np.concatenate(([0.0], np.cumsum(row[prompts])))
+        share = joined @ self.segment_s + rows
+        if not len(prompts):
+            return Need(float(share[0]), 0, np.inf)
+        due_s = self.due_s[prompts]
+        time_s = np.maximum(due_s - now - busy_s, least_time_s)
+        work_s = np.cumsum(self.work_s[prompts] + depth[prompts] * self.work_layer_s[prompts])
+        share[:-1] += np.where(due_s >= from_due_s, work_s / time_s, 0.0)
+        worst = int(share.argmax())
+        until_s = float(time_s[worst]) if worst < len(prompts) else np.inf
+        return Need(float(share[worst]), worst, until_s)
+
+
+def _by_due(prompts: Levels, due_s: Floats) -> Levels:
+    return prompts[np.argsort(due_s[prompts], kind="stable")]
+
+
+def _reading(pending: Floats, context: Floats, costs: StepCosts) -> tuple[Floats, Floats]:
+    """Seconds to read what is pending (``StepCosts.prefill_s``), as a line over the layers."""
+    chunk = costs.chunk
+    small = np.minimum(pending, chunk) <= REGIME_TOKENS
+    lines = np.array([costs.model.large, costs.model.small])
+    c0, a, b, d, h = lines[small.astype(np.intp)].T
+    num_steps = np.ceil(pending / chunk)
+    kv_tokens = pending * (context + pending / 2)
+    at_all = costs.safety * (num_steps * c0 + h)
+    per_layer = costs.safety * (num_steps * a + b * pending + d * kv_tokens)
+    return np.where(pending > 0, at_all, 0.0), np.where(pending > 0, per_layer, 0.0)

@@ -1,0 +1,109 @@
+"""What the server is to make most of: the worth of a token at each exit, and of an answer at all.
+
+Admission, lowering and refusal are one decision: of all plans that keep every promise, take the one
+that loses least. A plan loses the worth of the tokens that it makes shallower, times the request's
+weight, or, if it refuses the newcomer, what is at stake for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from sortserve.core.budget import ExitTable
+from sortserve.core.errors import ConfigError
+
+__all__ = [
+    "DEFAULT_OBJECTIVE",
+    "OBJECTIVES",
+    "Objective",
+    "Worth",
+    "get_objective",
+    "share_of_layers",
+]
+
+LITTLE = 1e-6
+"""What depth is worth where answers in time count: any number of lowerings costs less than one."""
+MUCH = 1e6
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What an objective says of a checkpoint's exits."""
+
+    tokens: Mapping[int, float]
+    """What all tokens of an answer are worth if they are of that exit; never less at a deeper
+    one."""
+    answer: Mapping[int, float]
+    """What is lost where a request that could have that exit is refused, or comes too late."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What counts."""
+
+    name: str
+    about: str
+    """What it does, to follow its name in a sentence."""
+    worth: Callable[[ExitTable], Worth]
+
+
+def share_of_layers(layers: Sequence[int]) -> Worth:
+    """What holds where nobody has measured anything."""
+    tokens = {e: e / layers[-1] for e in layers}
+    return Worth(tokens, tokens)
+
+
+def quality(exits: ExitTable) -> Worth:
+    """A token counts by its exit's score."""
+    return Worth(exits.scores, exits.scores)
+
+
+def attainment(exits: ExitTable) -> Worth:
+    """An answer in time counts, and hardly how."""
+    tokens = {e: 1.0 - LITTLE * (1.0 - e / exits.full) for e in exits.layers}
+    return Worth(tokens, dict.fromkeys(exits.layers, 1.0))
+
+
+def depth(exits: ExitTable) -> Worth:
+    """No answer is worth a step up."""
+    tokens = {e: MUCH * e for e in exits.layers}
+    return Worth(tokens, dict.fromkeys(exits.layers, 1.0))
+
+
+OBJECTIVES: dict[str, Objective] = {
+    objective.name: objective
+    for objective in (
+        Objective(
+            name="quality",
+            about="makes the most of answers in time, times their quality",
+            worth=quality,
+        ),
+        Objective(
+            name="attainment",
+            about="lets as many answers as possible come in time",
+            worth=attainment,
+        ),
+        Objective(
+            name="depth",
+            about="answers at the deepest exit or not at all",
+            worth=depth,
+        ),
+    )
+}
+
+DEFAULT_OBJECTIVE = "quality"
+
+
+def get_objective(name: str) -> Objective:
+    """The objective of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in OBJECTIVES:
+        raise ConfigError(
+            f"objective={name!r} is not known: choose one of {', '.join(sorted(OBJECTIVES))}.",
+            param="objective",
+        )
+    return OBJECTIVES[name]

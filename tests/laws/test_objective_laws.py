@@ -1,0 +1,154 @@
+"""Whatever a checkpoint's quality table says: no plan loses more than the refusal that it avoids.
+
+The tables, the loads and the newcomers are drawn at random. What a decision brings is the worth of
+the newcomer's answer at its exit, less what others lose by going shallower for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sortserve.admission.choose import choose_exit, worths
+from sortserve.admission.forecast import Forecast, forecast
+from sortserve.admission.outlook import Load, Newcomer, Outlook
+from sortserve.core.budget import Budget, OnMiss
+from sortserve.core.errors import BudgetUnattainableError
+from sortserve.scheduling.demand import Demand
+from sortserve.scheduling.objective import OBJECTIVES, Worth
+from sortserve.scheduling.policies.table import get_policy
+from support.scripted import make_exits
+from support.timed import MODEL, make_demand
+
+EXITS = (2, 4, 6)
+TABLES = st.tuples(st.floats(0.0, 1.0), st.floats(0.0, 1.0)).map(lambda t: (*sorted(t), 1.0))
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> list[Demand]:
+    """Live requests at full depth, most of them paced so that there is little room left."""
+    floors = st.sampled_from(EXITS)
+    paces = st.floats(0.008, 0.05)
+    return [
+        replace(
+            make_demand(str(i), 6, due_s=0.05, gap_s=draw(paces), floor_layer=draw(floors)),
+            weight=draw(st.sampled_from([0.25, 1.0, 4.0])),
+            num_left=draw(st.integers(1, 60)),
+            num_done=draw(st.integers(0, 60)),
+        )
+        for i in range(draw(st.integers(0, 6)))
+    ]
+
+
+@dataclass(frozen=True)
+class Decision:
+    exit_layer: int | None
+    """None: refused."""
+    brings: float
+
+
+def decide(
+    demands: Sequence[Demand], of: Worth, latency_ms: float, weight: float = 1.0
+) -> Decision:
+    """What becomes of a newcomer of 20 prompt tokens and 30 more that may have any exit."""
+    budget = Budget(latency_ms=latency_ms, on_miss=OnMiss.REJECT)
+    load = Load(now=0.0, demands=demands, policy=get_policy("deadline"), worth=of.tokens)
+    newcomer = Newcomer(
+        num_prompt_tokens=20,
+        num_output_tokens=30,
+        arrival_s=0.0,
+        deadlines=budget.deadlines(0.0),
+        floor_layer=2,
+        weight=weight,
+    )
+    outlook = Outlook(load, MODEL, EXITS)
+    seen: dict[int, Forecast] = {}
+
+    def predict(exit_layer: int, *, limit: float) -> Forecast:
+        seen[exit_layer] = forecast(exit_layer, newcomer, outlook, limit=limit)
+        return seen[exit_layer]
+
+    values = worths(EXITS, of, weight)
+    try:
+        choice = choose_exit(budget, EXITS, predict, worth=values)
+    except BudgetUnattainableError:
+        return Decision(None, 0.0)
+    loss = seen[choice.exit_layer].loss
+    assert loss is not None
+    return Decision(choice.exit_layer, values[choice.exit_layer] - loss)
+
+
+@given(
+    demands=rows(),
+    table=TABLES,
+    latency_ms=st.floats(150, 1500),
+    weight=st.sampled_from([0.25, 1.0, 4.0]),
+    objective=st.sampled_from(sorted(OBJECTIVES)),
+)
+@settings(max_examples=150, deadline=None)
+def test_no_plan_loses_more_than_the_refusal_it_avoids(
+    demands: list[Demand],
+    table: tuple[float, ...],
+    latency_ms: float,
+    weight: float,
+    objective: str,
+) -> None:
+    of = OBJECTIVES[objective].worth(make_exits(*EXITS, scores=table))
+
+    assert decide(demands, of, latency_ms, weight).brings >= 0.0
+
+
+@given(
+    demands=rows(),
+    table=TABLES,
+    better=st.tuples(st.floats(0.0, 1.0), st.floats(0.0, 1.0)),
+    latency_ms=st.floats(150, 1500),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_better_table_never_gives_a_worse_result(
+    demands: list[Demand],
+    table: tuple[float, ...],
+    better: tuple[float, float],
+    latency_ms: float,
+) -> None:
+    improved = tuple(s + up * (1.0 - s) for s, up in zip(table, (*better, 0.0), strict=True))
+    quality = OBJECTIVES["quality"]
+
+    before = decide(demands, quality.worth(make_exits(*EXITS, scores=table)), latency_ms)
+    after = decide(demands, quality.worth(make_exits(*EXITS, scores=improved)), latency_ms)
+
+    assert after.brings >= before.brings - 1e-9
+
+
+@given(demands=rows(), table=TABLES, latency_ms=st.floats(150, 1500))
+@settings(max_examples=100, deadline=None)
+def test_who_is_worth_more_is_let_in_wherever_another_is(
+    demands: list[Demand], table: tuple[float, ...], latency_ms: float
+) -> None:
+    of = OBJECTIVES["quality"].worth(make_exits(*EXITS, scores=table))
+
+    light = decide(demands, of, latency_ms, weight=1.0)
+    heavy = decide(demands, of, latency_ms, weight=4.0)
+
+    assert heavy.exit_layer is not None or light.exit_layer is None
+    assert (heavy.exit_layer or 0) >= (light.exit_layer or 0)
+
+
+def test_an_answer_is_refused_rather_than_paid_for_by_better_ones() -> None:
+    demands = [make_demand(str(i), 6, due_s=0.05, gap_s=0.0079, floor_layer=2) for i in range(5)]
+    quality = OBJECTIVES["quality"]
+
+    tie = decide(demands, quality.worth(make_exits(*EXITS, scores=(0.9, 1.0, 1.0))), 900)
+    babble = decide(demands, quality.worth(make_exits(*EXITS, scores=(0.0, 0.1, 1.0))), 900)
+    attained = decide(
+        demands, OBJECTIVES["attainment"].worth(make_exits(*EXITS, scores=(0.0, 0.1, 1.0))), 900
+    )
+
+    assert tie.exit_layer is not None
+    assert tie.brings == pytest.approx(1.0)
+    assert babble.exit_layer is None
+    assert attained.exit_layer is not None
