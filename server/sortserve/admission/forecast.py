@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sortserve.admission.outlook import Load, Newcomer, Outlook
@@ -11,7 +11,7 @@ from sortserve.core.request import Estimate
 from sortserve.core.sequence import Promise
 from sortserve.cost.model import CostModel, StepShape
 from sortserve.scheduling.demand import SOFT_GAP_S, Demand, StepCosts, plan_pace, targets_of
-from sortserve.scheduling.demand_table import DemandTable, Floats
+from sortserve.scheduling.demand_table import DemandTable
 from sortserve.scheduling.lowering import MAX_PRESSURE, Times, least_lowering
 
 __all__ = ["Forecast", "forecast", "newcomer_demand", "predicted_drain_s"]
@@ -63,45 +63,42 @@ def forecast(
     if not load.policy.keeps_promises:
         return Forecast(estimate, 0.0 if _in_time(newcomer, estimate) else None, promise)
     promises = [promise, *(_promise(newcomer, load.now, own, ease=ease) for ease in EASES[1:])]
-    for find in (_unchanged, _lowered):
-        for promise in promises:
-            loss = _loss(exit_layer, newcomer, promise, outlook, find, limit)
-            if loss is not None:
-                return Forecast(_kept(estimate, newcomer, promise), loss, promise)
-    return Forecast(estimate, None, promises[0])
+    best, loss = _room(exit_layer, newcomer, promises, outlook, limit)
+    if loss is None:
+        return Forecast(estimate, None, promise)
+    return Forecast(_kept(estimate, newcomer, best), loss, best)
 
 
-Find = Callable[[DemandTable, Floats, Times, float], float | None]
-
-
-def _unchanged(table: DemandTable, worth: Floats, times: Times, limit: float) -> float | None:
-    """Nothing, if everything can be kept as it is."""
-    return 0.0 if table.need(table.level, **times).share <= MAX_PRESSURE else None
-
-
-def _lowered(table: DemandTable, worth: Floats, times: Times, limit: float) -> float | None:
-    """The loss of the least lowering, if it is within the limit."""
-    return least_lowering(table, worth, times, limit=limit)
-
-
-def _loss(
+def _room(
     exit_layer: int,
     newcomer: Newcomer,
-    promise: Promise,
+    promises: Sequence[Promise],
     outlook: Outlook,
-    find: Find,
     limit: float,
-) -> float | None:
-    """What others lose so that a promise can be kept beside theirs; None: it cannot."""
+) -> tuple[Promise, float | None]:
+    """The first promise that can be kept as things are, else the one that needs least of others.
+
+    With what they lose for it; None if they cannot, or not within the limit.
+    """
     now = outlook.load.now
     # The newcomer's exit is what is asked about: only the others may move.
     pinned = replace(newcomer, floor_layer=exit_layer)
-    demand = newcomer_demand(exit_layer, pinned, promise, now=now)
-    if demand.is_hard and demand.due_s <= now:  # however fast the machine
-        return None
-    table = outlook.table.plus(outlook.columns([demand]))
-    times = Times(now=now, busy_s=outlook.busy_s, from_due_s=demand.due_s)
-    return find(table, outlook.worth, times, limit)
+    demands = [newcomer_demand(exit_layer, pinned, promise, now=now) for promise in promises]
+    own = DemandTable.of(demands, outlook.costs, outlook.exits)
+    tried = []
+    for i, (promise, demand) in enumerate(zip(promises, demands, strict=True)):
+        if demand.is_hard and demand.due_s <= now:  # however fast the machine
+            continue
+        table = outlook.table.plus(own.row(i))
+        times = Times(now=now, busy_s=outlook.busy_s, from_due_s=demand.due_s)
+        share = table.need(table.level, **times).share
+        if share <= MAX_PRESSURE:
+            return promise, 0.0
+        tried.append((share, i, table, times))
+    if not tried:
+        return promises[0], None
+    _, i, table, times = min(tried, key=lambda each: each[:2])
+    return promises[i], least_lowering(table, outlook.worth, times, limit=limit)
 
 
 def predicted_drain_s(
@@ -212,7 +209,7 @@ def _estimate(
     queue_s = sum(
         d.work_s(costs) for d in outlook.prompts if _goes_before(d, newcomer, promise, load)
     )
-    shared_s = tpot_s if outlook.rows else 0.0
+    shared_s = tpot_s if outlook.any_rows else 0.0
     waited_s = max(0.0, load.now - newcomer.arrival_s)
     ttft_s = waited_s + outlook.busy_s + queue_s + shared_s + own[0]
     if load.policy.keeps_promises:

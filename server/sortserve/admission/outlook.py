@@ -11,7 +11,7 @@ import numpy as np
 from sortserve.core.budget import Deadlines
 from sortserve.cost.model import CostModel
 from sortserve.scheduling.demand import Demand, StepCosts
-from sortserve.scheduling.demand_table import DemandTable, Floats
+from sortserve.scheduling.demand_table import Columns, DemandTable, Floats
 from sortserve.scheduling.policy import Policy
 
 __all__ = ["Load", "Newcomer", "Outlook"]
@@ -61,12 +61,16 @@ class Outlook:
     """Exits that are asked about, and need not have rows."""
 
     @cached_property
+    def columns(self) -> Columns:
+        """What all live requests need."""
+        return Columns.of(self.load.demands)
+
+    @cached_property
     def costs(self) -> StepCosts:
         """Of the steps that a newcomer would take part in, with the safety factor."""
-        num_decoding = sum(d.is_decoding for d in self.load.demands)
         return StepCosts(
             self.model,
-            num_rows=num_decoding + 1,
+            num_rows=int(self.columns.is_decoding.sum()) + 1,
             chunk=self.load.max_num_batched_tokens,
             safety=self.model.safety,
         )
@@ -74,8 +78,10 @@ class Outlook:
     @cached_property
     def exits(self) -> tuple[int, ...]:
         """All exits that matter, ascending."""
-        used = {e for d in self.load.demands for e in (d.exit_layer, d.floor_layer)}
-        return tuple(sorted({*self.load.worth, *self.also, *used}))
+        known = {*self.load.worth, *self.also}
+        columns = self.columns
+        used = np.unique(np.concatenate((columns.exit_layer, columns.floor_layer)))
+        return tuple(sorted(known.union(map(int, used))))
 
     @cached_property
     def worth(self) -> Floats:
@@ -84,52 +90,51 @@ class Outlook:
 
     @cached_property
     def table(self) -> DemandTable:
-        """All live requests."""
-        return self.columns(self.load.demands)
-
-    def columns(self, demands: Sequence[Demand]) -> DemandTable:
-        """Demands as columns that can join the others."""
-        return DemandTable.of(demands, self.costs, self.exits)
+        """All live requests, beside what they cost."""
+        return DemandTable.of(self.columns, self.costs, self.exits)
 
     @cached_property
     def busy_s(self) -> float:
         """What the step under way still takes, in the mean: half of it."""
-        running, costs = self.rows, self.costs
-        if not running:
+        columns, costs = self.columns, self.costs
+        runs = ~columns.is_waiting
+        if not runs.any():
             return 0.0
-        deepest = max(d.exit_layer for d in running)
-        rows = sum(costs.row_s(d.exit_layer, d.context_len) for d in running if d.is_decoding)
-        return (costs.base_s(deepest) + rows) / 2
-
-    @cached_property
-    def rows(self) -> list[Demand]:
-        """What runs."""
-        return [d for d in self.load.demands if not d.is_waiting]
+        decode = runs & columns.is_decoding
+        depth = columns.exit_layer[decode]
+        row_s, (token_s, context_s) = costs.row_line
+        rows = row_s * len(depth) + depth @ (token_s + context_s * columns.context_len[decode])
+        return (costs.base_s(int(columns.exit_layer[runs].max())) + float(rows)) / 2
 
     @cached_property
     def prompts(self) -> list[Demand]:
         """What is not read yet."""
-        return [d for d in self.load.demands if not d.is_decoding]
+        return [self.load.demands[int(i)] for i in np.flatnonzero(~self.columns.is_decoding)]
+
+    @cached_property
+    def any_rows(self) -> bool:
+        """Whether anything runs."""
+        return not self.columns.is_waiting.all()
 
     @cached_property
     def any_soft(self) -> bool:
         """Whether somebody runs who was promised nothing."""
-        return any(not d.is_promised for d in self.rows)
+        return bool((~self.columns.is_waiting & ~self.columns.is_promised).any())
 
     @cached_property
     def hard_share(self) -> float:
         """The share of the machine that promised rows take by decoding."""
-        hard = [d for d in self.load.demands if d.is_decoding and d.is_promised]
-        if not hard:
-            return 0.0
-        table = self.columns(hard)
+        hard = self.columns.is_decoding & self.columns.is_promised
+        table = self.table.without(np.flatnonzero(~hard))
         return min(table.need(table.level, now=self.load.now).share, MAX_BUSY_SHARE)
 
     @cached_property
     def rows_by_exit(self) -> dict[int, tuple[int, int]]:
         """How many rows run at each exit, and the tokens that they have cached."""
-        found: dict[int, tuple[int, int]] = {}
-        for d in self.rows:
-            count, tokens = found.get(d.exit_layer, (0, 0))
-            found[d.exit_layer] = (count + 1, tokens + d.context_len)
-        return found
+        runs = np.flatnonzero(~self.columns.is_waiting)
+        level, size = self.table.level[runs], len(self.exits)
+        counts = np.bincount(level, minlength=size)
+        tokens = np.bincount(level, self.columns.context_len[runs], minlength=size)
+        return {
+            e: (int(n), int(t)) for e, n, t in zip(self.exits, counts, tokens, strict=True) if n
+        }

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from operator import attrgetter
 
 import numpy as np
@@ -15,30 +17,64 @@ from numpy.typing import NDArray
 from sortserve.cost.model import REGIME_TOKENS
 from sortserve.scheduling.demand import NO_GAP_S, Demand, StepCosts
 
-__all__ = ["LEAST_TIME_S", "DemandTable", "Need"]
+__all__ = ["LEAST_TIME_S", "Columns", "DemandTable", "Floats", "Levels", "Need"]
 
 LEAST_TIME_S = 1e-3
 """A prompt that is late counts as due in so many seconds."""
 
 Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 Levels = NDArray[np.intp]
 """For each demand the index of its exit among all exits, shallowest first."""
 
-_COLUMNS = (
-    "exit_layer",
-    "floor_layer",
-    "num_pending",
-    "context_len",
-    "gap_s",
-    "due_s",
-    "is_hard",
-    "is_promised",
-    "weight",
-    "num_left",
-    "num_done",
-    "is_lost",
+_FIELDS = (
+    *("exit_layer", "floor_layer", "num_pending", "context_len", "gap_s", "due_s"),
+    *("is_hard", "is_promised", "is_waiting", "is_lost", "weight", "num_left", "num_done"),
 )
-_ROW = attrgetter(*_COLUMNS)
+_ROW = attrgetter(*_FIELDS)
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """What demands say, before any cost is known: [n] each."""
+
+    exit_layer: Floats
+    floor_layer: Floats
+    num_pending: Floats
+    context_len: Floats
+    gap_s: Floats
+    due_s: Floats
+    is_hard: Mask
+    is_promised: Mask
+    is_waiting: Mask
+    is_decoding: Mask
+    weight: Floats
+    """What an answer is worth; 0 where it comes too late in any case."""
+    left_share: Floats
+
+    @classmethod
+    def of(cls, demands: Sequence[Demand]) -> Columns:
+        """The columns of some demands."""
+        count = len(demands) * len(_FIELDS)
+        flat = np.fromiter(chain.from_iterable(map(_ROW, demands)), np.float64, count)
+        exit_layer, floor_layer, pending, context, gap_s, due_s, *rest = flat.reshape(
+            -1, len(_FIELDS)
+        ).T
+        hard, promised, waiting, lost, weight, num_left, num_done = rest
+        return cls(
+            exit_layer=exit_layer,
+            floor_layer=floor_layer,
+            num_pending=pending,
+            context_len=context,
+            gap_s=gap_s,
+            due_s=due_s,
+            is_hard=hard > 0,
+            is_promised=promised > 0,
+            is_waiting=waiting > 0,
+            is_decoding=(pending == 1) & (context > 0),
+            weight=np.where(lost > 0, 0.0, weight),
+            left_share=num_left / (num_left + num_done),
+        )
 
 
 @dataclass(frozen=True)
@@ -71,9 +107,9 @@ class DemandTable:
     """[n] tokens a second."""
     layer_s: Floats
     """[n] what a token costs per layer, beside others."""
-    decodes: NDArray[np.bool_]
+    decodes: Mask
     """[n] whether they decode now, or may begin to at any time."""
-    promised: NDArray[np.bool_]
+    promised: Mask
     """[n] whether they were promised a time."""
     weight: Floats
     """[n] what an answer is worth; 0 where it comes too late in any case."""
@@ -89,34 +125,33 @@ class DemandTable:
     """[n] per layer."""
 
     @classmethod
-    def of(cls, demands: Sequence[Demand], costs: StepCosts, exits: Sequence[int]) -> DemandTable:
-        """The columns of some demands, whose exits and floors are among ``exits`` (ascending)."""
-        values = np.array([_ROW(d) for d in demands], dtype=np.float64).reshape(-1, len(_COLUMNS))
-        exit_layer, floor_layer, pending, context, gap_s, due_s = values[:, :6].T
-        hard, promised = values[:, 6] > 0, values[:, 7] > 0
-        weight, num_left, num_done, is_lost = values[:, 8:].T
+    def of(
+        cls, demands: Sequence[Demand] | Columns, costs: StepCosts, exits: Sequence[int]
+    ) -> DemandTable:
+        """Demands beside what they cost; their exits and floors are among ``exits`` (ascending)."""
+        columns = demands if isinstance(demands, Columns) else Columns.of(demands)
         layers = np.array(exits, dtype=np.float64)
-        row0, row1 = costs.row_line
-        decoding = (pending == 1) & (context > 0)
-        work_s, work_layer_s = _reading(pending, context, costs)
-        table = cls(
+        bases = [costs.base_s(e) for e in exits]
+        row_s, (token_s, context_s) = costs.row_line
+        work_s, work_layer_s = _reading(columns.num_pending, columns.context_len, costs)
+        prompts = np.flatnonzero(columns.is_hard & ~columns.is_decoding)
+        return cls(
             layers=layers,
-            segment_s=np.diff([costs.base_s(e) for e in exits], prepend=0.0),
-            row_s=row0,
-            level=np.searchsorted(layers, exit_layer),
-            floor=np.searchsorted(layers, floor_layer),
-            rate=1.0 / np.maximum(gap_s, NO_GAP_S),
-            layer_s=row1[0] + row1[1] * (context + pending),
-            decodes=decoding | (promised & ~hard),
-            promised=promised,
-            weight=weight * (is_lost == 0),
-            left_share=num_left / (num_left + num_done),
-            prompts=np.empty(0, dtype=np.intp),
-            due_s=due_s,
+            segment_s=np.array([b - a for a, b in itertools.pairwise([0.0, *bases])]),
+            row_s=row_s,
+            level=layers.searchsorted(columns.exit_layer),
+            floor=layers.searchsorted(columns.floor_layer),
+            rate=1.0 / np.maximum(columns.gap_s, NO_GAP_S),
+            layer_s=token_s + context_s * (columns.context_len + columns.num_pending),
+            decodes=columns.is_decoding | (columns.is_promised & ~columns.is_hard),
+            promised=columns.is_promised,
+            weight=columns.weight,
+            left_share=columns.left_share,
+            prompts=_by_due(prompts, columns.due_s),
+            due_s=columns.due_s,
             work_s=work_s,
             work_layer_s=work_layer_s,
         )
-        return replace(table, prompts=_by_due(np.flatnonzero(hard & ~decoding), due_s))
 
     def plus(self, other: DemandTable) -> DemandTable:
         """These demands and those of another table of the same costs and exits, at the end."""
@@ -144,6 +179,14 @@ class DemandTable:
             column[rows] = 0.0
         prompts = self.prompts[~np.isin(self.prompts, rows)]
         return replace(self, rate=rate, work_s=work_s, work_layer_s=work_layer_s, prompts=prompts)
+
+    def row(self, index: int) -> DemandTable:
+        """One of them alone."""
+        only = slice(index, index + 1)
+        prompts = np.zeros(int(index in self.prompts), dtype=np.intp)
+        return replace(
+            self, **{name: getattr(self, name)[only] for name in _BY_ROW}, prompts=prompts
+        )
 
     def need(
         self,
@@ -178,6 +221,12 @@ class DemandTable:
         worst = int(share.argmax())
         until_s = float(time_s[worst]) if worst < len(prompts) else np.inf
         return Need(float(share[worst]), worst, until_s)
+
+
+_BY_ROW = (
+    *("level", "floor", "rate", "layer_s", "decodes", "promised", "weight", "left_share"),
+    *("due_s", "work_s", "work_layer_s"),
+)
 
 
 def _by_due(prompts: Levels, due_s: Floats) -> Levels:

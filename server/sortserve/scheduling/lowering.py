@@ -97,19 +97,44 @@ def least_lowering(
         times: see ``DemandTable.need``.
         limit: it may lose so much at most.
     """
-    if table.need(np.minimum(table.level, table.floor), **times).share > MAX_PRESSURE:
-        return None
     levels, loss = table.level, 0.0
-    for _ in range(MAX_GROUPS):
+    for turn in range(MAX_GROUPS):
         need = table.need(levels, **times)
         if need.share <= MAX_PRESSURE:
             return loss
+        if turn == 0 and _costs_more(table, tokens, need, limit):
+            return None
+        if turn == 0 and table.need(np.minimum(levels, table.floor), **times).share > MAX_PRESSURE:
+            return None
         group = _cheapest(_ways_down(table, levels, tokens, need))
         if group is None or loss + group.loss > limit:
             return None
         table, levels = group.apply(table, levels)
         loss += group.loss
     return loss if table.need(levels, **times).share <= MAX_PRESSURE else None
+
+
+def _costs_more(table: DemandTable, tokens: Floats, need: Need, limit: float) -> bool:
+    """Whether any lowering that is enough must lose more than the limit.
+
+    It is a bound, cheap beside the search: as if each row that leaves a depth freed its share of
+    the steps to there by itself, and could be moved in parts.
+    """
+    rate, (_, reading) = _asks(table, need)
+    bases = np.cumsum(table.segment_s)
+    levels, ks = table.level[:, None], np.arange(len(table.layers))
+    to = np.minimum(levels, np.maximum(table.floor[:, None], ks))
+    fewer = table.layers[levels] - table.layers[to]
+    gains = fewer * (rate * table.layer_s + reading)[:, None]
+    gains += rate[:, None] * (bases[levels] - bases[to])
+    losses = (table.weight * table.left_share)[:, None] * (tokens[levels] - tokens[to])
+    prices = np.where(gains > 0.0, losses / np.maximum(gains, LEAST_LOSS), np.inf).min(axis=1)
+    most = gains.max(axis=1)
+    order = prices.argsort()
+    gained = np.minimum(most[order].cumsum(), need.share - MAX_PRESSURE)
+    parts = np.diff(gained, prepend=0.0)
+    paid = np.where(parts > 0.0, prices[order], 0.0) @ parts
+    return bool(paid > limit + LEAST_LOSS)
 
 
 # ---- groups ----
@@ -144,7 +169,7 @@ def _ways_down(table: DemandTable, levels: Levels, tokens: Floats, need: Need) -
     """For each exit the best group to go down to it."""
     rate, (_, reading) = _asks(table, need)
     bases = np.cumsum(table.segment_s)
-    for target in range(len(table.layers) - 1):
+    for target in range(int(table.floor.min()), len(table.layers) - 1):
         to = np.minimum(levels, np.maximum(table.floor, target))
         rows = np.flatnonzero((to < levels) & ((rate > 0.0) | (reading > 0.0)))
         if len(rows):
