@@ -131,7 +131,7 @@ def simulate(
     objective: str = DEFAULT_OBJECTIVE,
     max_num_seqs: int = 256,
     max_num_batched_tokens: int = 1024,
-    num_pages: int = 200_000,
+    num_pages: int | None = None,
     overload_delay_s: float = 2.0,
     seed: int = 0,
 ) -> Simulated:
@@ -144,13 +144,13 @@ def simulate(
         objective: of the choice of exits.
         max_num_seqs: most sequences that run at once.
         max_num_batched_tokens: most tokens of a step.
-        num_pages: of the KV cache.
+        num_pages: of the KV cache; None: the machine's.
         overload_delay_s: see ``--overload-delay``.
         seed: of the noise.
     """
     clock, counts, rng = Clock(), _Counts(), random.Random(seed)
     runner = TimedRunner(
-        BlankRunner(machine.exits, num_pages=num_pages),
+        BlankRunner(machine.exits, num_pages=num_pages or machine.num_pages),
         clock,
         machine.model,
         noise=lambda: rng.lognormvariate(0.0, machine.noise),

@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
+from sortserve.admission.queue_limits import Reservation
+from sortserve.core.request import Request
+from sortserve.engine.stream import RequestStream
 from support.http_service import MODEL, HttpService
 from support.scripted import EOS, depth_letter
 
@@ -273,3 +276,38 @@ async def test_long_prompts_are_tokenised_off_the_event_loop(
 
     assert (short.json()["count"], long.json()["count"]) == (100, 30_000)
     assert service.tokenizer.threads > on_loop == {"MainThread"}
+
+
+async def test_lengths_are_learned_by_route_and_model_as_the_client_wrote_it(
+    service: HttpService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, ...]] = []
+    submit = service.worker.submit
+
+    def watched(request: Request, reservation: Reservation) -> RequestStream:
+        seen.append(request.length_class)
+        return submit(request, reservation)
+
+    monkeypatch.setattr(service.worker, "submit", watched)
+    message = {"role": "user", "content": "a"}
+
+    await service.post("/generate", {"prompt": "a", "max_tokens": 1})
+    await service.post("/v1/completions", {"model": f"{MODEL}@4", "prompt": "a", "max_tokens": 1})
+    await service.post(
+        "/v1/chat/completions", {"model": MODEL, "messages": [message], "max_tokens": 1}
+    )
+
+    assert seen == [
+        ("/generate", MODEL),
+        ("/v1/completions", f"{MODEL}@4"),
+        ("/v1/chat/completions", MODEL),
+    ]
+
+
+async def test_a_report_says_what_length_was_expected(make: Callable[..., HttpService]) -> None:
+    service = make(rule=lambda known, exit_layer: EOS)
+
+    await service.post("/generate", {"prompt": "a", "max_tokens": 9})
+
+    [report] = await service.ended.wait_for(1)
+    assert (report.expected_tokens, report.num_output_tokens) == (9, 1)

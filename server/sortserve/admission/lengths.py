@@ -4,24 +4,59 @@ Lengths are counted in buckets of growing width. Each bucket has a hazard: of th
 reached it, the share that ended in it of their own accord. Answers cut by ``max_tokens`` or by a
 deadline count as having got so far and say nothing of where they would have ended (Kaplan and
 Meier, 1958). The same table answers for a request that has run for a while, from its bucket on.
+
+Callers differ: one asks for a word and the next for a page. So there is a table for each class of
+requests (its caller's route and model, see ``Request.length_class``) and size of prompt, one for
+each class and one for all; a request is planned with the first of them that has seen enough.
 """
 
 from __future__ import annotations
 
 import bisect
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from sortserve.core.request import Request
 
-__all__ = ["LengthEstimator", "expected_tokens"]
+__all__ = ["LengthEstimator", "LengthKey", "expected_tokens"]
 
 MIN_ENDED = 20
+"""A table with fewer answers that ended says nothing."""
 FORGET = 0.998
-"""The weight of an answer after each later one: about five hundred count."""
+"""The weight of an answer in its table after each later one there: about five hundred count."""
 GROWTH = 1.25
 MAX_TOKENS = 1 << 20
+MAX_TABLES = 256
+"""Some KiB each. Beyond them the table that was of the least use goes."""
+FADE = 0.999
+"""The weight of a table that nothing is added to, after each answer that is added to another: one
+that nobody has used for some thousand answers makes room for any that is used now."""
+
+
+class LengthKey(NamedTuple):
+    """Whose answers are alike."""
+
+    length_class: tuple[str, ...] = ()
+    """See ``Request.length_class``."""
+    prompt_bucket: int | None = None
+    """Of the prompt's length, each four times as wide as the one before; None: any."""
+
+    @classmethod
+    def of(cls, request: Request) -> LengthKey:
+        """The narrowest that a request belongs to."""
+        return cls(request.length_class, len(request.prompt_token_ids).bit_length() // 2)
+
+
+EVERYBODY = LengthKey()
+
+
+@lru_cache(maxsize=1024)
+def _levels(key: LengthKey) -> tuple[LengthKey, ...]:
+    """A key and what it is a part of, the narrowest first; the last is everybody."""
+    return tuple(dict.fromkeys((key, LengthKey(key.length_class), EVERYBODY)))
 
 
 def _bounds() -> tuple[int, ...]:
@@ -37,7 +72,7 @@ def expected_tokens(request: Request, num_so_far: int, lengths: LengthEstimator)
     limit = request.sampling.max_tokens
     if request.sampling.ignore_eos and not request.sampling.stop:
         return limit
-    learned = lengths.expect(num_so_far, limit)
+    learned = lengths.expect(num_so_far, limit, LengthKey.of(request))
     if learned is not None:
         return learned
     guess = limit if request.expected_tokens is None else request.expected_tokens
@@ -49,8 +84,8 @@ def expected_tokens(request: Request, num_so_far: int, lengths: LengthEstimator)
 class LengthEstimator:
     """Quantiles of the number of output tokens, given how many have come.
 
-    One thread observes; any may ask at the same time. What was learned is one frozen value, and
-    replaced as a whole.
+    One thread observes; any may ask at the same time. What a table has learned is one frozen
+    value, and replaced as a whole.
 
     Args:
         quantile: of the answers that are still running, the share that the estimate shall cover.
@@ -61,28 +96,62 @@ class LengthEstimator:
     def __init__(self, quantile: float = 0.9) -> None:
         assert 0.0 < quantile < 1.0
         nothing = (0.0,) * len(self.BOUNDS)
-        self._learned = _Learned(quantile, nothing, nothing, 0.0)
+        self._nothing = _Learned(quantile, nothing, nothing, 0.0)
+        self._tables: dict[LengthKey, _Learned] = {}
+        # Of each table: its weight when it was last added to, and how many answers there had been.
+        self._uses: dict[LengthKey, tuple[float, int]] = {}
+        self._num_answers = 0
 
-    def observe(self, num_tokens: int, *, cut: bool) -> None:
+    @property
+    def num_tables(self) -> int:
+        """How many classes are remembered: at most ``MAX_TABLES``."""
+        return len(self._tables)
+
+    def observe(self, num_tokens: int, *, cut: bool, key: LengthKey = EVERYBODY) -> None:
         """Learn from an answer of so many tokens.
 
         Args:
             num_tokens: its length.
             cut: it did not end of its own accord.
+            key: whose it was.
         """
-        if num_tokens >= 1:
-            self._learned = self._learned.and_one(num_tokens, cut=cut)
+        if num_tokens < 1:
+            return
+        self._num_answers += 1
+        for level in _levels(key):
+            table = self._tables.get(level, self._nothing)
+            self._tables[level] = table.and_one(num_tokens, cut=cut)
+            self._uses[level] = (1.0 + self._usefulness(level), self._num_answers)
+        while len(self._tables) > MAX_TABLES:
+            least = min((k for k in self._tables if k != EVERYBODY), key=self._usefulness)
+            del self._tables[least], self._uses[least]
 
-    def expect(self, num_so_far: int, max_tokens: int) -> int | None:
+    def expect(self, num_so_far: int, max_tokens: int, key: LengthKey = EVERYBODY) -> int | None:
         """The total length to plan for: above what has come, at most ``max_tokens``.
 
         None before enough answers have ended.
+
+        Args:
+            num_so_far: tokens that have come.
+            max_tokens: the limit.
+            key: whose answer it is.
         """
-        learned = self._learned
-        if learned.weight < MIN_ENDED:
-            return None
-        total = learned.totals[_bucket(num_so_far + 1)]
-        return min(max(total, num_so_far + 1), max_tokens)
+        for learned in self._learned(key):
+            if learned.weight >= MIN_ENDED:
+                total = learned.totals[_bucket(num_so_far + 1)]
+                return min(max(total, num_so_far + 1), max_tokens)
+        return None
+
+    def _learned(self, key: LengthKey) -> Iterator[_Learned]:
+        """The tables that say something of a key, the narrowest first."""
+        for level in _levels(key):
+            if (learned := self._tables.get(level)) is not None:
+                yield learned
+
+    def _usefulness(self, key: LengthKey) -> float:
+        """How many answers a table has had, each worth less with every one that others have had."""
+        weight, last = self._uses.get(key, (0.0, self._num_answers))
+        return float(weight * FADE ** (self._num_answers - last))
 
 
 def _bucket(num_tokens: int) -> int:
@@ -92,7 +161,7 @@ def _bucket(num_tokens: int) -> int:
 
 @dataclass(frozen=True)
 class _Learned:
-    """The answers seen so far, by bucket."""
+    """The answers of one table, by bucket."""
 
     quantile: float
     ended: tuple[float, ...]
@@ -118,15 +187,16 @@ class _Learned:
         survival = [1.0]  # at the start of each bucket
         for ended, risk in zip(self.ended, at_risk, strict=True):
             survival.append(survival[-1] * (1.0 - ended / risk if risk > 0 else 1.0))
-        return [self._quantile_from(start, survival) for start in range(len(self.ended))]
+        ascending = [-share for share in survival]
+        return [self._quantile_from(start, ascending) for start in range(len(self.ended))]
 
-    def _quantile_from(self, start: int, survival: list[float]) -> int:
+    def _quantile_from(self, start: int, ascending: list[float]) -> int:
         bounds = LengthEstimator.BOUNDS
-        if survival[start] <= 0.0:
+        if ascending[start] >= 0.0:
             return bounds[start]
-        left = survival[start] * (1.0 - self.quantile)
-        for bucket in range(start, len(bounds)):
-            if survival[bucket + 1] <= left:
-                after = bounds[min(bucket + 1, len(bounds) - 1)]
-                return max(after - 1, bounds[bucket])
-        return MAX_TOKENS
+        left = ascending[start] * (1.0 - self.quantile)
+        bucket = bisect.bisect_left(ascending, left, lo=start + 1) - 1
+        if bucket >= len(bounds):
+            return MAX_TOKENS
+        after = bounds[min(bucket + 1, len(bounds) - 1)]
+        return max(after - 1, bounds[bucket])

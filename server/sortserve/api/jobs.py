@@ -36,6 +36,8 @@ class Job:
     limit_is_default: bool
     """The client gave no max_tokens: ``sampling.max_tokens`` shrinks to what the context holds."""
     budget: Budget
+    length_class: tuple[str, ...]
+    """See ``Request.length_class``: served names and our own routes, so there are not many."""
     cache_salt: str
     """Cached prefixes are shared between jobs of equal salt; it holds the API key's digest."""
     stream: bool
@@ -100,6 +102,7 @@ def make_job(
         sampling=sampling,
         limit_is_default=max_tokens is None,
         budget=budget,
+        length_class=(request.scope["route"].path, model.name),
         cache_salt=_cache_salt(request, body.cache_salt or ""),
         stream=bool(body.stream),
         arrival_s=request.state.arrival_s,

@@ -154,5 +154,6 @@ class Service:
             budget=job.budget,
             arrival_s=job.arrival_s,
             expected_tokens=expected_tokens,
+            length_class=job.length_class,
             cache_salt=job.cache_salt,
         )

@@ -69,6 +69,9 @@ class Request:
     """Which of the n samples this is: moves the seed, so that samples differ."""
     expected_tokens: int | None = None
     """Output tokens to predict times with where the client set no limit; None: ``max_tokens``."""
+    length_class: tuple[str, ...] = ()
+    """Whose answers are about as long: the route and the model as the client named it. Empty: one
+    class for all."""
     cache_salt: str = ""
     """Prefixes are shared only between requests of equal salt."""
 
@@ -96,6 +99,8 @@ class RequestReport:
     last_token_s: float | None
     finished_s: float
     num_preemptions: int = 0
+    expected_tokens: int | None = None
+    """Output tokens that it was planned for when it came."""
     outcome: str | None = None
     """Of a latency budget: met, missed, degraded or truncated; None without one."""
     seed: int = 0

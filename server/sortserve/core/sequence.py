@@ -91,6 +91,7 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
+        self.expected_tokens: int | None = None
         self.tokens_by_exit: dict[int, int] = {}
 
         self.last_scheduled_s = request.arrival_s

@@ -28,6 +28,8 @@ class Machine:
     """Measured quality, by exit; None: nobody measured."""
     noise: float = 0.08
     """Standard deviation of the logarithm of a step's time."""
+    num_pages: int = 200_000
+    """Of the KV cache, of 16 tokens and as many layers as divide all exits."""
 
     @property
     def model(self) -> CostModel:

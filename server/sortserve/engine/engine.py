@@ -153,6 +153,7 @@ class Engine:
         seed = self._random.getrandbits(63) if seed is None else seed
         text = self._make_text(request)
         sequence = sequence_of(request, choice, seed=seed, eos_token_ids=self._eos_token_ids)
+        sequence.expected_tokens = self.expect(request)
         self.scheduler.add(sequence)
         self._live[request.request_id] = Live(sequence, text, choice.fits)
         if request.budget.has_latency and request.budget.on_miss is not OnMiss.DEGRADE:

@@ -34,6 +34,7 @@ def make_report(
         last_token_s=sequence.last_token_s,
         finished_s=now,
         num_preemptions=sequence.num_preemptions,
+        expected_tokens=sequence.expected_tokens,
         seed=sequence.seed,
     )
     return _with_outcome(report, promised)

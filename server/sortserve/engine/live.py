@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sortserve.admission.choose import ExitChoice
-from sortserve.admission.lengths import LengthEstimator
+from sortserve.admission.lengths import LengthEstimator, LengthKey
 from sortserve.core.request import Request
 from sortserve.core.sequence import Sequence
 
@@ -88,6 +88,7 @@ def rest(live: Live) -> str:
 def learn_length(lengths: LengthEstimator, sequence: Sequence, *, cut: bool) -> None:
     """Let the length of an answer be learned; if that fails, nothing else does."""
     try:
-        lengths.observe(sequence.num_output_tokens, cut=cut)
+        key = LengthKey.of(sequence.request)
+        lengths.observe(sequence.num_output_tokens, cut=cut, key=key)
     except Exception:
         logger.exception("nothing was learned of the length of an answer")

@@ -19,6 +19,7 @@ from sortserve.core.budget import Budget
 from sortserve.core.request import EngineStats, FinishReason, RequestReport, StepRecord
 from sortserve.telemetry.series import (
     ERROR_RATIO_BOUNDS,
+    LENGTH_RATIO_BOUNDS,
     REQUEST_BOUNDS_S,
     ROWS_BOUNDS,
     TOKEN_BOUNDS_S,
@@ -162,6 +163,9 @@ class Metrics:
         self._error_ratio = self._histogram(
             "prediction_error_ratio", "Actual over predicted", ERROR_RATIO_BOUNDS, "kind"
         )
+        self._length_ratio = self._histogram(
+            "length_error_ratio", "Expected over actual output tokens", LENGTH_RATIO_BOUNDS
+        )
 
     # What the engine tells.
 
@@ -220,6 +224,8 @@ class Metrics:
             self._prefill_time[()].observe(first - report.first_scheduled_s)
         if first is not None and last is not None:
             self._decode_time[()].observe(last - first)
+        if report.finish_reason is FinishReason.STOP and report.expected_tokens:
+            self._length_ratio[()].observe(report.expected_tokens / report.num_output_tokens)
         self._observe_predictions(report)
 
     def on_rejected(self, reason: str, budget: Budget | None) -> None:

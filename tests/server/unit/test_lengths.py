@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sortserve.admission.lengths import MIN_ENDED, LengthEstimator, expected_tokens
+from sortserve.admission.lengths import (
+    MAX_TABLES,
+    MIN_ENDED,
+    LengthEstimator,
+    LengthKey,
+    expected_tokens,
+)
 from sortserve.admission.overload import CALM_S, HOLD_S, DepthLevel, next_level
 from support.scripted import make_request
 
@@ -81,6 +90,91 @@ def test_who_ignores_the_end_of_sequence_runs_to_the_limit() -> None:
     request = make_request(max_tokens=300, ignore_eos=True)
 
     assert expected_tokens(request, 0, learned([10] * 100)) == 300
+
+
+# ---- each class its own lengths ----
+
+
+def class_key(name: str, prompt_tokens: int = 100) -> LengthKey:
+    prompt = tuple(range(prompt_tokens))
+    request = replace(make_request(prompt=prompt), length_class=("/generate", name))
+    return LengthKey.of(request)
+
+
+@given(
+    short=st.integers(1, 50),
+    factor=st.integers(8, 40),
+    order=st.lists(st.booleans(), min_size=4 * MIN_ENDED, max_size=120),
+)
+@settings(max_examples=30, deadline=None)
+def test_two_classes_of_very_different_lengths_are_each_estimated_right(
+    short: int, factor: int, order: list[bool]
+) -> None:
+    estimator, long = LengthEstimator(), short * factor
+    words, pages = class_key("words"), class_key("pages")
+    for is_page in [*order, *[True, False] * MIN_ENDED]:
+        estimator.observe(long if is_page else short, cut=False, key=pages if is_page else words)
+
+    assert estimator.expect(0, 10_000, words) == pytest.approx(short, rel=0.25, abs=1)
+    assert estimator.expect(0, 10_000, pages) == pytest.approx(long, rel=0.25, abs=1)
+
+
+def test_short_and_long_prompts_of_one_class_have_lengths_of_their_own() -> None:
+    estimator = LengthEstimator()
+    question, document = class_key("m", prompt_tokens=8), class_key("m", prompt_tokens=900)
+    for _ in range(2 * MIN_ENDED):
+        estimator.observe(10, cut=False, key=question)
+        estimator.observe(400, cut=False, key=document)
+
+    assert estimator.expect(0, 10_000, question) == pytest.approx(10, rel=0.25)
+    assert estimator.expect(0, 10_000, document) == pytest.approx(400, rel=0.25)
+
+
+def test_a_class_that_has_seen_little_is_planned_with_what_it_is_a_part_of() -> None:
+    estimator = LengthEstimator()
+    for _ in range(2 * MIN_ENDED):
+        estimator.observe(300, cut=False, key=class_key("known", prompt_tokens=8))
+    for _ in range(MIN_ENDED - 1):
+        estimator.observe(20, cut=False, key=class_key("new"))
+
+    other_prompts = estimator.expect(0, 10_000, class_key("known", prompt_tokens=900))
+    assert other_prompts == pytest.approx(300, rel=0.25)  # its class
+    assert estimator.expect(0, 10_000, class_key("new")) == pytest.approx(300, rel=0.25)  # all
+
+    for _ in range(2):
+        estimator.observe(20, cut=False, key=class_key("new"))
+    assert estimator.expect(0, 10_000, class_key("new")) == pytest.approx(20, rel=0.25)  # its own
+
+
+@given(st.randoms(use_true_random=False), st.integers(1, 5))
+@settings(max_examples=5, deadline=None)
+def test_ten_thousand_names_take_no_more_memory_and_push_nobody_out(
+    rng: random.Random, every: int
+) -> None:
+    estimator = LengthEstimator()
+    for i in range(1_000):
+        name = f"invented-{rng.randrange(10_000)}"
+        estimator.observe(rng.randint(1, 500), cut=False, key=class_key(name))
+        if i % (4 * every) == 0 or i < 2 * MIN_ENDED:
+            estimator.observe(30, cut=False, key=class_key("regular"))
+        assert estimator.num_tables <= MAX_TABLES
+
+    assert estimator.expect(0, 10_000, class_key("regular")) == pytest.approx(30, rel=0.25)
+
+
+def test_a_class_that_nobody_uses_any_more_makes_room() -> None:
+    estimator = LengthEstimator()
+    for i in range(MAX_TABLES):
+        for _ in range(3):
+            estimator.observe(100, cut=False, key=class_key(f"old-{i}"))
+    for _ in range(3_000):  # by now the old ones count for less than one answer
+        estimator.observe(30, cut=False, key=class_key("busy"))
+
+    for _ in range(MIN_ENDED + 1):
+        for i in range(10):
+            estimator.observe(5, cut=False, key=class_key(f"new-{i}"))
+
+    assert all(estimator.expect(0, 999, class_key(f"new-{i}")) == 5 for i in range(10))
 
 
 # ---- depth of requests without a budget under overload ----

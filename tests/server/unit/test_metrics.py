@@ -242,6 +242,19 @@ def test_the_end_is_predicted_for_the_tokens_that_came(metrics: Metrics) -> None
     assert read(metrics, "prediction_error_ratio_sum", kind="e2e") == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("reason", [FinishReason.LENGTH, FinishReason.DEADLINE])
+def test_only_answers_that_ended_themselves_judge_the_expected_length(
+    metrics: Metrics, reason: FinishReason
+) -> None:
+    report = replace(REPORT, finish_reason=FinishReason.STOP, num_output_tokens=20)
+
+    metrics.on_finished(replace(report, expected_tokens=30))
+    metrics.on_finished(replace(report, expected_tokens=30, finish_reason=reason))
+
+    assert read(metrics, "length_error_ratio_count") == 1
+    assert read(metrics, "length_error_ratio_sum") == pytest.approx(1.5)
+
+
 # The page
 
 
