@@ -36,6 +36,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from sortserve.admission.choose import ExitChoice
 from sortserve.core.budget import Budget
@@ -51,7 +52,7 @@ from sortserve.core.request import (
 from sortserve.core.sampling_params import RowFailure, SampledToken, SamplingParams
 from sortserve.cost.learner import CostLearner
 from sortserve.cost.machine import Machine
-from sortserve.cost.model import CostModel, step_shape
+from sortserve.cost.model import StepShape, step_shape
 from sortserve.engine.desk import desk_of
 from sortserve.engine.engine import Engine, EngineConfig
 from sortserve.scheduling.objective import DEFAULT_OBJECTIVE
@@ -152,7 +153,7 @@ def simulate(
     runner = TimedRunner(
         BlankRunner(machine.exits, num_pages=num_pages or machine.num_pages),
         clock,
-        machine.model,
+        machine,
         noise=lambda: rng.lognormvariate(0.0, machine.noise),
     )
     config = EngineConfig(
@@ -213,14 +214,21 @@ class BlankRunner:
         return [SampledToken(BLANK) for row in plan.rows if row.sampling is not None]
 
 
+class Truth(Protocol):
+    """Who says how long steps take: a ``Machine``, or a ``CostModel``."""
+
+    def step_s(self, shape: StepShape) -> float:
+        """Seconds of one step."""
+
+
 class TimedRunner:
-    """A runner whose steps take the time that a cost model says, times some noise."""
+    """A runner whose steps take the time that somebody says, times some noise."""
 
     def __init__(
         self,
         runner: Runner,
         clock: Clock,
-        truth: CostModel,
+        truth: Truth,
         *,
         noise: Callable[[], float] = lambda: 1.0,
     ) -> None:

@@ -14,7 +14,7 @@ from sortserve.core.plan import RowPlan, Runner, StepPlan
 from sortserve.core.sampling_params import SamplingParams, SamplingRow
 from sortserve.cost.model import REGIME_TOKENS, CostModel, Samples, StepShape, step_shape
 
-__all__ = ["calibrate", "fault_of", "slowed", "spot_check"]
+__all__ = ["calibrate", "fault_of", "slowed", "spot_check", "survey"]
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,10 @@ DECODE_ROWS = (1, 4, 16, 32)
 PREFILL_TOKENS = (64, 128, 256, 512)
 SHORT_PROMPTS = 16
 CONTEXTS = (16, 256)
+SURVEY_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+SURVEY_CONTEXTS = (16, 256, 768)
+SURVEY_TOKENS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
+SURVEY_ROUNDS = 5
 REPEATS = 3
 MAX_CONTEXT = 4096
 AS_EXPECTED = 1.2
@@ -74,6 +78,32 @@ def calibrate(
         100 * errors[int(0.95 * (len(errors) - 1))],
     )
     return samples
+
+
+def survey(
+    runner: Runner,
+    *,
+    exits: Sequence[int],
+    vocab_size: int,
+    max_model_len: int,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    clock: Callable[[], float],
+    budget_s: float = 30.0,
+) -> list[tuple[StepShape, float]]:
+    """Time many more steps than a calibration does, for a simulation of this machine.
+
+    Rounds over all of them, one at least, as far as ``budget_s`` goes: a machine that gets slower
+    meanwhile does so for all alike. The seconds of a shape are the median of its rounds.
+    """
+    plans = _Plans(runner, exits, vocab_size, max_model_len, max_num_batched_tokens, max_num_seqs)
+    chosen = plans.many()
+    runner.execute(chosen[0])  # warm-up
+    start, rounds = clock(), list[list[float]]()
+    while len(rounds) < SURVEY_ROUNDS and (not rounds or clock() - start < budget_s):
+        rounds.append([_time_once(runner, plan, clock) for plan in chosen])
+    seconds = map(statistics.median, zip(*rounds, strict=True))
+    return [(step_shape(plan), s) for plan, s in zip(chosen, seconds, strict=True)]
 
 
 def fault_of(
@@ -196,8 +226,10 @@ class _Plans:
         self._max_seqs = max_seqs
         self._max_context = max_context = min(max_model_len, MAX_CONTEXT)
         self._random = random.Random(0)
-        self._prompts = _clipped(PREFILL_TOKENS, min(max_tokens, max_seqs * max_context))
-        self._rows = _clipped(DECODE_ROWS, min(max_tokens, max_seqs))
+        self._tokens_limit = min(max_tokens, max_seqs * max_context)
+        self._rows_limit = min(max_tokens, max_seqs)
+        self._prompts = _clipped(PREFILL_TOKENS, self._tokens_limit)
+        self._rows = _clipped(DECODE_ROWS, self._rows_limit)
         self._contexts = _clipped(CONTEXTS, max_context)
 
     def telling(self) -> list[StepPlan]:
@@ -228,6 +260,15 @@ class _Plans:
         told = {step_shape(plan) for plan in self.telling()}
         pairs = zip_longest(prompts, decodes)
         return [plan for plan in _once(chain(*pairs)) if step_shape(plan) not in told]
+
+    def many(self) -> list[StepPlan]:
+        """Enough to draw the curves of small and large steps at the two ends of the depth."""
+        ends = sorted({self._exits[0], self._exits[-1]}, reverse=True)
+        rows = _clipped(SURVEY_ROWS, self._rows_limit)
+        contexts = _clipped(SURVEY_CONTEXTS, self._max_context)
+        prompts = _clipped(SURVEY_TOKENS, self._tokens_limit)
+        decodes = [self._decode(e, n, c) for n in rows for c in contexts for e in ends]
+        return _once([*(self._prompt(e, n) for n in prompts for e in ends), *decodes])
 
     def few(self) -> list[StepPlan]:
         """Some of the telling ones: the least and the most rows at either depth, and a prompt."""

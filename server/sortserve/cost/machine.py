@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sortserve.core.budget import ExitInfo, ExitTable
 from sortserve.cost.model import CostModel, Line, RowShape, StepShape
+from sortserve.cost.step_curve import StepCurve
 
 __all__ = ["Machine"]
 
@@ -28,13 +29,19 @@ class Machine:
     """Measured quality, by exit; None: nobody measured."""
     noise: float = 0.08
     """Standard deviation of the logarithm of a step's time."""
+    curve: StepCurve | None = None
+    """What steps take in truth, where that was measured; None: what ``model`` says."""
     num_pages: int = 200_000
     """Of the KV cache, of 16 tokens and as many layers as divide all exits."""
 
     @property
     def model(self) -> CostModel:
-        """The true times of steps, without the noise."""
+        """The times of steps as a scheduler could best know them."""
         return CostModel(self.small, self.large)
+
+    def step_s(self, shape: StepShape) -> float:
+        """The true time of a step, without the noise."""
+        return self.model.step_s(shape) if self.curve is None else self.curve.step_s(shape)
 
     @property
     def table(self) -> ExitTable:
@@ -53,7 +60,7 @@ class Machine:
 
     def calibration(self) -> list[tuple[StepShape, float]]:
         """What a server would have measured at its start."""
-        truth, shapes = self.model, []
+        shapes = []
         for exit_layer in self.exits:
             for num_rows in (1, 4, 16, 32):
                 for context_len in (16, 256):
@@ -62,4 +69,4 @@ class Machine:
             for num_tokens in (64, 128, 256, 512):
                 row = RowShape(exit_layer, num_tokens, num_tokens, samples=True)
                 shapes.append(StepShape.of([row]))
-        return [(shape, truth.step_s(shape)) for shape in shapes]
+        return [(shape, self.step_s(shape)) for shape in shapes]

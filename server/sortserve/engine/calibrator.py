@@ -11,7 +11,7 @@ import torch
 from sortserve import __version__
 from sortserve.core.user_cache import open_user_cache
 from sortserve.cost.cache import cache_path, machine_name, read_samples, write_samples
-from sortserve.cost.calibration import calibrate, fault_of, slowed, spot_check
+from sortserve.cost.calibration import calibrate, fault_of, slowed, spot_check, survey
 from sortserve.cost.model import CostModel, Samples, StepShape
 from sortserve.engine.engine import Engine
 from sortserve.engine.runner import ModelRunner
@@ -74,6 +74,10 @@ class Calibrator:
                 break
             logger.warning("this calibration is not kept: %s", fault)
         return samples
+
+    def survey(self) -> list[tuple[StepShape, float]]:
+        """Many steps, for a simulation of this machine; see ``sortserve.cost.calibration``."""
+        return survey(self._runner, clock=self._clock, **self._shapes)
 
     def _new_samples(self) -> list[tuple[StepShape, float]]:
         """New ones to serve with: made slower where they cannot be believed."""

@@ -44,6 +44,8 @@ class Serving:
     """What the engine's thread does before the first request (``EngineWorker.start``)."""
     measure: Callable[[], list[tuple[StepShape, float]]]
     """Time steps afresh, for ``sortserve profile``; only before the worker is started."""
+    survey: Callable[[], list[tuple[StepShape, float]]]
+    """Time many steps, for a simulation; likewise."""
     metrics: Metrics
     cache: CacheShape
     computed_in: Mapping[str, str]
@@ -124,6 +126,7 @@ def build(settings: ServeSettings) -> Serving:
         worker=worker,
         prepare=prepare,
         measure=parts.calibrator.measure,
+        survey=parts.calibrator.survey,
         metrics=metrics,
         cache=cache,
         computed_in=computed_in,
