@@ -1,21 +1,30 @@
-"""The proof: who meets the budgets of a real arrival trace, at what depth, on a real server.
+r"""The proof: who meets the budgets of a real arrival trace, at what depth, on a real server.
 
 Replays a trace (JSON lines with t, prompt_tokens, output_tokens) open-loop at several rates. Each
 request has a latency budget from one of three classes: 1.5, 3 or 8 times what it takes alone at
 full depth, which is measured first. Compared, each on a fresh server:
 
-    full, shallow, middle   every request at one exit, lock-step batches, no admission
-    lockstep                our admission, lock-step batches
-    deadline                our admission and our policy
+    full, shallow, middle         every request at one exit, lock-step batches, no admission
+    lockstep                      our admission, lock-step batches
+    quality, attainment, depth    our admission and policy, with that objective
+    deadline                      the same with the server's default objective
 
-All are graded alike, as the client saw it: due time to last chunk. `goodput_share` is the share of
-all requests that were met, refused ones counted as not met. `met_of_admitted` leaves those out.
-The quality of what was served is the mean `score` over tokens, where the checkpoint has scores.
-With `--simulate` the steps of this machine are timed first, and stretched to what requests take
-alone over HTTP. The simulator then runs the same requests through the same scheduling with those
-times, and its goodput is printed beside the real one. The last line is one JSON document.
+All are graded alike, as the client saw it: due time to last chunk. What counts is
+`quality_goodput`: the mean `score` of the tokens of each answer that was in time, 0 of all others,
+over all requests. `goodput_share` is the share of all requests that were met, refused ones counted
+as not met; `met_of_admitted` leaves those out. Where the checkpoint has no scores, the share of the
+layers stands in.
 
-    python -m benchmarks.goodput trace.jsonl --rates 1 1.5 2 3 --num-requests 300 --plot goodput.svg
+`--loads` are multiples of the rate at which `full` meets half of the budgets. It is searched for
+first, or given as `--half-rate`; `--rates` are requests a second. With `--simulate` the steps of
+this machine are timed first, and brought to what requests take over HTTP. The simulator then runs
+the same requests through the same scheduling with those times, and its goodput is printed beside
+the real one. With `--journal` a run that was cut off goes on where it was when it is started
+again. `--report` writes the tables and the JSON line as a page in Markdown, `--plot` the figure.
+The last line is one JSON document. Five loads and six systems take 23 minutes:
+
+    python -m benchmarks.goodput trace.jsonl --num-requests 100 --simulate --journal run.jsonl \
+        --report promises.md --plot goodput.svg
 """
 
 from __future__ import annotations
@@ -24,32 +33,30 @@ import argparse
 import asyncio
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lib.budget_classes import CLASSES, BudgetClass, Unloaded, draw_class, scaled
-from benchmarks.lib.common import environment, percentile, print_json, print_table
+from benchmarks.lib.budget_classes import Unloaded
+from benchmarks.lib.common import environment, json_line, print_table
+from benchmarks.lib.goodput_page import COLUMNS, cell, cells, class_line, draw, markdown
+from benchmarks.lib.half_rate import HalfRateSearch
 from benchmarks.lib.http_client import HttpClient
-from benchmarks.lib.loadgen import Planned, RequestRecord, Run, run_closed_loop, run_open_loop
+from benchmarks.lib.journal import Journal
+from benchmarks.lib.loadgen import run_open_loop
+from benchmarks.lib.replay import Alone, Exits, figures, measure_alone, plan_requests, read_exits
 from benchmarks.lib.server_process import ServerStartError, serve
+from benchmarks.lib.systems import DEFAULT_SYSTEMS, SYSTEMS, System
 from benchmarks.lib.workload import PromptMaker, RequestMaker, RequestSpec, load_trace
 from benchmarks.serving import detect_model
-from benchmarks.simulate import arrivals_of, stretched
-from benchmarks.simulate import figures as simulated_figures
+from benchmarks.simulate import LOADS, find_half_rate, over_http, run_system, scaled_to
 from sortserve.cost.machine import Machine
-from sortserve.process.plot import Series, line_chart
 from sortserve.process.profiling import measured_machine
-from sortserve.simulation import simulate
 
-__all__ = ["SYSTEMS", "figures", "main"]
+__all__ = ["main", "simulate_all"]
 
-SYSTEMS = ("full", "shallow", "middle", "lockstep", "deadline")
-COLUMNS = (
-    *("goodput_share", "goodput_per_s", "met_of_admitted", "refused_share"),
-    *("mean_depth_share", "mean_score", "output_tokens_per_s"),
-)
+UNJOURNALED = ("journal", "report", "plot", "simulate")
+"""Arguments that do not change what is measured."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -62,275 +69,190 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("trace", type=Path, help="JSON lines: t, prompt_tokens, output_tokens")
     parser.add_argument("--model", help="default: the server's default")
     parser.add_argument("--exits", help="that the server opens; default: the checkpoint's own")
-    parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    rates = parser.add_mutually_exclusive_group()
+    rates.add_argument("--rates", type=float, nargs="+", help="requests a second")
+    rates.add_argument("--loads", type=float, nargs="+", default=list(LOADS))
+    parser.add_argument("--half-rate", type=float, help="at which full meets half; default: found")
+    parser.add_argument(
+        "--systems", nargs="+", choices=list(SYSTEMS), default=list(DEFAULT_SYSTEMS)
+    )
     parser.add_argument("--num-requests", type=int, default=300)
     parser.add_argument("--lengths", type=float, default=0.25, help="scale of the trace's lengths")
     parser.add_argument("--max-prompt-tokens", type=int, default=1024)
     parser.add_argument("--on-miss", choices=("reject", "degrade"), default="reject")
+    parser.add_argument("--min-quality", type=float, default=0.5, help="floor of every budget")
     parser.add_argument("--vocab-size", type=int, default=32000)
     parser.add_argument("--simulate", action="store_true", help="the same in the simulator, too")
-    parser.add_argument("--plot", type=Path, help="draw goodput over rate as an SVG")
+    parser.add_argument("--journal", type=Path, help="keep parts that are done, and go on from it")
+    parser.add_argument("--report", type=Path, help="write the tables as a page in Markdown")
+    parser.add_argument("--plot", type=Path, help="draw goodput over rate: an SVG, or a .png")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--server-args", default="", help="more flags, separated by spaces")
     return parser.parse_args(argv)
 
 
-@dataclass(frozen=True)
-class Exits:
-    """What ``GET /exits`` says."""
+class Measurement:
+    """One run of the program: every system at every rate, each part kept when it is done.
 
-    layers: Sequence[int]
-    scores: Mapping[int, float | None]
+    Args:
+        arguments: of the command line.
+        journal: of what is done.
+    """
 
-    @property
-    def fixed(self) -> dict[str, int]:
-        """The exit of each system that has only one."""
-        layers = self.layers
-        return {"full": layers[-1], "shallow": layers[0], "middle": layers[len(layers) // 2]}
-
-
-async def read_exits(client: HttpClient) -> Exits:
-    """Ask the server."""
-    entries = (await client.request("GET", "/exits")).json()["exits"]
-    return Exits([e["exit_layer"] for e in entries], {e["exit_layer"]: e["score"] for e in entries})
-
-
-async def measure_unloaded(client: HttpClient, maker: RequestMaker, full: int) -> Unloaded:
-    """A line through the first-token times of two prompt lengths, and the time of a token."""
-    firsts: dict[int, float] = {}
-    gaps: list[float] = []
-    for num_prompt in (64, 512):
-        spec = RequestSpec(num_prompt_tokens=num_prompt, num_output_tokens=32)
-
-        def plan(spec: RequestSpec = spec) -> Iterator[Planned]:
-            while True:
-                yield Planned(maker.make(spec, full))
-
-        run = await run_closed_loop(client, [plan()], num_requests=6)
-        records = [record for record in run.records[1:] if record.ok]
-        firsts[num_prompt] = percentile([r.ttft_s for r in records if r.ttft_s is not None], 0.5)
-        gaps += [r.tpot_s for r in records if r.tpot_s is not None]
-    slope = max(0.0, (firsts[512] - firsts[64]) / (512 - 64))
-    start = max(0.0, firsts[64] - 64 * slope)
-    return Unloaded(lambda num_tokens: start + slope * num_tokens, percentile(gaps, 0.5))
-
-
-def plan_requests(
-    specs: Sequence[RequestSpec],
-    maker: RequestMaker,
-    unloaded: Unloaded,
-    exit_layer: int | None,
-    arguments: argparse.Namespace,
-) -> tuple[list[Planned], list[BudgetClass]]:
-    """The requests as one system gets them, and the class each is graded by."""
-    rng = random.Random(arguments.seed)
-    planned, classes = [], []
-    for spec in specs:
-        budget_class = draw_class(rng)
-        budget = budget_class.budget(unloaded, spec, arguments.on_miss)
-        own = RequestMaker(
-            model=maker.model, prompts=maker.prompts, budget={} if exit_layer else budget
+    def __init__(self, arguments: argparse.Namespace, journal: Journal) -> None:
+        self._arguments = arguments
+        self._journal = journal
+        self._trace = load_trace(arguments.trace, num_requests=arguments.num_requests)
+        self._machine = (
+            measured_machine(arguments.model, arguments.exits) if arguments.simulate else None
         )
-        planned.append(Planned(own.make(spec, exit_layer), exit_layer, spec.due_s))
-        classes.append(budget_class)
-    return planned, classes
 
+    async def run(self) -> dict[str, Any]:
+        """All systems, one after the other."""
+        arguments, journal = self._arguments, self._journal
+        if "alone" not in journal or not (arguments.rates or arguments.half_rate):
+            await self._on_server(SYSTEMS["full"], ())  # before the rates are known
+        alone = Alone(**journal["alone"])
+        half_rate = None if arguments.rates else arguments.half_rate or journal["half_rate"]
+        rates = arguments.rates or [round(load * half_rate, 3) for load in arguments.loads]
+        for name in arguments.systems:
+            todo = [rate for rate in rates if _part(name, rate) not in journal]
+            if todo:
+                await self._on_server(SYSTEMS[name], todo)
+        results: dict[str, Any] = {
+            "unloaded": vars(alone),
+            "half_rate": half_rate,
+            "systems": {
+                name: {rate: journal[_part(name, rate)] for rate in rates}
+                for name in arguments.systems
+            },
+        }
+        if self._machine is not None:
+            results["simulated"] = simulate_all(
+                arguments, self._trace, self._machine, alone.unloaded, rates
+            )
+        return results
 
-def figures(
-    run: Run,
-    specs: Sequence[RequestSpec],
-    classes: Sequence[BudgetClass],
-    unloaded: Unloaded,
-    exits: Exits,
-) -> dict[str, Any]:
-    """What a run comes to."""
-    records = sorted(run.records, key=lambda record: record.due_s)
-    met = [
-        record.ok
-        and record.e2e_s is not None
-        and record.e2e_s * 1e3 <= budget_class.latency_ms(unloaded, spec)
-        for record, spec, budget_class in zip(records, specs, classes, strict=True)
-    ]
-    refused = [record.status == 429 for record in records]
-    by_class = {
-        c.name: _share(
-            sum(m for m, own in zip(met, classes, strict=True) if own is c),
-            sum(own is c for own in classes),
+    async def _on_server(self, system: System, rates: Sequence[float]) -> None:
+        """One system at some rates, on a server of its own; without rates, what they come from."""
+        arguments, journal = self._arguments, self._journal
+        missing = {"alone"} if arguments.rates or arguments.half_rate else {"alone", "half_rate"}
+        if not rates and all(part in journal for part in missing):
+            return
+        model = [arguments.model] if arguments.model else []
+        opened = ["--exits", arguments.exits] if arguments.exits else []
+        flags = [*model, *system.flags, *opened, *arguments.server_args.split()]
+        async with serve(flags) as client:
+            exits, name = await read_exits(client), await detect_model(client)
+            if "alone" not in journal:
+                maker = RequestMaker(model=name, prompts=self._prompts("alone"))
+                alone = await measure_alone(client, maker, exits.layers[-1])
+                journal.add("alone", vars(alone))
+            if "half_rate" in missing and "half_rate" not in journal:
+                journal.add("half_rate", await self._find_half_rate(client, name, exits))
+            for rate in rates:
+                found = await self._at(client, name, exits, system, rate)
+                journal.add(_part(system.name, rate), found)
+
+    async def _find_half_rate(self, client: HttpClient, model: str, exits: Exits) -> float:
+        unloaded, arguments = Alone(**self._journal["alone"]).unloaded, self._arguments
+        alone_s = sum(map(unloaded.e2e_s, scaled_to(self._trace, 1.0, arguments)))
+        guess = len(self._trace) / alone_s
+        if self._machine is not None:
+            guess = find_half_rate(self._machine, self._trace, unloaded, arguments)
+        search = HalfRateSearch(round(guess, 3), tolerance=0.05, precision=1.08, max_tries=6)
+        while not search.is_done:
+            found = await self._at(client, model, exits, SYSTEMS["full"], search.rate)
+            search.tell(found["goodput_share"] or 0.0)
+        print(f"full depth meets half of the budgets at {search.rate:.3g} requests a second")
+        return search.rate
+
+    async def _at(
+        self, client: HttpClient, model: str, exits: Exits, system: System, rate: float
+    ) -> dict[str, Any]:
+        """One system at one rate; the prompts are the same for every system."""
+        print(f"{system.name} at {rate:g} a second ...", flush=True)
+        unloaded = Alone(**self._journal["alone"]).unloaded
+        maker = RequestMaker(model=model, prompts=self._prompts(f"{rate:g}"))
+        specs = scaled_to(self._trace, rate, self._arguments)
+        planned, budgets = plan_requests(
+            specs,
+            maker,
+            unloaded,
+            system,
+            exits,
+            seed=self._arguments.seed,
+            on_miss=self._arguments.on_miss,
+            min_quality=self._arguments.min_quality,
         )
-        for c in CLASSES
-    }
-    num_output = sum(record.num_output_tokens for record in records)
-    tokens = [token for record in records for token in _tokens_by_exit(record)]
-    num_tokens = sum(n for _, n in tokens)
-    return {
-        "goodput_share": _share(sum(met), len(met)),
-        "goodput_per_s": round(sum(met) / run.wall_s, 3),
-        "met_of_admitted": _share(sum(met), len(met) - sum(refused)),
-        "refused_share": _share(sum(refused), len(refused)),
-        "by_class": by_class,
-        "mean_depth_share": _share(sum(e * n for e, n in tokens), num_tokens * exits.layers[-1]),
-        "mean_score": _mean_score(tokens, exits),
-        "output_tokens_per_s": round(num_output / run.wall_s, 1),
-        "refusal_ms_p50": _refusal_ms(records, 0.5),
-        "refusal_ms_p99": _refusal_ms(records, 0.99),
-        "num_failed": sum(r.error is not None and r.status != 429 for r in records),
-        "prediction_error_p50": _prediction_error(records),
-        "wall_s": round(run.wall_s, 1),
-        "max_send_lag_ms": round(max(r.sent_s - r.due_s for r in records) * 1e3, 1),
-    }
+        run = await run_open_loop(client, planned)
+        found = figures(run, specs, budgets, unloaded, exits)
+        print(f"  {class_line(system.name, found)}", flush=True)
+        return found
+
+    def _prompts(self, of: str) -> PromptMaker:
+        """Prompts that no other rate has, or the prefix cache would know them."""
+        rng = random.Random(f"{self._arguments.seed}/{of}")
+        return PromptMaker(rng, vocab_size=self._arguments.vocab_size)
 
 
-def _mean_score(tokens: Sequence[tuple[int, int]], exits: Exits) -> float | None:
-    """Over tokens; None where an exit in use has no score."""
-    scored = [(exits.scores.get(e), n) for e, n in tokens]
-    if any(score is None for score, _ in scored):
-        return None
-    return _share(sum((score or 0.0) * n for score, n in scored), sum(n for _, n in scored))
-
-
-def _tokens_by_exit(record: RequestRecord) -> list[tuple[int, int]]:
-    budget = record.budget or {}
-    return [(int(e), n) for e, n in budget.get("tokens_by_exit", {}).items()]
-
-
-def _prediction_error(records: Sequence[RequestRecord]) -> float | None:
-    """Median of how far the server's predicted time was from its actual one."""
-    pairs = [(r.budget or {}) for r in records if r.ok]
-    errors = [
-        abs(p["predicted_ms"] / p["actual_ms"] - 1.0)
-        for p in pairs
-        if p.get("predicted_ms") and p.get("actual_ms")
-    ]
-    return round(percentile(errors, 0.5), 4) if errors else None
-
-
-def _refusal_ms(records: Sequence[RequestRecord], share: float) -> float | None:
-    """From sending to the whole 429, as the client saw it."""
-    times = [
-        1e3 * (r.answered_s - r.sent_s)
-        for r in records
-        if r.status == 429 and r.answered_s is not None
-    ]
-    return round(percentile(times, share), 1) if times else None
-
-
-def _share(part: float, whole: float) -> float | None:
-    return round(part / whole, 4) if whole else None
-
-
-async def measure_system(
-    arguments: argparse.Namespace, system: str, unloaded: Unloaded | None
-) -> tuple[dict[float, dict[str, Any]], Unloaded]:
-    """One system at every rate, on a server of its own."""
-    model = [arguments.model] if arguments.model else []
-    opened = ["--exits", arguments.exits] if arguments.exits else []
-    flags = ["--policy", _policy(system), *opened, *arguments.server_args.split()]
-    results = {}
-    async with serve([*model, *flags]) as client:
-        prompts = PromptMaker(random.Random(arguments.seed), vocab_size=arguments.vocab_size)
-        maker = RequestMaker(model=await detect_model(client), prompts=prompts)
-        exits = await read_exits(client)
-        if unloaded is None:
-            unloaded = await measure_unloaded(client, maker, exits.layers[-1])
-        for rate in arguments.rates:
-            print(f"{system} at {rate:g} a second ...", flush=True)
-            specs = specs_at(arguments, rate)
-            exit_layer = exits.fixed.get(system)
-            planned, classes = plan_requests(specs, maker, unloaded, exit_layer, arguments)
-            run = await run_open_loop(client, planned)
-            results[rate] = figures(run, specs, classes, unloaded, exits)
-    return results, unloaded
-
-
-async def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All systems, one after the other."""
-    machine = measured_machine(arguments.model, arguments.exits) if arguments.simulate else None
-    unloaded: Unloaded | None = None
-    found: dict[str, dict[float, dict[str, Any]]] = {}
-    for system in arguments.systems:
-        found[system], unloaded = await measure_system(arguments, system, unloaded)
-    assert unloaded is not None
-    alone = {n: round(1e3 * unloaded.prefill_s(n), 2) for n in (64, 512)}
-    results: dict[str, Any] = {
-        "unloaded": {"ttft_ms": alone, "token_ms": round(1e3 * unloaded.token_s, 3)},
-        "systems": found,
-    }
-    if machine is not None:
-        results["simulated"] = simulate_all(arguments, machine, unloaded)
-    return results
-
-
-def specs_at(arguments: argparse.Namespace, rate: float) -> list[RequestSpec]:
-    """The trace as it is replayed at a rate."""
-    return scaled(
-        load_trace(arguments.trace, num_requests=arguments.num_requests),
-        lengths=arguments.lengths,
-        rate=rate,
-        max_prompt_tokens=arguments.max_prompt_tokens,
-    )
+def _part(system: str, rate: float) -> str:
+    return f"{system} at {rate:g}"
 
 
 def simulate_all(
-    arguments: argparse.Namespace, machine: Machine, unloaded: Unloaded
+    arguments: argparse.Namespace,
+    trace: Sequence[RequestSpec],
+    machine: Machine,
+    unloaded: Unloaded,
+    rates: Sequence[float],
 ) -> dict[str, dict[float, dict[str, Any]]]:
     """The same requests with the same budgets, for every system and rate, on the machine."""
-    own = argparse.Namespace(**vars(arguments), unbudgeted=0.0)
-    machine = stretched(machine, unloaded, specs_at(arguments, 1.0))
+    machine = over_http(machine, unloaded)
 
-    def run(system: str, rate: float) -> dict[str, Any]:
-        arrivals = arrivals_of(specs_at(arguments, rate), machine, system, own, unloaded)
-        done = simulate(machine, arrivals, policy=_policy(system), seed=arguments.seed)
-        return simulated_figures(done, machine, unloaded)
+    def run(name: str, rate: float) -> dict[str, Any]:
+        specs = scaled_to(trace, rate, arguments)
+        return run_system(machine, specs, SYSTEMS[name], unloaded, arguments)
 
-    return {s: {rate: run(s, rate) for rate in arguments.rates} for s in arguments.systems}
-
-
-def _policy(system: str) -> str:
-    return "deadline" if system == "deadline" else "lockstep"
-
-
-def draw(found: Mapping[str, Mapping[float, Mapping[str, Any]]]) -> bytes:
-    """Goodput over rate as an SVG, a line a system."""
-    series = [
-        Series(system, [(rate, f["goodput_share"] or 0.0) for rate, f in rates.items()], colour=i)
-        for i, (system, rates) in enumerate(found.items())
-    ]
-    return line_chart("Requests that met their budget", "requests a second", "share", series)
+    return {name: {rate: run(name, rate) for rate in rates} for name in arguments.systems}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measures every system at every rate, prints and draws them."""
     arguments = parse_arguments(argv)
     described = environment()
+    run = {n: v for n, v in vars(arguments).items() if n not in UNJOURNALED}
     try:
-        results = asyncio.run(measure_all(arguments))
+        journal = Journal(arguments.journal, run)
+        results = asyncio.run(Measurement(arguments, journal).run())
     except (ServerStartError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    for rate in arguments.rates:
-        print(f"\nrate {rate:g} a second")
-        rows = [
-            [system, *(_cell(rates[rate][column]) for column in COLUMNS)]
-            for system, rates in results["systems"].items()
-        ]
-        print_table(["system", *COLUMNS], rows)
-        for system, rates in results["systems"].items():
-            shares = ", ".join(f"{c} {_cell(v)}" for c, v in rates[rate]["by_class"].items())
-            print(f"{system}: met by class: {shares}")
-        for system, simulated in results.get("simulated", {}).items():
-            real = results["systems"][system][rate]["goodput_share"]
-            predicted = simulated[rate]["goodput_share"]
-            print(f"{system}: goodput {_cell(real)}, simulated {_cell(predicted)}")
+    show(results)
+    document = json_line("goodput", arguments, described, results)
+    if arguments.report is not None:
+        page = f"{markdown(results)}\n\n## JSON lines\n\n```\n{document}\n```\n"
+        arguments.report.write_text(page, encoding="utf-8")
+        print(f"report: {arguments.report}")
     if arguments.plot is not None:
-        arguments.plot.write_bytes(draw(results["systems"]))
+        arguments.plot.write_bytes(draw(results, arguments.plot.suffix.lstrip(".") or "svg"))
         print(f"plot: {arguments.plot}")
-    print_json("goodput", arguments, described, results)
+    print(document)
     return 0
 
 
-def _cell(value: object) -> str | None:
-    return f"{value:.3f}" if isinstance(value, float) else None if value is None else str(value)
+def show(results: Mapping[str, Any]) -> None:
+    """A table for each rate, the classes, and the simulator beside the server."""
+    for rate in next(iter(results["systems"].values())):
+        print(f"\nrate {rate:g} a second")
+        rows = ([name, *cells(rates[rate])] for name, rates in results["systems"].items())
+        print_table(["system", *COLUMNS], rows)
+        for name, rates in results["systems"].items():
+            print(class_line(name, rates[rate]))
+        for name, simulated in results.get("simulated", {}).items():
+            real, predicted = results["systems"][name][rate], simulated[rate]
+            for figure in ("quality_goodput", "goodput_share"):
+                print(f"{name}: {figure} {cell(real[figure])}, simulated {cell(predicted[figure])}")
 
 
 if __name__ == "__main__":

@@ -20,12 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.goodput import figures, measure_unloaded, plan_requests, read_exits
-from benchmarks.lib.budget_classes import CLASSES, BudgetClass, Unloaded, scaled
+from benchmarks.lib.budget_classes import CLASSES, Budgeted, Unloaded, scaled
 from benchmarks.lib.common import environment, metric_total, print_json, print_table
 from benchmarks.lib.http_client import HttpClient
 from benchmarks.lib.loadgen import Planned, run_open_loop
+from benchmarks.lib.replay import figures, measure_alone, plan_requests, read_exits
 from benchmarks.lib.server_process import ServerStartError, serve
+from benchmarks.lib.systems import SYSTEMS
 from benchmarks.lib.workload import PromptMaker, RequestMaker, RequestSpec, load_trace
 from benchmarks.serving import detect_model
 
@@ -34,7 +35,8 @@ __all__ = ["main"]
 SAMPLE_S = 2.0
 DRAIN_S = 60.0
 SHOWN = (
-    *("num_requests", "statuses", "met_of_admitted", "goodput_share", "refused_share"),
+    *("num_requests", "statuses", "met_of_admitted", "quality_goodput", "goodput_share"),
+    "refused_share",
     *("refusal_ms_p50", "refusal_ms_p99", "mean_depth_share", "output_tokens_per_s"),
     *("max_running", "max_waiting", "drain_s"),
 )
@@ -54,6 +56,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=float, default=0.25, help="scale of the trace's lengths")
     parser.add_argument("--max-prompt-tokens", type=int, default=1024)
     parser.add_argument("--on-miss", choices=("reject", "degrade"), default="reject")
+    parser.add_argument("--min-quality", type=float, default=0.5, help="floor of every budget")
     parser.add_argument("--vocab-size", type=int, default=32000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--server-args", default="", help="more flags, separated by spaces")
@@ -97,14 +100,23 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         prompts = PromptMaker(random.Random(arguments.seed), vocab_size=arguments.vocab_size)
         maker = RequestMaker(model=await detect_model(client), prompts=prompts)
         exits = await read_exits(client)
-        unloaded = await measure_unloaded(client, maker, exits.layers[-1])
+        unloaded = (await measure_alone(client, maker, exits.layers[-1])).unloaded
         specs = scaled(
             load_trace(arguments.trace, num_requests=num_requests),
             lengths=arguments.lengths,
             rate=arguments.rate,
             max_prompt_tokens=arguments.max_prompt_tokens,
         )
-        planned, classes = plan_requests(specs, maker, unloaded, None, arguments)
+        planned, budgets = plan_requests(
+            specs,
+            maker,
+            unloaded,
+            SYSTEMS["deadline"],
+            exits,
+            seed=arguments.seed,
+            on_miss=arguments.on_miss,
+            min_quality=arguments.min_quality,
+        )
         states: list[dict[str, float]] = []
         watching = asyncio.create_task(watch(client, states))
         run = await run_open_loop(client, planned)
@@ -114,7 +126,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         after = figures(await run_open_loop(client, planned), *tight, unloaded, exits)
     return {
         "num_requests": num_requests,
-        **figures(run, specs, classes, unloaded, exits),
+        **figures(run, specs, budgets, unloaded, exits),
         "statuses": dict(Counter(str(record.status) for record in run.records)),
         "memory_mib": [round(state["memory_mib"]) for state in states],
         "max_running": max(state["running"] for state in states),
@@ -126,18 +138,18 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def plan_tight(
     maker: RequestMaker, unloaded: Unloaded
-) -> tuple[list[Planned], tuple[list[RequestSpec], list[BudgetClass]]]:
+) -> tuple[list[Planned], tuple[list[RequestSpec], list[Budgeted]]]:
     """Five requests with tight budgets, two seconds apart, and what they are graded by."""
     tight = CLASSES[0]
     specs = [
         RequestSpec(num_prompt_tokens=128, num_output_tokens=32, due_s=2.0 * i) for i in range(5)
     ]
+    budgets = [Budgeted(tight.budget(unloaded, spec, "reject"), tight) for spec in specs]
     planned = []
-    for spec in specs:
-        budget = tight.budget(unloaded, spec, "reject")
-        own = RequestMaker(model=maker.model, prompts=maker.prompts, budget=budget)
+    for spec, budget in zip(specs, budgets, strict=True):
+        own = RequestMaker(model=maker.model, prompts=maker.prompts, budget=budget.budget)
         planned.append(Planned(own.make(spec, None), None, spec.due_s))
-    return planned, (specs, [tight] * len(specs))
+    return planned, (specs, budgets)
 
 
 def quarters(samples: Sequence[float]) -> str:

@@ -1,45 +1,57 @@
-"""Goodput of every policy on a simulated machine, from a trace of arrivals.
+"""Goodput of every system on a simulated machine, from a trace of arrivals.
 
 The server's own scheduler, admission and cost model run under a fake clock; only the model is
 replaced by the time it would take (see ``sortserve/simulation.py``). Each request gets a
 latency budget from one of three classes. Compared are, at several arrival rates:
 
-    full, shallow, middle   every request at one exit, lock-step, no admission
-    lockstep                our admission, lock-step batches
-    deadline                our admission and policy
+    full, shallow, middle         every request at one exit, lock-step batches, no admission
+    lockstep                      our admission, lock-step batches
+    quality, attainment, depth    our admission and policy, with that objective
+    deadline                      the same with the server's default objective
 
-Machines named ``h100`` and ``a100`` are computed from public data-sheet rates, not measured. The
-last line is one JSON document.
+What counts is quality-weighted goodput: the mean score of the tokens of each answer that was in
+time, 0 of all others, over all arrivals. ``--loads`` are multiples of the rate at which ``full``
+meets half of the budgets, which is searched for first; ``--rates`` are requests a second. Every
+machine but ``cpu2`` is computed from public data-sheet rates, not measured. The last line is one
+JSON document.
 
-    python -m benchmarks.simulate trace.jsonl --machine cpu2 --rates 1 2 3 --num-requests 1000
+    python -m benchmarks.simulate trace.jsonl --machine soft-13b --num-requests 1000
 """
 
 from __future__ import annotations
 
 import argparse
-import random
+import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lib.budget_classes import CLASSES, Unloaded, draw_class, scaled
+from benchmarks.lib.budget_classes import CLASSES, Budgeted, Unloaded, plan_budgets, scaled
 from benchmarks.lib.common import environment, percentile, print_json, print_table
+from benchmarks.lib.goodput_page import COLUMNS, cells, class_line
+from benchmarks.lib.grading import Graded, grade
+from benchmarks.lib.half_rate import HalfRateSearch
 from benchmarks.lib.machines import MACHINES
+from benchmarks.lib.systems import DEFAULT_SYSTEMS, SYSTEMS, System
 from benchmarks.lib.workload import RequestSpec, load_trace
 from sortserve.core.budget import Budget
 from sortserve.cost.machine import Machine
+from sortserve.cost.model import RowShape, StepShape
+from sortserve.cost.step_curve import StepCurve
 from sortserve.simulation import Arrival, Outcome, Simulated, simulate
 
-__all__ = ["SYSTEMS", "arrivals_of", "figures", "main", "stretched", "unloaded_times"]
+__all__ = ["LOADS", "arrivals_of", "figures", "find_half_rate", "main", "over_http", "run_system"]
 
-SYSTEMS = ("full", "shallow", "middle", "lockstep", "deadline")
-COLUMNS = (
-    *("goodput_share", "met_of_admitted", "refused_share", "mean_depth_share"),
-    *("mean_score", "output_tokens_per_s", "num_lowered"),
-)
+LOADS = (0.5, 0.75, 1.0, 1.5, 2.0)
+MAX_CHUNK = 1024
+CONTEXT_LEN = 256
+"""Of the token whose time stands for all."""
+PROMPTS = (64, 512)
+"""Lengths at which a machine and what its clients saw are compared."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,13 +63,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("trace", type=Path, help="JSON lines: t, prompt_tokens, output_tokens")
     parser.add_argument("--machine", choices=sorted(MACHINES), default="cpu2")
-    parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 2.0, 3.0, 4.0])
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    rates = parser.add_mutually_exclusive_group()
+    rates.add_argument("--rates", type=float, nargs="+", help="requests a second")
+    rates.add_argument("--loads", type=float, nargs="+", default=list(LOADS))
+    parser.add_argument("--half-rate", type=float, help="at which full meets half; default: found")
+    parser.add_argument(
+        "--systems", nargs="+", choices=list(SYSTEMS), default=list(DEFAULT_SYSTEMS)
+    )
     parser.add_argument("--num-requests", type=int, default=1000)
     parser.add_argument("--lengths", type=float, default=0.25, help="scale of the trace's lengths")
     parser.add_argument("--max-prompt-tokens", type=int, default=1024)
     parser.add_argument("--unbudgeted", type=float, default=0.0, help="share without a budget")
     parser.add_argument("--on-miss", choices=("reject", "degrade"), default="reject")
+    parser.add_argument("--min-quality", type=float, default=0.5, help="floor of every budget")
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
@@ -65,98 +83,101 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def unloaded_times(machine: Machine) -> Unloaded:
     """What the machine takes for one request at full depth."""
-    model, full = machine.model, machine.exits[-1]
-    c0, a, b, d, h = model.small
-    return Unloaded(
-        lambda num_tokens: model.prefill_s(full, num_tokens),
-        c0 + (a + b + 256 * d) * full + h,
-    )
+    return Unloaded(partial(_prompt_s, machine), _step_s(machine, 1, CONTEXT_LEN))
 
 
-def stretched(machine: Machine, unloaded: Unloaded, specs: Sequence[RequestSpec]) -> Machine:
+def _prompt_s(machine: Machine, num_tokens: int) -> float:
+    """Seconds of a prompt alone, in chunks."""
+    ends = [*range(MAX_CHUNK, num_tokens, MAX_CHUNK), num_tokens]
+    starts = [0, *ends[:-1]]
+    return sum(_step_s(machine, end - start, end) for start, end in zip(starts, ends, strict=True))
+
+
+def _step_s(machine: Machine, num_tokens: int, context_len: int) -> float:
+    row = RowShape(machine.exits[-1], num_tokens, context_len, samples=True)
+    return machine.step_s(StepShape.of([row]))
+
+
+def over_http(machine: Machine, unloaded: Unloaded) -> Machine:
     """The machine as its clients meet it, HTTP and their own work on the same cores included.
 
-    All its times are multiplied by one factor, with which the requests, each alone at full depth,
-    take what ``unloaded`` says in sum.
+    What a request takes alone over HTTP beyond the machine's own time is the same for each step,
+    and does not grow with what the step runs: many rows pay it once. (A factor on all times made
+    large batches slower than they are.) Where a request took less than the machine said, the
+    machine has become faster since it was timed.
     """
     own = unloaded_times(machine)
-    factor = sum(map(unloaded.e2e_s, specs)) / sum(map(own.e2e_s, specs))
-    small, large = (
-        (factor * c0, factor * a, factor * b, factor * d, factor * h)
-        for c0, a, b, d, h in (machine.small, machine.large)
-    )
-    return replace(machine, small=small, large=large)
+    larges = [(unloaded.prefill_s(n), own.prefill_s(n)) for n in PROMPTS]
+    large_s = statistics.fmean(seen - timed for seen, timed in larges)
+    small_s = unloaded.token_s - own.token_s
+    curve = machine.curve or StepCurve.fit(machine.calibration())
+    if small_s < 0.0 or large_s < 0.0:
+        curve = curve.slower(min(unloaded.token_s / own.token_s, *(s / t for s, t in larges), 1.0))
+        faster = unloaded_times(replace(machine, curve=curve))
+        small_s = unloaded.token_s - faster.token_s
+        large_s = statistics.fmean(unloaded.prefill_s(n) - faster.prefill_s(n) for n in PROMPTS)
+    return replace(machine, curve=curve.later(max(small_s, 0.0), max(large_s, 0.0)))
 
 
-def arrivals_of(
-    specs: Sequence[RequestSpec],
+def arrivals_of(specs: Sequence[RequestSpec], planned: Sequence[Budgeted]) -> list[Arrival]:
+    """A trace with its budgets, as the simulation takes it."""
+    return [
+        Arrival(
+            due_s=spec.due_s,
+            num_prompt_tokens=spec.num_prompt_tokens,
+            num_output_tokens=spec.num_output_tokens,
+            budget=Budget.from_mapping(own.budget),
+            label=own.budget_class.name if own.budget_class else "unbudgeted",
+        )
+        for spec, own in zip(specs, planned, strict=True)
+    ]
+
+
+def run_system(
     machine: Machine,
-    system: str,
+    specs: Sequence[RequestSpec],
+    system: System,
+    unloaded: Unloaded,
     arguments: argparse.Namespace,
-    unloaded: Unloaded | None = None,
-) -> list[Arrival]:
-    """The requests as one system gets them: with budgets, or pinned to an exit.
+) -> dict[str, Any]:
+    """The figures of one system under one load.
 
     Args:
+        machine: how long steps take, and what the exits are worth.
         specs: scaled, in order.
-        machine: whose exits they are pinned to.
-        system: one of ``SYSTEMS``.
-        arguments: its ``seed``, ``on_miss`` and ``unbudgeted``.
-        unloaded: what budgets are multiples of; None is what the machine says.
+        system: who serves them.
+        unloaded: what budgets are multiples of.
+        arguments: ``seed``, ``on_miss``, ``min_quality`` and, if they are there, ``unbudgeted`` and
+            ``max_num_seqs``.
     """
-    rng, unloaded = random.Random(arguments.seed), unloaded or unloaded_times(machine)
-    fixed = {"full": -1, "shallow": 0, "middle": len(machine.exits) // 2}
-    arrivals = []
-    for spec in specs:
-        budget_class = draw_class(rng)
-        is_budgeted = not arguments.unbudgeted or rng.random() >= arguments.unbudgeted
-        if system in fixed:
-            budget = Budget(exit_layer=machine.exits[fixed[system]])
-        elif is_budgeted:
-            values = budget_class.budget(unloaded, spec, arguments.on_miss)
-            budget = Budget.from_mapping(values)
-        else:
-            budget = Budget()
-        arrivals.append(
-            Arrival(
-                due_s=spec.due_s,
-                num_prompt_tokens=spec.num_prompt_tokens,
-                num_output_tokens=spec.num_output_tokens,
-                budget=budget,
-                label=budget_class.name if is_budgeted else "unbudgeted",
-            )
-        )
-    return arrivals
+    planned = plan_budgets(
+        specs,
+        unloaded,
+        pinned=system.pinned(machine.exits),
+        seed=arguments.seed,
+        on_miss=arguments.on_miss,
+        min_quality=None if machine.score is None else arguments.min_quality,
+        unbudgeted=getattr(arguments, "unbudgeted", 0.0),
+    )
+    done = simulate(
+        machine,
+        arrivals_of(specs, planned),
+        max_num_seqs=getattr(arguments, "max_num_seqs", 256),
+        seed=arguments.seed,
+        **system.options,
+    )
+    return figures(done, machine, unloaded)
 
 
 def figures(run: Simulated, machine: Machine, unloaded: Unloaded | None = None) -> dict[str, Any]:
     """What a run comes to: goodput, attainment, depth, quality, refusals."""
     unloaded = unloaded or unloaded_times(machine)
-    factors = {c.name: c for c in CLASSES}
-    graded = [o for o in run.outcomes if o.arrival.label in factors]
-    met = [o for o in graded if _is_met(o, factors[o.arrival.label].latency_ms(unloaded, _spec(o)))]
-    admitted = [o for o in graded if o.error is None]
-    served = [o for o in run.outcomes if o.error is None and o.report is not None]
-    tokens = [
-        (e, n) for o in served if o.report is not None for e, n in o.report.tokens_by_exit.items()
-    ]
-    num_tokens = sum(n for _, n in tokens)
-    scores = machine.score or {e: machine.compute[e] for e in machine.exits}
-    by_class = {
-        name: _share(
-            sum(o in met for o in graded if o.arrival.label == name),
-            sum(o.arrival.label == name for o in graded),
-        )
-        for name in factors
-    }
+    requests = [_graded(outcome, unloaded) for outcome in run.outcomes]
+    found = grade(requests, machine.table.scores, [c.name for c in CLASSES])
+    num_tokens = sum(sum(r.tokens_by_exit.values()) for r in requests)
     return {
-        "goodput_share": _share(len(met), len(graded)),
-        "goodput_per_s": round(len(met) / run.wall_s, 3),
-        "met_of_admitted": _share(len(met), len(admitted)),
-        "refused_share": _share(sum(o.error is not None for o in graded), len(graded)),
-        "by_class": by_class,
-        "mean_depth_share": _share(sum(e * n for e, n in tokens), num_tokens * machine.exits[-1]),
-        "mean_score": _share(sum(scores[e] * n for e, n in tokens), num_tokens),
+        **found,
+        "goodput_per_s": round(sum(bool(r.met) for r in requests) / run.wall_s, 3),
         "output_tokens_per_s": round(num_tokens / run.wall_s, 1),
         "num_lowered": run.num_lowered,
         "num_preemptions": run.num_preemptions,
@@ -167,25 +188,56 @@ def figures(run: Simulated, machine: Machine, unloaded: Unloaded | None = None) 
     }
 
 
-def _spec(outcome: Outcome) -> RequestSpec:
-    arrival = outcome.arrival
-    return RequestSpec(
-        num_prompt_tokens=arrival.num_prompt_tokens, num_output_tokens=arrival.num_output_tokens
+def _graded(outcome: Outcome, unloaded: Unloaded) -> Graded:
+    arrival, report = outcome.arrival, outcome.report
+    budget_class = {c.name: c for c in CLASSES}.get(arrival.label)
+    is_served = outcome.error is None and report is not None
+    met = None
+    if budget_class is not None:
+        spec = RequestSpec(
+            num_prompt_tokens=arrival.num_prompt_tokens, num_output_tokens=arrival.num_output_tokens
+        )
+        limit_ms = budget_class.latency_ms(unloaded, spec)
+        met = is_served and report is not None and report.e2e_s * 1e3 <= limit_ms
+    return Graded(
+        class_name=arrival.label,
+        met=met,
+        refused=outcome.error is not None,
+        tokens_by_exit=report.tokens_by_exit if is_served and report is not None else {},
     )
-
-
-def _is_met(outcome: Outcome, limit_ms: float) -> bool:
-    report = outcome.report
-    return outcome.error is None and report is not None and report.e2e_s * 1e3 <= limit_ms
-
-
-def _share(part: float, whole: float) -> float | None:
-    return round(part / whole, 4) if whole else None
 
 
 def _error(ratios: Sequence[float], share: float) -> float | None:
     errors = [abs(ratio - 1.0) for ratio in ratios]
     return round(percentile(errors, share), 4) if errors else None
+
+
+def find_half_rate(
+    machine: Machine,
+    trace: Sequence[RequestSpec],
+    unloaded: Unloaded,
+    arguments: argparse.Namespace,
+) -> float:
+    """The rate at which full depth meets half of the budgets, on a simulated machine."""
+    mean_s = sum(map(unloaded.e2e_s, scaled_to(trace, 1.0, arguments))) / len(trace)
+    search = HalfRateSearch(1.0 / mean_s)
+    while not search.is_done:
+        specs = scaled_to(trace, search.rate, arguments)
+        found = run_system(machine, specs, SYSTEMS["full"], unloaded, arguments)
+        search.tell(found["goodput_share"] or 0.0)
+    return search.rate
+
+
+def scaled_to(
+    trace: Sequence[RequestSpec], rate: float, arguments: argparse.Namespace
+) -> list[RequestSpec]:
+    """A trace at a rate, with lengths as the command line wants them."""
+    return scaled(
+        trace,
+        lengths=arguments.lengths,
+        rate=rate,
+        max_prompt_tokens=arguments.max_prompt_tokens,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -199,41 +251,27 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     print(f"{machine.name}: {machine.source}")
-    results: dict[str, Any] = {"source": machine.source, "rates": {}}
-    for rate in arguments.rates:
-        specs = scaled(
-            trace,
-            lengths=arguments.lengths,
-            rate=rate,
-            max_prompt_tokens=arguments.max_prompt_tokens,
-        )
-        started_s = time.perf_counter()
+    unloaded = unloaded_times(machine)
+    half_rate = arguments.half_rate
+    if half_rate is None and not arguments.rates:
+        half_rate = find_half_rate(machine, trace, unloaded, arguments)
+        print(f"full depth meets half of the budgets at {half_rate:.3g} requests a second")
+    rates = arguments.rates or [round(load * half_rate, 4) for load in arguments.loads]
+    results: dict[str, Any] = {"source": machine.source, "half_rate": half_rate, "rates": {}}
+    for rate in rates:
+        specs, started_s = scaled_to(trace, rate, arguments), time.perf_counter()
         found = {
-            system: figures(
-                simulate(
-                    machine,
-                    arrivals_of(specs, machine, system, arguments),
-                    policy="deadline" if system == "deadline" else "lockstep",
-                    max_num_seqs=arguments.max_num_seqs,
-                    seed=arguments.seed,
-                ),
-                machine,
-            )
-            for system in arguments.systems
+            name: run_system(machine, specs, SYSTEMS[name], unloaded, arguments)
+            for name in arguments.systems
         }
         results["rates"][rate] = found
-        print(f"\nrate {rate:g} a second ({time.perf_counter() - started_s:.1f} s)")
-        rows = ([name, *(_cell(f[column]) for column in COLUMNS)] for name, f in found.items())
-        print_table(["system", *COLUMNS], rows)
+        load = f", load {rate / half_rate:.3g}" if half_rate else ""
+        print(f"\nrate {rate:g} a second{load} ({time.perf_counter() - started_s:.1f} s)")
+        print_table(["system", *COLUMNS], ([name, *cells(f)] for name, f in found.items()))
         for name, f in found.items():
-            shares = ", ".join(f"{c} {_cell(v)}" for c, v in f["by_class"].items())
-            print(f"{name}: met by class: {shares}")
+            print(class_line(name, f))
     print_json("simulate", arguments, described, results)
     return 0
-
-
-def _cell(value: object) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

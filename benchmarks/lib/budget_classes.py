@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.lib.workload import RequestSpec
 
-__all__ = ["CLASSES", "BudgetClass", "Unloaded", "draw_class", "scaled"]
+__all__ = ["CLASSES", "BudgetClass", "Budgeted", "Unloaded", "draw_class", "plan_budgets", "scaled"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,12 @@ class BudgetClass:
         """The whole answer's budget."""
         return round(1e3 * self.factor * unloaded.e2e_s(spec), 1)
 
-    def budget(self, unloaded: Unloaded, spec: RequestSpec, on_miss: str) -> dict[str, Any]:
+    def budget(
+        self, unloaded: Unloaded, spec: RequestSpec, on_miss: str, min_quality: float | None = None
+    ) -> dict[str, Any]:
         """The budget object of a request."""
-        return {"latency_ms": self.latency_ms(unloaded, spec), "on_miss": on_miss}
+        budget = {"latency_ms": self.latency_ms(unloaded, spec), "on_miss": on_miss}
+        return budget if min_quality is None else {**budget, "min_quality": min_quality}
 
 
 CLASSES = (
@@ -52,6 +55,48 @@ class Unloaded:
 def draw_class(rng: random.Random) -> BudgetClass:
     """A class at random, by the shares."""
     return rng.choices(CLASSES, [c.share for c in CLASSES])[0]
+
+
+@dataclass(frozen=True)
+class Budgeted:
+    """What one request of a trace is sent with, and graded by."""
+
+    budget: dict[str, Any]
+    """The budget object."""
+    budget_class: BudgetClass | None
+    """None: it has no budget of time."""
+
+
+def plan_budgets(
+    specs: Sequence[RequestSpec],
+    unloaded: Unloaded,
+    *,
+    pinned: int | None,
+    seed: int,
+    on_miss: str = "reject",
+    min_quality: float | None = None,
+    unbudgeted: float = 0.0,
+) -> list[Budgeted]:
+    """The budgets of a trace, the same for every system that is compared.
+
+    Args:
+        specs: scaled, in order.
+        unloaded: what budgets are multiples of.
+        pinned: the exit that every request names instead; it is graded by its class all the same.
+        seed: of the classes.
+        on_miss: what every budget says.
+        min_quality: the floor that every budget names; None: none.
+        unbudgeted: share of the requests without a budget.
+    """
+    rng, planned = random.Random(seed), []
+    for spec in specs:
+        budget_class: BudgetClass | None = draw_class(rng)
+        assert budget_class is not None
+        budget = budget_class.budget(unloaded, spec, on_miss, min_quality)
+        if unbudgeted and rng.random() < unbudgeted:
+            budget_class, budget = None, {}
+        planned.append(Budgeted({"exit_layer": pinned} if pinned else budget, budget_class))
+    return planned
 
 
 def scaled(

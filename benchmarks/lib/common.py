@@ -17,6 +17,7 @@ from typing import Any
 
 __all__ = [
     "environment",
+    "json_line",
     "metric_total",
     "percentile",
     "print_json",
@@ -87,7 +88,17 @@ def print_json(
     described: Mapping[str, Any],
     results: Mapping[str, Any],
 ) -> None:
-    """Prints the whole run as one line of JSON: always the last line of a benchmark.
+    """Prints ``json_line``: always the last line of a benchmark."""
+    print(json_line(benchmark, arguments, described, results), flush=True)
+
+
+def json_line(
+    benchmark: str,
+    arguments: argparse.Namespace,
+    described: Mapping[str, Any],
+    results: Mapping[str, Any],
+) -> str:
+    """The whole run as one line of JSON.
 
     ``described`` is ``environment()`` from before the run, so that the load average is the
     machine's and not the benchmark's own.
@@ -99,7 +110,7 @@ def print_json(
         "environment": dict(described),
         "results": results,
     }
-    print(json.dumps(document, default=str), flush=True)
+    return json.dumps(document, default=str)
 
 
 def _cell(value: object) -> str:

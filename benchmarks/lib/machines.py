@@ -1,10 +1,10 @@
-"""Machines to simulate (see ``sortserve.simulation``): one that was measured, two computed."""
+"""Machines to simulate (see ``sortserve.simulation``): one that was measured, others computed."""
 
 from __future__ import annotations
 
 from sortserve.cost.machine import Machine
 
-__all__ = ["MACHINES"]
+__all__ = ["MACHINES", "soft_scores"]
 
 
 def _machine_8b(name: str, source: str, *, bytes_per_s: float, flop_per_s: float) -> Machine:
@@ -25,7 +25,68 @@ def _machine_8b(name: str, source: str, *, bytes_per_s: float, flop_per_s: float
     )
 
 
+JUDGED = {
+    12: -0.709,
+    16: -0.529,
+    20: -0.309,
+    24: -0.165,
+    28: -0.162,
+    32: 0.009,
+    36: 0.015,
+    40: 0.091,
+}
+"""SoFT LLaMA-2 13B after four epochs, each exit against the whole model of plain fine-tuning: wins
+less losses over comparisons, by PandaLM. Table 5 of "Sorted LLaMA" (arXiv 2309.08968 v2)."""
+
+
+def soft_scores() -> dict[int, float]:
+    """Scores relative to full depth: how often an exit wins, over how often the deepest does.
+
+    A judgement s in [-1, 1] means that (1 + s) / 2 of the comparisons are won, ties counted half.
+    The score of exit E is (1 + s_E) / (1 + s_40). So the exit at 80 % of the layers, which ties the
+    plainly fine-tuned model, has 0.925: the deepest exit of its own model beats that.
+    """
+    return {e: (1.0 + s) / (1.0 + JUDGED[40]) for e, s in JUDGED.items()}
+
+
+def _soft_13b() -> Machine:
+    """LLaMA-2 13B in bf16 on one H100 SXM, with the exits and the quality that SoFT published.
+
+    From the model's configuration: 40 layers, hidden 5120, MLP 13824, 40 heads of 128 for queries,
+    keys and values alike, a vocabulary of 32,000 and an output matrix of its own. So 317 M
+    parameters a layer, 164 M in the head, and 20 KiB of keys and values for each token and layer.
+    Rates as for the 8B model. What 90 % of 80 GB leave beside the weights holds the KV cache.
+    """
+    hidden, inner, vocab, num_layers = 5120, 13824, 32_000, 40
+    layer, head = 4 * hidden**2 + 3 * hidden * inner, vocab * hidden
+    memory, arithmetic = 0.8 * 3.35e12, 0.5 * 989e12
+    kv_bytes = 2 * 2 * hidden
+    line = (
+        1e-3 + 2 * head / memory,
+        2 * layer / memory,
+        2 * layer / arithmetic,
+        kv_bytes / memory,
+        2 * head / arithmetic,
+    )
+    page_bytes = 16 * 4 * kv_bytes  # a block of 16 tokens in the 4 layers between two exits
+    free_bytes = 0.9 * 80e9 - 2 * (num_layers * layer + 2 * head)
+    full = num_layers * layer + head
+    return Machine(
+        name="soft-13b",
+        source="computed, not measured: LLaMA-2 13B bf16 on H100 SXM data-sheet rates, 3.35 TB/s, "
+        "989 TFLOP/s; quality as published for Sorted Fine-Tuning (arXiv 2309.08968 v2, Table 5)",
+        exits=tuple(JUDGED),
+        small=line,
+        large=line,
+        compute={e: (layer * e + head) / full for e in JUDGED},
+        score=soft_scores(),
+        noise=0.03,
+        num_pages=int(free_bytes / page_bytes),
+    )
+
+
 MACHINES = {
+    "soft-13b": _soft_13b(),
     "cpu2": Machine(
         name="cpu2",
         source="SmolLM2-135M bf16 on 2 cores of a server CPU: benchmarks/results, 2026-11-24",

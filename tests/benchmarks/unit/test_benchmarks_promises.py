@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.goodput import Exits, figures, parse_arguments, simulate_all
-from benchmarks.lib.budget_classes import CLASSES, Unloaded
+from benchmarks.goodput import Measurement, parse_arguments, simulate_all
+from benchmarks.lib.budget_classes import CLASSES, Budgeted, Unloaded
 from benchmarks.lib.http_client import HttpClient
+from benchmarks.lib.journal import Journal
 from benchmarks.lib.loadgen import RequestRecord, Run
 from benchmarks.lib.machines import MACHINES
-from benchmarks.lib.workload import RequestSpec
+from benchmarks.lib.replay import Exits, figures
+from benchmarks.lib.workload import RequestSpec, load_trace
 
 from benchmarks import overload
 from sortserve.process.profiling import measured_machine
@@ -52,7 +54,8 @@ def refused(due_s: float, took_s: float) -> RequestRecord:
 
 def figures_of(records: Sequence[RequestRecord], classes: Sequence[Any]) -> dict[str, Any]:
     run = Run(records=records, started_s=0.0, ended_s=10.0, cpu_s=0.1)
-    return figures(run, [SPEC] * len(records), classes, UNLOADED, EXITS)
+    budgets = [Budgeted({}, budget_class) for budget_class in classes]
+    return figures(run, [SPEC] * len(records), budgets, UNLOADED, EXITS)
 
 
 def test_refusals_are_misses_of_all_and_not_of_those_admitted() -> None:
@@ -72,6 +75,16 @@ def test_depth_and_quality_are_means_over_tokens() -> None:
 
     assert found["mean_depth_share"] == 0.75
     assert found["mean_score"] == 0.75
+    assert found["quality_goodput"] == 0.75
+
+
+def test_an_answer_counts_its_quality_if_it_was_in_time_and_nothing_if_not() -> None:
+    records = [served(0, 0.29, 30), served(1, 0.5, 15, 30), served(2, 1.7, 30), refused(3, 0.02)]
+
+    found = figures_of(records, [TIGHT, MEDIUM, LOOSE, TIGHT])
+
+    assert found["quality_goodput"] == pytest.approx((1.0 + 0.75) / 4, abs=1e-4)
+    assert found["quality_by_class"] == {"tight": 0.5, "medium": 0.75, "loose": 0.0}
 
 
 def test_a_refusal_takes_from_sending_to_the_whole_answer() -> None:
@@ -80,20 +93,45 @@ def test_a_refusal_takes_from_sending_to_the_whole_answer() -> None:
     assert (found["refusal_ms_p50"], found["refusal_ms_p99"]) == (20.0, 29.8)
 
 
-def test_the_simulated_twin_runs_the_same_requests(tmp_path: Path) -> None:
-    trace = tmp_path / "trace.jsonl"
+def write_trace(path: Path) -> Path:
     line = '{"t": %d, "prompt_tokens": 400, "output_tokens": 80}\n'
-    trace.write_text("".join(line % i for i in range(40)))
+    path.write_text("".join(line % i for i in range(40)))
+    return path
+
+
+def test_the_simulated_twin_runs_the_same_requests(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "trace.jsonl")
     systems = ("full", "deadline")
-    flags = ["--rates", "0.2", "8", "--num-requests", "30", "--systems", *systems]
+    flags = ["--num-requests", "30", "--systems", *systems]
     machine = MACHINES["cpu2"]
     alone = Unloaded(lambda num_tokens: machine.model.prefill_s(30, num_tokens), 0.015)
+    specs = load_trace(trace, num_requests=30)
 
-    found = simulate_all(parse_arguments([str(trace), *flags]), machine, alone)
+    found = simulate_all(parse_arguments([str(trace), *flags]), specs, machine, alone, [0.2, 8.0])
 
     assert {s: list(rates) for s, rates in found.items()} == {s: [0.2, 8.0] for s in systems}
     assert found["full"][0.2]["goodput_share"] == 1.0
     assert found["full"][8.0]["goodput_share"] < found["deadline"][8.0]["goodput_share"]
+
+
+@pytest.mark.timeout(60)
+async def test_a_journal_that_has_everything_leaves_nothing_to_run(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "trace.jsonl")
+    flags = ["--loads", "0.5", "1", "--systems", "full", "lockstep"]
+    journal = Journal(tmp_path / "journal.jsonl", {})
+    journal.add("alone", {"first_64_s": 0.05, "first_512_s": 0.3, "token_s": 0.01})
+    journal.add("half_rate", 4.0)
+    for system in ("full", "lockstep"):
+        for rate in (2, 4):
+            journal.add(f"{system} at {rate}", {"goodput_share": 1 / rate})
+
+    results = await Measurement(parse_arguments([str(trace), *flags]), journal).run()
+
+    assert results["half_rate"] == 4.0
+    assert {s: list(rates) for s, rates in results["systems"].items()} == {
+        "full": [2.0, 4.0],
+        "lockstep": [2.0, 4.0],
+    }
 
 
 @pytest.mark.timeout(60)
@@ -107,6 +145,8 @@ def test_a_machine_is_timed_with_the_exits_that_are_opened(tmp_path: Path) -> No
     assert machine.model.prefill_s(6, 64) > 0
     assert machine.score is not None
     assert machine.score[2] < machine.score[6] == 1.0
+    assert machine.curve is not None
+    assert machine.curve.layer_s[0] > 0
 
 
 # Overload

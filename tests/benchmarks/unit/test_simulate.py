@@ -6,12 +6,13 @@ import argparse
 import random
 
 import pytest
-from benchmarks.lib.budget_classes import CLASSES, Unloaded, scaled
-from benchmarks.lib.machines import MACHINES
+from benchmarks.lib.budget_classes import CLASSES, Unloaded, plan_budgets, scaled
+from benchmarks.lib.machines import JUDGED, MACHINES, soft_scores
+from benchmarks.lib.systems import SYSTEMS
 from benchmarks.lib.workload import RequestSpec
-from benchmarks.simulate import arrivals_of, figures, stretched, unloaded_times
+from benchmarks.simulate import find_half_rate, over_http, run_system, unloaded_times
 
-from sortserve.simulation import simulate
+from sortserve.cost.model import RowShape, StepShape
 
 CPU = MACHINES["cpu2"]
 
@@ -29,11 +30,14 @@ def trace(count: int, rate: float) -> list[RequestSpec]:
     return scaled(specs, lengths=1.0, rate=rate, max_prompt_tokens=1024)
 
 
+def arguments_of(**values: object) -> argparse.Namespace:
+    defaults = {"seed": 0, "on_miss": "reject", "min_quality": 0.5}
+    return argparse.Namespace(**{**defaults, "lengths": 1.0, "max_prompt_tokens": 1024, **values})
+
+
 def run(system: str, rate: float, *, on_miss: str = "reject") -> dict[str, object]:
-    arguments = argparse.Namespace(seed=0, unbudgeted=0.0, on_miss=on_miss)
-    arrivals = arrivals_of(trace(60, rate), CPU, system, arguments)
-    policy = "deadline" if system == "deadline" else "lockstep"
-    return figures(simulate(CPU, arrivals, policy=policy), CPU)
+    unloaded, arguments = unloaded_times(CPU), arguments_of(on_miss=on_miss)
+    return run_system(CPU, trace(60, rate), SYSTEMS[system], unloaded, arguments)
 
 
 def number(value: object) -> float:
@@ -62,14 +66,68 @@ def test_budgets_are_multiples_of_the_unloaded_time() -> None:
     assert unloaded_times(CPU).e2e_s(spec) > 0.1
 
 
-def test_a_machine_is_stretched_to_what_its_clients_saw() -> None:
-    own, specs = unloaded_times(CPU), trace(10, 1.0)
-    seen = Unloaded(lambda num_tokens: 1.5 * own.prefill_s(num_tokens), 1.5 * own.token_s)
+def test_budgets_are_the_same_for_every_system_and_a_pinned_one_names_its_exit_alone() -> None:
+    unloaded, specs = unloaded_times(CPU), trace(20, 1.0)
 
-    found = unloaded_times(stretched(CPU, seen, specs))
+    ours = plan_budgets(specs, unloaded, pinned=None, seed=3, min_quality=0.5)
+    full = plan_budgets(specs, unloaded, pinned=30, seed=3, min_quality=0.5)
 
-    assert found.token_s == pytest.approx(seen.token_s)
-    assert found.prefill_s(300) == pytest.approx(seen.prefill_s(300))
+    assert [own.budget_class for own in ours] == [own.budget_class for own in full]
+    assert {tuple(own.budget) for own in ours} == {("latency_ms", "on_miss", "min_quality")}
+    assert all(own.budget == {"exit_layer": 30} for own in full)
+
+
+def test_what_http_takes_is_added_to_a_step_whatever_it_runs() -> None:
+    own = unloaded_times(CPU)
+    seen = Unloaded(lambda num_tokens: own.prefill_s(num_tokens) + 0.004, own.token_s + 0.001)
+
+    machine = over_http(CPU, seen)
+
+    found = unloaded_times(machine)
+    assert found.token_s == pytest.approx(seen.token_s, rel=0.02)
+    assert found.prefill_s(64) == pytest.approx(seen.prefill_s(64), rel=0.05)
+    assert found.prefill_s(512) == pytest.approx(seen.prefill_s(512), rel=0.05)
+    rows = StepShape.of([RowShape(30, 1, 256, samples=True)] * 16)
+    assert machine.step_s(rows) - CPU.step_s(rows) == pytest.approx(0.001, abs=0.002)
+
+
+def test_a_machine_that_has_become_faster_is_believed() -> None:
+    own = unloaded_times(CPU)
+    seen = Unloaded(lambda num_tokens: 0.8 * own.prefill_s(num_tokens), 0.8 * own.token_s)
+
+    found = unloaded_times(over_http(CPU, seen))
+
+    assert found.token_s == pytest.approx(seen.token_s, rel=0.02)
+    assert found.prefill_s(512) == pytest.approx(seen.prefill_s(512), rel=0.05)
+
+
+def test_full_depth_meets_half_at_the_rate_that_is_found() -> None:
+    specs, unloaded = trace(60, 1.0), unloaded_times(CPU)
+
+    rate = find_half_rate(CPU, specs, unloaded, arguments_of())
+
+    assert number(run("full", rate)["goodput_share"]) == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_published_scores_are_relative_to_full_depth() -> None:
+    scores = soft_scores()
+
+    assert list(scores) == [12, 16, 20, 24, 28, 32, 36, 40]
+    assert scores[40] == 1.0
+    assert list(scores.values()) == sorted(scores.values())
+    assert scores[32] == pytest.approx(1.009 / 1.091)
+    assert scores[20] == pytest.approx((1 + JUDGED[20]) / (1 + JUDGED[40]))
+
+
+def test_the_13b_machine_is_the_model_of_that_name() -> None:
+    machine = MACHINES["soft-13b"]
+
+    step_s = machine.step_s(StepShape.of([RowShape(40, 1, 1, samples=True)]))
+    weights = 2 * (40 * 317.2e6 + 163.84e6)  # bytes that a step at full depth reads
+    assert step_s == pytest.approx(1e-3 + weights / (0.8 * 3.35e12), rel=0.01)
+    assert machine.compute[20] == pytest.approx(0.506, abs=0.002)
+    num_tokens = machine.num_pages * 16 * 4 / 40  # at full depth; 819,200 bytes each
+    assert num_tokens == pytest.approx((0.9 * 80e9 - 26.03e9) / 819_200, rel=0.01)
 
 
 def test_at_light_load_everything_is_met_at_nearly_full_depth() -> None:
