@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,14 @@ from sortserve.cost.cache import cache_path, read_samples, write_samples
 from sortserve.cost.calibration import (
     DECODE_ROWS,
     PREFILL_TOKENS,
+    SURVEY_ROUNDS,
+    SURVEY_ROWS,
+    SURVEY_TOKENS,
     calibrate,
     fault_of,
     slowed,
     spot_check,
+    survey,
 )
 from sortserve.cost.model import (
     REGIME_TOKENS,
@@ -290,6 +295,7 @@ def test_only_steps_are_timed_that_the_engine_could_run_and_each_kind_that_it_co
 
     found = calibrated(machine, **limits)
     ratio = spot_check(machine, CostModel.fit(found), clock=machine.clock, **limits)
+    survey(machine, clock=machine.clock, **{**limits, "budget_s": 0.0})
 
     for plan in machine.plans:
         assert 0 < plan.num_tokens <= max_num_batched_tokens
@@ -305,6 +311,28 @@ def test_only_steps_are_timed_that_the_engine_could_run_and_each_kind_that_it_co
     can_be_large = min(max_num_batched_tokens, max_num_seqs * max_model_len) > REGIME_TOKENS
     if spare_pages == 10_000:
         assert any(n > REGIME_TOKENS for n in tokens_of(found)) is can_be_large
+
+
+def test_a_survey_times_many_steps_at_both_ends_of_the_depth_in_rounds() -> None:
+    machine = Machine(slow=0.01, num_pages=100_000)
+
+    found = survey(machine, clock=machine.clock, **LIMITS)
+
+    assert set(tokens_of(found)) == {*SURVEY_ROWS, *SURVEY_TOKENS}
+    assert {shape.num_layers for shape, _ in found} == {EXITS[0], EXITS[-1]}
+    shapes = [step_shape(plan) for plan in machine.plans[1:]]  # the first is for warming up
+    assert shapes == [shape for shape, _ in found] * SURVEY_ROUNDS
+
+
+def test_a_slow_machine_is_surveyed_once_and_one_that_stumbles_by_the_median() -> None:
+    slow, stumbling = Machine(slow=1e3), Machine(noise=noise(0.5))
+
+    once = survey(slow, clock=slow.clock, **LIMITS)
+    several = survey(stumbling, clock=stumbling.clock, **{**LIMITS, "budget_s": 1e9})
+
+    assert len(slow.plans) == 1 + len(once)
+    ratios = [seconds / TRUTH.step_s(shape) for shape, seconds in several]
+    assert statistics.median(ratios) == pytest.approx(1.0, abs=0.15)
 
 
 # ---- is the machine still what it was? ----
