@@ -19,9 +19,12 @@ layers stands in.
 first, or given as `--half-rate`; `--rates` are requests a second. With `--simulate` the steps of
 this machine are timed first, and brought to what requests take over HTTP. The simulator then runs
 the same requests through the same scheduling with those times, and its goodput is printed beside
-the real one. With `--journal` a run that was cut off goes on where it was when it is started
-again. `--report` writes the tables and the JSON line as a page in Markdown, `--plot` the figure.
-The last line is one JSON document. Five loads and six systems take 23 minutes:
+the real one. Before and after each run a few requests alone say how fast the machine is just then
+(`slowdown`), and so fast is the simulated one.
+
+With `--journal` a run that was cut off goes on where it was when it is started again. `--report`
+writes the tables and the JSON line as a page in Markdown, `--plot` the figure. The last line is one
+JSON document. Five loads and six systems take 24 minutes:
 
     python -m benchmarks.goodput trace.jsonl --num-requests 100 --simulate --journal run.jsonl \
         --report promises.md --plot goodput.svg
@@ -44,12 +47,20 @@ from benchmarks.lib.half_rate import HalfRateSearch
 from benchmarks.lib.http_client import HttpClient
 from benchmarks.lib.journal import Journal
 from benchmarks.lib.loadgen import run_open_loop
-from benchmarks.lib.replay import Alone, Exits, figures, measure_alone, plan_requests, read_exits
+from benchmarks.lib.replay import (
+    Alone,
+    Exits,
+    figures,
+    measure_alone,
+    measure_slowdown,
+    plan_requests,
+    read_exits,
+)
 from benchmarks.lib.server_process import ServerStartError, serve
 from benchmarks.lib.systems import DEFAULT_SYSTEMS, SYSTEMS, System
 from benchmarks.lib.workload import PromptMaker, RequestMaker, RequestSpec, load_trace
 from benchmarks.serving import detect_model
-from benchmarks.simulate import LOADS, find_half_rate, over_http, run_system, scaled_to
+from benchmarks.simulate import LOADS, find_half_rate, over_http, run_system, scaled_to, slower
 from sortserve.cost.machine import Machine
 from sortserve.process.profiling import measured_machine
 
@@ -128,8 +139,12 @@ class Measurement:
             },
         }
         if self._machine is not None:
+            slowdowns = {
+                name: {rate: found["slowdown"] for rate, found in by_rate.items()}
+                for name, by_rate in results["systems"].items()
+            }
             results["simulated"] = simulate_all(
-                arguments, self._trace, self._machine, alone.unloaded, rates
+                arguments, self._trace, self._machine, alone.unloaded, slowdowns
             )
         return results
 
@@ -160,20 +175,24 @@ class Measurement:
         guess = len(self._trace) / alone_s
         if self._machine is not None:
             guess = find_half_rate(self._machine, self._trace, unloaded, arguments)
-        search = HalfRateSearch(round(guess, 3), tolerance=0.05, precision=1.08, max_tries=6)
+        search = HalfRateSearch(guess, tolerance=0.05, precision=1.08, max_tries=6)
         while not search.is_done:
-            found = await self._at(client, model, exits, SYSTEMS["full"], search.rate)
+            rate = round(search.rate, 3)
+            found = await self._at(client, model, exits, SYSTEMS["full"], rate)
             search.tell(found["goodput_share"] or 0.0)
+            self._journal.add(_part("full", rate), found)  # load 1 is one of them
         print(f"full depth meets half of the budgets at {search.rate:.3g} requests a second")
-        return search.rate
+        return round(search.rate, 3)
 
     async def _at(
         self, client: HttpClient, model: str, exits: Exits, system: System, rate: float
     ) -> dict[str, Any]:
         """One system at one rate; the prompts are the same for every system."""
         print(f"{system.name} at {rate:g} a second ...", flush=True)
-        unloaded = Alone(**self._journal["alone"]).unloaded
+        alone, full = Alone(**self._journal["alone"]), exits.layers[-1]
+        unloaded = alone.unloaded
         maker = RequestMaker(model=model, prompts=self._prompts(f"{rate:g}"))
+        probes = RequestMaker(model=model, prompts=self._prompts(f"{rate:g}/probes"))
         specs = scaled_to(self._trace, rate, self._arguments)
         planned, budgets = plan_requests(
             specs,
@@ -185,8 +204,11 @@ class Measurement:
             on_miss=self._arguments.on_miss,
             min_quality=self._arguments.min_quality,
         )
+        before = await measure_slowdown(client, probes, full, alone)
         run = await run_open_loop(client, planned)
+        after = await measure_slowdown(client, probes, full, alone)
         found = figures(run, specs, budgets, unloaded, exits)
+        found["slowdown"] = round((before + after) / 2, 3)
         print(f"  {class_line(system.name, found)}", flush=True)
         return found
 
@@ -205,16 +227,28 @@ def simulate_all(
     trace: Sequence[RequestSpec],
     machine: Machine,
     unloaded: Unloaded,
-    rates: Sequence[float],
+    slowdowns: Mapping[str, Mapping[float, float]],
 ) -> dict[str, dict[float, dict[str, Any]]]:
-    """The same requests with the same budgets, for every system and rate, on the machine."""
+    """The same requests with the same budgets, for every system and rate, on the machine.
+
+    Args:
+        arguments: of the command line.
+        trace: as it is replayed.
+        machine: timed here.
+        unloaded: what requests took alone over HTTP.
+        slowdowns: by system and rate, how many times as long they took when that was measured.
+            Where the queue is near its limit a machine that is a tenth slower meets a quarter less.
+    """
     machine = over_http(machine, unloaded)
 
-    def run(name: str, rate: float) -> dict[str, Any]:
+    def run(name: str, rate: float, slowdown: float) -> dict[str, Any]:
         specs = scaled_to(trace, rate, arguments)
-        return run_system(machine, specs, SYSTEMS[name], unloaded, arguments)
+        return run_system(slower(machine, slowdown), specs, SYSTEMS[name], unloaded, arguments)
 
-    return {name: {rate: run(name, rate) for rate in rates} for name in arguments.systems}
+    return {
+        name: {rate: run(name, rate, slowdown) for rate, slowdown in by_rate.items()}
+        for name, by_rate in slowdowns.items()
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -44,7 +44,16 @@ from sortserve.cost.model import RowShape, StepShape
 from sortserve.cost.step_curve import StepCurve
 from sortserve.simulation import Arrival, Outcome, Simulated, simulate
 
-__all__ = ["LOADS", "arrivals_of", "figures", "find_half_rate", "main", "over_http", "run_system"]
+__all__ = [
+    "LOADS",
+    "arrivals_of",
+    "figures",
+    "find_half_rate",
+    "main",
+    "over_http",
+    "run_system",
+    "slower",
+]
 
 LOADS = (0.5, 0.75, 1.0, 1.5, 2.0)
 MAX_CHUNK = 1024
@@ -117,6 +126,16 @@ def over_http(machine: Machine, unloaded: Unloaded) -> Machine:
         small_s = unloaded.token_s - faster.token_s
         large_s = statistics.fmean(unloaded.prefill_s(n) - faster.prefill_s(n) for n in PROMPTS)
     return replace(machine, curve=curve.later(max(small_s, 0.0), max(large_s, 0.0)))
+
+
+def slower(machine: Machine, factor: float) -> Machine:
+    """The machine with every step taking so many times as long."""
+    small, large = (
+        (factor * c0, factor * a, factor * b, factor * d, factor * h)
+        for c0, a, b, d, h in (machine.small, machine.large)
+    )
+    curve = None if machine.curve is None else machine.curve.slower(factor)
+    return replace(machine, small=small, large=large, curve=curve)
 
 
 def arrivals_of(specs: Sequence[RequestSpec], planned: Sequence[Budgeted]) -> list[Arrival]:

@@ -14,7 +14,19 @@ from benchmarks.lib.loadgen import Planned, RequestRecord, Run, run_closed_loop
 from benchmarks.lib.systems import System
 from benchmarks.lib.workload import RequestMaker, RequestSpec
 
-__all__ = ["Alone", "Exits", "figures", "measure_alone", "plan_requests", "read_exits"]
+__all__ = [
+    "Alone",
+    "Exits",
+    "figures",
+    "measure_alone",
+    "measure_slowdown",
+    "plan_requests",
+    "read_exits",
+]
+
+NUM_ALONE_TOKENS = 32
+"""Output tokens of a request that is timed alone."""
+NUM_PROBES = 4
 
 
 @dataclass(frozen=True)
@@ -56,20 +68,37 @@ class Alone:
 
 async def measure_alone(client: HttpClient, maker: RequestMaker, full: int) -> Alone:
     """Time a few requests of two prompt lengths, one after the other."""
-    firsts: dict[int, float] = {}
-    gaps: list[float] = []
-    for num_prompt in (64, 512):
-        spec = RequestSpec(num_prompt_tokens=num_prompt, num_output_tokens=32)
+    short = await _records(client, maker, full, 64, num_requests=6)
+    long = await _records(client, maker, full, 512, num_requests=6)
+    firsts = [
+        percentile([r.ttft_s for r in records[1:] if r.ttft_s is not None], 0.5)
+        for records in (short, long)
+    ]
+    gaps = [r.tpot_s for r in (*short[1:], *long[1:]) if r.tpot_s is not None]
+    return Alone(firsts[0], firsts[1], percentile(gaps, 0.5))
 
-        def plan(spec: RequestSpec = spec) -> Iterator[Planned]:
-            while True:
-                yield Planned(maker.make(spec, full))
 
-        run = await run_closed_loop(client, [plan()], num_requests=6)
-        records = [record for record in run.records[1:] if record.ok]
-        firsts[num_prompt] = percentile([r.ttft_s for r in records if r.ttft_s is not None], 0.5)
-        gaps += [r.tpot_s for r in records if r.tpot_s is not None]
-    return Alone(firsts[64], firsts[512], percentile(gaps, 0.5))
+async def measure_slowdown(
+    client: HttpClient, maker: RequestMaker, full: int, alone: Alone
+) -> float:
+    """How many times as long as then a short request takes now: machines change their speed."""
+    records = await _records(client, maker, full, 64, num_requests=NUM_PROBES)
+    seconds = percentile([r.e2e_s for r in records if r.e2e_s is not None], 0.5)
+    return seconds / (alone.first_64_s + (NUM_ALONE_TOKENS - 1) * alone.token_s)
+
+
+async def _records(
+    client: HttpClient, maker: RequestMaker, full: int, num_prompt: int, *, num_requests: int
+) -> list[RequestRecord]:
+    """Requests at full depth, one after the other; those that were answered."""
+    spec = RequestSpec(num_prompt_tokens=num_prompt, num_output_tokens=NUM_ALONE_TOKENS)
+
+    def plan() -> Iterator[Planned]:
+        while True:
+            yield Planned(maker.make(spec, full))
+
+    run = await run_closed_loop(client, [plan()], num_requests=num_requests)
+    return [record for record in run.records if record.ok]
 
 
 def plan_requests(

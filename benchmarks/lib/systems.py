@@ -34,7 +34,13 @@ class System:
 
     @property
     def options(self) -> dict[str, Any]:
-        """As ``sortserve.simulation.simulate`` takes them."""
+        """As ``sortserve.simulation.simulate`` takes them.
+
+        Raises:
+            ValueError: the server does not have this objective.
+        """
+        if not OBJECTIVES_ARE_SERVED and self.objective not in (None, "attainment"):
+            raise ValueError(f"--systems {self.name} needs a server that has --objective.")
         own = {"objective": self.objective} if self.objective and OBJECTIVES_ARE_SERVED else {}
         return {"policy": self.policy, **own}
 

@@ -19,7 +19,7 @@ from sortserve.core.budget import Budget
 from sortserve.core.request import EngineStats, FinishReason, RequestReport, StepRecord
 from sortserve.telemetry.series import (
     ERROR_RATIO_BOUNDS,
-    LENGTH_RATIO_BOUNDS,
+    LENGTH_ERROR_RATIO,
     REQUEST_BOUNDS_S,
     ROWS_BOUNDS,
     TOKEN_BOUNDS_S,
@@ -163,9 +163,7 @@ class Metrics:
         self._error_ratio = self._histogram(
             "prediction_error_ratio", "Actual over predicted", ERROR_RATIO_BOUNDS, "kind"
         )
-        self._length_ratio = self._histogram(
-            "length_error_ratio", "Expected over actual output tokens", LENGTH_RATIO_BOUNDS
-        )
+        self._length_ratio = self._histogram(*LENGTH_ERROR_RATIO)
 
     # What the engine tells.
 
@@ -278,10 +276,9 @@ class Metrics:
 
     def set_cache_config(self, **config: int | str | bool) -> None:
         """Publish the cache's shape as labels of ``cache_config_info``; call it once."""
-        labels = {name: str(value) for name, value in config.items()}
-        self._publish("cache_config_info", "the KV cache's configuration", labels)
+        self._publish("cache_config_info", "the KV cache's configuration", config)
 
-    def _publish(self, name: str, what: str, labels: Mapping[str, str]) -> None:
+    def _publish(self, name: str, what: str, labels: Mapping[str, object]) -> None:
         Gauge(
             f"sortserve_{name}",
             f"Always 1; {what} as labels",

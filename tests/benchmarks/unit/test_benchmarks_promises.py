@@ -107,11 +107,27 @@ def test_the_simulated_twin_runs_the_same_requests(tmp_path: Path) -> None:
     alone = Unloaded(lambda num_tokens: machine.model.prefill_s(30, num_tokens), 0.015)
     specs = load_trace(trace, num_requests=30)
 
-    found = simulate_all(parse_arguments([str(trace), *flags]), specs, machine, alone, [0.2, 8.0])
+    speeds = {name: {0.2: 1.0, 8.0: 1.0} for name in systems}
+
+    found = simulate_all(parse_arguments([str(trace), *flags]), specs, machine, alone, speeds)
 
     assert {s: list(rates) for s, rates in found.items()} == {s: [0.2, 8.0] for s in systems}
     assert found["full"][0.2]["goodput_share"] == 1.0
     assert found["full"][8.0]["goodput_share"] < found["deadline"][8.0]["goodput_share"]
+
+
+def test_the_twin_is_as_slow_as_the_machine_was_just_then(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "trace.jsonl")
+    specs, machine = load_trace(trace, num_requests=30), MACHINES["cpu2"]
+    alone = Unloaded(lambda num_tokens: machine.model.prefill_s(30, num_tokens), 0.015)
+    arguments = parse_arguments([str(trace), "--num-requests", "30"])
+
+    quick, slow = (
+        simulate_all(arguments, specs, machine, alone, {"full": {1.0: slowdown}})["full"][1.0]
+        for slowdown in (1.0, 2.0)
+    )
+
+    assert slow["goodput_share"] < quick["goodput_share"]
 
 
 @pytest.mark.timeout(60)
