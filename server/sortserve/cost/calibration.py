@@ -94,16 +94,17 @@ def survey(
     """Time many more steps than a calibration does, for a simulation of this machine.
 
     Rounds over all of them, one at least, as far as ``budget_s`` goes: a machine that gets slower
-    meanwhile does so for all alike. The seconds of a shape are the median of its rounds.
+    meanwhile does so for all alike. Every run of a step is a sample of its own.
     """
     plans = _Plans(runner, exits, vocab_size, max_model_len, max_num_batched_tokens, max_num_seqs)
     chosen = plans.many()
     runner.execute(chosen[0])  # warm-up
-    start, rounds = clock(), list[list[float]]()
-    while len(rounds) < SURVEY_ROUNDS and (not rounds or clock() - start < budget_s):
-        rounds.append([_time_once(runner, plan, clock) for plan in chosen])
-    seconds = map(statistics.median, zip(*rounds, strict=True))
-    return [(step_shape(plan), s) for plan, s in zip(chosen, seconds, strict=True)]
+    start, samples = clock(), list[tuple[StepShape, float]]()
+    for _ in range(SURVEY_ROUNDS):
+        samples += [(step_shape(plan), _time_once(runner, plan, clock)) for plan in chosen]
+        if clock() - start > budget_s:
+            break
+    return samples
 
 
 def fault_of(

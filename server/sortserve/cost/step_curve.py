@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
+import statistics
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,10 +22,14 @@ from numpy.typing import NDArray
 
 from sortserve.cost.model import REGIME_TOKENS, Samples, StepShape, is_time
 
-__all__ = ["StepCurve"]
+__all__ = ["StepCurve", "spread"]
 
 KNOTS = tuple(float(2**i) for i in range(11))
 NUM_SWEEPS = 3000
+SETTLED = 1e-7
+"""A sweep that changes no unknown by more of the largest one is the last."""
+LEAST_S = 1e-6
+"""No step takes less, whatever was fitted: a clock must move."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +49,10 @@ class StepCurve:
     def fit(cls, samples: Samples) -> StepCurve:
         """Least relative squares over measured steps; nothing is negative, no curve falls.
 
-        Samples whose seconds are no time count for nothing.
+        Of a shape that was measured several times the median counts. Samples whose seconds are no
+        time count for nothing.
         """
-        usable = [(shape, seconds) for shape, seconds in samples if is_time(seconds)]
+        usable = [(shape, statistics.median(times)) for shape, times in _by_shape(samples).items()]
         assert usable, "nothing was measured"
         times = np.array([seconds for _, seconds in usable])
         features = np.array([_features(shape) for shape, _ in usable]) / times[:, None]
@@ -61,14 +68,14 @@ class StepCurve:
 
     def step_s(self, shape: StepShape) -> float:
         """Seconds of one step."""
-        if not shape.num_layers:
-            return self.start_s[0]
         is_large = shape.num_tokens > REGIME_TOKENS
-        return (
+        tokens = shape.layer_tokens / max(shape.num_layers, 1)
+        return max(
             self.start_s[is_large]
-            + shape.num_layers * self._layer_s(shape.layer_tokens / shape.num_layers)
+            + shape.num_layers * self._layer_s(tokens)
             + self.kv_s[is_large] * shape.layer_kv_tokens
-            + self.sampled_s * shape.num_sampled
+            + self.sampled_s * shape.num_sampled,
+            LEAST_S,
         )
 
     def _layer_s(self, num_tokens: float) -> float:
@@ -90,6 +97,31 @@ class StepCurve:
             kv_s=(factor * self.kv_s[0], factor * self.kv_s[1]),
             sampled_s=factor * self.sampled_s,
         )
+
+
+def spread(samples: Samples) -> float | None:
+    """The standard deviation of the logarithm of a step's time, over runs of equal steps.
+
+    None where no step was run twice.
+    """
+    logarithms = [
+        math.log(seconds / statistics.median(times))
+        for times in _by_shape(samples).values()
+        for seconds in times
+        if len(times) > 1
+    ]
+    if not logarithms:
+        return None
+    return math.sqrt(statistics.fmean(value**2 for value in logarithms))
+
+
+def _by_shape(samples: Samples) -> dict[StepShape, list[float]]:
+    """The times that each shape took, without those that are none."""
+    times: dict[StepShape, list[float]] = {}
+    for shape, seconds in samples:
+        if is_time(seconds):
+            times.setdefault(shape, []).append(seconds)
+    return times
 
 
 def _features(shape: StepShape) -> list[float]:
@@ -116,8 +148,11 @@ def _non_negative(
     matrix, vector = scaled.T @ scaled, scaled.T @ targets
     x = np.zeros(int(used.sum()))
     for _ in range(NUM_SWEEPS):
+        before = x.copy()
         for i in range(len(x)):
             x[i] = max(0.0, x[i] + vector[i] - matrix[i] @ x)
+        if np.abs(x - before).max() <= SETTLED * max(float(x.max()), 1e-300):
+            break
     found = np.zeros(features.shape[1])
     found[used] = x / scale[used]
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 from sortserve.core.errors import ConfigError
 from sortserve.cost.machine import Machine
 from sortserve.cost.model import CostModel, Samples
-from sortserve.cost.step_curve import StepCurve
+from sortserve.cost.step_curve import StepCurve, spread
 from sortserve.process.build import build
 from sortserve.process.config import ServeSettings, load_settings
 from sortserve.process.plot import Series, line_chart
@@ -85,7 +85,7 @@ def _check_matplotlib() -> None:
 
 
 def measured_machine(model_name: str | None, exits: str | None = None) -> Machine:
-    """The machine it runs on, as a server with these flags would find it.
+    """The machine it runs on, as a server with these flags would find it; takes half a minute.
 
     Args:
         model_name: what ``sortserve serve`` would be given; None: its default.
@@ -97,7 +97,7 @@ def measured_machine(model_name: str | None, exits: str | None = None) -> Machin
     given = {"model": model_name, "exits": exits}
     serving = build(load_settings({k: v for k, v in given.items() if v is not None}))
     samples = serving.survey()
-    model = CostModel.fit(samples)
+    model, noise = CostModel.fit(samples), spread(samples)
     table = serving.checkpoint.exits
     scores = {e: table[e].score for e in table.layers}
     return Machine(
@@ -109,4 +109,5 @@ def measured_machine(model_name: str | None, exits: str | None = None) -> Machin
         curve=StepCurve.fit(samples),
         compute={e: table[e].compute for e in table.layers},
         score=None if None in scores.values() else {e: s or 0.0 for e, s in scores.items()},
+        noise=Machine.noise if noise is None else noise,
     )

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import random
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -321,18 +320,17 @@ def test_a_survey_times_many_steps_at_both_ends_of_the_depth_in_rounds() -> None
     assert set(tokens_of(found)) == {*SURVEY_ROWS, *SURVEY_TOKENS}
     assert {shape.num_layers for shape, _ in found} == {EXITS[0], EXITS[-1]}
     shapes = [step_shape(plan) for plan in machine.plans[1:]]  # the first is for warming up
-    assert shapes == [shape for shape, _ in found] * SURVEY_ROUNDS
+    assert shapes == [shape for shape, _ in found]
+    assert shapes == shapes[: len(shapes) // SURVEY_ROUNDS] * SURVEY_ROUNDS
 
 
-def test_a_slow_machine_is_surveyed_once_and_one_that_stumbles_by_the_median() -> None:
-    slow, stumbling = Machine(slow=1e3), Machine(noise=noise(0.5))
+def test_a_slow_machine_is_surveyed_once() -> None:
+    slow = Machine(slow=1e3)
 
-    once = survey(slow, clock=slow.clock, **LIMITS)
-    several = survey(stumbling, clock=stumbling.clock, **{**LIMITS, "budget_s": 1e9})
+    found = survey(slow, clock=slow.clock, **LIMITS)
 
-    assert len(slow.plans) == 1 + len(once)
-    ratios = [seconds / TRUTH.step_s(shape) for shape, seconds in several]
-    assert statistics.median(ratios) == pytest.approx(1.0, abs=0.15)
+    assert len(slow.plans) == 1 + len(found)
+    assert len({shape for shape, _ in found}) == len(found)
 
 
 # ---- is the machine still what it was? ----

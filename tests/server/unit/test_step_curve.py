@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sortserve.cost.model import CostModel, RowShape, StepShape
-from sortserve.cost.step_curve import KNOTS, StepCurve
+from sortserve.cost.step_curve import KNOTS, StepCurve, spread
 
 EXITS = (18, 30)
 
@@ -56,6 +58,7 @@ def test_prompts_of_any_length_lie_on_it(num_tokens: int) -> None:
     st.integers(1, 3000),
     st.sampled_from(EXITS),
 )
+@settings(max_examples=25, deadline=None)
 def test_whatever_was_measured_more_never_takes_less(
     times: list[float], num_tokens: int, exit_layer: int
 ) -> None:
@@ -64,9 +67,25 @@ def test_whatever_was_measured_more_never_takes_less(
 
     few, more = prompt(num_tokens, exit_layer), prompt(num_tokens + 1, exit_layer)
     if num_tokens != 48:  # another start begins there
-        assert 0.0 <= curve.step_s(few) <= curve.step_s(more) + 1e-12
+        assert 0.0 < curve.step_s(few) <= curve.step_s(more) + 1e-12
     assert len(curve.layer_s) == len(KNOTS)
     assert list(curve.layer_s) == sorted(curve.layer_s)
+
+
+def test_of_a_step_that_was_run_several_times_the_median_counts() -> None:
+    stumbled = [(shape, 10 * seconds) for shape, seconds in survey()]
+
+    curve = StepCurve.fit([*survey(), *stumbled, *survey()])
+
+    assert curve == StepCurve.fit(survey())
+
+
+def test_the_spread_is_that_of_equal_steps() -> None:
+    rng = random.Random(0)
+    noisy = [(shape, s * rng.lognormvariate(0.0, 0.2)) for shape, s in survey() for _ in range(9)]
+
+    assert spread(noisy) == pytest.approx(0.2, rel=0.1)
+    assert spread(survey()) is None
 
 
 def test_steps_can_be_made_later_and_slower() -> None:
