@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -136,17 +135,12 @@ class LengthEstimator:
             max_tokens: the limit.
             key: whose answer it is.
         """
-        for learned in self._learned(key):
-            if learned.weight >= MIN_ENDED:
+        for level in _levels(key):
+            learned = self._tables.get(level)
+            if learned is not None and learned.weight >= MIN_ENDED:
                 total = learned.totals[_bucket(num_so_far + 1)]
                 return min(max(total, num_so_far + 1), max_tokens)
         return None
-
-    def _learned(self, key: LengthKey) -> Iterator[_Learned]:
-        """The tables that say something of a key, the narrowest first."""
-        for level in _levels(key):
-            if (learned := self._tables.get(level)) is not None:
-                yield learned
 
     def _usefulness(self, key: LengthKey) -> float:
         """How many answers a table has had, each worth less with every one that others have had."""
