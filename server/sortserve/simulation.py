@@ -36,7 +36,6 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from sortserve.admission.choose import ExitChoice
 from sortserve.core.budget import Budget
@@ -52,7 +51,7 @@ from sortserve.core.request import (
 from sortserve.core.sampling_params import RowFailure, SampledToken, SamplingParams
 from sortserve.cost.learner import CostLearner
 from sortserve.cost.machine import Machine
-from sortserve.cost.model import StepShape, step_shape
+from sortserve.cost.model import CostModel, step_shape
 from sortserve.engine.desk import desk_of
 from sortserve.engine.engine import Engine, EngineConfig
 from sortserve.scheduling.objective import DEFAULT_OBJECTIVE
@@ -214,13 +213,6 @@ class BlankRunner:
         return [SampledToken(BLANK) for row in plan.rows if row.sampling is not None]
 
 
-class Truth(Protocol):
-    """Who says how long steps take: a ``Machine``, or a ``CostModel``."""
-
-    def step_s(self, shape: StepShape) -> float:
-        """Seconds of one step."""
-
-
 class TimedRunner:
     """A runner whose steps take the time that somebody says, times some noise."""
 
@@ -228,7 +220,7 @@ class TimedRunner:
         self,
         runner: Runner,
         clock: Clock,
-        truth: Truth,
+        truth: Machine | CostModel,
         *,
         noise: Callable[[], float] = lambda: 1.0,
     ) -> None:
