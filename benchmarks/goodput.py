@@ -7,7 +7,6 @@ full depth, which is measured first. Compared, each on a fresh server:
     full, shallow, middle         every request at one exit, lock-step batches, no admission
     lockstep                      our admission, lock-step batches
     quality, attainment, depth    our admission and policy, with that objective
-    deadline                      the same with the server's default objective
 
 All are graded alike, as the client saw it: due time to last chunk. What counts is
 `quality_goodput`: the mean `score` of the tokens of each answer that was in time, 0 of all others,

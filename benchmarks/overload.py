@@ -111,7 +111,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             specs,
             maker,
             unloaded,
-            SYSTEMS["deadline"],
+            SYSTEMS["quality"],
             exits,
             seed=arguments.seed,
             on_miss=arguments.on_miss,

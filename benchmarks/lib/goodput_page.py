@@ -51,6 +51,11 @@ STYLES = {
 SIMULATED_FIGURES = ("quality_goodput", "goodput_share")
 
 
+def _label(system: str) -> str:
+    """Of a system; results from before the server had objectives call ours ``deadline``."""
+    return SYSTEMS[system].label if system in SYSTEMS else system
+
+
 def cells(figures: Mapping[str, Any]) -> list[str | None]:
     """One run under ``COLUMNS``."""
     return [cell(figures.get(column)) for column in COLUMNS]
@@ -96,7 +101,7 @@ def markdown(results: Mapping[str, Any]) -> str:
             classes = " / ".join(f"{q or 0.0:.2f}" for q in figures["quality_by_class"].values())
             shown = [c or "" for c in cells(figures)[:-1]]
             tokens = f"{figures['output_tokens_per_s']:.0f}"
-            row = [load, f"{float(rate):.2f}", SYSTEMS[name].label, *shown, tokens, classes]
+            row = [load, f"{float(rate):.2f}", _label(name), *shown, tokens, classes]
             lines.append(f"| {' | '.join(row)} |")
     for figure in SIMULATED_FIGURES if results.get("simulated") else ():
         lines += ["", *_simulated_table(results, figure)]
@@ -114,7 +119,7 @@ def _simulated_table(results: Mapping[str, Any], figure: str) -> list[str]:
         "|---" * (len(rates) + 1) + "|",
     ]
     for name, simulated in results["simulated"].items():
-        row = [SYSTEMS[name].label]
+        row = [_label(name)]
         for rate in rates:
             real, error = results["systems"][name][rate][figure], errors.get(name, {}).get(rate)
             off = "" if error is None else f" ({error:+.0%})"
@@ -159,7 +164,7 @@ def _draw_panel(axes: Axes, systems: Systems, name: str) -> None:
             marker=marker,
             markersize=4,
             lw=2.2 if system in ("quality", "deadline") else 1.2,
-            label=SYSTEMS[system].label,
+            label=_label(system),
         )
     axes.set_ylim(0, 1.05)
     axes.set_xlabel("requests per second")

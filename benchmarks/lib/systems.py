@@ -8,9 +8,6 @@ from typing import Any
 
 __all__ = ["DEFAULT_SYSTEMS", "SYSTEMS", "System"]
 
-OBJECTIVES_ARE_SERVED = False
-"""Whether the server has ``--objective``."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class System:
@@ -34,14 +31,8 @@ class System:
 
     @property
     def options(self) -> dict[str, Any]:
-        """As ``sortserve.simulation.simulate`` takes them.
-
-        Raises:
-            ValueError: the server does not have this objective.
-        """
-        if not OBJECTIVES_ARE_SERVED and self.objective not in (None, "attainment"):
-            raise ValueError(f"--systems {self.name} needs a server that has --objective.")
-        own = {"objective": self.objective} if self.objective and OBJECTIVES_ARE_SERVED else {}
+        """As ``sortserve.simulation.simulate`` takes them."""
+        own = {} if self.objective is None else {"objective": self.objective}
         return {"policy": self.policy, **own}
 
     @property
@@ -57,7 +48,6 @@ SYSTEMS = {
         System(name="shallow", label="shallowest always", policy="lockstep", exit_index=0.0),
         System(name="middle", label="middle exit always", policy="lockstep", exit_index=0.5),
         System(name="lockstep", label="lock-step, our admission", policy="lockstep"),
-        System(name="deadline", label="deadline, default objective", policy="deadline"),
         System(name="quality", label="ours: quality", policy="deadline", objective="quality"),
         System(
             name="attainment", label="ours: attainment", policy="deadline", objective="attainment"
@@ -65,7 +55,4 @@ SYSTEMS = {
         System(name="depth", label="ours: depth", policy="deadline", objective="depth"),
     )
 }
-DEFAULT_SYSTEMS = (
-    *("full", "shallow", "middle", "lockstep"),
-    *(("quality", "attainment") if OBJECTIVES_ARE_SERVED else ("deadline",)),
-)
+DEFAULT_SYSTEMS = ("full", "shallow", "middle", "lockstep", "quality", "attainment")

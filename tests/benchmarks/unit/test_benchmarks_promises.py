@@ -102,7 +102,7 @@ def write_trace(path: Path) -> Path:
 
 def test_the_simulated_twin_runs_the_same_requests(tmp_path: Path) -> None:
     trace = write_trace(tmp_path / "trace.jsonl")
-    systems = ("full", "deadline")
+    systems = ("full", "quality")
     flags = ["--num-requests", "30", "--systems", *systems]
     machine = MACHINES["cpu2"]
     alone = Unloaded(lambda num_tokens: machine.model.prefill_s(30, num_tokens), 0.015)
@@ -114,7 +114,7 @@ def test_the_simulated_twin_runs_the_same_requests(tmp_path: Path) -> None:
 
     assert {s: list(rates) for s, rates in found.items()} == {s: [0.2, 8.0] for s in systems}
     assert found["full"][0.2]["goodput_share"] == 1.0
-    assert found["full"][8.0]["goodput_share"] < found["deadline"][8.0]["goodput_share"]
+    assert found["full"][8.0]["goodput_share"] < found["quality"][8.0]["goodput_share"]
 
 
 def test_the_twin_is_as_slow_as_the_machine_was_just_then(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_pinned_systems_have_one_exit_and_the_others_none() -> None:
     pinned = {name: system.pinned(exits) for name, system in SYSTEMS.items()}
 
     assert (pinned["full"], pinned["middle"], pinned["shallow"]) == (30, 24, 18)
-    assert {pinned[name] for name in ("lockstep", "deadline", "quality")} == {None}
+    assert {pinned[name] for name in ("lockstep", "quality", "depth")} == {None}
     assert SYSTEMS["lockstep"].flags == ["--policy", "lockstep"]
     assert set(DEFAULT_SYSTEMS) <= set(SYSTEMS)
 

@@ -131,14 +131,14 @@ def test_the_13b_machine_is_the_model_of_that_name() -> None:
 
 
 def test_at_light_load_everything_is_met_at_nearly_full_depth() -> None:
-    found = run("deadline", 0.1)
+    found = run("quality", 0.1)
 
     assert number(found["goodput_share"]) >= 0.98
     assert number(found["mean_depth_share"]) >= 0.95
 
 
 def test_under_load_depth_is_given_up_before_promises_are() -> None:
-    full, ours = run("full", 6.0), run("deadline", 6.0)
+    full, ours = run("full", 6.0), run("attainment", 6.0)
 
     assert number(full["goodput_share"]) < 0.6
     assert number(ours["met_of_admitted"]) >= 0.95
@@ -147,11 +147,11 @@ def test_under_load_depth_is_given_up_before_promises_are() -> None:
 
 
 def test_the_model_learned_in_flight_is_close() -> None:
-    found = run("deadline", 3.0)
+    found = run("quality", 3.0)
 
     assert number(found["step_error_p50"]) < 0.10
     assert number(found["step_error_p95"]) < 0.30
 
 
 def test_a_simulation_repeats_itself() -> None:
-    assert run("deadline", 3.0) == run("deadline", 3.0)
+    assert run("quality", 3.0) == run("quality", 3.0)
