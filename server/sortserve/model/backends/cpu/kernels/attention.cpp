@@ -8,11 +8,11 @@
 // its result does not depend on the rows beside it.
 
 #include <cmath>
-#include <type_traits>
 #include <vector>
 
 #include "dots.h"
 #include "kernels.h"
+#include "weighted_sums.h"
 
 namespace sortserve {
 namespace {
@@ -86,49 +86,17 @@ void softmax(float* scores, int64_t n, float scale, float* largest, float* total
 
 namespace {
 
-// ---- values: sums[g] += probabilities[g] * values, over n values that lie one after another
-
-template <typename T, int G, int V>
-void add_values(const float* probabilities, int64_t stride, const T* values, int64_t dim,
-                int64_t n, int64_t column, float* sums, int64_t sums_stride) {
-  f32x16 acc[G][V];
-  for (int g = 0; g < G; ++g)
-    for (int i = 0; i < V; ++i) acc[g][i] = load(sums + g * sums_stride + column + 16 * i);
-  for (int64_t j = 0; j < n; ++j) {
-    const T* row = values + j * dim + column;
-    f32x16 value[V];
-    for (int i = 0; i < V; ++i) value[i] = load(row + 16 * i, V > 1 ? 16 : dim - column);
-    for (int g = 0; g < G; ++g)
-      for (int i = 0; i < V; ++i) acc[g][i] = fma(probabilities[g * stride + j], value[i], acc[g][i]);
-  }
-  for (int g = 0; g < G; ++g)
-    for (int i = 0; i < V; ++i) store(sums + g * sums_stride + column + 16 * i, acc[g][i]);
-}
-
-// All columns: as many at a time as the registers hold sums of, the rest 16 at a time (the last 16
-// may be part of a vector).
-template <typename T, int G>
-void add_all_values(const float* probabilities, int64_t stride, const T* values, int64_t dim,
-                    int64_t n, float* sums, int64_t sums_stride) {
-  constexpr int kSums = kRegisters * 3 / 4 / (G * kParts);
-  constexpr int V = kSums >= 4 ? 4 : kSums >= 2 ? 2 : 1;
-  int64_t column = 0;
-  for (; column + 16 * V <= dim; column += 16 * V)
-    add_values<T, G, V>(probabilities, stride, values, dim, n, column, sums, sums_stride);
-  for (; column < dim; column += 16)
-    add_values<T, G, 1>(probabilities, stride, values, dim, n, column, sums, sums_stride);
-}
-
 // ---- one query, one key/value head, one partition
 
 struct Task {
   int64_t token, kv_head;
   const int32_t* table;
-  int64_t first, last;  // cached tokens
+  int64_t first, last;  // cached tokens; none of them: no task
 };
 
 struct Scratch {
-  std::vector<float> scores, sums, largest, totals;  // each for the group's query heads
+  std::vector<float> queries, scores, sums, largest, totals;  // each for the group's query heads
+  const void* near = nullptr;  // the first of the keys that the last task brought near
 };
 
 // fn(position, number of tokens) for the part of each page that lies in the task.
@@ -142,7 +110,6 @@ void for_each_block(const Step& step, const Task& task, const Fn& fn) {
   }
 }
 
-// Pages lie anywhere in memory, which the CPU cannot foresee.
 template <typename T>
 void prefetch(const T* data, int64_t count) {
   const char* bytes = reinterpret_cast<const char*>(data);
@@ -151,67 +118,85 @@ void prefetch(const T* data, int64_t count) {
 }
 
 template <typename T>
-void score_keys(const Step& step, const AttentionCall& call, const Task& task,
-                float* scores, int64_t stride) {
+const T* first_key_of(const Step& step, const AttentionCall& call, const Task& task) {
+  if (task.first == task.last) return nullptr;
+  return static_cast<const T*>(call.keys) + cached_at(step, task.table, task.kv_head, task.first);
+}
+
+// to: [group, query_size].
+template <typename T>
+void prepare_queries(const Step& step, const AttentionCall& call, const Task& task, float* to) {
   const int64_t dim = step.head_dim, group = step.num_heads / step.num_kv_heads;
   const int64_t row_width = (step.num_heads + 2 * step.num_kv_heads) * dim;
   const T* queries =
       static_cast<const T*>(call.qkv) + task.token * row_width + task.kv_head * group * dim;
+  for (int64_t g = 0; g < group; ++g)
+    prepare_query(queries + g * dim, dim, to + g * query_size<T>(dim));
+}
+
+// Pages lie anywhere in memory, which the CPU cannot foresee. So the values are brought near while
+// keys are multiplied, and the next task's keys while values are summed: a little with every vector,
+// as no more than a few lines can be under way at once.
+template <typename T>
+void score_keys(const Step& step, const AttentionCall& call, const Task& task,
+                const float* queries, bool are_near, float* scores, int64_t stride) {
+  const int64_t dim = step.head_dim, group = step.num_heads / step.num_kv_heads;
   const T* keys = static_cast<const T*>(call.keys);
   const T* values = static_cast<const T*>(call.values);
   for_each_block(step, task, [&](int64_t position, int64_t n) {
     const int64_t at = cached_at(step, task.table, task.kv_head, position);
     const int64_t ahead = position + 2 * step.block_size;
-    if (ahead < task.last)
+    if (!are_near && ahead < task.last)
       prefetch(keys + cached_at(step, task.table, task.kv_head, ahead), step.block_size * dim);
-    prefetch(values + at, n * dim);
-    for (int64_t g = 0; g < group; ++g)
-      dots(queries + g * dim, keys + at, dim, n, scores + g * stride + position - task.first);
+    for_heads<kHeadsTogether>(0, group, [&](auto heads, int64_t g) {
+      dots<decltype(heads)::value>(queries + g * query_size<T>(dim), keys + at, dim, n,
+                                   values + at, scores + g * stride + position - task.first,
+                                   stride);
+    });
   });
 }
 
 template <typename T>
-void sum_values(const Step& step, const AttentionCall& call, const Task& task,
+void sum_values(const Step& step, const AttentionCall& call, const Task& task, const Task& next,
                 const float* probabilities, int64_t stride, float* sums) {
   const int64_t dim = step.head_dim, group = step.num_heads / step.num_kv_heads;
   const int64_t sums_stride = round_up(dim, 16);
   const T* keys = static_cast<const T*>(call.keys);
   const T* values = static_cast<const T*>(call.values);
-  const bool more_heads = task.kv_head + 1 < step.num_kv_heads;
   for_each_block(step, task, [&](int64_t position, int64_t n) {
     const int64_t at = cached_at(step, task.table, task.kv_head, position);
-    if (more_heads) prefetch(keys + at + step.block_size * dim, n * dim);  // likely next
+    const int64_t next_position = next.first + position - task.first;
+    const T* ahead = next_position < next.last
+                         ? keys + cached_at(step, next.table, next.kv_head, next_position)
+                         : values + at;
     const float* block = probabilities + position - task.first;
-    int64_t g = 0;
-    const auto add = [&](auto width) {
-      constexpr int kHeads = decltype(width)::value;
-      for (; g + kHeads <= group; g += kHeads)
-        add_all_values<T, kHeads>(block + g * stride, stride, values + at, dim, n,
-                                  sums + g * sums_stride, sums_stride);
-    };
-    add(std::integral_constant<int, 4>{});
-    add(std::integral_constant<int, 3>{});
-    add(std::integral_constant<int, 2>{});
-    add(std::integral_constant<int, 1>{});
+    for_heads<4>(0, group, [&](auto heads, int64_t g) {
+      add_all_values<decltype(heads)::value>(block + g * stride, stride, values + at, dim, n,
+                                             ahead, sums + g * sums_stride, sums_stride);
+    });
   });
 }
 
 template <typename T>
-void attend(const Step& step, const AttentionCall& call, const Task& task,
+void attend(const Step& step, const AttentionCall& call, const Task& task, const Task& next,
             Scratch& scratch) {
   const int64_t group = step.num_heads / step.num_kv_heads;
   // Scores are stored a vector at a time, so the last may run over by 15.
   const int64_t stride = kPartition + 16;
+  scratch.queries.resize(group * query_size<T>(step.head_dim));
   scratch.scores.resize(group * stride);
   scratch.sums.assign(group * round_up(step.head_dim, 16), 0.0f);
   scratch.largest.resize(group);
   scratch.totals.resize(group);
   float* scores = scratch.scores.data();
-  score_keys<T>(step, call, task, scores, stride);
+  prepare_queries<T>(step, call, task, scratch.queries.data());
+  const bool are_near = scratch.near == first_key_of<T>(step, call, task);
+  score_keys<T>(step, call, task, scratch.queries.data(), are_near, scores, stride);
   for (int64_t g = 0; g < group; ++g)
     softmax(scores + g * stride, task.last - task.first, static_cast<float>(step.scale),
             &scratch.largest[g], &scratch.totals[g]);
-  sum_values<T>(step, call, task, scores, stride, scratch.sums.data());
+  sum_values<T>(step, call, task, next, scores, stride, scratch.sums.data());
+  scratch.near = first_key_of<T>(step, call, next);
 }
 
 // ---- all queries
@@ -241,26 +226,37 @@ struct Partials {
   }
 };
 
-template <typename T>
-void run_task(const Step& step, const AttentionCall& call, int64_t index,
-              const Partials& partials) {
-  thread_local Scratch scratch;
-  const int64_t part = partials.first_part + index / step.num_kv_heads;
+int64_t query_of(const Step& step, int64_t part) {
   const int64_t* end = step.query_parts + step.num_queries + 1;
-  const int64_t query = std::upper_bound(step.query_parts, end, part) - step.query_parts - 1;
-  const int64_t token = step.query_tokens[query];
+  return std::upper_bound(step.query_parts, end, part) - step.query_parts - 1;
+}
+
+Task task_of(const Step& step, int64_t part, int64_t kv_head) {
+  const int64_t query = query_of(step, part), token = step.query_tokens[query];
   const int64_t first = (part - step.query_parts[query]) * kPartition;
   const int64_t last = std::min(first + kPartition, step.positions[token] + 1);
-  const Task task = {token, index % step.num_kv_heads, table_of(step, step.query_rows[query]),
-                     first, last};
-  attend<T>(step, call, task, scratch);
+  return {token, kv_head, table_of(step, step.query_rows[query]), first, last};
+}
 
+// Task ``index`` of ``count`` that begin with the partition of ``partials``.
+template <typename T>
+void run_task(const Step& step, const AttentionCall& call, int64_t index, int64_t count,
+              const Partials& partials) {
+  thread_local Scratch scratch;
+  const auto task_at = [&](int64_t i) {
+    return task_of(step, partials.first_part + i / step.num_kv_heads, i % step.num_kv_heads);
+  };
+  const Task task = task_at(index);
+  attend<T>(step, call, task, index + 1 < count ? task_at(index + 1) : Task{}, scratch);
+
+  const int64_t part = partials.first_part + index / step.num_kv_heads;
+  const int64_t query = query_of(step, part);
   const int64_t group = step.num_heads / step.num_kv_heads, width = round_up(step.head_dim, 16);
   for (int64_t g = 0; g < group; ++g) {
     const int64_t head = task.kv_head * group + g;
     const float* sums = scratch.sums.data() + g * width;
     if (num_parts_of(step, query) == 1) {
-      write_out<T>(step, call, token, head, sums, scratch.totals[g]);
+      write_out<T>(step, call, task.token, head, sums, scratch.totals[g]);
       continue;
     }
     float* partial = partials.at(step, part, head);
@@ -304,8 +300,9 @@ void attend_some(Team& team, const Step& step, const AttentionCall& call, int64_
   const Partials partials = {buffer.data(), first_part};
   // The heads of a query lie side by side in its pages: one thread takes them all if it can.
   const int64_t grain = num_parts >= 4 * team.num_threads() ? step.num_kv_heads : 1;
-  team.parallel_for(num_parts * step.num_kv_heads, grain,
-                    [&](int64_t index) { run_task<T>(step, call, index, partials); });
+  const int64_t count = num_parts * step.num_kv_heads;
+  team.parallel_for(count, grain,
+                    [&](int64_t index) { run_task<T>(step, call, index, count, partials); });
   if (num_parts == num_queries) return;
   team.parallel_for(num_queries * step.num_heads, 1, [&](int64_t index) {
     const int64_t query = first + index / step.num_heads;

@@ -1,19 +1,35 @@
-// Scores of decode attention: dot products of one query with keys that lie one after another, as
-// many keys at a time as a vector has lanes. Each keeps a vector of partial sums; the vectors are
-// summed together at the end, so that no key pays for a sum of its own.
+// Scores of decode attention: dot products of the query heads of a group with keys that lie one after
+// another. Some heads and some keys go together: every pair of them has a vector of partial sums, so
+// that a key is loaded and widened once for these heads. The vectors are summed together at the end,
+// so that no key pays for a sum of its own.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
+#include <vector>
 
 #include "vec.h"
 
 namespace sortserve {
 
-// ---- lane i of the result: the sum of v[i]
+// Heads and keys that go together: as many as the registers have sums for. AVX-512 widens nothing
+// and sums sixteen vectors at a time, so that a head goes alone.
+constexpr int kHeadsTogether = kLanes == 16 ? 1 : 3;
+constexpr int keys_together(int heads) { return heads == 1 ? kLanes : 4; }
+
+// fn(constant G, first head) for heads [first, num_heads), as many at a time as kMost, else fewer.
+template <int kMost, typename Fn>
+inline void for_heads(int64_t first, int64_t num_heads, const Fn& fn) {
+  for (; first + kMost <= num_heads; first += kMost)
+    fn(std::integral_constant<int, kMost>{}, first);
+  if constexpr (kMost > 1) for_heads<kMost - 1>(first, num_heads, fn);
+}
+
+// ---- to[i] = the sum of sums[i]
 
 #if defined(__AVX512F__)
 
-inline lanes sums_of(lanes (&sums)[16]) {
+inline void store_sums(float* to, lanes (&sums)[16]) {
   // Each round adds halves and interleaves two vectors: lane 4 i + j ends with v[i + 4 j].
   __m512 v[16];
 #pragma GCC unroll 16
@@ -25,98 +41,162 @@ inline lanes sums_of(lanes (&sums)[16]) {
   const auto add_lanes = [](__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
   };
-  return (lanes)add_lanes(add_lanes(v[0], v[1]), add_lanes(v[2], v[3]));
+  store_lanes(to, (lanes)add_lanes(add_lanes(v[0], v[1]), add_lanes(v[2], v[3])));
 }
 
 #elif defined(__AVX2__)
 
-inline lanes sums_of(lanes (&sums)[8]) {
-  // hadd adds neighbours; the two halves are added at the end.
-  const auto sums_of_4 = [](const lanes* v) {
-    return _mm256_hadd_ps(_mm256_hadd_ps((__m256)v[0], (__m256)v[1]),
-                          _mm256_hadd_ps((__m256)v[2], (__m256)v[3]));
-  };
-  const __m256 low = sums_of_4(sums), high = sums_of_4(sums + 4);
-  return (lanes)_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
-                              _mm256_permute2f128_ps(low, high, 0x31));
+// Four sums at a time: hadd adds neighbours, and the two halves are added at the end.
+template <int N>
+inline void store_sums(float* to, lanes (&sums)[N]) {
+#pragma GCC unroll 2
+  for (int i = 0; i < N; i += 4) {
+    const __m256 low = _mm256_hadd_ps((__m256)sums[i], (__m256)sums[i + 1]);
+    const __m256 high = _mm256_hadd_ps((__m256)sums[i + 2], (__m256)sums[i + 3]);
+    const __m256 halves = _mm256_hadd_ps(low, high);
+    _mm_storeu_ps(to + i,
+                  _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+  }
 }
 
 #else
 
-inline lanes sums_of(lanes (&sums)[4]) {
-  lanes result;
+inline void store_sums(float* to, lanes (&sums)[4]) {
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) result[i] = (sums[i][0] + sums[i][2]) + (sums[i][1] + sums[i][3]);
-  return result;
+  for (int i = 0; i < 4; ++i) to[i] = (sums[i][0] + sums[i][2]) + (sums[i][1] + sums[i][3]);
 }
 
 #endif
 
-// ---- elements that meet in one step: a vector of them, or a vector of pairs
+// ---- a run: the elements of a key that one load brings, as kVectors vectors
 
 template <typename T>
-struct Elements {
-  static constexpr int kCount = kLanes;
-  lanes values;
+struct Run {
+  using Vector = lanes;
+  static constexpr int kVectors = 1, kCount = kLanes;
 
-  static Elements at(const T* p) { return {load_lanes(p)}; }
-  lanes multiply_add(const Elements& other, lanes sum) const {
-    return fma(values, other.values, sum);
+  template <int>
+  static lanes vector_of(const T* run) {
+    return load_lanes(run);
   }
+  static void multiply_add(lanes& sum, lanes query, lanes key) { accumulate(sum, query, key); }
 };
+
+#if defined(__AVX512BF16__)
 
 template <>
-struct Elements<bf16> {
-  static constexpr int kCount = 2 * kLanes;
-  u32_lanes pairs;
+struct Run<bf16> {
+  using Vector = u32_lanes;  // pairs
+  static constexpr int kVectors = 1, kCount = 2 * kLanes;
 
-  static Elements at(const bf16* p) { return {load_as<u32_lanes>(p)}; }
-  lanes multiply_add(const Elements& other, lanes sum) const {
-#if defined(__AVX512BF16__)
-    return (lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)other.pairs);
-#else
-    return fma(odd_of(pairs), odd_of(other.pairs), fma(even_of(pairs), even_of(other.pairs), sum));
-#endif
+  template <int>
+  static u32_lanes vector_of(const bf16* run) {
+    return load_as<u32_lanes>(run);
+  }
+  static void multiply_add(lanes& sum, u32_lanes query, u32_lanes key) {
+    sum = (lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)query, (__m512bh)key);
   }
 };
 
-// The first n elements; the others are zero.
+#else
+
+template <>
+struct Run<bf16> {
+  using Vector = lanes;
+  static constexpr int kVectors = 2, kCount = 2 * kLanes;  // the even ones, and the odd ones
+
+  template <int which>
+  static lanes vector_of(const bf16* run) {
+    const u32_lanes pairs = load_as<u32_lanes>(run);
+    return which == 0 ? even_of(pairs) : odd_of(pairs);
+  }
+  static void multiply_add(lanes& sum, lanes query, lanes key) { accumulate(sum, query, key); }
+};
+
+#endif
+
+// ---- queries, made into the vectors that they are multiplied as: once for all keys
+
 template <typename T>
-inline Elements<T> first_elements(const T* p, int64_t n) {
-  T padded[Elements<T>::kCount] = {};
-  std::memcpy(padded, p, n * sizeof(T));
-  return Elements<T>::at(padded);
+inline int64_t query_size(int64_t dim) {
+  return (dim + Run<T>::kCount - 1) / Run<T>::kCount * Run<T>::kVectors * kLanes;
 }
 
-// Keys at a stride of ``dim``; those from n on, if n < kLanes, count as the first.
-template <bool all, typename T>
-inline lanes dots_of_keys(const T* query, const T* keys, int64_t dim, int64_t n) {
-  constexpr int kCount = Elements<T>::kCount;
-  const auto key_at = [&](int64_t key) { return keys + (all || key < n ? key : 0) * dim; };
-  lanes sums[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kCount <= dim; i += kCount) {
-    const auto q = Elements<T>::at(query + i);
-#pragma GCC unroll 16
-    for (int key = 0; key < kLanes; ++key)
-      sums[key] = q.multiply_add(Elements<T>::at(key_at(key) + i), sums[key]);
+// to: [query_size]; elements past the end are zero.
+template <typename T>
+inline void prepare_query(const T* query, int64_t dim, float* to) {
+  using R = Run<T>;
+  for (int64_t i = 0; i < dim; i += R::kCount) {
+    T run[R::kCount] = {};
+    std::memcpy(run, query + i, std::min<int64_t>(R::kCount, dim - i) * sizeof(T));
+    const auto append = [&](typename R::Vector v) {
+      std::memcpy(to, &v, sizeof(v));
+      to += kLanes;
+    };
+    append(R::template vector_of<0>(run));
+    if constexpr (R::kVectors == 2) append(R::template vector_of<1>(run));
   }
-  if (i < dim) {
-    const auto q = first_elements(query + i, dim - i);
-#pragma GCC unroll 16
-    for (int key = 0; key < kLanes; ++key)
-      sums[key] = q.multiply_add(first_elements(key_at(key) + i, dim - i), sums[key]);
-  }
-  return sums_of(sums);
 }
 
-// scores[j] = query . key j for j < n; what follows, up to the next multiple of kLanes, is written.
-template <typename T>
-inline void dots(const T* query, const T* keys, int64_t dim, int64_t n, float* scores) {
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes)
-    store_lanes(scores + j, dots_of_keys<true>(query, keys + j * dim, dim, kLanes));
-  if (j < n) store_lanes(scores + j, dots_of_keys<false>(query, keys + j * dim, dim, n - j));
+// ---- dot products
+
+// Adds vector ``which`` of a run of each key.
+template <typename T, int which, int G, int N>
+inline void add_run(const float* queries, int64_t size, const T* keys, int64_t key_stride,
+                    lanes (&sums)[G][N]) {
+  using Vector = typename Run<T>::Vector;
+  Vector query[G];
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g) query[g] = load_as<Vector>(queries + g * size + which * kLanes);
+#pragma GCC unroll 16
+  for (int key = 0; key < N; ++key) {
+    const Vector v = Run<T>::template vector_of<which>(keys + key * key_stride);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) Run<T>::multiply_add(sums[g][key], query[g], v);
+  }
+}
+
+// Keys of a whole number of runs, as many as go together; as many bytes are brought near from
+// ``ahead``. Not inlined, so that the sums have the registers to themselves.
+template <int G, typename T>
+__attribute__((noinline)) void dots_of_keys(const float* queries, int64_t size, const T* keys,
+                                            int64_t key_stride, const T* ahead, float* scores,
+                                            int64_t stride) {
+  using R = Run<T>;
+  constexpr int N = keys_together(G);
+  lanes sums[G][N] = {};
+  for (int64_t i = 0; i < size; i += R::kVectors * kLanes) {
+#pragma GCC unroll 16
+    for (int j = 0; j < N * R::kCount; j += 64 / sizeof(T)) __builtin_prefetch(ahead + j, 0, 2);
+    ahead += N * R::kCount;
+    add_run<T, 0>(queries + i, size, keys, key_stride, sums);
+    if constexpr (R::kVectors == 2) add_run<T, 1>(queries + i, size, keys, key_stride, sums);
+    keys += R::kCount;
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g) store_sums(scores + g * stride, sums[g]);
+}
+
+// scores[g * stride + j] = query g . key j for g < G and j < n; up to 15 more of each are written.
+// Meanwhile as many bytes as the keys have are brought near from ``ahead``.
+template <int G, typename T>
+inline void dots(const float* queries, const T* keys, int64_t dim, int64_t n, const T* ahead,
+                 float* scores, int64_t stride) {
+  constexpr int N = keys_together(G);
+  const int64_t size = query_size<T>(dim);
+  const int64_t padded_dim = size / (Run<T>::kVectors * kLanes) * Run<T>::kCount;
+  for (int64_t j = 0; j < n; j += N) {
+    if (j + N <= n && dim == padded_dim) {
+      dots_of_keys<G>(queries, size, keys + j * dim, dim, ahead + j * dim, scores + j, stride);
+      continue;
+    }
+    thread_local std::vector<T> padded;
+    padded.assign(N * padded_dim, T{});
+    for (int64_t key = 0; key < std::min<int64_t>(N, n - j); ++key)
+      std::memcpy(padded.data() + key * padded_dim, keys + (j + key) * dim, dim * sizeof(T));
+    dots_of_keys<G>(queries, size, padded.data(), padded_dim, ahead + j * dim, scores + j,
+                    stride);
+  }
 }
 
 }  // namespace sortserve

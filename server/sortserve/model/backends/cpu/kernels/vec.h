@@ -82,7 +82,11 @@ inline V load_as(const T* p) {
 inline lanes load_lanes(const float* p) { return load_as<lanes>(p); }
 
 inline lanes load_lanes(const bf16* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (lanes)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_as<__m128i>(p)), 16);
+#else
   return bit_cast<lanes>(__builtin_convertvector(load_as<u16_lanes>(p), u32_lanes) << 16);
+#endif
 }
 
 inline lanes load_lanes(const fp16* p) {
@@ -97,6 +101,15 @@ inline lanes load_lanes(const fp16* p) {
   const u32_lanes special = (u32_lanes)(magnitude >= 0x7c00) & 0x7f800000;  // infinite, NaN
   return bit_cast<lanes>(bit_cast<u32_lanes>(value) | special | (half & 0x8000) << 16);
 #endif
+}
+
+// The first n elements, if they are fewer than a vector has; the rest reads as zero.
+template <typename T>
+inline lanes load_lanes(const T* p, int64_t n) {
+  if (n >= kLanes) return load_lanes(p);
+  T padded[kLanes] = {};
+  std::memcpy(padded, p, n * sizeof(T));
+  return load_lanes(padded);
 }
 
 inline void store_lanes(float* p, lanes v) { std::memcpy(p, &v, sizeof(v)); }
