@@ -82,7 +82,9 @@ inline V load_as(const T* p) {
 inline lanes load_lanes(const float* p) { return load_as<lanes>(p); }
 
 inline lanes load_lanes(const bf16* p) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  return (lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_as<__m256i>(p)), 16);
+#elif defined(__AVX2__)
   return (lanes)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_as<__m128i>(p)), 16);
 #else
   return bit_cast<lanes>(__builtin_convertvector(load_as<u16_lanes>(p), u32_lanes) << 16);
@@ -121,7 +123,13 @@ inline void store_lanes(bf16* p, lanes v) {
   const u32_lanes bits = bit_cast<u32_lanes>(v);
   const u32_lanes rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   const u32_lanes nan = (u32_lanes)(v != v);
-  const u16_lanes half = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), u16_lanes);
+  const u32_lanes result = (nan & 0x7fc0) | (~nan & rounded);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i both = _mm256_packus_epi32((__m256i)result, (__m256i)result);
+  const __m128i half = _mm256_castsi256_si128(_mm256_permute4x64_epi64(both, 0xd8));
+#else
+  const u16_lanes half = __builtin_convertvector(result, u16_lanes);
+#endif
 #endif
   std::memcpy(p, &half, sizeof(half));
 }
