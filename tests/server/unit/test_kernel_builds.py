@@ -185,17 +185,24 @@ def test_each_instruction_set_has_a_library_of_its_own(tmp_path: Path, compiler:
     assert not any("-march=native" in run for run in runs_of(compiler))
 
 
-def test_libraries_that_were_not_used_for_longest_are_removed(
+def test_libraries_that_were_not_used_for_longest_make_room_for_a_new_one(
     tmp_path: Path, compiler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "MAX_CACHED", 2)
-    cache, versions = tmp_path / "cache", [Isa("portable", (f"-Dversion={i}",)) for i in range(3)]
-    first, second = (build_library(isa, cache, compiler) for isa in versions[:2])
-    for path, seconds in ((first, 1000), (second, 2000)):
+    monkeypatch.setenv("SORTSERVE_CACHE_SIZE", "16B")  # two libraries of this compiler
+    old, older = (tmp_path / f"kernels-avx2-{name}.so" for name in ("old", "older"))
+    for path, seconds in ((old, 2000), (older, 1000)):
+        path.write_text("library\n")
         os.utime(path, (seconds, seconds))
-    assert build_library(versions[0], cache, compiler) == first  # used: now the second is oldest
-    third = build_library(versions[2], cache, compiler)
-    assert set(cache.iterdir()) == {first, third}
+    new = build_library(PORTABLE, tmp_path, compiler)
+    assert set(tmp_path.glob("kernels-*.so")) == {old, new}
+
+
+def test_a_library_stays_while_it_is_used_even_if_the_cache_has_no_room_for_it(
+    tmp_path: Path, compiler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SORTSERVE_CACHE_SIZE", "1B")
+    paths = {build_library(isa, tmp_path, compiler) for isa in (PORTABLE, OLD)}
+    assert set(tmp_path.glob("kernels-*.so")) == paths
 
 
 def test_a_compiler_that_fails_is_a_build_error_and_leaves_nothing(tmp_path: Path) -> None:

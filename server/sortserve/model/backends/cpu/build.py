@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sortserve.core.atomic_write import PRIVATE, write_atomically
-from sortserve.core.cache_bound import hold
+from sortserve.core.cache_bound import hold, prune
 from sortserve.core.user_cache import is_private, open_user_cache
 from sortserve.model.backends.cpu.isa import Isa
 
@@ -35,8 +35,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 KERNELS_DIR_VARIABLE = "SORTSERVE_KERNELS_DIR"
-MAX_CACHED = 8
-"""Libraries kept in a cache, the last used: a few instruction sets of a few versions."""
 
 _SOURCES = Path(__file__).parent / "kernels"
 _COMPILERS = ("g++", "c++", "clang++")
@@ -139,7 +137,8 @@ def build_library(isa: Isa, cache_dir: Path | None = None, compiler: str | None 
             logger.warning("native CPU kernels are compiled at every start: %s", error)
         else:
             logger.info("compiled native CPU kernels to %s", cache / name)
-            _prune(cache)
+            hold(cache / name)
+            prune(cache)
             return cache / name
     path = Path(_scratch().name) / name
     write_atomically(path, content, mode=PRIVATE)
@@ -155,14 +154,6 @@ def _find_cached(cache: Path, isa: Isa, key: str) -> Path | None:
         with suppress(OSError):
             path.unlink()
     return None
-
-
-def _prune(cache: Path) -> None:
-    """Remove the libraries that were not used for longest; whoever has loaded one keeps it."""
-    with suppress(OSError):
-        paths = sorted(cache.glob("kernels-*.so"), key=lambda path: path.lstat().st_mtime)
-        for path in paths[:-MAX_CACHED]:
-            path.unlink(missing_ok=True)
 
 
 @functools.cache

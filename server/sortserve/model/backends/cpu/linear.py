@@ -23,7 +23,7 @@ from sortserve.model.weight import PLAIN, Weight
 __all__ = ["Matrix", "NativeLinear", "Output", "PackedLinear"]
 
 _PANEL = 32
-"""Outputs of a panel: kPanel of ``kernels/tile_fma.h``."""
+"""Outputs of a panel: kPanel of ``kernels/panel.h``."""
 
 
 class Output(IntEnum):

@@ -32,7 +32,7 @@ struct PackInt8Call {
 int64_t num_blocks_of(int64_t num_inputs) { return (num_inputs + kBlock - 1) / kBlock; }
 
 int64_t num_panels_of(int64_t num_outputs, int64_t output) {
-  const int64_t width = output == kSiluMul ? kPanelOutputs / 2 : kPanelOutputs;
+  const int64_t width = output == kSiluMul ? kPanel / 2 : kPanel;
   return (num_outputs + width - 1) / width;
 }
 
@@ -41,10 +41,10 @@ int64_t num_panels_of(int64_t num_outputs, int64_t output) {
 // The row of the weights that an output of a panel has, or -1: it is there to fill the panel.
 int64_t row_of(const PackInt8Call& call, int64_t panel, int64_t i) {
   if (call.output != kSiluMul) {
-    const int64_t row = panel * kPanelOutputs + i;
+    const int64_t row = panel * kPanel + i;
     return row < call.num_outputs ? row : -1;
   }
-  const int64_t half = kPanelOutputs / 2, row = panel * half + i % half;
+  const int64_t half = kPanel / 2, row = panel * half + i % half;
   if (row >= call.num_outputs) return -1;
   return i < half ? row : call.num_outputs + row;
 }
@@ -57,7 +57,7 @@ void pack_output(const PackInt8Call& call, int64_t panel, int64_t i, uint8_t* pa
       const int64_t input = b * kBlock + k;
       const bool is_there = row >= 0 && input < call.num_inputs;
       const int value = is_there ? call.values[row * call.num_inputs + input] : 0;
-      block[(k / 4 * kPanelOutputs + i) * 4 + k % 4] =
+      block[(k / 4 * kPanel + i) * 4 + k % 4] =
           static_cast<uint8_t>(value + Int8Tile::kWeightOffset);
     }
     const bf16 scale = row >= 0 ? call.scales[row * num_blocks + b] : bf16{0};
@@ -74,7 +74,7 @@ extern "C" void sortserve_pack_int8(PackInt8Call* call) {
   if (call->packed == nullptr) return;
   Team::run(call->num_threads, [&](Team& team) {
     team.parallel_for(num_panels, 1, [&](int64_t panel) {
-      for (int64_t i = 0; i < kPanelOutputs; ++i)
+      for (int64_t i = 0; i < kPanel; ++i)
         pack_output(*call, panel, i, call->packed + panel * panel_bytes);
     });
   });
@@ -211,10 +211,10 @@ const uint8_t* ahead_of(int64_t tile, int64_t num_tiles, const uint8_t* panel,
 const int16_t* lacks_of(const uint8_t* panel, int64_t num_blocks, int64_t num_rows) {
   thread_local std::vector<int16_t> lacks;
   if (!Int8Tile::has_lacks(num_rows)) return nullptr;
-  const size_t size = num_blocks * kPanelOutputs;
+  const size_t size = num_blocks * kPanel;
   if (lacks.size() < size) lacks.resize(size);
   for (int64_t b = 0; b < num_blocks; ++b)
-    Int8Tile::find_lacks(panel + b * kBlockBytes, lacks.data() + b * kPanelOutputs);
+    Int8Tile::find_lacks(panel + b * kBlockBytes, lacks.data() + b * kPanel);
   return lacks.data();
 }
 
@@ -234,7 +234,7 @@ void multiply_panel(const QuantizedRows& rows, int64_t begin, int64_t end, const
   const int64_t num_blocks = rows.num_blocks;
   const int16_t* lacks =
       lacks_of(panel, num_blocks, tiles.first_row(end) - tiles.first_row(begin));
-  alignas(64) float sums[Int8Tile::kRows][kPanelOutputs];
+  alignas(64) float sums[Int8Tile::kRows][kPanel];
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tiles.first_row(tile), at = first * num_blocks;
     multiply_int8_rows(tiles.size(tile), rows.values + at * kBlock, rows.scales + at, num_blocks,

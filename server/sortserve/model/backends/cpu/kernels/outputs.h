@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "panel.h"
 
 namespace sortserve {
 
@@ -10,17 +11,16 @@ namespace sortserve {
 template <typename T>
 __attribute__((noinline)) void write_outputs(const Matrix& matrix, void* y, int64_t token,
                                              int64_t panel, f32x16 a, f32x16 b) {
-  constexpr int64_t kOutputs = 32;
   if (matrix.bias != nullptr) {
-    a += load(matrix.bias + panel * kOutputs);
-    b += load(matrix.bias + panel * kOutputs + 16);
+    a += load(matrix.bias + panel * kPanel);
+    b += load(matrix.bias + panel * kPanel + 16);
   }
   if (matrix.output == kSiluMul) {
-    const int64_t first = panel * kOutputs / 2;
+    const int64_t first = panel * kPanel / 2;
     T* out = static_cast<T*>(y) + token * matrix.num_outputs + first;
     return store(out, silu(a) * b, matrix.num_outputs - first);
   }
-  const int64_t first = panel * kOutputs, left = matrix.num_outputs - first;
+  const int64_t first = panel * kPanel, left = matrix.num_outputs - first;
   const auto both = [&](auto* out) {
     out += token * matrix.num_outputs + first;
     store(out, a, left);

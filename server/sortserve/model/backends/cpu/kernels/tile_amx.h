@@ -4,6 +4,7 @@
 // and a row's bits may not depend on the rows beside it.
 #pragma once
 
+#include "panel.h"
 #include "tile_ahead.h"
 #include "vec.h"
 
@@ -38,7 +39,7 @@ inline amx::Config config_of(int num_top, int num_bottom) {
 // One block of inputs; ``panel`` points at its first pair, ``x`` at its first input.
 inline void multiply_block(const bf16* x, int64_t x_stride, const bf16* panel, bool has_bottom) {
   amx::load<kLeft>(panel, kPanelLine);
-  amx::load<kRight>(panel + kBlock, kPanelLine);
+  amx::load<kRight>(panel + kPanel, kPanelLine);
   amx::load<kTop>(x, x_stride * sizeof(bf16));
   amx::multiply_bf16<kTopLeft, kTop, kLeft>();
   amx::multiply_bf16<kTopRight, kTop, kRight>();
@@ -53,7 +54,7 @@ inline void multiply_block(const bf16* x, int64_t x_stride, const bf16* panel, b
 inline void multiply_rest(int64_t num_rows, const bf16* x, int64_t x_stride, const bf16* panel,
                           int64_t num_inputs) {
   alignas(64) bf16 rows[kBf16Rows * kBlock] = {};
-  alignas(64) bf16 weights[kBlock / 2 * 2 * kBlock] = {};
+  alignas(64) bf16 weights[kBlock * kPanel] = {};
   for (int64_t m = 0; m < num_rows; ++m)
     std::memcpy(rows + m * kBlock, x + m * x_stride, num_inputs * sizeof(bf16));
   std::memcpy(weights, panel, (num_inputs + 1) / 2 * kPanelLine);
@@ -80,16 +81,16 @@ inline void multiply_by_amx(int64_t num_rows, const bf16* x, int64_t x_stride, c
   for (; k + kBlock <= num_inputs; k += kBlock) {
     for (int64_t byte = 0; byte < kBlock / 2 * line; byte += 64) __builtin_prefetch(near + byte, 0, 2);
     near += kBlock / 2 * line;
-    multiply_block(x + k, x_stride, panel + k * kBlock, num_bottom > 0);
+    multiply_block(x + k, x_stride, panel + k * kPanel, num_bottom > 0);
   }
-  if (k < num_inputs) multiply_rest(num_rows, x + k, x_stride, panel + k * kBlock, num_inputs - k);
+  if (k < num_inputs) multiply_rest(num_rows, x + k, x_stride, panel + k * kPanel, num_inputs - k);
 
-  constexpr int64_t kStride = kBlock * sizeof(float);
+  constexpr int64_t kStride = kPanel * sizeof(float);
   amx::store<kTopLeft>(outputs, kStride);
   amx::store<kTopRight>(outputs + 16, kStride);
   if (num_bottom > 0) {
-    amx::store<kBottomLeft>(outputs + amx::kTileRows * kBlock, kStride);
-    amx::store<kBottomRight>(outputs + amx::kTileRows * kBlock + 16, kStride);
+    amx::store<kBottomLeft>(outputs + amx::kTileRows * kPanel, kStride);
+    amx::store<kBottomRight>(outputs + amx::kTileRows * kPanel + 16, kStride);
   }
   amx::release();
 }

@@ -1,6 +1,7 @@
 // Tiles by instructions that multiply pairs of bf16 and add to fp32: AVX-512 BF16.
 #pragma once
 
+#include "panel.h"
 #include "tile_ahead.h"
 #include "vec.h"
 
@@ -20,8 +21,8 @@ __attribute__((noinline)) void multiply_tile(const bf16* x, int64_t x_stride, co
   const char* near = ahead.first(0, 1, pairs);
   const int64_t line = ahead.whole ? 128 : 64;
   for (int64_t k = 0; k < pairs; ++k) {
-    const __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel + k * 64);
-    const __m512bh w1 = (__m512bh)_mm512_loadu_si512(panel + k * 64 + 32);
+    const __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel + k * 2 * kPanel);
+    const __m512bh w1 = (__m512bh)_mm512_loadu_si512(panel + (k * 2 + 1) * kPanel);
     _mm_prefetch(near + k * line, _MM_HINT_T1);
     _mm_prefetch(near + k * line + line - 64, _MM_HINT_T1);
 #pragma GCC unroll 12
@@ -35,7 +36,7 @@ __attribute__((noinline)) void multiply_tile(const bf16* x, int64_t x_stride, co
   }
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < 2; ++v) _mm512_storeu_ps(outputs + m * 32 + v * 16, sums[m][v]);
+    for (int v = 0; v < 2; ++v) _mm512_storeu_ps(outputs + m * kPanel + v * 16, sums[m][v]);
 }
 
 }  // namespace sortserve

@@ -1,12 +1,11 @@
 // Tiles by fp32 multiply-adds, on any CPU: weights in fp32, or in bf16 and widened in registers.
 #pragma once
 
+#include "panel.h"
 #include "tile_ahead.h"
 #include "vec.h"
 
 namespace sortserve {
-
-constexpr int kPanel = 32;
 
 // Inputs that lie side by side in a panel.
 template <typename W>

@@ -10,13 +10,14 @@
 // what of a block its sums lack (``find_lacks``, where ``has_lacks``).
 #pragma once
 
+#include "panel.h"
 #include "vec.h"
 
 namespace sortserve {
 
-constexpr int64_t kBlock = 32, kPanelOutputs = 32;
-constexpr int64_t kBlockValueBytes = kBlock * kPanelOutputs;
-constexpr int64_t kBlockBytes = kBlockValueBytes + kPanelOutputs * sizeof(bf16);
+constexpr int64_t kBlock = 32;
+constexpr int64_t kBlockValueBytes = kBlock * kPanel;
+constexpr int64_t kBlockBytes = kBlockValueBytes + kPanel * sizeof(bf16);
 
 // Of 32 inputs of a row: x is about scale times its int8 values.
 struct BlockScale {
@@ -51,7 +52,7 @@ struct Int8Tile {
 
   template <int M, bool kLacks>
   static void add_block(const int8_t (&x)[M][kBlock], const BlockScale (&x_scales)[M],
-                        const uint8_t* block, const int16_t*, float (*sums)[kPanelOutputs]) {
+                        const uint8_t* block, const int16_t*, float (*sums)[kPanel]) {
     __m512i integers[M][2];
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m)
@@ -94,11 +95,11 @@ struct Int8Tile {
   // lacks: [32], of a block.
   static void find_lacks(const uint8_t* block, int16_t* lacks) {
     const __m256i zero = _mm256_setzero_si256(), one = _mm256_set1_epi8(1);
-    for (int first = 0; first < kPanelOutputs; first += 2 * kLanes) {
+    for (int first = 0; first < kPanel; first += 2 * kLanes) {
       __m256i sums[2] = {};
       for (int i = 0; i < 8; ++i)
         for (int v = 0; v < 2; ++v) {
-          const auto w = load_as<__m256i>(block + (i * kPanelOutputs + first + v * kLanes) * 4);
+          const auto w = load_as<__m256i>(block + (i * kPanel + first + v * kLanes) * 4);
           const __m256i pairs = _mm256_maddubs_epi16(one, _mm256_min_epi8(w, zero));
           sums[v] = _mm256_sub_epi16(sums[v], pairs);
         }
@@ -112,8 +113,8 @@ struct Int8Tile {
   template <int M, bool kLacks>
   static void add_block(const int8_t (&x)[M][kBlock], const BlockScale (&x_scales)[M],
                         const uint8_t* block, const int16_t* lacks,
-                        float (*sums)[kPanelOutputs]) {
-    for (int first = 0; first < kPanelOutputs; first += kLanes)
+                        float (*sums)[kPanel]) {
+    for (int first = 0; first < kPanel; first += kLanes)
       add_lanes<M, kLacks>(x, x_scales, block, lacks, first, sums);
   }
 
@@ -121,7 +122,7 @@ struct Int8Tile {
   template <int M, bool kLacks>
   static void add_lanes(const int8_t (&x)[M][kBlock], const BlockScale (&x_scales)[M],
                         const uint8_t* block, const int16_t* lacks, int first,
-                        float (*sums)[kPanelOutputs]) {
+                        float (*sums)[kPanel]) {
     const __m256i ones = _mm256_set1_epi16(1), zero = _mm256_setzero_si256();
     const uint8_t* weights = block + first * 4;
     __m256i integers[M] = {};
@@ -142,7 +143,7 @@ struct Int8Tile {
         const __m256i pairs = _mm256_maddubs_epi16(size, signed_four);
         add_to(integers[m], _mm256_madd_epi16(pairs, ones));
       }
-      weights += 4 * kPanelOutputs;
+      weights += 4 * kPanel;
     }
     const bf16* scales = reinterpret_cast<const bf16*>(block + kBlockValueBytes);
     const lanes scale = load_lanes(scales + first);
@@ -168,15 +169,15 @@ struct Int8Tile {
 
   template <int M, bool kLacks>
   static void add_block(const int8_t (&x)[M][kBlock], const BlockScale (&x_scales)[M],
-                        const uint8_t* block, const int16_t*, float (*sums)[kPanelOutputs]) {
+                        const uint8_t* block, const int16_t*, float (*sums)[kPanel]) {
     const bf16* scales = reinterpret_cast<const bf16*>(block + kBlockValueBytes);
     float values[M][kBlock];
     for (int m = 0; m < M; ++m)
       for (int k = 0; k < kBlock; ++k) values[m][k] = x[m][k];
-    for (int first = 0; first < kPanelOutputs; first += kLanes) {
+    for (int first = 0; first < kPanel; first += kLanes) {
       lanes integers[M] = {};
       for (int k = 0; k < kBlock; k += 4) {
-        const i32_lanes fours = load_as<i32_lanes>(block + (k * kPanelOutputs / 4 + first) * 4);
+        const i32_lanes fours = load_as<i32_lanes>(block + (k * kPanel / 4 + first) * 4);
         add_inputs<M, 24>(values, k, fours, integers);
         add_inputs<M, 16>(values, k + 1, fours, integers);
         add_inputs<M, 8>(values, k + 2, fours, integers);
@@ -206,14 +207,14 @@ template <int M, bool kLacks>
 __attribute__((noinline)) void multiply_int8_tile(TileRows<M> x, int64_t num_blocks,
                                                   const uint8_t* panel, const int16_t* lacks,
                                                   const uint8_t* ahead,
-                                                  float (*sums)[kPanelOutputs]) {
+                                                  float (*sums)[kPanel]) {
   for (int m = 0; m < M; ++m) store(sums[m], f32x16(0)), store(sums[m] + 16, f32x16(0));
   for (int64_t b = 0; b < num_blocks; ++b) {
 #pragma GCC unroll 17
     for (int64_t line = 0; line < kBlockBytes; line += 64)
       __builtin_prefetch(ahead + b * kBlockBytes + line, 0, 2);
     Int8Tile::add_block<M, kLacks>(x.values[b], x.scales[b], panel + b * kBlockBytes,
-                                   lacks + b * kPanelOutputs, sums);
+                                   lacks + b * kPanel, sums);
   }
 }
 
@@ -221,7 +222,7 @@ __attribute__((noinline)) void multiply_int8_tile(TileRows<M> x, int64_t num_blo
 template <int M = Int8Tile::kRows>
 inline void multiply_int8_rows(int64_t num_rows, const int8_t* values, const BlockScale* scales,
                                int64_t num_blocks, const uint8_t* panel, const int16_t* lacks,
-                               const uint8_t* ahead, float (*sums)[kPanelOutputs]) {
+                               const uint8_t* ahead, float (*sums)[kPanel]) {
   if constexpr (M > 1)
     if (num_rows != M)
       return multiply_int8_rows<M - 1>(num_rows, values, scales, num_blocks, panel, lacks, ahead,
