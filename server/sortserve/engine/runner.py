@@ -24,7 +24,7 @@ class ModelRunner:
         self.block_size = block_size
         self.slab_size = decoder.slab_size
         self._decoder = decoder
-        self._sampler = sampler or Sampler()
+        self._sampler = sampler or Sampler(decoder.backend.sampling)
         self._kv_cache = decoder.allocate_kv_cache(num_pages, block_size)
         self._threads: StepThreads | None = None
 

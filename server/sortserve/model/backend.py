@@ -16,13 +16,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sortserve.core.sampling_params import SamplingParams
 from sortserve.model.attention import Attention, KVCache, RopeTables
 from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
 from sortserve.model.weight import LinearOp, Weight
 from sortserve.model.weights import LayerWeights
 
-__all__ = ["Backend", "LayerStack", "Ops", "Target"]
+__all__ = ["Backend", "LayerStack", "Ops", "RowSampling", "Target"]
 
 
 class Ops(Protocol):
@@ -69,6 +70,39 @@ class LayerStack(Protocol):
         ...
 
 
+class RowSampling(Protocol):
+    """Fast ways to what ``engine.sampling`` defines, for some rows of a batch.
+
+    Shapes: R rows of the batch, N those that are meant, V vocabulary, K blocks. Nothing
+    is written to the logits.
+    """
+
+    def draw_tokens(
+        self,
+        logits_RV: Tensor,
+        maxima_RK: Tensor,
+        rows: Sequence[int],
+        temperatures: Sequence[float],
+        filters: Sequence[SamplingParams],
+        noise: Sequence[float],
+    ) -> list[int | None]:
+        """The token that each of the rows draws; None: not known, to be found the plain way.
+
+        Args:
+            logits_RV: contiguous float32, edited.
+            maxima_RK: the largest logits of a row's blocks; the largest of all is finite.
+            rows: which of them.
+            temperatures: of each, above 0 in float32.
+            filters: the top_k, top_p and min_p of each.
+            noise: of each, in [0, 1).
+        """
+        ...
+
+    def log_sums(self, logits_RV: Tensor, maxima_RK: Tensor, rows: Sequence[int]) -> Tensor:
+        """``log(sum(exp(logits - largest)))`` of the rows, float32 [N]."""
+        ...
+
+
 class Backend(Protocol):
     """What a decoder computes with, made for one ``Target``."""
 
@@ -77,6 +111,8 @@ class Backend(Protocol):
     detail: str
     """What it chose for this machine, for the log; may be empty."""
     ops: Ops
+    sampling: RowSampling | None
+    """None: there is nothing faster than the plain way."""
 
     def linear(self, weight: Weight, bias_O: Tensor | None = None) -> LinearOp:
         """``x W^T + b`` in the dtype of x."""

@@ -307,6 +307,18 @@ def test_logprobs_are_those_of_the_model_before_penalties_and_temperature() -> N
     assert without == SampledToken(without.token_id)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 30.0, 1e5])
+def test_logprobs_are_those_of_log_softmax_to_the_last_bit(scale: float) -> None:
+    """Also their order: logits whose logprobs are rounded to the same are ordered by id."""
+    logits_RV = random_logits(8, 3000, seed=1, scale=scale) + 7.0
+    rows = [make_row(seed=seed, temperature=1.0, logprobs=20, top_k=50) for seed in range(8)]
+    for logprobs_V, token in zip(logits_RV.log_softmax(-1), sampled(logits_RV, *rows), strict=True):
+        best = logprobs_V.sort(descending=True, stable=True)
+        assert token.logprob == logprobs_V[token.token_id].item()
+        assert [top.token_id for top in token.top_logprobs] == best.indices[:20].tolist()
+        assert [top.logprob for top in token.top_logprobs] == best.values[:20].tolist()
+
+
 def test_each_row_gets_as_many_top_logprobs_as_it_asked_for() -> None:
     rows = [make_row(temperature=0.0, logprobs=k) for k in (0, 20, 1)]
     tokens = sampled(random_logits(3, 10), *rows)

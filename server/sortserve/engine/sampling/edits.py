@@ -10,7 +10,7 @@ Shapes: R rows of the batch, V vocabulary, P touched logits of all rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -114,8 +114,11 @@ class Editor:
     def __init__(self) -> None:
         self._edits: WeakKeyDictionary[SamplingRow, RowEdits] = WeakKeyDictionary()
 
-    def edit(self, logits_RV: Tensor, rows: Mapping[int, SamplingRow]) -> None:
+    def edit(self, logits_RV: Tensor, rows: Mapping[int, SamplingRow]) -> Callable[[], object]:
         """Apply penalties, bias and the min_tokens mask.
+
+        Returns:
+            What takes penalties and bias back, as long as nothing else was written there.
 
         Args:
             logits_RV: contiguous; only the rows named are touched.
@@ -123,8 +126,7 @@ class Editor:
         """
         vocab_size = logits_RV.shape[1]
         touched = {r: self._edits_of(row) for r, row in rows.items() if _touches_some(row.params)}
-        if touched:
-            _penalise_and_add(logits_RV, touched)
+        take_back = _penalise_and_add(logits_RV, touched) if touched else _do_nothing
         masked = [
             r * vocab_size + token_id
             for r, row in rows.items()
@@ -135,6 +137,7 @@ class Editor:
         if masked:
             at = torch.tensor(masked, device=logits_RV.device)
             logits_RV.view(-1).index_fill_(0, at, -math.inf)
+        return take_back
 
     def _edits_of(self, row: SamplingRow) -> RowEdits:
         edits = self._edits.get(row)
@@ -148,7 +151,11 @@ def _touches_some(params: SamplingParams) -> bool:
     return params.has_penalties or bool(params.logit_bias)
 
 
-def _penalise_and_add(logits_RV: Tensor, touched: Mapping[int, RowEdits]) -> None:
+def _do_nothing() -> None:
+    pass
+
+
+def _penalise_and_add(logits_RV: Tensor, touched: Mapping[int, RowEdits]) -> Callable[[], object]:
     vocab_size = logits_RV.shape[1]
     for edits in touched.values():
         ids = edits.token_ids
@@ -159,6 +166,7 @@ def _penalise_and_add(logits_RV: Tensor, touched: Mapping[int, RowEdits]) -> Non
     old_P = logits_RV.view(-1).index_select(0, at_P)
     new_P = torch.where(old_P < 0, old_P * penalty_P, old_P / penalty_P).clamp_(max=HUGE_LOGIT)
     logits_RV.view(-1).index_copy_(0, at_P, new_P.add_(added_P))
+    return lambda: logits_RV.view(-1).index_copy_(0, at_P, old_P)
 
 
 def _joined(parts: list[NDArray[np.int64]] | list[NDArray[np.float32]], like: Tensor) -> Tensor:

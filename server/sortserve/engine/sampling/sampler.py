@@ -16,23 +16,22 @@ Shapes: R rows of the batch, N the rows that one function works on, V vocabulary
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from sortserve.core.sampling_params import RowFailure, SampledToken, SamplingRow, TokenLogprob
+from sortserve.core.sampling_params import RowFailure, SampledToken, SamplingRow
 from sortserve.engine.sampling.edits import HUGE_LOGIT, Editor, is_below_min_tokens, is_edited
 from sortserve.engine.sampling.filters import draw_filtered, has_filter
+from sortserve.engine.sampling.logprobs import Report, log_sums
 from sortserve.engine.sampling.vocab_ops import (
     argmax,
-    at_least,
     block_maxima,
     draw,
-    kth_largest,
-    pick,
     take_rows,
 )
+from sortserve.model.backend import RowSampling
 
 __all__ = ["Sampler", "uniform"]
 
@@ -71,9 +70,13 @@ class Sampler:
 
     Everything a row needs is in its SamplingRow. A row that comes again as the same object is
     served faster, because its tokens need not be counted again; no token depends on that.
+
+    Args:
+        fast: a backend's way to the same tokens, asked first; None: there is none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fast: RowSampling | None = None) -> None:
+        self._fast = fast
         self._editor = Editor()
 
     @torch.inference_mode()
@@ -130,33 +133,33 @@ class Sampler:
             return [SampledToken(token_id) for token_id in token_ids]
 
         reported = [r for r, row in enumerate(rows) if row.params.logprobs is not None]
-        logprobs_NV = take_rows(logits_RV, reported).log_softmax(-1)  # taken before the edits
+        num_top = [rows[r].params.logprobs or 0 for r in reported]
+        report = self._report(logits_RV, maxima_RK, reported, num_top)  # before the edits
         edited = {r: row for r, row in enumerate(rows) if is_edited(row)}
-        new_ids, masked = self._edit(logits_RV, maxima_RK, edited)
+        new_ids, masked, take_back = self._edit(logits_RV, maxima_RK, edited)
         to_draw = {r: w for r, w in enumerate(rows) if not w.params.greedy and r not in masked}
-        new_ids |= _draw(logits_RV, maxima_RK, to_draw)
+        new_ids |= self._draw(logits_RV, maxima_RK, to_draw)
 
         sampled = [SampledToken(new_ids.get(r, token_id)) for r, token_id in enumerate(token_ids)]
-        if reported:
-            chosen = [sampled[r].token_id for r in reported]
-            num_top = [rows[r].params.logprobs or 0 for r in reported]
-            for r, token in zip(
-                reported, _with_logprobs(logprobs_NV, chosen, num_top), strict=True
-            ):
+        if report is not None:
+            take_back()
+            chosen = report.describe(logits_RV, [sampled[r].token_id for r in reported])
+            for r, token in zip(reported, chosen, strict=True):
                 sampled[r] = token
         return [_ALL_MASKED if r in masked else token for r, token in enumerate(sampled)]
 
     def _edit(
         self, logits_RV: Tensor, maxima_RK: Tensor, edited: Mapping[int, SamplingRow]
-    ) -> tuple[dict[int, int], set[int]]:
+    ) -> tuple[dict[int, int], set[int], Callable[[], object]]:
         """Edit these rows and their maxima in place.
 
         Returns:
-            The new argmax of greedy rows, and which rows have no token left.
+            The new argmax of greedy rows, which rows have no token left, and what takes the edits
+            of the logits back.
         """
+        take_back = self._editor.edit(logits_RV, edited)
         if not edited:
-            return {}, set()
-        self._editor.edit(logits_RV, edited)
+            return {}, set(), take_back
         everyone = len(edited) == len(logits_RV)
         maxima_EK = block_maxima(take_rows(logits_RV, list(edited)))
         maxima_RK[slice(None) if everyone else list(edited)] = maxima_EK
@@ -165,7 +168,41 @@ class Sampler:
             take_rows(logits_RV, looked_at), take_rows(maxima_RK, looked_at)
         )
         masked = {r for r, value in zip(looked_at, largest, strict=True) if value == -math.inf}
-        return dict(zip(looked_at, token_ids, strict=True)), masked
+        return dict(zip(looked_at, token_ids, strict=True)), masked, take_back
+
+    def _report(
+        self,
+        logits_RV: Tensor,
+        maxima_RK: Tensor,
+        reported: Sequence[int],
+        num_top: Sequence[int],
+    ) -> Report | None:
+        """None where no row reports."""
+        if not reported:
+            return None
+        if self._fast is None:
+            log_sum_N = log_sums(take_rows(logits_RV, reported))
+        else:
+            log_sum_N = self._fast.log_sums(logits_RV, maxima_RK, reported)
+        return Report(logits_RV, maxima_RK, reported, num_top, log_sum_N)
+
+    def _draw(
+        self, logits_RV: Tensor, maxima_RK: Tensor, rows: Mapping[int, SamplingRow]
+    ) -> dict[int, int]:
+        """The sampled token of every row in ``rows``."""
+        if self._fast is None or not rows:
+            return _draw(logits_RV, maxima_RK, rows)
+        tokens = self._fast.draw_tokens(
+            logits_RV,
+            maxima_RK,
+            list(rows),
+            [_temperature(row) for row in rows.values()],
+            [row.params for row in rows.values()],
+            [_noise(row) for row in rows.values()],
+        )
+        drawn = {r: token for r, token in zip(rows, tokens, strict=True) if token is not None}
+        left = {r: row for r, row in rows.items() if r not in drawn}
+        return drawn | _draw(logits_RV, maxima_RK, left)
 
 
 def _is_plain(row: SamplingRow) -> bool:
@@ -176,18 +213,18 @@ def _is_plain(row: SamplingRow) -> bool:
 
 
 def _draw(logits_RV: Tensor, maxima_RK: Tensor, rows: Mapping[int, SamplingRow]) -> dict[int, int]:
-    """The sampled token of every row in ``rows``. Rows with a filter go their own way."""
+    """The same, the plain way. Rows with a filter go their own."""
     drawn: dict[int, int] = {}
     filtered = {r: row for r, row in rows.items() if has_filter(row.params)}
     if filtered:
         params = [row.params for row in filtered.values()]
         scores_NV, maxima_NK = _scores(logits_RV, maxima_RK, filtered)
-        tokens = draw_filtered(scores_NV, _noise(logits_RV, filtered), params, maxima_NK)
+        tokens = draw_filtered(scores_NV, _noises(logits_RV, filtered), params, maxima_NK)
         drawn.update(zip(filtered, tokens, strict=True))
     unfiltered = {r: row for r, row in rows.items() if r not in filtered}
     if unfiltered:
         scores_NV, _ = _scores(logits_RV, maxima_RK, unfiltered)
-        token_N = draw(scores_NV.softmax(-1), _noise(logits_RV, unfiltered))
+        token_N = draw(scores_NV.softmax(-1), _noises(logits_RV, unfiltered))
         drawn.update(zip(unfiltered, token_N.tolist(), strict=True))
     return drawn
 
@@ -196,49 +233,23 @@ def _scores(
     logits_RV: Tensor, maxima_RK: Tensor, rows: Mapping[int, SamplingRow]
 ) -> tuple[Tensor, Tensor]:
     """Logits over temperature [N, V], and their block maxima: division keeps the order."""
-    temperatures = [max(row.params.temperature, _LOWEST_TEMPERATURE) for row in rows.values()]
+    temperatures = [_temperature(row) for row in rows.values()]
     scores_NV, maxima_NK = take_rows(logits_RV, list(rows)), take_rows(maxima_RK, list(rows))
-    if any(temperature != 1.0 for temperature in temperatures):
-        temperature_N1 = torch.tensor(temperatures, dtype=torch.float32, device=logits_RV.device)[
-            :, None
-        ]
-        scores_NV, maxima_NK = scores_NV.div_(temperature_N1), maxima_NK.div_(temperature_N1)
-    return scores_NV, maxima_NK
+    if all(temperature == 1.0 for temperature in temperatures):
+        return scores_NV, maxima_NK
+    temperature_N = torch.tensor(temperatures, dtype=torch.float32, device=logits_RV.device)
+    return scores_NV / temperature_N[:, None], maxima_NK / temperature_N[:, None]
 
 
-def _noise(like: Tensor, rows: Mapping[int, SamplingRow]) -> Tensor:
+def _temperature(row: SamplingRow) -> float:
+    return max(row.params.temperature, _LOWEST_TEMPERATURE)
+
+
+def _noise(row: SamplingRow) -> float:
+    return uniform(row.seed, len(row.output_token_ids))
+
+
+def _noises(like: Tensor, rows: Mapping[int, SamplingRow]) -> Tensor:
     """Each row's noise, float64 [N]."""
-    noise = [uniform(row.seed, len(row.output_token_ids)) for row in rows.values()]
+    noise = [_noise(row) for row in rows.values()]
     return torch.tensor(noise, dtype=torch.float64, device=like.device)
-
-
-# ---- logprobs ---------------------------------------------------------------------------------
-
-
-def _with_logprobs(
-    logprobs_NV: Tensor, token_ids: Sequence[int], num_top: Sequence[int]
-) -> list[SampledToken]:
-    """The tokens with their log-probability and that of the ``num_top`` most likely ones.
-
-    Of equally likely tokens the lower id comes first, so that a greedy token heads its list.
-    """
-    chosen_N = pick(logprobs_NV, torch.tensor(token_ids, device=logprobs_NV.device))
-    widest = min(max(*num_top, 1), logprobs_NV.shape[1])
-    maxima_NK = block_maxima(logprobs_NV)
-    floor_N1 = kth_largest(logprobs_NV, [widest] * len(num_top), maxima_NK)
-    ids_NC, count_N = at_least(logprobs_NV, floor_N1, maxima_NK)
-    padded_NC = torch.arange(ids_NC.shape[1], device=ids_NC.device) >= count_N[:, None]
-    values_NC = logprobs_NV.gather(1, ids_NC).masked_fill(padded_NC, -math.inf)
-    values_NC, order_NC = values_NC.sort(dim=-1, descending=True, stable=True)
-    lists = zip(
-        token_ids,
-        chosen_N.tolist(),
-        num_top,
-        ids_NC.gather(1, order_NC)[:, :widest].tolist(),
-        values_NC[:, :widest].tolist(),
-        strict=True,
-    )
-    return [
-        SampledToken(token_id, chosen, tuple(map(TokenLogprob, ids[:k], values[:k])))
-        for token_id, chosen, k, ids, values in lists
-    ]

@@ -18,6 +18,7 @@ from sortserve.model.backends.cpu.library import DTYPE_CODES, NativeLibrary, loa
 from sortserve.model.backends.cpu.linear import NativeLinear, Output, PackedLinear
 from sortserve.model.backends.cpu.linear_int8 import NativeInt8Linear
 from sortserve.model.backends.cpu.ops import NativeOps
+from sortserve.model.backends.cpu.sampling import NativeSampling
 from sortserve.model.backends.cpu.stack import NativeStack, can_fuse
 from sortserve.model.backends.reference.backend import ReferenceBackend
 from sortserve.model.layers import StepwiseStack, pack_layer
@@ -35,6 +36,7 @@ class CpuBackend(ReferenceBackend):
     def __init__(self, target: Target, library: NativeLibrary) -> None:
         super().__init__(target)
         self.ops: Ops = NativeOps(library)
+        self.sampling = NativeSampling(library)
         self.library = library
         self.detail = library.isa
 

@@ -64,6 +64,7 @@ class NativeLibrary:
                     *("layers", "linear", "linear_fp32", "linear_int8", "pack_int8"),
                     "attention",
                     *("add_rms_norm", "silu_and_mul"),
+                    *("draw_tokens", "log_sum_exp"),
                 )
             }
         except (OSError, AttributeError) as error:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sortserve.model.attention import Attention, KVCache, RopeTables
-from sortserve.model.backend import LayerStack, Ops, Target
+from sortserve.model.backend import LayerStack, Ops, RowSampling, Target
 from sortserve.model.backends.reference.attention import ReferenceAttention
 from sortserve.model.backends.reference.ops import ReferenceOps
 from sortserve.model.layers import StepwiseStack
@@ -22,6 +22,7 @@ class ReferenceBackend:
 
     name = "reference"
     detail = ""
+    sampling: RowSampling | None = None
 
     def __init__(self, target: Target) -> None:
         self.target = target
