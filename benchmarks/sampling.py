@@ -3,9 +3,9 @@
 The logits are the model's own: half of the prompts are pieces of this repository's README, half are
 random tokens, because a filter has more to do where the model is less sure. Every kind of request
 samples its rows over and over, and each row keeps its tokens, as in a server. Rounds go over all
-kinds in turn, so that a drift of the machine hits all alike. ``floor_ms`` is one sum over the
-logits, ``step_ms`` a decode step of as many greedy rows at full depth (its sampling counted). The
-last line is one JSON document.
+kinds in turn, so that a drift of the machine hits all alike. ``floor_ms`` is what it takes to read
+the logits once at the memory's rate (lib/floors.py), ``step_ms`` a decode step of as many greedy
+rows at full depth (its sampling counted). The last line is one JSON document.
 
     python -m benchmarks.sampling --rows 1 8 64
 """
@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.lib.common import ROOT, environment, print_json, print_table
+from benchmarks.lib.floors import Work, measure_machine
 from benchmarks.offline import EngineBench, add_engine_arguments
 from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
 from sortserve.core.errors import SortserveError
@@ -34,6 +35,7 @@ from sortserve.core.sampling_params import SampledToken, SamplingParams, Samplin
 from sortserve.engine.assemble import make_tokenizer
 from sortserve.engine.runner import ModelRunner
 from sortserve.engine.sampling.sampler import Sampler
+from sortserve.model.backend import RowSampling
 
 __all__ = ["KINDS", "main"]
 
@@ -116,7 +118,11 @@ class Batch:
     """Rows of one kind that sample again and again."""
 
     def __init__(
-        self, logits_RV: Tensor, prompts: Sequence[Sequence[int]], params: SamplingParams
+        self,
+        logits_RV: Tensor,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        fast: RowSampling | None,
     ) -> None:
         self._logits_RV = logits_RV
         self._outputs: list[list[int]] = [list(prompt[::2]) for prompt in prompts]
@@ -124,7 +130,7 @@ class Batch:
             SamplingRow(params, seed, tuple(prompt[1::2]), output, STOP_IDS)
             for seed, (prompt, output) in enumerate(zip(prompts, self._outputs, strict=True))
         ]
-        self._sampler = Sampler()
+        self._sampler = Sampler(fast)
 
     def sample_s(self) -> float:
         """Seconds of one step's sampling; every row then has one token more."""
@@ -138,42 +144,40 @@ class Batch:
         return seconds
 
 
-def _timed_s(run: Callable[[], object]) -> float:
-    started_s = time.perf_counter()
-    run()
-    return time.perf_counter() - started_s
-
-
 def _measure(bench: EngineBench, checkpoint: LoadedCheckpoint) -> dict[str, Any]:
     arguments = bench.arguments
     prompts = prompts_of(checkpoint, max(arguments.rows), arguments.history)
     logits_RV = logits_of(bench, prompts, checkpoint.config.vocab_size)
     kinds = {kind: KINDS[kind] for kind in arguments.kinds or KINDS}
+    machine = measure_machine(bench.device, bench.dtype)
     results: dict[str, Any] = {}
     for num_rows in arguments.rows:
         part_RV = logits_RV[:num_rows]
         batches = {
             kind: Batch(
-                part_RV, prompts[:num_rows], SamplingParams(max_tokens=MAX_TOKENS, **options)
+                part_RV,
+                prompts[:num_rows],
+                SamplingParams(max_tokens=MAX_TOKENS, **options),
+                bench.decoder.backend.sampling,
             )
             for kind, options in kinds.items()
         }
         sampling_s: dict[str, list[float]] = defaultdict(list)
-        step_s, floor_s = [], []
+        step_s: list[float] = []
         for _ in range(arguments.rounds):
             step_s += bench.decode_step_times(checkpoint.exits.layers[-1], num_rows)
             for kind, batch in batches.items():
                 batch.sample_s()  # warm-up, and the tokens of its rows are counted
                 sampling_s[kind] += [batch.sample_s() for _ in range(arguments.samples)]
-            floor_s += [_timed_s(part_RV.sum) for _ in range(arguments.samples)]
+        floor_s = machine.memory_floor_s(Work(num_bytes=part_RV.nbytes, num_flops=0))
         results[str(num_rows)] = _figures(step_s, floor_s, sampling_s)
     return {"dtype": str(bench.dtype).removeprefix("torch."), "rows": results}
 
 
 def _figures(
-    step_s: Sequence[float], floor_s: Sequence[float], sampling_s: dict[str, list[float]]
+    step_s: Sequence[float], floor_s: float, sampling_s: dict[str, list[float]]
 ) -> dict[str, Any]:
-    step_ms, floor_ms = 1e3 * statistics.median(step_s), 1e3 * statistics.median(floor_s)
+    step_ms, floor_ms = 1e3 * statistics.median(step_s), 1e3 * floor_s
     return {
         "step_ms": round(step_ms, 2),
         "floor_ms": round(floor_ms, 3),
