@@ -40,6 +40,7 @@ from sortserve.process.sources import (
 from sortserve.process.values import (
     MAX_COUNT,
     MAX_THREADS,
+    Auto,
     Count,
     FilePath,
     Host,
@@ -102,15 +103,17 @@ class ServeSettings(BaseSettings):
     int8-bnb (8 bits), both by bitsandbytes. none: as they are."""
     revision: Text | None = None
     """Branch, tag or commit of a Hugging Face id."""
-    max_model_len: Annotated[int, Field(ge=2, le=MAX_COUNT), Number] | None = None
-    """Most tokens of prompt and answer together, 2 or more. Default: what the checkpoint allows."""
+    max_model_len: Annotated[Annotated[int, Field(ge=2, le=MAX_COUNT), Number] | None, Auto] = None
+    """Most tokens of prompt and answer together, 2 or more. auto, the default: what the checkpoint
+    allows."""
     backend: Text = "auto"
     """What the model computes with: reference (plain PyTorch) or cpu (our C++ kernels). auto: the
     fastest that works here."""
-    num_threads: Annotated[int, Field(ge=1, le=MAX_THREADS), Number] | None = None
-    """CPU threads of the model, at most 1024; more than there are cores are not started. Default:
-    one for each core that the process may use (affinity, CPU quota, no second hardware thread), of
-    which steps use fewer while that is faster, because other programs keep the cores busy."""
+    num_threads: Annotated[Annotated[int, Field(ge=1, le=MAX_THREADS), Number] | None, Auto] = None
+    """CPU threads of the model, at most 1024; more than there are cores are not started. auto, the
+    default: one for each core that the process may use (affinity, CPU quota, no second hardware
+    thread), of which steps use fewer while that is faster, because other programs keep the cores
+    busy."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), Number] | None = None
     """Makes requests without a seed of their own repeatable, in their order of arrival."""
 
@@ -160,9 +163,9 @@ class ServeSettings(BaseSettings):
     """Measure step times at start-up, so that latency budgets can be judged."""
 
     # KV cache
-    kv_cache_memory: Size | None = None
-    """Memory of the KV cache, such as 2GiB. Default: a quarter of the free memory, and never more
-    than --max-num-seqs sequences of full length need."""
+    kv_cache_memory: Annotated[Size | None, Auto] = None
+    """Memory of the KV cache, such as 2GiB. auto, the default: a quarter of the free memory, and
+    never more than --max-num-seqs sequences of full length need."""
     block_size: Count = 16
     """Tokens of one KV block."""
     enable_prefix_caching: bool = True

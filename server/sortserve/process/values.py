@@ -13,6 +13,7 @@ __all__ = [
     "MAX_COUNT",
     "MAX_TEXT",
     "MAX_THREADS",
+    "Auto",
     "Count",
     "FilePath",
     "Host",
@@ -52,6 +53,11 @@ def _number(value: object) -> object:
     return value
 
 
+def _auto(value: object) -> object:
+    """``auto`` is what a setting without a value is."""
+    return None if value == "auto" else value
+
+
 def _text(value: str) -> str:
     if len(value) > MAX_TEXT:
         raise ValueError(f"it should have at most {MAX_TEXT} characters")
@@ -82,6 +88,7 @@ def _host(value: str) -> str:
 
 
 Number = BeforeValidator(_number)
+Auto = BeforeValidator(_auto)
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT), Number]
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False), Number]
 PositiveSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False), Number]

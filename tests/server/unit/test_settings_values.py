@@ -315,6 +315,19 @@ def test_a_value_out_of_bounds_is_refused(flag: str, value: str) -> None:
         load_settings({flag: value})
 
 
+@pytest.mark.parametrize("name", ["num_threads", "max_model_len", "kv_cache_memory"])
+def test_auto_is_the_default_from_wherever_it_comes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"{name}: auto\n")
+
+    assert getattr(load_settings({"config": str(file)}), name) is None
+    monkeypatch.setenv(f"SORTSERVE_{name.upper()}", "700")
+    assert getattr(load_settings(), name) == 700
+    assert getattr(load_settings({name: "auto"}), name) is None
+
+
 @pytest.mark.parametrize(("flag", "yes"), [("max_num_seqs", "yes"), ("port", "true")])
 def test_a_switch_is_no_number(flag: str, yes: str, tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
