@@ -8,7 +8,8 @@ every row to those classes.
 A sampled token is the inverse of the cumulative distribution, in vocabulary order, at one number
 ``uniform(seed, position)``. That number depends on nothing else, so a seeded request gives the same
 tokens alone, in any batch, chunked, or preempted and resumed, and ten lines offline reproduce it.
-Sums along a row do not depend on the number of rows.
+Sums along a row do not depend on the number of rows. What is here defines the token; a backend
+(``RowSampling``) may be faster, and answers only where it cannot be another one.
 
 Shapes: R rows of the batch, N the rows that one function works on, V vocabulary, C candidates.
 """
