@@ -36,12 +36,12 @@ class Costs:
         """Use a learner's model, and let it learn from every step."""
         self._model, self._learner = learner.model, learner
 
-    def observe(self, shape: StepShape, seconds: float) -> None:
-        """A step has run: refit the model. If that fails, it stays as it is."""
+    def observe(self, shape: StepShape, seconds: float, ended_s: float | None = None) -> None:
+        """A step has run, and ended then: refit the model. If that fails, it stays as it is."""
         if self._learner is None:
             return
         try:
-            self._learner.observe(shape, seconds)
+            self._learner.observe(shape, seconds, ended_s)
             self._model = self._learner.model
         except Exception:
             logger.exception("the cost model could not learn from a step and stays as it is")

@@ -208,7 +208,7 @@ class Engine:
         if not (execution.was_retried or execution.failures):
             # Between two steps of a busy engine no time is lost from sight.
             begun_s = started if self._busy_since_s is None else self._busy_since_s
-            self.costs.observe(shape, now - begun_s)
+            self.costs.observe(shape, now - begun_s, now)
         failures = dict(execution.failures)
         outputs = []
         for row in ran.rows:

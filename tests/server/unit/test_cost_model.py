@@ -195,6 +195,21 @@ def test_the_safety_factor_covers_slow_stretches_more_than_noise_that_evens_out(
     assert low < noisy < 1.25 < uneven < high
 
 
+def test_a_slow_stretch_that_is_over_raises_the_safety_factor_for_ten_seconds_at_most() -> None:
+    learned, noise = learner(), random.Random(8)
+    slow = [noise.choice((0.8, 1.3)) for _ in range(40)]
+    steady = StepShape.of([RowShape(30, 1, 300, samples=True)] * 8)
+    for i in range(400):
+        learned.observe(steady, true_seconds(steady) * slow[i // 10])
+    uneven = learned.model.safety
+
+    for i in range(64):
+        learned.observe(steady, true_seconds(steady), 1e3 + 0.2 * i)
+
+    assert uneven > CostModel.safety
+    assert learned.model.safety == CostModel.safety
+
+
 def test_a_suspended_process_does_not_ruin_the_fit() -> None:
     learned = learner()
 
