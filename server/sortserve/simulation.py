@@ -39,7 +39,7 @@ from dataclasses import dataclass, field
 
 from sortserve.admission.choose import ExitChoice
 from sortserve.core.budget import Budget
-from sortserve.core.errors import SortserveError
+from sortserve.core.errors import BudgetUnattainableError, SortserveError
 from sortserve.core.plan import Runner, StepPlan
 from sortserve.core.request import (
     Observer,
@@ -55,6 +55,7 @@ from sortserve.cost.model import CostModel, step_shape
 from sortserve.engine.desk import desk_of
 from sortserve.engine.engine import Engine, EngineConfig
 from sortserve.scheduling.objective import DEFAULT_OBJECTIVE
+from sortserve.engine.probe import prober_of
 
 __all__ = [
     "Arrival",
@@ -245,7 +246,8 @@ class Simulation:
     def __init__(self, engine: Engine, clock: Clock) -> None:
         self.engine = engine
         self.clock = clock
-        self.desk = desk_of(engine)
+        self.prober = prober_of(engine)
+        self.desk = desk_of(engine, busy_until_s=self.prober.busy_until_s)
         self.choices: dict[str, ExitChoice] = {}
         """The exits that requests were let in at."""
         self.refusals: dict[str, SortserveError] = {}
@@ -261,6 +263,8 @@ class Simulation:
             choice = self.desk.choose(request, self.engine.validate(request))
         except SortserveError as error:
             self.refusals[request.request_id] = error
+            if isinstance(error, BudgetUnattainableError):
+                self.prober.want()
             return
         self.choices[request.request_id] = choice
         self.engine.add_request(request, choice)
@@ -268,6 +272,7 @@ class Simulation:
     def step(self) -> list[RequestOutput]:
         """One step of the engine."""
         outputs = self.engine.step()
+        self.prober.note_work()
         for output in outputs:
             if output.report is not None:
                 self.reports[output.request_id] = output.report
@@ -280,10 +285,17 @@ class Simulation:
         queue = deque(sorted(requests, key=lambda request: request.arrival_s))
         while queue or self.engine.has_work:
             if not self.engine.has_work:
-                self.clock.now = max(self.clock.now, queue[0].arrival_s)
+                self._idle(until_s=queue[0].arrival_s)
             while queue and queue[0].arrival_s <= self.clock.now:
                 self.arrive(queue.popleft())
             self.step()
+
+    def _idle(self, *, until_s: float) -> None:
+        """Let the time pass in which the engine has nothing to do but probes."""
+        while (due_s := self.prober.due_s()) < until_s and self.clock.now < until_s:
+            self.clock.now = max(self.clock.now, due_s)
+            self.prober.run(lambda: self.clock.now >= until_s)
+        self.clock.now = max(self.clock.now, until_s)
 
 
 def make_engine(
@@ -336,4 +348,7 @@ class _Counts:
         """Nor these."""
 
     def on_forecast_failed(self) -> None:
+        """Nor these."""
+
+    def on_probe_step(self) -> None:
         """Nor these."""

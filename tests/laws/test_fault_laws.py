@@ -119,6 +119,9 @@ class Observed:
     def on_forecast_failed(self) -> None:
         self._maybe_fail()
 
+    def on_probe_step(self) -> None:
+        self._maybe_fail()
+
     def _maybe_fail(self) -> None:
         if self.chaos.strikes():
             raise Fault
@@ -264,7 +267,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def faults_of(engine: Engine, chaos: Chaos) -> Iterator[None]:
     """The model's steps fail before and after they have written, the more so the more rows."""
-    runner = engine._runner
+    runner = engine.runner
     execute = runner.execute
 
     def faulty(plan: StepPlan) -> Any:

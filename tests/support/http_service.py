@@ -110,6 +110,9 @@ class Ended:
     def on_forecast_failed(self) -> None:
         self._metrics.on_forecast_failed()
 
+    def on_probe_step(self) -> None:
+        self._metrics.on_probe_step()
+
     async def wait_for(self, count: int) -> list[RequestReport]:
         """The reports, once there are so many."""
 

@@ -9,6 +9,7 @@ way from one to the other could be counted twice, or not at all.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -59,6 +60,8 @@ class AdmissionDesk:
     expect: Callable[[Request], int]
     """The output tokens to plan a request for."""
     costs: Costs
+    busy_until_s: Callable[[], float] = lambda: -math.inf
+    """When what the engine does for no request should be over."""
     on_failure: Callable[[], None] = lambda: None
     """Told of each forecast that raised."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -167,6 +170,7 @@ class AdmissionDesk:
             policy=self.policy,
             max_num_batched_tokens=self.max_num_batched_tokens,
             worth=self._worth.tokens,
+            busy_until_s=self.busy_until_s(),
         )
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,6 +30,8 @@ class Load:
     """Of all live requests, those that the engine has not yet taken included."""
     policy: Policy
     max_num_batched_tokens: int = 1024
+    busy_until_s: float = -math.inf
+    """When what the engine does for no request should be over."""
     worth: Mapping[int, float] = field(default_factory=dict)
     """Of a token at each exit, by the objective; an exit that is missing counts its layers."""
 
@@ -99,7 +102,7 @@ class Outlook:
         columns, costs = self.columns, self.costs
         runs = ~columns.is_waiting
         if not runs.any():
-            return 0.0
+            return max(0.0, self.load.busy_until_s - self.load.now)
         decode = runs & columns.is_decoding
         depth = columns.exit_layer[decode]
         row_s, (token_s, context_s) = costs.row_line

@@ -252,3 +252,6 @@ class Observer(Protocol):
 
     def on_forecast_failed(self) -> None:
         """No times could be predicted for a request; it was let in without a promise."""
+
+    def on_probe_step(self) -> None:
+        """An idle engine has run a step for no request, to see what steps cost."""

@@ -28,6 +28,11 @@ class Costs:
         """The present one; None: nobody knows, and every budget counts as possible."""
         return self._model
 
+    @property
+    def is_learning(self) -> bool:
+        """Whether the steps that run can change the model."""
+        return self._learner is not None
+
     def use(self, model: CostModel | None) -> None:
         """Reckon with a model as it stands, whatever steps take."""
         self._model, self._learner = model, None

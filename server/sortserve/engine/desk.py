@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from sortserve.admission.desk import AdmissionDesk
@@ -10,11 +11,17 @@ from sortserve.engine.engine import Engine
 __all__ = ["desk_of"]
 
 
-def desk_of(engine: Engine, *, on_failure: Callable[[], None] = lambda: None) -> AdmissionDesk:
+def desk_of(
+    engine: Engine,
+    *,
+    busy_until_s: Callable[[], float] = lambda: -math.inf,
+    on_failure: Callable[[], None] = lambda: None,
+) -> AdmissionDesk:
     """The desk of an engine.
 
     Args:
         engine: whose policy, costs and clock the desk shares.
+        busy_until_s: when what the engine does for no request should be over.
         on_failure: told each time that a forecast failed.
     """
     return AdmissionDesk(
@@ -26,5 +33,6 @@ def desk_of(engine: Engine, *, on_failure: Callable[[], None] = lambda: None) ->
         clock=engine.clock,
         expect=engine.expect,
         costs=engine.costs,
+        busy_until_s=busy_until_s,
         on_failure=on_failure,
     )

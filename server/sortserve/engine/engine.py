@@ -77,7 +77,7 @@ class Engine:
         self.costs = Costs()
         """What steps cost: any thread may read its model."""
         self.lengths = LengthEstimator()
-        self._runner = runner
+        self.runner = runner
         self._eos_token_ids = eos_token_ids
         self._make_text = make_text
         self._random = random.Random(config.seed)
@@ -109,7 +109,7 @@ class Engine:
             self.kv_cache,
             full_depth=exits.full,
             max_failed_steps=config.max_failed_steps,
-            on_start=self._count_call,
+            on_start=self.count_call,
         )
 
     # ---- the main loop's body ----
@@ -121,7 +121,7 @@ class Engine:
         plan = self.scheduler.schedule(now)
         if plan is None:
             return outputs
-        execution = execute(self._runner, plan, on_start=self._count_call)
+        execution = execute(self.runner, plan, on_start=self.count_call)
         outputs += self._commit(plan, execution, now)
         self._health.note(execution)
         return outputs
@@ -318,7 +318,8 @@ class Engine:
         """Why the engine must end; its owner looks after each step."""
         return self._health.failure
 
-    def _count_call(self) -> None:
+    def count_call(self) -> None:
+        """The model is given something to do."""
         self.num_calls += 1
 
     def tell(self, event: Callable[[Observer], None]) -> None:

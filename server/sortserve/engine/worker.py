@@ -28,6 +28,7 @@ from sortserve.core.request import EngineStats, Estimate, Request, RequestOutput
 from sortserve.engine.desk import desk_of
 from sortserve.engine.engine import Engine
 from sortserve.engine.ledger import Abort, Ledger, State, Submission, waiting_in
+from sortserve.engine.probe import prober_of
 from sortserve.engine.stall import start_watchdog
 from sortserve.engine.stream import RequestStream
 from sortserve.scheduling.demand import Demand
@@ -72,7 +73,12 @@ class EngineWorker:
         self._debug = debug
         self._inbox: queue.SimpleQueue[Submission | Abort | None] = queue.SimpleQueue()
         self._stats = engine.stats()
-        self._desk = desk_of(engine, on_failure=self._forecast_failed)
+        self._prober = prober_of(engine)
+        self._desk = desk_of(
+            engine,
+            busy_until_s=self._prober.busy_until_s,
+            on_failure=self._forecast_failed,
+        )
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._ledger = Ledger()
@@ -189,6 +195,7 @@ class EngineWorker:
         try:
             choice = self._desk.choose(request, allowed)
         except BudgetUnattainableError:
+            self._prober.want()
             self._rejected("budget_unattainable", request)
             raise
         if reservation is None:
@@ -259,6 +266,9 @@ class EngineWorker:
         if self._engine.has_work:
             self._publish(self._engine.step())
             self._engine.check_health()
+            self._prober.note_work()
+        else:
+            self._prober.run(lambda: not self._inbox.empty())
         if self._engine.failure is not None:
             self._fail(self._engine.failure)
 
@@ -269,10 +279,11 @@ class EngineWorker:
         self._publish([output for output in aborted if output is not None])
 
     def _drain_inbox(self, *, wait: bool) -> None:
+        idle_s = min(IDLE_POLL_S, max(0.0, self._prober.due_s() - self.clock()))
         while True:
             self._is_working = not wait
             try:
-                message = self._inbox.get(timeout=IDLE_POLL_S) if wait else self._inbox.get_nowait()
+                message = self._inbox.get(timeout=idle_s) if wait else self._inbox.get_nowait()
             except queue.Empty:
                 break
             finally:

@@ -133,6 +133,9 @@ class RequestLogger:
     def on_forecast_failed(self) -> None:
         """The desk writes it down itself, now and then."""
 
+    def on_probe_step(self) -> None:
+        """Nobody's step."""
+
 
 class Observers:
     """Tells several observers, in order, what the engine tells one."""
@@ -159,6 +162,11 @@ class Observers:
         """No times could be predicted for a request."""
         for observer in self._observers:
             observer.on_forecast_failed()
+
+    def on_probe_step(self) -> None:
+        """A step has run for no request."""
+        for observer in self._observers:
+            observer.on_probe_step()
 
 
 def report_fields(report: RequestReport) -> dict[str, object]:

@@ -139,6 +139,7 @@ class Metrics:
         self._policy_failures = counter(
             "policy_failures", "Decisions of the policy or the forecast replaced by a plain rule"
         )
+        self._probe_steps = counter("probe_steps", "Steps run for no request")
         self._finished = counter("request_success", "Requests that ended", "finished_reason")
         self._exit_changes = counter(
             "exit_changes", "Changes of depth in flight", "from", "to", "reason"
@@ -235,6 +236,10 @@ class Metrics:
     def on_forecast_failed(self) -> None:
         """Count a request that was let in although nothing could be predicted."""
         self._policy_failures[()].inc()
+
+    def on_probe_step(self) -> None:
+        """Count a step that served nobody. Called on the engine's thread."""
+        self._probe_steps[()].inc()
 
     def _count_budget(self, report: RequestReport) -> None:
         if report.finish_reason is FinishReason.ABORT:

@@ -48,6 +48,9 @@ class Records:
     def on_forecast_failed(self) -> None:
         raise AssertionError("nothing is predicted here")
 
+    def on_probe_step(self) -> None:
+        raise AssertionError("nothing is probed here")
+
 
 def run_three(runner: FaultyRunner, **options: Any) -> tuple[dict[str, Collected], Records]:
     """The results of a request called guilty between two neighbours."""

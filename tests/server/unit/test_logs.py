@@ -231,6 +231,9 @@ def test_observers_are_all_told_in_order() -> None:
         def on_forecast_failed(self) -> None:
             told.append((self.name, "forecast failed"))
 
+        def on_probe_step(self) -> None:
+            told.append((self.name, "probe"))
+
     both = Observers([Recorder("a"), Recorder("b")])
     step: Any = None
 
@@ -238,6 +241,7 @@ def test_observers_are_all_told_in_order() -> None:
     both.on_finished(REPORT)
     both.on_rejected("queue_full", None)
     both.on_forecast_failed()
+    both.on_probe_step()
 
-    events = ("step", "r1", "queue_full", "forecast failed")
+    events = ("step", "r1", "queue_full", "forecast failed", "probe")
     assert told == [(name, event) for event in events for name in ("a", "b")]

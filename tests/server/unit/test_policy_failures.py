@@ -49,6 +49,9 @@ class Recorder:
     def on_forecast_failed(self) -> None:
         self.num_forecasts_failed += 1
 
+    def on_probe_step(self) -> None:
+        """Nothing of interest."""
+
     @property
     def num_failed(self) -> int:
         return sum(record.policy_failed for record in self.records)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from sortserve.core.budget import Budget
+from sortserve.core.budget import Budget, OnMiss
 from sortserve.core.errors import (
+    BudgetUnattainableError,
     EngineError,
     InvalidRequestError,
     OverloadedError,
@@ -19,9 +20,10 @@ from sortserve.core.errors import (
 )
 from sortserve.core.plan import StepPlan
 from sortserve.core.request import RequestOutput
-from sortserve.cost.model import CostModel
+from sortserve.cost.learner import CostLearner
+from sortserve.cost.model import CostModel, RowShape, StepShape
 from sortserve.engine.worker import EngineWorker
-from support.scripted import ScriptedRunner, make_engine, make_request
+from support.scripted import FakeClock, ScriptedRunner, make_engine, make_request
 
 
 class GatedRunner(ScriptedRunner):
@@ -264,3 +266,51 @@ async def test_a_failure_while_preparing_is_raised_where_the_worker_is_started()
 
     assert worker.state == "loading"
     await asyncio.to_thread(worker.stop)
+
+
+class ProbeObserver:
+    """Sets an event at the third probe step."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self.probed = threading.Event()
+
+    def on_step(self, record: object) -> None:
+        """Not asked for here."""
+
+    def on_finished(self, report: object) -> None:
+        """Not asked for here."""
+
+    def on_rejected(self, reason: str, budget: Budget | None) -> None:
+        """Not asked for here."""
+
+    def on_forecast_failed(self) -> None:
+        """Not asked for here."""
+
+    def on_probe_step(self) -> None:
+        self.num_steps += 1
+        if self.num_steps == 3:
+            self.probed.set()
+
+
+async def test_while_all_are_refused_the_idle_engine_probes_and_serves_the_next_one() -> None:
+    observer, runner = ProbeObserver(), ScriptedRunner()
+    engine = make_engine(runner=runner, clock=FakeClock(tick=0.02), observer=observer)
+    shapes = [StepShape.of([RowShape(6, n, n, samples=True)]) for n in (1, 8, 64, 256)]
+    engine.costs.learn_from(CostLearner([(shape, 0.1) for shape in shapes]))
+    worker = EngineWorker(engine, debug=True)
+    worker.start()
+    assert not observer.probed.is_set()
+
+    with pytest.raises(BudgetUnattainableError):
+        worker.submit(make_request("late", budget=Budget(ttft_ms=1, on_miss=OnMiss.REJECT)))
+    probed = await asyncio.to_thread(observer.probed.wait, 30)
+    text = await text_of(worker, "next")
+
+    assert probed
+    assert text == "bcde"
+    assert {row.request_id for row in runner.plans[0].rows} == {"probe"}
+    await asyncio.to_thread(worker.stop)
+    assert worker.failure is None
+    engine.check_invariants()
+    assert engine.kv_cache.pool.num_used == 0
