@@ -39,7 +39,7 @@ from dataclasses import dataclass, field
 
 from sortserve.admission.choose import ExitChoice
 from sortserve.core.budget import Budget
-from sortserve.core.errors import BudgetUnattainableError, SortserveError
+from sortserve.core.errors import SortserveError
 from sortserve.core.plan import Runner, StepPlan
 from sortserve.core.request import (
     Observer,
@@ -52,10 +52,10 @@ from sortserve.core.sampling_params import RowFailure, SampledToken, SamplingPar
 from sortserve.cost.learner import CostLearner
 from sortserve.cost.machine import Machine
 from sortserve.cost.model import CostModel, step_shape
-from sortserve.engine.desk import desk_of
+from sortserve.engine.desk import desk_of, room_of
 from sortserve.engine.engine import Engine, EngineConfig
-from sortserve.scheduling.objective import DEFAULT_OBJECTIVE
 from sortserve.engine.probe import prober_of
+from sortserve.scheduling.objective import DEFAULT_OBJECTIVE
 
 __all__ = [
     "Arrival",
@@ -244,8 +244,7 @@ class Simulation:
     """
 
     def __init__(self, engine: Engine, clock: Clock) -> None:
-        self.engine = engine
-        self.clock = clock
+        self.engine, self.clock = engine, clock
         self.prober = prober_of(engine)
         self.desk = desk_of(engine, busy_until_s=self.prober.busy_until_s)
         self.choices: dict[str, ExitChoice] = {}
@@ -258,13 +257,12 @@ class Simulation:
 
     def arrive(self, request: Request) -> None:
         """A request is let in, or refused, now."""
-        self.desk.see(self.engine.demands())
+        self.desk.see(self.engine.demands(), room=room_of(self.engine))
         try:
             choice = self.desk.choose(request, self.engine.validate(request))
         except SortserveError as error:
             self.refusals[request.request_id] = error
-            if isinstance(error, BudgetUnattainableError):
-                self.prober.want()
+            self.prober.want()
             return
         self.choices[request.request_id] = choice
         self.engine.add_request(request, choice)
@@ -291,7 +289,6 @@ class Simulation:
             self.step()
 
     def _idle(self, *, until_s: float) -> None:
-        """Let the time pass in which the engine has nothing to do but probes."""
         while (due_s := self.prober.due_s()) < until_s and self.clock.now < until_s:
             self.clock.now = max(self.clock.now, due_s)
             self.prober.run(lambda: self.clock.now >= until_s)
@@ -350,5 +347,4 @@ class _Counts:
     def on_forecast_failed(self) -> None:
         """Nor these."""
 
-    def on_probe_step(self) -> None:
-        """Nor these."""
+    on_probe_step = on_forecast_failed

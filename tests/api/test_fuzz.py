@@ -54,7 +54,7 @@ class Whole:
         self.engine.check_invariants()
         assert (stats.num_running, stats.num_waiting, stats.kv_pages_used) == (0, 0, 0)
         assert not self.engine.has_work
-        with self.worker._limits.reserve(MAX_QUEUED, 10**6, retry_after_s=lambda: 1.0):
+        with self.worker._limits.reserve(MAX_QUEUED, 10**6, retry_after_s=lambda *over: 1.0):
             pass  # an empty queue holds as much as a queue can
 
 

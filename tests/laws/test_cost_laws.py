@@ -17,7 +17,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sortserve.admission.choose import choose_exit
-from sortserve.admission.forecast import Forecast, forecast, predicted_drain_s
+from sortserve.admission.drain import predicted_drain_s
+from sortserve.admission.forecast import Forecast, forecast
 from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.admission.overload import DepthLevel, next_level
 from sortserve.core.budget import Budget, Deadlines

@@ -17,11 +17,12 @@ from functools import cached_property, partial
 from typing import TypeVar
 
 from sortserve.admission.choose import ExitChoice, choose_exit, worths
+from sortserve.admission.drain import predicted_drain_s, predicted_places_s
+from sortserve.admission.entry import UNLIMITED, Room
 from sortserve.admission.forecast import (
     Forecast,
     forecast,
     newcomer_demand,
-    predicted_drain_s,
 )
 from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.admission.overload import DepthLevel, next_level
@@ -67,6 +68,7 @@ class AdmissionDesk:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     # Under the lock:
     _demands: tuple[Demand, ...] = ()
+    _room: Room = UNLIMITED
     _unseen: dict[str, Demand] = field(default_factory=dict)
     # Event loop only:
     _level: DepthLevel = field(default_factory=DepthLevel)
@@ -78,15 +80,22 @@ class AdmissionDesk:
 
     # ---- the engine's thread ----
 
-    def see(self, demands: tuple[Demand, ...], taken: Iterable[str] = ()) -> None:
+    def see(
+        self,
+        demands: tuple[Demand, ...],
+        taken: Iterable[str] = (),
+        room: Room | None = None,
+    ) -> None:
         """The engine's present state.
 
         Args:
             demands: of all its live requests.
             taken: requests that it has taken since the state before: they are among the others now.
+            room: its slots and pages; None: as before.
         """
         with self._lock:
             self._demands = demands
+            self._room = self._room if room is None else room
             for request_id in taken:
                 self._unseen.pop(request_id, None)
 
@@ -163,10 +172,11 @@ class AdmissionDesk:
     def load(self) -> Load:
         """What a newcomer would meet now."""
         with self._lock:
-            demands = (*self._demands, *self._unseen.values())
+            demands, room = (*self._demands, *self._unseen.values()), self._room
         return Load(
             now=self.clock(),
             demands=demands,
+            room=room,
             policy=self.policy,
             max_num_batched_tokens=self.max_num_batched_tokens,
             worth=self._worth.tokens,
@@ -190,6 +200,27 @@ class AdmissionDesk:
             return forecast(exit_layer, newcomer, Outlook(load, model, (exit_layer,))).estimate
 
         return self._ask(predict, unknown=None, failed=None)
+
+    def retry_after_s(self, request: Request) -> float | None:
+        """Predicted seconds until a request that has lost its time would fit. Any thread."""
+
+        def predict(model: CostModel) -> float | None:
+            load = self.load()
+            others = [d for d in load.demands if d.request_id != request.request_id]
+            exit_layer = self.exits.allowed(request.budget)[0]
+            again = replace(request, arrival_s=load.now)
+            newcomer = self._newcomer(again, exit_layer)
+            return predicted_drain_s(exit_layer, newcomer, replace(load, demands=others), model)
+
+        return self._ask(predict, unknown=None, failed=None)
+
+    def places_s(self, num_requests: int, num_tokens: int) -> float:
+        """Predicted seconds until so many requests and prompt tokens have left the queue."""
+
+        def predict(model: CostModel) -> float:
+            return predicted_places_s(num_requests, num_tokens, self.load(), model)
+
+        return self._ask(predict, unknown=0.0, failed=0.0)
 
     def queue_delay_s(self) -> float:
         """Predicted seconds until all prompts that wait or run now have been read."""

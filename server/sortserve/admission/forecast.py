@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from sortserve.admission.entry import Entry, entry_of
 from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.core.request import Estimate
 from sortserve.core.sequence import Promise
-from sortserve.cost.model import CostModel, StepShape
+from sortserve.cost.model import StepShape
 from sortserve.scheduling.demand import SOFT_GAP_S, Demand, StepCosts, plan_pace, targets_of
 from sortserve.scheduling.demand_table import DemandTable
 from sortserve.scheduling.lowering import MAX_PRESSURE, Times, least_lowering
 
-__all__ = ["Forecast", "forecast", "newcomer_demand", "predicted_drain_s"]
+__all__ = ["Forecast", "batch_paces", "forecast", "newcomer_demand"]
 
 EASES = (1.0, 0.6, 0.3)
 """Ways to spread a budget over prompt and tokens (see ``plan_pace``), in the order of trial."""
@@ -57,16 +58,39 @@ def forecast(
     load = outlook.load
     own = _own_times(exit_layer, newcomer, outlook.costs)
     promise = _promise(newcomer, load.now, own, ease=EASES[0])
-    estimate = _estimate(exit_layer, newcomer, outlook, own, promise)
+    entry = _entry(exit_layer, newcomer, outlook)
+    if entry.start_s > 0.0:  # who is over by then does not count
+        outlook = replace(outlook, load=replace(load, demands=entry.beside))
+    estimate = _estimate(exit_layer, newcomer, outlook, own, promise, entry)
     if not newcomer.bounds_time:
         return Forecast(estimate, 0.0, promise)
     if not load.policy.keeps_promises:
         return Forecast(estimate, 0.0 if _in_time(newcomer, estimate) else None, promise)
-    promises = [promise, *(_promise(newcomer, load.now, own, ease=ease) for ease in EASES[1:])]
+    start_s = load.now + entry.start_s
+    promises = [_promise(newcomer, start_s, own, ease=ease) for ease in EASES]
+    if entry.start_s > 0.0:
+        promises = [p for p in promises if start_s + own[0] <= p.first_due_s]
+    if not promises or not entry.keeps_others:
+        return Forecast(estimate, None, promise)
     best, loss = _room(exit_layer, newcomer, promises, outlook, limit)
     if loss is None:
         return Forecast(estimate, None, promise)
     return Forecast(_kept(estimate, newcomer, best), loss, best)
+
+
+def _entry(exit_layer: int, newcomer: Newcomer, outlook: Outlook) -> Entry:
+    """When it gets a slot and pages, with the promise that is due last, so that it enters last."""
+    load, costs = outlook.load, outlook.costs
+    num_tokens = outlook.most_tokens + newcomer.num_prompt_tokens + newcomer.num_output_tokens
+    if load.room.is_ample(len(load.demands) + 1, num_tokens, outlook.exits[-1]):
+        return Entry(0.0, load.demands, True)
+    promise = None
+    if newcomer.bounds_time and load.policy.keeps_promises:
+        own = _own_times(exit_layer, newcomer, costs)
+        promise = _promise(newcomer, load.now, own, ease=EASES[-1])
+    demand = newcomer_demand(exit_layer, newcomer, promise, now=load.now)
+    paces = batch_paces(outlook)
+    return entry_of(demand, load.demands, load.room, costs, load.policy, paces, now=load.now)
 
 
 def _room(
@@ -99,34 +123,6 @@ def _room(
         return promises[0], None
     _, i, table, times = min(tried, key=lambda each: each[:2])
     return promises[i], least_lowering(table, outlook.worth, times, limit=limit)
-
-
-def predicted_drain_s(
-    exit_layer: int, newcomer: Newcomer, load: Load, model: CostModel
-) -> float | None:
-    """Seconds until so many live requests are over that the newcomer would fit; None if never.
-
-    The promises end when their pace says. A newcomer that would not fit an idle server never does.
-    """
-    ends = sorted({d.end_s for d in load.demands if math.isfinite(d.end_s)})
-    low, high = 0, len(ends)
-    if not _fits_after(math.inf, exit_layer, newcomer, load, model):
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        if _fits_after(ends[middle], exit_layer, newcomer, load, model):
-            high = middle
-        else:
-            low = middle + 1
-    return max(0.0, ends[low] - load.now) if low < len(ends) else 0.0
-
-
-def _fits_after(
-    end_s: float, exit_layer: int, newcomer: Newcomer, load: Load, model: CostModel
-) -> bool:
-    rest = [d for d in load.demands if d.end_s > end_s and math.isfinite(end_s)]
-    later = Outlook(replace(load, demands=rest), model, (exit_layer,))
-    return forecast(exit_layer, newcomer, later).loss is not None
 
 
 # ---- parts ----
@@ -202,20 +198,24 @@ def _estimate(
     outlook: Outlook,
     own: tuple[float, float],
     promise: Promise,
+    entry: Entry,
 ) -> Estimate:
-    """Its times if the load stayed as it is."""
+    """Its times if the load stayed as it is, and it began when it gets a slot and pages."""
     load, costs = outlook.load, outlook.costs
     tpot_s = _shared_tpot_s(exit_layer, newcomer, outlook)
     queue_s = sum(
         d.work_s(costs) for d in outlook.prompts if _goes_before(d, newcomer, promise, load)
     )
+    entry_s = 0.0
+    if entry.start_s > 0.0:  # the prompts of those who enter before are reckoned with there
+        entry_s, queue_s = entry.start_s, 0.0
     shared_s = tpot_s if outlook.any_rows else 0.0
     waited_s = max(0.0, load.now - newcomer.arrival_s)
-    ttft_s = waited_s + outlook.busy_s + queue_s + shared_s + own[0]
+    ttft_s = waited_s + outlook.busy_s + entry_s + queue_s + shared_s + own[0]
     if load.policy.keeps_promises:
         share = outlook.hard_share
         tpot_s = max(tpot_s, own[1] / (1.0 - share)) if newcomer.bounds_time else tpot_s
-        ttft_s = waited_s + outlook.busy_s + (queue_s + own[0]) / (1.0 - share)
+        ttft_s = waited_s + outlook.busy_s + entry_s + (queue_s + own[0]) / (1.0 - share)
     num_gaps = newcomer.num_output_tokens - 1
     return Estimate(ttft_s=ttft_s, tpot_s=tpot_s, e2e_s=ttft_s + num_gaps * tpot_s)
 
@@ -241,11 +241,31 @@ def _goes_before(demand: Demand, newcomer: Newcomer, promise: Promise, load: Loa
 
 def _shared_tpot_s(exit_layer: int, newcomer: Newcomer, outlook: Outlook) -> float:
     """The time of a token if all rows take part in all steps that the policy would make."""
-    policy, costs = outlook.load.policy, outlook.costs
     rows = dict(outlook.rows_by_exit)
     count, tokens = rows.get(exit_layer, (0, 0))
     own_len = newcomer.num_prompt_tokens + newcomer.num_output_tokens // 2
     rows[exit_layer] = (count + 1, tokens + own_len)
+    any_soft = not newcomer.bounds_time or outlook.any_soft
+    return _paces(rows, outlook, any_soft=any_soft)[exit_layer]
+
+
+def batch_paces(outlook: Outlook) -> dict[int, float]:
+    """Likewise of those who run, or are about to, by exit: who waits for their slots is no row."""
+    load = outlook.load
+    rows: dict[int, tuple[int, int]] = {}
+    running = [d for d in load.demands if not d.is_waiting]
+    entered = running or load.demands[: load.room.num_slots]
+    for d in entered:
+        count, tokens = rows.get(d.exit_layer, (0, 0))
+        rows[d.exit_layer] = (count + 1, tokens + d.context_len + d.num_pending + d.num_left // 2)
+    return _paces(rows, outlook, any_soft=any(not d.is_promised for d in entered))
+
+
+def _paces(
+    rows: Mapping[int, tuple[int, int]], outlook: Outlook, *, any_soft: bool
+) -> dict[int, float]:
+    """The time of a token by exit, from how many rows each has and the tokens of their contexts."""
+    policy, costs = outlook.load.policy, outlook.costs
     seconds, num_rows, layer_tokens, layer_kv_tokens = {}, 0, 0, 0
     for cap in sorted(rows):
         count, tokens = rows[cap]
@@ -253,7 +273,7 @@ def _shared_tpot_s(exit_layer: int, newcomer: Newcomer, outlook: Outlook) -> flo
         layer_kv_tokens += cap * tokens
         shape = StepShape(cap, num_rows, layer_tokens, layer_kv_tokens, num_rows)
         seconds[cap] = costs.model.step_s(shape) * costs.safety
-    any_soft = not newcomer.bounds_time or outlook.any_soft
     if policy.keeps_promises and not any_soft:
-        return seconds[max(seconds)]  # a step is as deep as it can be while all are in time
-    return 1.0 / policy.rates(seconds)[exit_layer]
+        # A step is as deep as it can be while all are in time.
+        return dict.fromkeys(seconds, max(seconds.values(), default=0.0))
+    return {e: 1.0 / rate for e, rate in policy.rates(seconds).items()} if seconds else {}

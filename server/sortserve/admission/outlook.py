@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
+from sortserve.admission.entry import UNLIMITED, Room
 from sortserve.core.budget import Deadlines
 from sortserve.cost.model import CostModel
 from sortserve.scheduling.demand import Demand, StepCosts
@@ -30,6 +31,8 @@ class Load:
     """Of all live requests, those that the engine has not yet taken included."""
     policy: Policy
     max_num_batched_tokens: int = 1024
+    room: Room = UNLIMITED
+    """Slots and pages for all of them."""
     busy_until_s: float = -math.inf
     """When what the engine does for no request should be over."""
     worth: Mapping[int, float] = field(default_factory=dict)
@@ -108,6 +111,12 @@ class Outlook:
         row_s, (token_s, context_s) = costs.row_line
         rows = row_s * len(depth) + depth @ (token_s + context_s * columns.context_len[decode])
         return (costs.base_s(int(columns.exit_layer[runs].max())) + float(rows)) / 2
+
+    @cached_property
+    def most_tokens(self) -> int:
+        """What all live requests together hold at their ends."""
+        known = self.columns.context_len.sum() + self.columns.num_pending.sum()
+        return int(known) + sum([d.num_left for d in self.load.demands])
 
     @cached_property
     def prompts(self) -> list[Demand]:

@@ -64,11 +64,16 @@ class QueueLimits:
         self.lock = threading.Lock()
 
     def reserve(
-        self, num_requests: int, num_tokens: int, *, retry_after_s: Callable[[], float]
+        self, num_requests: int, num_tokens: int, *, retry_after_s: Callable[[int, int], float]
     ) -> Reservation:
         """Take places for some requests.
 
         An empty queue takes any one request, however long its prompt.
+
+        Args:
+            num_requests: sequences.
+            num_tokens: of their prompts together.
+            retry_after_s: seconds until so many requests and tokens have left the queue.
 
         Raises:
             InvalidRequestError: it is more requests than may ever wait.
@@ -93,7 +98,9 @@ class QueueLimits:
                 raise OverloadedError(
                     f"The queue is full: with this request {have} {what} would wait, "
                     f"{cap} may. Come back later.",
-                    retry_after_s=retry_after_s(),
+                    retry_after_s=retry_after_s(
+                        requests - self._max_requests, tokens - self._max_tokens
+                    ),
                 )
             self._num_requests, self._num_tokens = requests, tokens
         return Reservation(self, num_requests, num_tokens)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sortserve.core.plan import Runner
+from sortserve.scheduling.kv_cache import KVCacheManager
 from sortserve.scheduling.objective import DEFAULT_OBJECTIVE
 from sortserve.scheduling.policies.table import DEFAULT_POLICY
 
@@ -33,3 +35,13 @@ class EngineConfig:
     """Of the generator that draws seeds for requests without one."""
     vocab_size: int | None = None
     """Token ids are below it; None: the caller answers for them."""
+
+    def make_kv_cache(self, runner: Runner) -> KVCacheManager:
+        """The books of a runner's KV cache, which is empty."""
+        return KVCacheManager(
+            num_pages=runner.num_pages,
+            block_size=runner.block_size,
+            slab_size=runner.slab_size,
+            enable_prefix_caching=self.enable_prefix_caching,
+            pages_are_resident=self.pages_are_resident,
+        )

@@ -32,7 +32,6 @@ from sortserve.engine.live import Live, TextError, TextStream, learn_length, pus
 from sortserve.engine.steps import engine_stats, step_record
 from sortserve.engine.validation import check_lengths, check_vocabulary, exits_that_fit
 from sortserve.scheduling.demand import Demand
-from sortserve.scheduling.kv_cache import KVCacheManager
 from sortserve.scheduling.objective import get_objective
 from sortserve.scheduling.policies.table import get_policy
 from sortserve.scheduling.scheduler import Scheduler
@@ -70,6 +69,8 @@ class Engine:
         self.config = config
         self.clock = clock
         self.observer = observer
+        self.retry_after_s: Callable[[Request], float | None] = lambda request: None
+        """Says when one that has expired in the queue should come back."""
         self.num_calls = 0
         """How often the model has been given something to do: any thread may look."""
         self.policy = get_policy(config.policy)
@@ -81,13 +82,7 @@ class Engine:
         self._eos_token_ids = eos_token_ids
         self._make_text = make_text
         self._random = random.Random(config.seed)
-        self.kv_cache = KVCacheManager(
-            num_pages=runner.num_pages,
-            block_size=runner.block_size,
-            slab_size=runner.slab_size,
-            enable_prefix_caching=config.enable_prefix_caching,
-            pages_are_resident=config.pages_are_resident,
-        )
+        self.kv_cache = config.make_kv_cache(runner)
         self.scheduler = Scheduler(
             self.kv_cache,
             policy=self.policy,
@@ -179,7 +174,7 @@ class Engine:
             live = self._live[request_id]
             if is_over(sequence, now):
                 outputs.append(self._truncate(live, now))
-            elif (error := expired_in_queue(sequence, now)) is not None:
+            elif (error := expired_in_queue(sequence, now, self.retry_after_s)) is not None:
                 outputs.append(self._finish(live, FinishReason.ERROR, now, error=error))
         return outputs
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from sortserve.core.budget import ExitTable, OnMiss
 from sortserve.core.errors import BudgetUnattainableError, EngineError
-from sortserve.core.request import FinishReason, RequestReport
+from sortserve.core.request import FinishReason, Request, RequestReport
 from sortserve.core.sampling_params import RowFailure
 from sortserve.core.sequence import Sequence
 
@@ -85,8 +86,16 @@ def _cut_s(sequence: Sequence) -> float | None:
     return sequence.deadlines.e2e_s if is_truncated else None
 
 
-def expired_in_queue(sequence: Sequence, now: float) -> BudgetUnattainableError | None:
-    """The refusal of a request that asked for one and whose time is over before any compute."""
+def expired_in_queue(
+    sequence: Sequence, now: float, retry_after_s: Callable[[Request], float | None]
+) -> BudgetUnattainableError | None:
+    """The refusal of a request that asked for one and whose time is over before any compute.
+
+    Args:
+        sequence: waits, or runs.
+        now: the engine's clock.
+        retry_after_s: predicted seconds until a request would fit; None: not known.
+    """
     if (
         sequence.request.budget.on_miss is not OnMiss.REJECT
         or sequence.first_scheduled_s is not None
@@ -97,10 +106,11 @@ def expired_in_queue(sequence: Sequence, now: float) -> BudgetUnattainableError 
     late_start = deadlines.ttft_s is not None and now >= deadlines.ttft_s
     if not (late_end or late_start):
         return None
+    seconds = retry_after_s(sequence.request)
     return BudgetUnattainableError(
         "The budget expired in the queue before any compute. Raise it or come back.",
         param="budget." + ("latency_ms" if late_end else "ttft_ms"),
-        retry_after_s=max(1.0, now - sequence.request.arrival_s),
+        retry_after_s=now - sequence.request.arrival_s if seconds is None else seconds,
     )
 
 

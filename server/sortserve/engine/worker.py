@@ -25,7 +25,7 @@ from sortserve.core.errors import (
     OverloadedError,
 )
 from sortserve.core.request import EngineStats, Estimate, Request, RequestOutput
-from sortserve.engine.desk import desk_of
+from sortserve.engine.desk import desk_of, room_of
 from sortserve.engine.engine import Engine
 from sortserve.engine.ledger import Abort, Ledger, State, Submission, waiting_in
 from sortserve.engine.probe import prober_of
@@ -172,7 +172,7 @@ class EngineWorker:
         """
         self._ledger.require_accepting()
         try:
-            return self._limits.reserve(num_requests, num_tokens, retry_after_s=self._drain_s)
+            return self._limits.reserve(num_requests, num_tokens, retry_after_s=self._desk.places_s)
         except OverloadedError:
             self._rejected("queue_full")
             raise
@@ -228,10 +228,6 @@ class EngineWorker:
 
     def _forecast_failed(self) -> None:
         self._engine.tell(lambda observer: observer.on_forecast_failed())
-
-    def _drain_s(self) -> float:
-        """Predicted seconds until the queue has moved on; at least one."""
-        return max(1.0, self._desk.queue_delay_s())
 
     def _request_abort(self, request_id: str) -> None:
         self._inbox.put(Abort(request_id))
@@ -322,7 +318,7 @@ class EngineWorker:
             if not self._is_blind:
                 logger.exception("the engine's state cannot be seen: admission works without it")
             self._is_blind = True
-        self._desk.see(demands, self._taken)
+        self._desk.see(demands, self._taken, room_of(self._engine))
         self._taken.clear()
 
     def _publish(self, outputs: list[RequestOutput]) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from sortserve.admission.choose import ExitChoice, choose_exit
-from sortserve.admission.forecast import Forecast, forecast, predicted_drain_s
+from sortserve.admission.drain import predicted_drain_s
+from sortserve.admission.forecast import Forecast, forecast
 from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.core.budget import Budget, Deadlines, OnMiss
 from sortserve.core.errors import MAX_RETRY_AFTER_S, BudgetUnattainableError, OverloadedError
 from sortserve.core.request import Estimate
 from sortserve.core.sequence import Promise
-from sortserve.cost.model import LEAST, CostModel
+from sortserve.cost.model import LEAST, CostModel, Line
 from sortserve.scheduling.policies.table import get_policy
 from support.timed import MODEL, Timed, make_demand, make_timed, timed_request
 
@@ -200,14 +201,15 @@ def test_room_can_come_from_others_going_shallower() -> None:
 def test_retry_after_is_when_enough_promises_have_ended() -> None:
     tight = [
         dataclasses.replace(
-            make_demand(f"t{i}", 2, due_s=0.01, gap_s=0.0034, floor_layer=2), end_s=float(1 + i)
+            make_demand(f"t{i}", 2, due_s=0.01, gap_s=0.0034, floor_layer=2),
+            num_left=300 * (1 + i),
         )
         for i in range(3)
     ]
 
     found = predicted_drain_s(2, newcomer(latency_ms=500), load(*tight), MODEL)
 
-    assert found == 3.0
+    assert found == pytest.approx(900 * 0.0034)
     assert predicted_drain_s(2, newcomer(latency_ms=1), load(*tight), MODEL) is None
 
 
@@ -294,6 +296,8 @@ def test_overload_lowers_the_depth_of_unbudgeted_requests_and_calm_raises_it() -
 
 def test_a_request_that_expired_in_the_queue_never_runs() -> None:
     timed = make_timed(max_num_seqs=1)
+    fast: Line = (1e-4, 1e-4, 1e-6, 1e-9, 1e-6)
+    timed.engine.costs.use(CostModel(fast, fast))  # ten times faster than the truth
     hog = timed_request("hog", max_tokens=100, exit_layer=6)
     late = timed_request("late", ttft_ms=100, on_miss="reject", at=0.001)
     cut = timed_request("cut", latency_ms=200, on_miss="truncate", at=0.002)
@@ -303,6 +307,9 @@ def test_a_request_that_expired_in_the_queue_never_runs() -> None:
     ran = {row.request_id for plan in timed.runner.plans for row in plan.rows}
     assert ran == {"hog"}
     assert timed.errors["late"].status == 429
+    retry_after_s = timed.errors["late"].retry_after_s
+    assert retry_after_s is not None
+    assert retry_after_s < 0.1  # what is left of the hog, as the model believes
     assert timed.reports["cut"].finish_reason == "deadline"
 
 

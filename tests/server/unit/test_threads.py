@@ -87,7 +87,7 @@ def test_a_place_in_the_queue_is_given_back_once_whoever_gives_it() -> None:
     with racing(release_too):
         for _ in range(ROUNDS):
             try:
-                whole = limits.reserve(1, 10, retry_after_s=lambda: 1.0)
+                whole = limits.reserve(1, 10, retry_after_s=lambda *over: 1.0)
             except OverloadedError:  # the other thread is about to give the last one back
                 continue
             num_taken += 1
@@ -97,9 +97,9 @@ def test_a_place_in_the_queue_is_given_back_once_whoever_gives_it() -> None:
     assert num_taken > 0
     for place in places:
         place.release()
-    limits.reserve(1, 100, retry_after_s=lambda: 1.0)
+    limits.reserve(1, 100, retry_after_s=lambda *over: 1.0)
     with pytest.raises(OverloadedError, match="2 requests would wait, 1 may"):
-        limits.reserve(1, 1, retry_after_s=lambda: 1.0)
+        limits.reserve(1, 1, retry_after_s=lambda *over: 1.0)
 
 
 def test_a_request_on_its_way_to_the_engine_is_counted_once() -> None:
