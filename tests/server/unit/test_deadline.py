@@ -257,6 +257,20 @@ def test_times_are_paced_a_little_earlier_than_the_client_asked() -> None:
     assert 0.09 < targets.tpot_s < 0.1
 
 
+def test_the_step_that_ends_a_prompt_in_time_is_not_filled_up_with_others() -> None:
+    token_s = COSTS.token_s(6, 10)
+    due_s = COSTS.base_s(6) + 30 * token_s
+    last_chunk = make_demand("last", 6, due_s=due_s, num_pending=10)
+    later = make_demand("later", 6, num_pending=500)
+
+    choice = choose(last_chunk, later)
+
+    assert choice.request_ids == ("last", "later")
+    assert 10 <= choice.num_prompt_tokens <= 30
+    assert choose(later).num_prompt_tokens == 1024
+    assert choose(make_demand("late", 6, due_s=-1.0, num_pending=10), later).num_prompt_tokens == 10
+
+
 # ---- pressure, and going shallower ----
 
 

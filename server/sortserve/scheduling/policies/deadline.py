@@ -101,17 +101,33 @@ def _prompt_tokens(situation: Situation, option: _Option, now: float) -> int:
         return 0
     costs = situation.costs
     room = max(0, situation.max_num_tokens - len(option.decoding))
-    if math.isinf(option.until_s):
-        return room
     first = option.prompts[0]
     context_len = first.context_len + first.num_pending // 2
     token_s = costs.token_s(first.exit_layer, context_len)
+    room = _in_time_for_those_that_end(option, room, now, token_s)
+    if math.isinf(option.until_s):
+        return room
     spare_s = option.until_s - now - option.step_s
     num_tokens = int(max(0.0, spare_s / token_s))
     urgent = any(d.due_s - d.work_s(costs) <= now + option.step_s for d in option.prompts)
     if urgent or not option.decoding:
         num_tokens = max(num_tokens, _hurried_tokens(option.step_s, token_s))
     return min(room, num_tokens) if num_tokens >= min(MIN_CHUNK, first.num_pending) else 0
+
+
+def _in_time_for_those_that_end(option: _Option, room: int, now: float, token_s: float) -> int:
+    """No more tokens than let the promised prompts that are read to their end do so in time.
+
+    Else a prompt that is due would wait, in the very step that ends it, for others that are not.
+    """
+    num_read = 0
+    for prompt in option.prompts:
+        num_read += prompt.num_pending
+        if not prompt.is_hard or num_read >= room:
+            break
+        num_in_time = int(max(0.0, (prompt.due_s - now - option.step_s) / token_s))
+        room = max(num_read, min(room, num_in_time))
+    return room
 
 
 def _hurried_tokens(step_s: float, token_s: float) -> int:
