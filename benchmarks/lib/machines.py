@@ -39,17 +39,18 @@ JUDGED = {
 less losses over comparisons, by PandaLM. Table 5 of "Sorted LLaMA" (arXiv 2309.08968 v2)."""
 
 
-def soft_scores() -> dict[int, float]:
-    """Scores relative to full depth: how often an exit wins, over how often the deepest does.
+def soft_scores(beside: float) -> dict[int, float]:
+    """Scores relative to a model that was judged ``beside``: how often each wins.
 
     A judgement s in [-1, 1] means that (1 + s) / 2 of the comparisons are won, ties counted half.
-    The score of exit E is (1 + s_E) / (1 + s_40). So the exit at 80 % of the layers, which ties the
-    plainly fine-tuned model, has 0.925: the deepest exit of its own model beats that.
+    The score of exit E is (1 + s_E) / (1 + beside), at most 1. Beside the plainly fine-tuned model
+    (0), which is how the paper tells it, the exit at 80 % of the layers ties full depth. Beside
+    the deepest exit of its own model (0.091) it has 0.925, because that one beats the plain model.
     """
-    return {e: (1.0 + s) / (1.0 + JUDGED[40]) for e, s in JUDGED.items()}
+    return {e: min(1.0, (1.0 + s) / (1.0 + beside)) for e, s in JUDGED.items()}
 
 
-def _soft_13b() -> Machine:
+def _soft_13b(name: str, about: str, *, beside: float) -> Machine:
     """LLaMA-2 13B in bf16 on one H100 SXM, with the exits and the quality that SoFT published.
 
     From the model's configuration: 40 layers, hidden 5120, MLP 13824, 40 heads of 128 for queries,
@@ -72,21 +73,23 @@ def _soft_13b() -> Machine:
     free_bytes = 0.9 * 80e9 - 2 * (num_layers * layer + 2 * head)
     full = num_layers * layer + head
     return Machine(
-        name="soft-13b",
+        name=name,
         source="computed, not measured: LLaMA-2 13B bf16 on H100 SXM data-sheet rates, 3.35 TB/s, "
-        "989 TFLOP/s; quality as published for Sorted Fine-Tuning (arXiv 2309.08968 v2, Table 5)",
+        f"989 TFLOP/s; quality as published for Sorted Fine-Tuning (arXiv 2309.08968 v2, Table 5), "
+        f"{about}",
         exits=tuple(JUDGED),
         small=line,
         large=line,
         compute={e: (layer * e + head) / full for e in JUDGED},
-        score=soft_scores(),
+        score=soft_scores(beside),
         noise=0.03,
         num_pages=int(free_bytes / page_bytes),
     )
 
 
 MACHINES = {
-    "soft-13b": _soft_13b(),
+    "soft-13b": _soft_13b("soft-13b", "beside plain fine-tuning, as the paper has it", beside=0.0),
+    "soft-13b-own": _soft_13b("soft-13b-own", "beside its own full depth", beside=JUDGED[40]),
     "cpu2": Machine(
         name="cpu2",
         source="SmolLM2-135M bf16 on 2 cores of a server CPU: benchmarks/results, 2026-11-24",

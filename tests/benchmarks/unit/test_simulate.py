@@ -110,11 +110,13 @@ def test_full_depth_meets_half_at_the_rate_that_is_found() -> None:
 
 
 def test_the_published_scores_are_relative_to_full_depth() -> None:
-    scores = soft_scores()
+    scores, plain = soft_scores(JUDGED[40]), soft_scores(0.0)
 
-    assert list(scores) == [12, 16, 20, 24, 28, 32, 36, 40]
-    assert scores[40] == 1.0
-    assert list(scores.values()) == sorted(scores.values())
+    for each in (scores, plain):
+        assert list(each) == [12, 16, 20, 24, 28, 32, 36, 40]
+        assert each[40] == 1.0
+        assert list(each.values()) == sorted(each.values())
+    assert plain[32] == 1.0, "it ties the plainly fine-tuned model"
     assert scores[32] == pytest.approx(1.009 / 1.091)
     assert scores[20] == pytest.approx((1 + JUDGED[20]) / (1 + JUDGED[40]))
 
