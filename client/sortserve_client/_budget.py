@@ -11,7 +11,6 @@ __all__ = ["Budget", "OnMiss"]
 OnMiss = Literal["degrade", "truncate", "reject"]
 
 _TIMES = ("latency_ms", "ttft_ms", "tpot_ms")
-_SHARES = ("compute", "min_quality")
 _DEPTHS = ("exit_layer", "min_exit_layer")
 _CHOOSES_AN_EXIT = ("compute", "min_exit_layer", "min_quality")
 
@@ -40,7 +39,8 @@ class Budget:
     min_exit_layer: int | None = None
     """No exit shallower than this one."""
     min_quality: float | None = None
-    """No exit whose measured score, relative to the full model, is below this; in (0, 1]."""
+    """No exit whose measured score, relative to the full model, is below this; in [0, 1]. 0 lifts
+    the server's own floor."""
     on_miss: OnMiss | None = None
     """If no allowed exit fits the times: answer as well as possible (``degrade``, the default),
     stop at the deadline (``truncate``), or refuse at once (``reject``)."""
@@ -48,8 +48,9 @@ class Budget:
     def __post_init__(self) -> None:
         for name in _TIMES:
             self._check_number(name, math.inf, "a finite number of milliseconds above 0")
-        for name in _SHARES:
-            self._check_number(name, 1.0, "a number above 0 and at most 1")
+        self._check_number("compute", 1.0, "a number above 0 and at most 1")
+        if self.min_quality != 0 or isinstance(self.min_quality, bool):
+            self._check_number("min_quality", 1.0, "a number from 0 to 1")
         for name in _DEPTHS:
             value = getattr(self, name)
             if value is not None and not (type(value) is int and value >= 1):

@@ -214,6 +214,10 @@ class ExitInfo:
     """Measured quality relative to the full model; None where it was not measured."""
     quality: Mapping[str, float] | None = None
     """The metrics behind the score."""
+    usable: bool | None = None
+    """Whether the evaluation found its answers fit to be read; None: nobody judged."""
+    served_unasked: bool | None = None
+    """Whether requests get it that name neither an exit nor a floor."""
     estimate: LatencyEstimate | None = None
 
     @classmethod

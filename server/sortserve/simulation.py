@@ -38,7 +38,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from sortserve.admission.choose import ExitChoice
-from sortserve.core.budget import Budget
+from sortserve.core.budget import DEFAULT_MIN_QUALITY, Budget
 from sortserve.core.errors import SortserveError
 from sortserve.core.plan import Runner, StepPlan
 from sortserve.core.request import (
@@ -133,6 +133,7 @@ def simulate(
     max_num_seqs: int = 256,
     max_num_batched_tokens: int = 1024,
     num_pages: int | None = None,
+    min_quality: float = DEFAULT_MIN_QUALITY,
     overload_delay_s: float = 2.0,
     seed: int = 0,
 ) -> Simulated:
@@ -146,6 +147,7 @@ def simulate(
         max_num_seqs: most sequences that run at once.
         max_num_batched_tokens: most tokens of a step.
         num_pages: of the KV cache; None: the machine's.
+        min_quality: see ``--min-quality``.
         overload_delay_s: see ``--overload-delay``.
         seed: of the noise.
     """
@@ -162,6 +164,7 @@ def simulate(
         max_num_batched_tokens=max_num_batched_tokens,
         policy=policy,
         objective=objective,
+        min_quality=min_quality,
         overload_delay_s=overload_delay_s,
         enable_prefix_caching=False,  # blank prompts would share all their pages
         seed=0,

@@ -16,7 +16,7 @@ from sortserve.api.settings import ApiSettings
 from sortserve.core import budget, sampling_params
 from sortserve.core.errors import InvalidRequestError
 from sortserve.cost.model import CostModel, RowShape, StepShape
-from support.http_service import Connection, HttpService, as_json
+from support.http_service import Connection, HttpService, as_json, make_service
 
 
 def cost_model() -> CostModel:
@@ -218,8 +218,29 @@ async def test_exits_say_what_each_costs_and_how_good_it_is(shared: HttpService)
         "compute": 0.5,
         "quality": None,
         "score": pytest.approx(1 / 3),
+        "usable": None,
+        "served_unasked": True,
         "estimate": None,
     }
+    assert reply["min_quality"] == 0.0
+
+
+async def test_exits_below_the_servers_floor_are_marked_and_only_served_by_name() -> None:
+    service = make_service(engine_options={"min_quality": 0.5})
+    try:
+        reply = (await service.get("/exits")).json()
+        refused = await service.post(
+            "/generate", {"prompt": "a", "max_tokens": 2, "budget": {"compute": 0.6}}
+        )
+        named = await service.post("/generate", {"prompt": "a", "max_tokens": 2, "model": "tiny@2"})
+    finally:
+        service.worker.stop()
+
+    assert [entry["served_unasked"] for entry in reply["exits"]] == [False, True, True]
+    assert reply["min_quality"] == 0.5
+    assert refused.status_code == 400
+    assert "--min-quality=0.5" in refused.json()["error"]["message"]
+    assert named.json()["budget"]["exit_layer"] == 2
 
 
 async def test_a_calibrated_engine_estimates_each_exit(service: HttpService) -> None:

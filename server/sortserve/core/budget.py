@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -12,7 +13,19 @@ from typing import Any
 from sortserve.core.errors import InvalidRequestError, shortened
 from sortserve.core.ranges import Range
 
-__all__ = ["MILLISECONDS", "RANGES", "Budget", "Deadlines", "ExitInfo", "ExitTable", "OnMiss"]
+__all__ = [
+    "DEFAULT_MIN_QUALITY",
+    "MILLISECONDS",
+    "RANGES",
+    "Budget",
+    "Deadlines",
+    "ExitInfo",
+    "ExitTable",
+    "OnMiss",
+]
+
+DEFAULT_MIN_QUALITY = 0.5
+"""The floor of requests that name none: a token at least half as likely as at full depth."""
 
 MAX_MS = 86_400_000
 """The longest time that a budget may name: a day. Beyond it, leave the bound out."""
@@ -23,13 +36,14 @@ MILLISECONDS = Range(
     allowed=f"a number of milliseconds above 0, to {MAX_MS}",
 )
 _SHARE = Range(least=0, most=1, without_least=True, allowed="a number above 0, to 1")
+_QUALITY = Range(least=0, most=1, allowed="a number from 0 to 1")
 _LAYER = Range(least=1, is_integer=True, allowed="an integer >= 1, an exit of the checkpoint")
 RANGES = {
     "latency_ms": MILLISECONDS,
     "ttft_ms": MILLISECONDS,
     "tpot_ms": MILLISECONDS,
     "compute": _SHARE,
-    "min_quality": _SHARE,
+    "min_quality": _QUALITY,
     "exit_layer": _LAYER,
     "min_exit_layer": _LAYER,
 }
@@ -56,6 +70,8 @@ class ExitInfo:
     score: float | None = None
     """Quality relative to the full model from ``sorted.json``; None where it was not measured."""
     quality: Mapping[str, float] | None = None
+    usable: bool | None = None
+    """Whether the evaluation found its answers fit to be read; None: nobody judged."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +79,13 @@ class ExitTable:
     """The exits of the served checkpoint, shallowest first; the last is the full model."""
 
     exits: tuple[ExitInfo, ...]
+    min_quality: float = 0.0
+    """The floor of every budget that names none, in [0, 1]; see ``served_unasked``."""
 
     def __post_init__(self) -> None:
         layers = self.layers
         assert layers, "a checkpoint has at least one exit"
+        assert 0.0 <= self.min_quality <= 1.0
         assert list(layers) == sorted(set(layers)), "exits ascend"
 
     @property
@@ -104,6 +123,14 @@ class ExitTable:
         best = itertools.accumulate(own.values(), max)
         return dict(zip(own, best, strict=True))
 
+    @cached_property
+    def served_unasked(self) -> tuple[int, ...]:
+        """The exits whose score is at least ``min_quality``, ascending; the full depth always.
+
+        The others are for those who name the exit or a floor of their own.
+        """
+        return tuple(e for e in self.layers if self.scores[e] >= self.min_quality)
+
     def __getitem__(self, exit_layer: int) -> ExitInfo:
         for info in self.exits:
             if info.exit_layer == exit_layer:
@@ -125,25 +152,49 @@ class ExitTable:
                 f"model: the exits are {list(self.layers)}.",
                 param="budget.min_exit_layer",
             )
-        candidates = [
-            info
+        floor = self._above_floor(budget)
+        allowed = tuple(e for e in floor if self._is_cheap(e, budget))
+        if not allowed:
+            raise self._too_cheap(budget, floor)
+        return allowed
+
+    def _above_floor(self, budget: Budget) -> tuple[int, ...]:
+        """The exits that the floors leave, ascending: the budget's own, or else ours."""
+        if not budget.names_floor:
+            return self.served_unasked
+        return tuple(
+            info.exit_layer
             for info in self.exits
-            if budget.min_exit_layer is None or info.exit_layer >= budget.min_exit_layer
-        ]
-        if budget.min_quality is not None:
-            candidates = [info for info in candidates if self._score(info) >= budget.min_quality]
-        floor = candidates
-        if budget.compute is not None:
-            candidates = [info for info in candidates if info.compute <= budget.compute]
-        if not candidates:
-            shallowest = floor[0]
-            raise InvalidRequestError(
-                f"budget.compute={budget.compute} leaves no exit: the shallowest allowed one, "
-                f"exit {shallowest.exit_layer}, costs {shallowest.compute:.3f} of the full model. "
-                "Raise compute or lower the floor.",
-                param="budget.compute",
+            if info.exit_layer >= (budget.min_exit_layer or 0)
+            and (not budget.min_quality or self._score(info) >= budget.min_quality)
+        )
+
+    def _is_cheap(self, exit_layer: int, budget: Budget) -> bool:
+        return budget.compute is None or self[exit_layer].compute <= budget.compute
+
+    def _too_cheap(self, budget: Budget, floor: tuple[int, ...]) -> InvalidRequestError:
+        """Why ``compute`` leaves none of the exits above the floor."""
+        shallowest = self[floor[0]]
+        why = (
+            f"budget.compute={budget.compute} leaves no exit: the shallowest allowed one, "
+            f"exit {shallowest.exit_layer}, costs {shallowest.compute:.3f} of the full model."
+        )
+        cheap = [e for e in self.layers if self._is_cheap(e, budget)]
+        if budget.names_floor or not cheap:
+            return InvalidRequestError(
+                f"{why} Raise compute or lower the floor.", param="budget.compute"
             )
-        return tuple(info.exit_layer for info in candidates)
+        deepest, own = cheap[-1], self[cheap[-1]].score
+        accepted = f"budget.min_exit_layer={deepest}"
+        if self.is_measured and own is not None:  # a floor of quality is refused elsewhere
+            accepted = f"budget.min_quality={_rounded_down(own):g}"
+        return InvalidRequestError(
+            f"{why} Exit {deepest} would be cheap enough, but its score of "
+            f"{self.scores[deepest]:.3g} is below this server's --min-quality={self.min_quality:g},"
+            " the floor of requests that name none. Raise compute, or name what you accept: "
+            f"{accepted} or budget.exit_layer={deepest}.",
+            param="budget.compute",
+        )
 
     def _require_exit(self, exit_layer: int, param: str) -> None:
         if exit_layer not in self.layers:
@@ -229,6 +280,11 @@ class Budget:
         return cls(**{name: value for name, value in values.items() if value is not None})
 
     @property
+    def names_floor(self) -> bool:
+        """Whether it says how shallow an exit may be; 0 and 1 are floors, too."""
+        return self.min_exit_layer is not None or self.min_quality is not None
+
+    @property
     def has_latency(self) -> bool:
         """Whether any time is bounded."""
         return not (self.latency_ms is None and self.ttft_ms is None and self.tpot_ms is None)
@@ -256,6 +312,11 @@ class Deadlines:
     ttft_s: float | None = None
     e2e_s: float | None = None
     tpot_s: float | None = None
+
+
+def _rounded_down(score: float) -> float:
+    """A floor that the score is not below, short enough to be typed."""
+    return math.floor(score * 1000) / 1000
 
 
 def _refuse(name: str, value: object, allowed: str) -> InvalidRequestError:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from sortserve.checkpoint.load import LoadedCheckpoint
+from sortserve.core.budget import DEFAULT_MIN_QUALITY
 from sortserve.core.errors import ConfigError
 from sortserve.core.plan import Runner
 from sortserve.core.request import Observer, Request
@@ -51,6 +52,7 @@ class EngineOptions:
     backend: str = AUTO
     policy: str = "deadline"
     objective: str = DEFAULT_OBJECTIVE
+    min_quality: float = DEFAULT_MIN_QUALITY
     overload_delay: float = 2.0
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 1024
@@ -65,6 +67,7 @@ class EngineOptions:
         check_backend_name(self.backend)
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_failed_steps"):
             _check_count(name, getattr(self, name))
+        _check_share("min_quality", self.min_quality)
         for name, least in (("max_model_len", 2), ("kv_cache_memory", 1)):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name), least)
@@ -151,6 +154,7 @@ def assemble(
         max_num_batched_tokens=options.max_num_batched_tokens,
         policy=options.policy,
         objective=options.objective,
+        min_quality=options.min_quality,
         overload_delay_s=options.overload_delay,
         enable_prefix_caching=options.enable_prefix_caching,
         pages_are_resident=decoder.device.type != "cpu",
@@ -232,3 +236,10 @@ def _check_count(name: str, value: object, least: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         flag = name.replace("_", "-")
         raise ConfigError(f"--{flag}={value!r} is not allowed: an integer >= {least}.", param=flag)
+
+
+def _check_share(name: str, value: object) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1:
+        flag = name.replace("_", "-")
+        raise ConfigError(f"--{flag}={value!r} is not allowed: a number from 0 to 1.", param=flag)

@@ -24,6 +24,8 @@ class EngineConfig:
     """Its name in the table of policies."""
     objective: str = DEFAULT_OBJECTIVE
     """What the choice of exits makes most of: its name in the table of objectives."""
+    min_quality: float = 0.0
+    """The floor of requests that name none: see ``ExitTable``."""
     overload_delay_s: float = 2.0
     """Predicted wait beyond which requests without a budget start shallower; 0: never."""
     enable_prefix_caching: bool = True

@@ -7,6 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 from sortserve.admission.choose import ExitChoice
 from sortserve.admission.lengths import LengthEstimator, expected_tokens
@@ -65,7 +66,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         observer: Observer | None = None,
     ) -> None:
-        self.exits = exits
+        self.exits = replace(exits, min_quality=config.min_quality)
         self.config = config
         self.clock = clock
         self.observer = observer

@@ -91,7 +91,7 @@ class LLM:
                 )
             parts = assemble(checkpoint, engine_options, release_weights=is_ours)
         self.model_name: str = checkpoint.name
-        self.exits: ExitTable = checkpoint.exits
+        self.exits: ExitTable = parts.engine.exits
         self.tokenizer: Tokenizer = parts.tokenizer
         self.max_model_len: int = parts.engine.config.max_model_len
         recommended: dict[str, Any] = dict(checkpoint.generation_defaults)

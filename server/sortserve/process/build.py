@@ -22,6 +22,7 @@ from sortserve.engine.memory import CacheShape
 from sortserve.engine.worker import EngineWorker
 from sortserve.model.weights import quantization_of
 from sortserve.process.config import ServeSettings
+from sortserve.process.notices import tell_of_exits
 from sortserve.telemetry.logs import Observers, RequestLogger
 from sortserve.telemetry.logs import fields as log_fields
 from sortserve.telemetry.metrics import Metrics
@@ -89,6 +90,7 @@ def build(settings: ServeSettings) -> Serving:
             engine_s=round(time.monotonic() - loaded_s, 2),
         ),
     )
+    tell_of_exits(parts.engine.exits)
     worker = EngineWorker(
         parts.engine,
         max_num_queued_reqs=settings.max_num_queued_reqs,

@@ -28,6 +28,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from sortserve.core.budget import DEFAULT_MIN_QUALITY
 from sortserve.core.errors import ConfigError
 from sortserve.process.sources import (
     flag_name,
@@ -49,6 +50,7 @@ from sortserve.process.values import (
     PositiveSeconds,
     Seconds,
     Secrets,
+    Share,
     Size,
     Strings,
     Text,
@@ -152,6 +154,10 @@ class ServeSettings(BaseSettings):
     # Scheduling
     policy: PolicyName = Field(default=DEFAULT_POLICY, description=ABOUT_POLICIES)
     objective: ObjectiveName = Field(default=DEFAULT_OBJECTIVE, description=ABOUT_OBJECTIVES)
+    min_quality: Share = DEFAULT_MIN_QUALITY
+    """Floor of requests that name none: exits with a lower score are served only to who names the
+    exit, min_exit_layer or min_quality. Without measured scores the share of layers counts. 0: no
+    floor."""
     overload_delay: Seconds = 2.0
     """Predicted seconds in the queue beyond which requests without a budget get shallower exits,
     one at a time. 0: never."""

@@ -22,6 +22,7 @@ __all__ = [
     "PositiveSeconds",
     "Seconds",
     "Secrets",
+    "Share",
     "Size",
     "Strings",
     "Text",
@@ -92,6 +93,7 @@ Auto = BeforeValidator(_auto)
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT), Number]
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False), Number]
 PositiveSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False), Number]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), Number]
 Size = Annotated[ByteSize, Field(ge=1, le=2**60), Number]
 Text = Annotated[str, AfterValidator(_text)]
 FilePath = Annotated[Path, BeforeValidator(_path)]

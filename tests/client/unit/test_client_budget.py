@@ -20,6 +20,8 @@ REFUSED: list[dict[str, Any]] = [
     {"compute": 0.0},
     {"compute": 1.01},
     {"min_quality": 2},
+    {"min_quality": -0.1},
+    {"min_quality": False},
     {"exit_layer": 0},
     {"exit_layer": 1.5},
     {"exit_layer": True},
@@ -32,6 +34,7 @@ REFUSED: list[dict[str, Any]] = [
 ]
 ALLOWED: list[dict[str, Any]] = [
     {},
+    {"min_quality": 0},
     {"latency_ms": 800, "ttft_ms": 200, "tpot_ms": 25.5},
     {"compute": 1.0, "min_exit_layer": 12, "min_quality": 0.9, "on_miss": "reject"},
     {"exit_layer": 18, "latency_ms": 800, "on_miss": "truncate"},

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sortserve.core.budget import Budget, ExitInfo, ExitTable
 from sortserve.core.errors import InvalidRequestError
@@ -46,22 +49,24 @@ def test_a_bad_budget_is_refused_with_the_field(values: dict[str, Any], param: s
 
 
 TIMES, SHARES = ("latency_ms", "ttft_ms", "tpot_ms"), ("compute", "min_quality")
+RANGES = {
+    **dict.fromkeys(TIMES, "a number of milliseconds above 0, to 86400000"),
+    "compute": "a number above 0, to 1",
+    "min_quality": "a number from 0 to 1",
+}
 HUGE = int("9" * 310)  # no float is as large
 
 
 @pytest.mark.parametrize("name", [*TIMES, *SHARES])
-@pytest.mark.parametrize("value", [HUGE, -HUGE, 0, -1, math.inf, -math.inf, math.nan, True, "1"])
+@pytest.mark.parametrize("value", [HUGE, -HUGE, -1, math.inf, -math.inf, math.nan, True, "1"])
 def test_a_number_out_of_range_is_told_its_own_value_and_both_bounds(
     name: str, value: object
 ) -> None:
     with pytest.raises(InvalidRequestError) as error:
         Budget.from_mapping({name: value})
 
-    allowed = "a number of milliseconds above 0, to 86400000"
-    if name in SHARES:
-        allowed = "a number above 0, to 1"
     assert repr(value)[:100] in error.value.message
-    assert error.value.message.endswith(f"is not allowed: it must be {allowed}.")
+    assert error.value.message.endswith(f"is not allowed: it must be {RANGES[name]}.")
     assert len(error.value.message) < 250
 
 
@@ -105,6 +110,7 @@ def test_an_explicit_exit_may_carry_latency_bounds() -> None:
         ({"min_quality": 0.5}, (15, 30)),
         ({"min_quality": 0.4, "compute": 0.6}, (15,)),
         ({"compute": 1.0}, (9, 15, 30)),
+        ({"min_quality": 0}, (9, 15, 30)),
     ],
 )
 def test_bounds_leave_the_exits_that_keep_them(
@@ -139,6 +145,98 @@ def test_a_quality_floor_needs_measured_scores() -> None:
 
     with pytest.raises(InvalidRequestError, match=r"sorted\.json"):
         exits.allowed(Budget(min_quality=0.9))
+
+
+# ---- the floor of those who name none ----
+
+FLOORED = dataclasses.replace(EXITS, min_quality=0.5)  # scores: 0.3, 0.5, 1
+
+
+@pytest.mark.parametrize(
+    ("values", "allowed"),
+    [
+        ({}, (15, 30)),
+        ({"latency_ms": 1}, (15, 30)),
+        ({"compute": 0.6}, (15,)),
+        ({"exit_layer": 9}, (9,)),
+        ({"min_exit_layer": 1}, (9, 15, 30)),
+        ({"min_quality": 0.2}, (9, 15, 30)),
+        ({"min_quality": 0}, (9, 15, 30)),
+        ({"min_quality": 0.9}, (30,)),
+        ({"min_quality": 0.2, "compute": 0.5}, (9,)),
+    ],
+)
+def test_exits_below_the_servers_floor_are_for_who_names_them_or_a_floor(
+    values: dict[str, Any], allowed: tuple[int, ...]
+) -> None:
+    assert FLOORED.allowed(Budget.from_mapping(values)) == allowed
+
+
+def test_the_full_depth_is_always_served() -> None:
+    highest = dataclasses.replace(EXITS, min_quality=1.0)
+
+    assert highest.served_unasked == (30,)
+    assert highest.allowed(Budget()) == (30,)
+
+
+def test_where_nothing_was_measured_the_share_of_layers_is_the_score() -> None:
+    exits = unmeasured(min_quality=0.5)
+
+    assert exits.served_unasked == (15, 30)
+
+
+def test_compute_that_the_servers_floor_leaves_no_exit_for_is_told_what_to_send() -> None:
+    with pytest.raises(InvalidRequestError) as error:
+        FLOORED.allowed(Budget(compute=0.4))
+
+    assert error.value.param == "budget.compute"
+    assert "this server's --min-quality=0.5" in error.value.message
+    assert "budget.min_quality=0.3 or budget.exit_layer=9" in error.value.message
+    for accepted in ({"min_quality": 0.3, "compute": 0.4}, {"exit_layer": 9}):
+        assert FLOORED.allowed(Budget.from_mapping(accepted)) == (9,)
+
+
+def test_where_nothing_was_measured_a_depth_is_proposed_as_the_floor() -> None:
+    with pytest.raises(InvalidRequestError, match=r"budget\.min_exit_layer=9 or") as error:
+        unmeasured(min_quality=0.5).allowed(Budget(compute=0.45))
+
+    assert "--min-quality" in error.value.message
+
+
+def test_compute_that_no_exit_keeps_is_not_blamed_on_the_servers_floor() -> None:
+    with pytest.raises(InvalidRequestError) as error:
+        FLOORED.allowed(Budget(compute=0.01))
+
+    assert "--min-quality" not in error.value.message
+
+
+@given(
+    scores=st.lists(st.none() | st.floats(0.0, 1.0), min_size=1, max_size=5),
+    min_quality=st.floats(0.0, 1.0),
+    is_full_measured=st.booleans(),
+)
+def test_nobody_is_served_less_than_the_floor_unasked(
+    scores: list[float | None], min_quality: float, is_full_measured: bool
+) -> None:
+    layers = range(1, len(scores) + 2)
+    table = ExitTable(
+        tuple(
+            ExitInfo(exit_layer=e, num_parameters=e, compute=e / len(layers), score=score)
+            for e, score in zip(layers, [*scores, 1.0 if is_full_measured else None], strict=True)
+        ),
+        min_quality,
+    )
+
+    allowed = table.allowed(Budget())
+
+    assert allowed == table.layers[-len(allowed) :], "no gaps: nobody is lowered through one"
+    assert all(table.scores[e] >= min_quality for e in allowed)
+
+
+def unmeasured(**options: float) -> ExitTable:
+    computes = {9: 0.4, 15: 0.6, 30: 1.0}
+    infos = [ExitInfo(exit_layer=e, num_parameters=1, compute=c) for e, c in computes.items()]
+    return ExitTable(tuple(infos), **options)
 
 
 def test_deadlines_count_from_the_arrival() -> None:

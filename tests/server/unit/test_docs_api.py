@@ -130,7 +130,9 @@ def spelling(clock: FakeClock) -> Callable[[Sequence[int], int], int]:
 @contextmanager
 def example_service() -> Iterator[HttpService]:
     clock = FakeClock()
-    service = make_service(rule=spelling(clock), engine_options={"clock": clock})
+    service = make_service(
+        rule=spelling(clock), engine_options={"clock": clock, "min_quality": 0.5}
+    )
     line = (0.0, 1e-3, 0.0, 0.0, 0.0)
     service.engine.costs.use(CostModel(line, line))
     try:

@@ -36,7 +36,7 @@ _BUDGET_WORDS = {
     "compute": "Largest share of the full model's FLOPs a token.",
     "exit_layer": "Exactly this exit; see GET /exits.",
     "min_exit_layer": "No exit shallower than this.",
-    "min_quality": "No exit with a lower score.",
+    "min_quality": "No exit with a lower score; 0 lifts the server's own floor.",
 }
 _BUDGET_SCHEMA: dict[str, Any] = {
     "type": "object",

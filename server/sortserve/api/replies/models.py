@@ -144,6 +144,8 @@ class ExitEntry(BaseModel):
     compute: float
     quality: dict[str, float] | None
     score: float | None
+    usable: bool | None
+    served_unasked: bool
     estimate: ExitEstimate | None
 
 
@@ -159,6 +161,7 @@ class ExitsResponse(BaseModel):
 
     exits: list[ExitEntry]
     estimate_for: EstimateFor
+    min_quality: float
 
 
 class TokenizeResponse(BaseModel):

@@ -105,6 +105,7 @@ async def exits(service: Serving) -> ExitsResponse:
     return ExitsResponse(
         exits=[_exit_entry(service, info, num_tokens) for info in service.worker.exits.exits],
         estimate_for=EstimateFor(prompt_tokens=num_tokens, max_tokens=num_tokens),
+        min_quality=service.worker.exits.min_quality,
     )
 
 
@@ -117,6 +118,8 @@ def _exit_entry(service: Service, info: ExitInfo, num_tokens: int) -> ExitEntry:
         compute=round(info.compute, 4),
         quality=None if info.quality is None else dict(info.quality),
         score=info.score,
+        usable=info.usable,
+        served_unasked=info.exit_layer in service.worker.exits.served_unasked,
         estimate=None
         if estimate is None
         else ExitEstimate(
