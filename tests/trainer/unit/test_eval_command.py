@@ -103,6 +103,8 @@ def test_everything_is_measured_printed_and_kept(
         own = info.quality[exit_["exit_layer"]]
         assert own == pytest.approx(exit_["metrics"], abs=1e-6)
         assert len(exit_["samples"]) == 2
+    assert info.usable == {int(e): usable for e, usable in document["usable"].items()}
+    assert info.usable[6] is True
     assert info.exit_modules  # and nothing else was lost
     assert info.recipe == {"method": "random"}
     assert not list(model.glob(".writing-*"))

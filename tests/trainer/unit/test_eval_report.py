@@ -166,6 +166,48 @@ def test_the_document_is_plain_json_with_samples_and_details() -> None:
     assert document["exits"][0]["samples"] == [{"prompt": "Hi", "text": "Hello.", "ended": True}]
 
 
+# which exits are fit to be used
+
+
+def fluent(repetition: float, loop_rate: float = 0.0) -> dict[str, Fluency]:
+    item = Fluency(
+        repetition=repetition, loop_rate=loop_rate, mean_tokens=90.0, ended=0.5, num_prompts=10
+    )
+    return {"prompts": item}
+
+
+@pytest.mark.parametrize(
+    ("exit_", "usable"),
+    [
+        pytest.param(measured(2.6), True, id="a little less likely"),
+        pytest.param(measured(2.75), False, id="less than half as likely"),
+        pytest.param(Measured(fluencies=fluent(0.2)), True, id="repeats a little more"),
+        pytest.param(Measured(fluencies=fluent(0.3)), False, id="repeats itself"),
+        pytest.param(Measured(fluencies=fluent(0.1, 0.2)), False, id="loops"),
+        pytest.param(
+            Measured(likelihoods={"file-0": likelihood(2.0)}, fluencies=fluent(0.3)),
+            False,
+            id="likely, but repeats itself",
+        ),
+    ],
+)
+def test_an_exit_is_usable_if_its_text_is_likely_and_repeats_itself_little_more_than_at_full_depth(
+    exit_: Measured, usable: bool
+) -> None:
+    full = Measured(likelihoods={"file-0": likelihood(2.0)}, fluencies=fluent(0.1))
+
+    found = report(exit_, full)
+
+    assert found.usable() == {2: usable, 4: True}
+    assert json.loads(json.dumps(found.document()))["usable"] == {"2": usable, "4": True}
+
+
+def test_an_exit_of_which_nothing_tells_is_not_judged() -> None:
+    answers = {"qa": AnswerQuality(exact_match=0.5, f1=0.6, contains=0.7, num_questions=2)}
+
+    assert report(Measured(answers=answers)).usable() == {}
+
+
 # table and plot
 
 

@@ -42,6 +42,9 @@ def eval_command(argv: Sequence[str]) -> int:
         said.append(f"{settings.output} has report.json, quality.svg and quality.png.")
     console = Console(soft_wrap=True, highlight=False)
     console.print(*quality_tables(report))
+    unusable = [str(layer) for layer, usable in report.usable().items() if not usable]
+    if unusable:
+        console.print(f"Not usable: {', '.join(unusable)} (see docs/evaluation.md).")
     for line in said:
         console.print(line)
     if print_json:

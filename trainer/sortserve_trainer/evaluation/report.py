@@ -15,6 +15,7 @@ from typing import Any
 
 from sortserve_trainer.evaluation.answering import AnswerQuality, Fluency
 from sortserve_trainer.evaluation.likelihood import Likelihood
+from sortserve_trainer.evaluation.usable import is_usable
 
 __all__ = ["Measured", "ModelReport", "Report", "Sample", "details", "summarise"]
 
@@ -73,7 +74,7 @@ class Report:
 
     def document(self) -> dict[str, Any]:
         """The report as plain JSON values."""
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        return {"format_version": FORMAT_VERSION, **asdict(self), "usable": self.usable()}
 
     def quality(self) -> dict[int, dict[str, float]]:
         """What ``sorted.json`` keeps: the metrics, and of several --data files each one's loss."""
@@ -84,6 +85,12 @@ class Report:
             }
             for exit_ in self.exits
         }
+
+    def usable(self) -> dict[int, bool]:
+        """Exit layer to whether it is fit to be used; exits that were not judged are left out."""
+        full = self.exits[-1].metrics
+        verdicts = {exit_.exit_layer: is_usable(exit_.metrics, full) for exit_ in self.exits}
+        return {layer: verdict for layer, verdict in verdicts.items() if verdict is not None}
 
 
 def summarise(measured: Measured, full: Measured | None) -> dict[str, float]:

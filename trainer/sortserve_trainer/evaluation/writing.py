@@ -75,8 +75,9 @@ def write_quality(report: Report, model: str) -> str:
         left_out = ", ".join(map(str, missing))
         return f"{path} is left as it is: exits {left_out} were not measured."
     kept = {exit_layer: quality[exit_layer] for exit_layer in info.exits}
+    usable = {e: verdict for e, verdict in report.usable().items() if e in kept}
     try:
-        replace(info, quality=kept).write(folder)
+        replace(info, quality=kept, usable=usable).write(folder)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
     return f"{path} has the result as quality."
