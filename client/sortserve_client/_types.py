@@ -63,6 +63,8 @@ class BudgetReport:
     tokens_by_exit: Mapping[int, int] = field(default_factory=dict)
     compute: float | None = None
     """Mean share of the full model's FLOPs per output token."""
+    degraded: bool | None = None
+    """Whether the server made a token shallower than the deepest exit that the budget allows."""
     predicted_ms: float | None = None
     predicted_ttft_ms: float | None = None
     predicted_tpot_ms: float | None = None

@@ -135,6 +135,7 @@ def simulate(
     num_pages: int | None = None,
     min_quality: float = DEFAULT_MIN_QUALITY,
     overload_delay_s: float = 2.0,
+    overload_degrade: bool = False,
     seed: int = 0,
 ) -> Simulated:
     """Run arrivals through the server's own scheduling until the last is answered.
@@ -149,6 +150,7 @@ def simulate(
         num_pages: of the KV cache; None: the machine's.
         min_quality: see ``--min-quality``.
         overload_delay_s: see ``--overload-delay``.
+        overload_degrade: see ``--overload-degrade``.
         seed: of the noise.
     """
     clock, counts, rng = Clock(), _Counts(), random.Random(seed)
@@ -166,6 +168,7 @@ def simulate(
         objective=objective,
         min_quality=min_quality,
         overload_delay_s=overload_delay_s,
+        overload_degrade=overload_degrade,
         enable_prefix_caching=False,  # blank prompts would share all their pages
         seed=0,
     )

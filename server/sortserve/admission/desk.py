@@ -25,7 +25,12 @@ from sortserve.admission.forecast import (
     newcomer_demand,
 )
 from sortserve.admission.outlook import Load, Newcomer, Outlook
-from sortserve.admission.overload import DepthLevel, next_level
+from sortserve.admission.overload import (
+    DepthLevel,
+    floor_in_flight,
+    may_start_shallower,
+    next_level,
+)
 from sortserve.core.budget import ExitTable
 from sortserve.core.errors import SortserveError
 from sortserve.core.request import Estimate, Request
@@ -56,13 +61,15 @@ class AdmissionDesk:
     objective: Objective
     max_num_batched_tokens: int
     overload_delay_s: float
-    """Predicted wait beyond which unbudgeted newcomers start shallower; 0: never."""
+    """Predicted wait beyond which newcomers that may be made shallower start so; 0: never."""
     clock: Callable[[], float]
     expect: Callable[[Request], int]
     """The output tokens to plan a request for."""
     costs: Costs
     busy_until_s: Callable[[], float] = lambda: -math.inf
     """When what the engine does for no request should be over."""
+    overload_degrade: bool = False
+    """Whether requests without a budget may be made shallower for the sake of others."""
     on_failure: Callable[[], None] = lambda: None
     """Told of each forecast that raised."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -101,39 +108,67 @@ class AdmissionDesk:
 
     # ---- the event loop's thread ----
 
-    def choose(self, request: Request, allowed: tuple[int, ...]) -> ExitChoice:
+    def choose(
+        self,
+        request: Request,
+        allowed: tuple[int, ...],
+        *,
+        exit_layer: int | None = None,
+        num_sequences: int = 1,
+    ) -> ExitChoice:
         """The exit a request gets.
 
         Args:
             request: validated.
             allowed: the exits its budget allows, ascending.
+            exit_layer: one of them, where it must start; None: the best.
+            num_sequences: so many like it come at once, and all must fit.
 
         Raises:
             BudgetUnattainableError: none fits and the budget says reject.
         """
-        deepest = ExitChoice(allowed[-1], None, fits=True, floor_layer=allowed[0])
+        starts = allowed if exit_layer is None else (exit_layer,)
+        deepest = ExitChoice(starts[-1], None, fits=True)
         unpromised = replace(deepest, fits=not request.budget.has_latency)
-        return self._ask(
-            lambda model: self._judge(request, allowed, model), unknown=deepest, failed=unpromised
+        choice = self._ask(
+            lambda model: self._judge(request, allowed, starts, num_sequences, model),
+            unknown=deepest,
+            failed=unpromised,
         )
+        floor_layer = floor_in_flight(
+            request, choice.exit_layer, allowed, overload_degrade=self.overload_degrade
+        )
+        return replace(choice, floor_layer=floor_layer)
 
-    def _judge(self, request: Request, allowed: tuple[int, ...], model: CostModel) -> ExitChoice:
+    def _judge(
+        self,
+        request: Request,
+        allowed: tuple[int, ...],
+        starts: tuple[int, ...],
+        num_sequences: int,
+        model: CostModel,
+    ) -> ExitChoice:
         load = self.load()
         newcomer = self._newcomer(request, allowed[0])
         outlook = Outlook(load, model, allowed)
+        self._level = self._next_level(load, model)
 
         def predict(exit_layer: int, *, limit: float) -> Forecast:
-            return forecast(exit_layer, newcomer, outlook, limit=limit)
+            found = forecast(exit_layer, newcomer, outlook, limit=limit)
+            if num_sequences == 1 or not newcomer.bounds_time:
+                return found
+            others = _siblings(exit_layer, newcomer, found, num_sequences - 1, load.now)
+            beside = replace(load, demands=(*load.demands, *others))
+            return forecast(exit_layer, newcomer, Outlook(beside, model, allowed), limit=limit)
 
         def drain_s() -> float | None:
             drain = partial(predicted_drain_s, allowed[0], newcomer, load, model)
             return self._attempt(drain, None)
 
-        if not newcomer.bounds_time and request.budget.exit_layer is None:
-            allowed = self._up_to_level(allowed, load, model)
-
-        values = worths(allowed, self._worth, request.weight)
-        return choose_exit(request.budget, allowed, predict, worth=values, drain_s=drain_s)
+        if may_start_shallower(request, overload_degrade=self.overload_degrade):
+            starts = self._up_to_level(starts)
+        values = worths(starts, self._worth, request.weight)
+        return choose_exit(request.budget, starts, predict, worth=values, drain_s=drain_s)
 
     def _ask(self, question: Callable[[CostModel], T], *, unknown: T, failed: T) -> T:
         """What the cost model says to a question; what can be said without one, or if it fails."""
@@ -236,19 +271,21 @@ class AdmissionDesk:
             if not d.is_decoding
         )
 
-    def _up_to_level(
-        self, allowed: tuple[int, ...], load: Load, model: CostModel
-    ) -> tuple[int, ...]:
-        """The allowed exits that overload leaves to requests without a budget."""
-        layers = self.exits.layers
-        self._level = next_level(
+    def _next_level(self, load: Load, model: CostModel) -> DepthLevel:
+        """The level after a look at the queue as it is now; nothing changes."""
+        if self.overload_delay_s <= 0.0:
+            return DepthLevel()
+        return next_level(
             self._level,
             queue_delay_s=self._queue_delay_s(load, model),
             limit_s=self.overload_delay_s,
-            num_exits=len(layers),
+            num_exits=len(self.exits.layers),
             now=load.now,
         )
-        deepest = self._level.exit_layer(layers)
+
+    def _up_to_level(self, allowed: tuple[int, ...]) -> tuple[int, ...]:
+        """The allowed exits that overload leaves to requests that it may make shallower."""
+        deepest = self._level.exit_layer(self.exits.layers)
         return tuple(e for e in allowed if e <= deepest) or allowed[:1]
 
     def _newcomer(self, request: Request, floor_layer: int) -> Newcomer:
@@ -260,3 +297,13 @@ class AdmissionDesk:
             floor_layer=floor_layer,
             weight=request.weight,
         )
+
+
+def _siblings(
+    exit_layer: int, newcomer: Newcomer, found: Forecast, count: int, now: float
+) -> list[Demand]:
+    """The demands of so many others like a newcomer, each with what was found for it alone."""
+    return [
+        newcomer_demand(exit_layer, newcomer, found.promise, now=now, request_id=f"sibling-{i}")
+        for i in range(count)
+    ]

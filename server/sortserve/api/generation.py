@@ -15,7 +15,17 @@ from sortserve.core.request import FinishReason, RequestOutput, RequestReport
 from sortserve.core.sampling_params import SampledToken
 from sortserve.engine.worker import RequestStream
 
-__all__ = ["ChoiceResult", "Generation", "Outputs"]
+__all__ = ["REPLY_HEADERS", "ChoiceResult", "Generation", "Outputs"]
+
+EXIT_LAYER, DEGRADED = "x-exit-layer", "x-degraded"
+PREDICTED_MS, BUDGET_MET = "x-predicted-ms", "x-budget-met"
+REPLY_HEADERS = {
+    EXIT_LAYER: "The exit in use at the end; of a stream, at its start",
+    DEGRADED: "Whether the server made tokens shallower than the budget allows: true or false",
+    PREDICTED_MS: "Arrival to the last token as predicted on arrival; absent without calibration",
+    BUDGET_MET: "Whether every time was kept: true or false; absent without one, and in streams",
+}
+"""Headers that say what became of a budget, for proxies that read no bodies."""
 
 Outputs = list[tuple[int, RequestOutput]]
 """Outputs that are here now, each with the index of its choice."""
@@ -41,8 +51,11 @@ class Generation:
     """``num_prompts`` times ``n`` sequences; choice ``p * n + k`` is sample k of prompt p.
 
     Args:
-        streams: one per choice.
+        streams: one per choice; all start at one exit.
         num_prompt_tokens: one per prompt.
+        deepest_layer: the deepest exit that the budget allows.
+        names_exit: whether replies name the exit in ``model`` where it is not the deepest: the
+            client bounded no time, and the server took depth away.
         field_names: the engine's field names as this request spells them, for errors.
         keep: whether to keep texts and tokens, or only to count them.
         on_end: called once, when all outputs are read or nobody reads on.
@@ -53,6 +66,8 @@ class Generation:
         streams: Sequence[RequestStream],
         *,
         num_prompt_tokens: Sequence[int],
+        deepest_layer: int,
+        names_exit: bool,
         field_names: Mapping[str, str],
         keep: bool,
         on_end: Callable[[Generation], None] | None = None,
@@ -60,6 +75,8 @@ class Generation:
         self.choices = [ChoiceResult() for _ in streams]
         self._streams = streams
         self._num_prompt_tokens = num_prompt_tokens
+        self._deepest_layer = deepest_layer
+        self._names_exit = names_exit
         self._field_names = field_names
         self._keep = keep
         self._on_end = on_end
@@ -202,6 +219,7 @@ class Generation:
             "exit_layer": min(reply["exit_layer"] for reply in replies),
             "tokens_by_exit": tokens_by_exit,
             "compute": round(weighted / sum(num_tokens), 4),
+            "degraded": any(reply["degraded"] for reply in replies),
         }
         for name in replies[0]:
             if name.endswith("_ms"):
@@ -209,3 +227,48 @@ class Generation:
                 combined[name] = max(known, default=None)
         combined["met"] = None if None in met else all(met)
         return combined
+
+    # ---- depth ----
+
+    @property
+    def start_layer(self) -> int:
+        """The exit at which all sequences start."""
+        return self._streams[0].choice.exit_layer
+
+    @property
+    def exit_layer(self) -> int:
+        """The shallowest exit in use at the end of a sequence; where none is over, the first."""
+        reports = [choice.report for choice in self.choices]
+        return min((r.exit_layer for r in reports if r is not None), default=self.start_layer)
+
+    def model_at(self, name: str, exit_layer: int) -> str:
+        """The model that a reply names for tokens of an exit: ``NAME@E`` where depth was taken."""
+        is_named = self._names_exit and exit_layer < self._deepest_layer
+        return f"{name}@{exit_layer}" if is_named else name
+
+    def first_headers(self) -> dict[str, str]:
+        """What the headers of a stream tell: what is known before the first token."""
+        is_degraded = self.start_layer < self._deepest_layer
+        predicted = [stream.choice.estimate for stream in self._streams]
+        times = [estimate.e2e_s * 1e3 for estimate in predicted if estimate is not None]
+        return _headers(self.start_layer, is_degraded, max(times, default=None), None)
+
+    def last_headers(self) -> dict[str, str]:
+        """What the headers of a whole reply tell, in the words of its ``budget``."""
+        reply = self.budget_reply()
+        if reply is None:
+            return self.first_headers()
+        names = ("exit_layer", "degraded", "predicted_ms", "met")
+        return _headers(*(reply[name] for name in names))
+
+
+def _headers(
+    exit_layer: int, degraded: bool, predicted_ms: float | None, met: bool | None
+) -> dict[str, str]:
+    """Reply headers; those of values that there are not are left out."""
+    headers = {EXIT_LAYER: str(exit_layer), DEGRADED: str(degraded).lower()}
+    if predicted_ms is not None:
+        headers[PREDICTED_MS] = f"{predicted_ms:.3f}"
+    if met is not None:
+        headers[BUDGET_MET] = str(met).lower()
+    return headers

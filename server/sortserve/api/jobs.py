@@ -18,6 +18,7 @@ from sortserve.api.bodies.parameters import (
 )
 from sortserve.api.bodies.prompts import Prompt
 from sortserve.api.problems import renamed
+from sortserve.api.settings import ApiSettings
 from sortserve.core.budget import Budget
 from sortserve.core.errors import InvalidRequestError
 from sortserve.core.sampling_params import SamplingParams
@@ -57,7 +58,7 @@ def make_job(
     max_tokens: int | None,
     default_max_tokens: int,
     logprobs: int | None,
-    sampling_defaults: Mapping[str, Any],
+    settings: ApiSettings,
     vocab_size: int,
     field_names: Mapping[str, str] | None = None,
 ) -> Job:
@@ -72,7 +73,7 @@ def make_job(
         max_tokens: what the client gave; None: the default.
         default_max_tokens: as many as this, or as fit the context.
         logprobs: rivals per token; None: no log probabilities.
-        sampling_defaults: for sampling fields that the body does not give.
+        settings: what counts for fields that the body does not give.
         vocab_size: token ids are below it.
         field_names: the engine's field names as this route spells them.
 
@@ -85,10 +86,10 @@ def make_job(
         )
     names = {**_header_names(headers, body.budget or {}), **(field_names or {})}
     try:
-        budget = read_budget(body.budget, headers, model)
+        budget = read_budget(body.budget, headers, model, default=settings.default_budget)
         sampling = read_sampling(
             body,
-            defaults=sampling_defaults,
+            defaults=settings.sampling_defaults,
             max_tokens=default_max_tokens if max_tokens is None else max_tokens,
             logprobs=logprobs,
             vocab_size=vocab_size,

@@ -79,6 +79,8 @@ class Service:
         return Generation(
             streams,
             num_prompt_tokens=[len(ids) for ids in token_ids],
+            deepest_layer=self.worker.exits.allowed(job.budget)[-1],
+            names_exit=not job.budget.has_latency,
             field_names=job.field_names,
             keep=log_prompts or not job.stream,
             on_end=partial(self._log_texts, job, token_ids) if log_prompts else None,
@@ -120,18 +122,27 @@ class Service:
     ) -> list[RequestStream]:
         streams: list[RequestStream] = []
         names = dict(job.field_names)
+
+        def name_prompt(i: int) -> None:
+            if len(prompts) > 1:
+                names["prompt"] = f"prompt.{i}"
+
         try:
-            for i, token_ids in enumerate(prompts):
-                if len(prompts) > 1:
-                    names["prompt"] = f"prompt.{i}"
-                request = self._request(job, tuple(token_ids))
+            requests = [self._request(job, tuple(token_ids)) for token_ids in prompts]
+            exit_layer = None
+            if len(requests) * job.n > 1:
+                longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+                name_prompt(longest)
+                exit_layer = self.worker.exit_for(requests[longest], len(requests) * job.n)
+            for i, request in enumerate(requests):
+                name_prompt(i)
                 for sample_index in range(job.n):
                     if streams:
                         await asyncio.sleep(0)  # choosing an exit takes a while: not 128 at once
                     # The serial keeps ids unique where clients repeat theirs.
                     name = f"{job.request_id}.{next(self._serials)}"
                     sample = replace(request, request_id=name, sample_index=sample_index)
-                    streams.append(self.worker.submit(sample, reservation))
+                    streams.append(self.worker.submit(sample, reservation, exit_layer=exit_layer))
         except BaseException as error:
             for stream in streams:
                 stream.abort()
@@ -156,4 +167,5 @@ class Service:
             expected_tokens=expected_tokens,
             length_class=job.length_class,
             cache_salt=job.cache_salt,
+            is_one_of_several=job.n * len(job.prompts) > 1,
         )

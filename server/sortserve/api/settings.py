@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sortserve.core.budget import Budget
 from sortserve.core.sampling_params import SamplingParams
 
 __all__ = ["ApiSettings"]
@@ -39,6 +40,8 @@ class ApiSettings:
     """Characters of the tokenizer's longest token: what no longer text can fit the context by."""
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
     """The checkpoint's ``generation_config.json``; only sampling fields are read."""
+    default_budget: Budget = field(default_factory=Budget)
+    """Of requests that give no budget of their own."""
     request_timeout_s: float | None = None
     """Seconds after which a request is cut off with status 504. None: never."""
     log_prompts: bool = False

@@ -65,6 +65,8 @@ class Request:
     arrival_s: float
     weight: float = 1.0
     """What its answer is worth beside that of another request; above 0."""
+    is_one_of_several: bool = False
+    """Others came with it in one request of a client, and all of them have one exit."""
     sample_index: int = 0
     """Which of the n samples this is: moves the seed, so that samples differ."""
     expected_tokens: int | None = None
@@ -104,6 +106,12 @@ class RequestReport:
     outcome: str | None = None
     """Of a latency budget: met, missed, degraded or truncated; None without one."""
     seed: int = 0
+    degraded: bool = False
+    """Whether a token was made shallower than the deepest exit that its budget allows."""
+    score: float = 1.0
+    """Mean score of its tokens (``ExitTable.scores``); 1 is as good as full depth."""
+    weight: float = 1.0
+    """As of the request."""
 
     @property
     def e2e_s(self) -> float:
@@ -148,6 +156,7 @@ class RequestReport:
             "exit_layer": self.exit_layer,
             "tokens_by_exit": {str(exit_): n for exit_, n in self.tokens_by_exit.items()},
             "compute": round(self.compute, 4),
+            "degraded": self.degraded,
             "predicted_ms": None if predicted is None else _ms(predicted.e2e_s),
             "predicted_ttft_ms": None if predicted is None else _ms(predicted.ttft_s),
             "predicted_tpot_ms": None if predicted is None else _ms(predicted.tpot_s),

@@ -16,6 +16,7 @@ from sortserve.checkpoint.load import LoadedCheckpoint
 from sortserve.core.budget import DEFAULT_MIN_QUALITY
 from sortserve.core.errors import ConfigError
 from sortserve.core.plan import Runner
+from sortserve.core.ranges import numbers
 from sortserve.core.request import Observer, Request
 from sortserve.cost.learner import CostLearner
 from sortserve.engine.calibrator import Calibrator
@@ -53,6 +54,7 @@ class EngineOptions:
     policy: str = "deadline"
     objective: str = DEFAULT_OBJECTIVE
     min_quality: float = DEFAULT_MIN_QUALITY
+    overload_degrade: bool = False
     overload_delay: float = 2.0
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 1024
@@ -156,6 +158,7 @@ def assemble(
         objective=options.objective,
         min_quality=options.min_quality,
         overload_delay_s=options.overload_delay,
+        overload_degrade=options.overload_degrade,
         enable_prefix_caching=options.enable_prefix_caching,
         pages_are_resident=decoder.device.type != "cpu",
         max_failed_steps=options.max_failed_steps,
@@ -239,7 +242,7 @@ def _check_count(name: str, value: object, least: int = 1) -> None:
 
 
 def _check_share(name: str, value: object) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= 1:
+    share = numbers(0, 1)
+    if value not in share:
         flag = name.replace("_", "-")
-        raise ConfigError(f"--{flag}={value!r} is not allowed: a number from 0 to 1.", param=flag)
+        raise ConfigError(f"--{flag}={value!r} is not allowed: {share.allowed}.", param=flag)

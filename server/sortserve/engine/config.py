@@ -27,7 +27,9 @@ class EngineConfig:
     min_quality: float = 0.0
     """The floor of requests that name none: see ``ExitTable``."""
     overload_delay_s: float = 2.0
-    """Predicted wait beyond which requests without a budget start shallower; 0: never."""
+    """Predicted wait beyond which requests that may be made shallower start so; 0: never."""
+    overload_degrade: bool = False
+    """Whether requests without a budget may be made shallower for the sake of others."""
     enable_prefix_caching: bool = True
     pages_are_resident: bool = False
     """Every page of the KV cache takes memory from the start, as on a GPU: see ``BlockPool``."""

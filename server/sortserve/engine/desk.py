@@ -1,15 +1,20 @@
-"""The desk at which the newcomers of an engine are judged (no torch)."""
+"""Where the newcomers of an engine are judged, and who is told of it (no torch)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
+from sortserve.admission.choose import ExitChoice
 from sortserve.admission.desk import AdmissionDesk
 from sortserve.admission.entry import Room
+from sortserve.core.budget import Budget
+from sortserve.core.errors import BudgetUnattainableError
+from sortserve.core.request import Request
 from sortserve.engine.engine import Engine
+from sortserve.engine.probe import prober_of
 
-__all__ = ["desk_of", "room_of"]
+__all__ = ["Reception", "desk_of", "room_of"]
 
 
 def desk_of(
@@ -31,6 +36,7 @@ def desk_of(
         objective=engine.objective,
         max_num_batched_tokens=engine.config.max_num_batched_tokens,
         overload_delay_s=engine.config.overload_delay_s,
+        overload_degrade=engine.config.overload_degrade,
         clock=engine.clock,
         expect=engine.expect,
         costs=engine.costs,
@@ -52,3 +58,48 @@ def room_of(engine: Engine) -> Room:
         block_size=kv_cache.block_size,
         slab_size=kv_cache.slab_size,
     )
+
+
+class Reception:
+    """Lets requests in on the event loop's thread; the engine's observer is told of refusals."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.prober = prober_of(engine)
+        """Times steps while all are refused."""
+        self.desk = desk_of(
+            engine,
+            busy_until_s=self.prober.busy_until_s,
+            on_failure=self._forecast_failed,
+        )
+
+    def choose(
+        self, request: Request, *, exit_layer: int | None = None, num_sequences: int = 1
+    ) -> ExitChoice:
+        """Where a request starts.
+
+        Args:
+            request: to be validated.
+            exit_layer: as ``AdmissionDesk.choose`` has it.
+            num_sequences: likewise.
+
+        Raises:
+            InvalidRequestError: it can never be served; ``param`` names the field.
+            BudgetUnattainableError: no exit fits and the budget says reject.
+        """
+        allowed = self._engine.validate(request)
+        try:
+            return self.desk.choose(
+                request, allowed, exit_layer=exit_layer, num_sequences=num_sequences
+            )
+        except BudgetUnattainableError:
+            self.prober.want()
+            self.rejected("budget_unattainable", request.budget)
+            raise
+
+    def rejected(self, reason: str, budget: Budget | None = None) -> None:
+        """A request is refused before any compute."""
+        self._engine.tell(lambda observer: observer.on_rejected(reason, budget))
+
+    def _forecast_failed(self) -> None:
+        self._engine.tell(lambda observer: observer.on_forecast_failed())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from sortserve.core.budget import ExitTable, OnMiss
@@ -27,7 +27,7 @@ def make_report(
         num_output_tokens=sequence.num_output_tokens,
         exit_layer=sequence.exit_layer,
         tokens_by_exit=dict(sequence.tokens_by_exit),
-        compute=_compute_share(sequence, exits),
+        compute=_mean(sequence, {info.exit_layer: info.compute for info in exits.exits}),
         predicted=sequence.estimate,
         arrival_s=sequence.request.arrival_s,
         first_scheduled_s=sequence.first_scheduled_s,
@@ -37,15 +37,25 @@ def make_report(
         num_preemptions=sequence.num_preemptions,
         expected_tokens=sequence.expected_tokens,
         seed=sequence.seed,
+        degraded=_is_degraded(sequence, exits),
+        score=_mean(sequence, exits.scores),
+        weight=sequence.request.weight,
     )
     return _with_outcome(report, promised)
 
 
-def _compute_share(sequence: Sequence, exits: ExitTable) -> float:
+def _mean(sequence: Sequence, by_exit: Mapping[int, float]) -> float:
+    """The mean over the output tokens of what each exit has; without any, that of its exit."""
     if not sequence.tokens_by_exit:
-        return exits[sequence.exit_layer].compute
-    weighted = sum(exits[e].compute * n for e, n in sequence.tokens_by_exit.items())
+        return by_exit[sequence.exit_layer]
+    weighted = sum(by_exit[e] * n for e, n in sequence.tokens_by_exit.items())
     return weighted / sequence.num_output_tokens
+
+
+def _is_degraded(sequence: Sequence, exits: ExitTable) -> bool:
+    """Whether it was the server's choice that a token is shallower than the budget allows."""
+    deepest = exits.allowed(sequence.request.budget)[-1]
+    return any(exit_layer < deepest for exit_layer in sequence.tokens_by_exit)
 
 
 def _with_outcome(report: RequestReport, promised: bool) -> RequestReport:

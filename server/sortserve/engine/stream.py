@@ -7,6 +7,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 
+from sortserve.admission.choose import ExitChoice
 from sortserve.core.errors import EngineError
 from sortserve.core.request import RequestOutput
 
@@ -18,8 +19,10 @@ logger = logging.getLogger(__name__)
 class RequestStream:
     """The outputs of one request, as an async iterator; only its own event loop touches it."""
 
-    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
+    def __init__(self, request_id: str, abort: Callable[[str], None], choice: ExitChoice) -> None:
         self.request_id = request_id
+        self.choice = choice
+        """Where the request starts, and what was predicted for it."""
         self.loop = asyncio.get_running_loop()
         self._abort = abort
         self._outputs: deque[RequestOutput] = deque()

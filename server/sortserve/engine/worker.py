@@ -19,16 +19,11 @@ from functools import partial
 
 from sortserve.admission.queue_limits import QueueLimits, Reservation
 from sortserve.core.budget import ExitTable
-from sortserve.core.errors import (
-    BudgetUnattainableError,
-    EngineError,
-    OverloadedError,
-)
+from sortserve.core.errors import EngineError, OverloadedError
 from sortserve.core.request import EngineStats, Estimate, Request, RequestOutput
-from sortserve.engine.desk import desk_of, room_of
+from sortserve.engine.desk import Reception, room_of
 from sortserve.engine.engine import Engine
 from sortserve.engine.ledger import Abort, Ledger, State, Submission, waiting_in
-from sortserve.engine.probe import prober_of
 from sortserve.engine.stall import start_watchdog
 from sortserve.engine.stream import RequestStream
 from sortserve.scheduling.demand import Demand
@@ -73,12 +68,9 @@ class EngineWorker:
         self._debug = debug
         self._inbox: queue.SimpleQueue[Submission | Abort | None] = queue.SimpleQueue()
         self._stats = engine.stats()
-        self._prober = prober_of(engine)
-        self._desk = desk_of(
-            engine,
-            busy_until_s=self._prober.busy_until_s,
-            on_failure=self._forecast_failed,
-        )
+        self._reception = Reception(engine)
+        self._desk = self._reception.desk
+        self._prober = self._reception.prober
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._ledger = Ledger()
@@ -174,15 +166,35 @@ class EngineWorker:
         try:
             return self._limits.reserve(num_requests, num_tokens, retry_after_s=self._desk.places_s)
         except OverloadedError:
-            self._rejected("queue_full")
+            self._reception.rejected("queue_full")
             raise
 
-    def submit(self, request: Request, reservation: Reservation | None = None) -> RequestStream:
+    def exit_for(self, request: Request, num_sequences: int) -> int:
+        """The exit at which so many like this one could start together now; nothing is queued.
+
+        Args:
+            request: the one of them that needs most.
+            num_sequences: how many there are.
+
+        Raises:
+            SortserveError: as ``submit``.
+        """
+        self._ledger.require_accepting()
+        return self._reception.choose(request, num_sequences=num_sequences).exit_layer
+
+    def submit(
+        self,
+        request: Request,
+        reservation: Reservation | None = None,
+        *,
+        exit_layer: int | None = None,
+    ) -> RequestStream:
         """Validate, choose the exit, queue; nothing runs yet. Needs a running event loop.
 
         Args:
             request: what to generate; its id must not be live.
             reservation: places taken by ``reserve``, of which this request takes one.
+            exit_layer: where it must start, as ``exit_for`` said; None: the best exit for it.
 
         Raises:
             InvalidRequestError: it can never be served; ``param`` names the field.
@@ -190,18 +202,12 @@ class EngineWorker:
             UnavailableError: loading, draining or failed.
         """
         self._ledger.require_accepting()
-        allowed = self._engine.validate(request)
         num_prompt = len(request.prompt_token_ids)
-        try:
-            choice = self._desk.choose(request, allowed)
-        except BudgetUnattainableError:
-            self._prober.want()
-            self._rejected("budget_unattainable", request)
-            raise
+        choice = self._reception.choose(request, exit_layer=exit_layer)
         if reservation is None:
             reservation = self.reserve(1, num_prompt)
         place = reservation.take_one(num_prompt)
-        stream = RequestStream(request.request_id, self._request_abort)
+        stream = RequestStream(request.request_id, self._request_abort, choice)
         submission = Submission(request, choice, stream, place)
         try:
             self._ledger.accept(lambda: self._send_in(submission))
@@ -221,13 +227,6 @@ class EngineWorker:
     def stats(self) -> EngineStats:
         """The engine's state after its last step."""
         return self._stats
-
-    def _rejected(self, reason: str, request: Request | None = None) -> None:
-        budget = request.budget if request else None
-        self._engine.tell(lambda observer: observer.on_rejected(reason, budget))
-
-    def _forecast_failed(self) -> None:
-        self._engine.tell(lambda observer: observer.on_forecast_failed())
 
     def _request_abort(self, request_id: str) -> None:
         self._inbox.put(Abort(request_id))

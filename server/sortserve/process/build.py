@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 from sortserve import __version__
 from sortserve.api.bodies.limits import max_encoded_tokens
 from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
+from sortserve.core.budget import ExitTable
+from sortserve.core.errors import ConfigError, InvalidRequestError
 from sortserve.cost.model import StepShape
 from sortserve.engine.assemble import (
     EngineOptions,
@@ -91,6 +93,7 @@ def build(settings: ServeSettings) -> Serving:
         ),
     )
     tell_of_exits(parts.engine.exits)
+    _check_default_budget(settings, parts.engine.exits)
     worker = EngineWorker(
         parts.engine,
         max_num_queued_reqs=settings.max_num_queued_reqs,
@@ -133,3 +136,13 @@ def build(settings: ServeSettings) -> Serving:
         cache=cache,
         computed_in=computed_in,
     )
+
+
+def _check_default_budget(settings: ServeSettings, exits: ExitTable) -> None:
+    """Refuse a default budget that this checkpoint can never keep: it would refuse everybody."""
+    try:
+        exits.allowed(settings.budget_by_default)
+    except InvalidRequestError as error:
+        raise ConfigError(
+            f"--default-budget={settings.default_budget}: {error.message}", param="default-budget"
+        ) from error

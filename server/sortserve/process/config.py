@@ -28,7 +28,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from sortserve.core.budget import DEFAULT_MIN_QUALITY
+from sortserve.core.budget import DEFAULT_MIN_QUALITY, Budget
 from sortserve.core.errors import ConfigError
 from sortserve.process.sources import (
     flag_name,
@@ -42,6 +42,7 @@ from sortserve.process.values import (
     MAX_COUNT,
     MAX_THREADS,
     Auto,
+    BudgetText,
     Count,
     FilePath,
     Host,
@@ -54,6 +55,7 @@ from sortserve.process.values import (
     Size,
     Strings,
     Text,
+    budget_of,
     is_network,
     shown,
 )
@@ -158,9 +160,15 @@ class ServeSettings(BaseSettings):
     """Floor of requests that name none: exits with a lower score are served only to who names the
     exit, min_exit_layer or min_quality. Without measured scores the share of layers counts. 0: no
     floor."""
+    default_budget: BudgetText | None = None
+    """Budget of requests that give none: a JSON object with the fields of `budget`, such as
+    `{"min_quality": 0.8}`. Default: no bound."""
+    overload_degrade: bool = False
+    """Let overload make requests without a budget shallower, too, down to --min-quality. Off: only
+    those that bound a time or name a floor, whose budget asks for it."""
     overload_delay: Seconds = 2.0
-    """Predicted seconds in the queue beyond which requests without a budget get shallower exits,
-    one at a time. 0: never."""
+    """Predicted seconds in the queue beyond which requests that bound no time and may be made
+    shallower start so, one exit at a time. 0: never."""
     max_num_seqs: Count = 256
     """Most sequences that run at once."""
     max_num_batched_tokens: Count = 1024
@@ -276,6 +284,11 @@ class ServeSettings(BaseSettings):
             if not all(map(str.isprintable, keys)):
                 raise ValueError(f"--api-key-file {self.api_key_file} holds control characters")
         return tuple(dict.fromkeys(keys))
+
+    @property
+    def budget_by_default(self) -> Budget:
+        """``default_budget`` as a budget."""
+        return Budget() if self.default_budget is None else budget_of(self.default_budget)
 
     def masked(self) -> dict[str, Any]:
         """The settings as plain values for logs and ``--print-config``; secrets are stars."""

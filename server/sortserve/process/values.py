@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import reprlib
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr
 
+from sortserve.core.budget import Budget
+
 __all__ = [
     "MAX_COUNT",
     "MAX_TEXT",
     "MAX_THREADS",
     "Auto",
+    "BudgetText",
     "Count",
     "FilePath",
     "Host",
@@ -26,6 +30,7 @@ __all__ = [
     "Size",
     "Strings",
     "Text",
+    "budget_of",
     "is_network",
     "shown",
 ]
@@ -45,6 +50,31 @@ def _split_commas(value: object) -> object:
         parts = [_split_commas(item) if isinstance(item, str) else [item] for item in value]
         return [part for group in parts if isinstance(group, list) for part in group]
     return value
+
+
+def _json_text(value: object) -> object:
+    """A mapping, as YAML has it, as JSON; anything else unchanged."""
+    return json.dumps(value) if isinstance(value, dict) else value
+
+
+def _budget(value: str) -> str:
+    budget_of(value)
+    return value
+
+
+def budget_of(text: str) -> Budget:
+    """The budget that a JSON object says.
+
+    Raises:
+        ValueError: it is no JSON object, or no budget; the message says why.
+    """
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError('it should be a JSON object such as {"min_quality": 0.8}')
+    return Budget.from_mapping(values)
 
 
 def _number(value: object) -> object:
@@ -97,6 +127,8 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), Number]
 Size = Annotated[ByteSize, Field(ge=1, le=2**60), Number]
 Text = Annotated[str, AfterValidator(_text)]
 FilePath = Annotated[Path, BeforeValidator(_path)]
+BudgetText = Annotated[Text, BeforeValidator(_json_text), AfterValidator(_budget)]
+"""A budget as JSON: ``budget_of`` reads it."""
 Host = Annotated[Text, AfterValidator(_host), Field(min_length=1)]
 Layers = Annotated[tuple[Count, ...], BeforeValidator(_split_commas), Field(min_length=1)]
 Strings = Annotated[tuple[Text, ...], BeforeValidator(_split_commas)]

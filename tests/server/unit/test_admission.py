@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from sortserve.admission.forecast import Forecast, forecast
 from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.core.budget import Budget, Deadlines, OnMiss
 from sortserve.core.errors import MAX_RETRY_AFTER_S, BudgetUnattainableError, OverloadedError
-from sortserve.core.request import Estimate
+from sortserve.core.request import Estimate, Request
 from sortserve.core.sequence import Promise
 from sortserve.cost.model import LEAST, CostModel, Line
 from sortserve.scheduling.policies.table import get_policy
@@ -282,7 +283,7 @@ def test_an_unbudgeted_request_does_not_starve_beside_promises() -> None:
 
 
 def test_overload_lowers_the_depth_of_unbudgeted_requests_and_calm_raises_it() -> None:
-    timed = make_timed(overload_delay_s=0.2, max_num_seqs=4)
+    timed = make_timed(overload_degrade=True, overload_delay_s=0.2, max_num_seqs=4)
     burst = [timed_request(f"b{i}", 200, max_tokens=5, at=0.001 * i) for i in range(50)]
     calm = [timed_request(f"c{i}", 10, max_tokens=2, at=50.0 + i) for i in range(9)]
 
@@ -292,6 +293,93 @@ def test_overload_lowers_the_depth_of_unbudgeted_requests_and_calm_raises_it() -
     assert exits["b0"] == 6
     assert min(exits.values()) < 6
     assert exits["after"] == 6
+
+
+def crowd(**budget: Any) -> list[Request]:
+    """More long prompts at once than can be read in the time that counts as overload."""
+    return [timed_request(f"b{i}", 200, max_tokens=5, at=0.01 * i, **budget) for i in range(150)]
+
+
+def depths(timed: Timed) -> set[int]:
+    """The exits that any token was made at."""
+    return {e for report in timed.reports.values() for e in report.tokens_by_exit}
+
+
+@pytest.mark.parametrize(
+    ("budget", "overload_degrade", "lowest"),
+    [
+        pytest.param({}, False, 6, id="no budget"),
+        pytest.param({"compute": 1.0}, False, 6, id="no floor"),
+        pytest.param({}, True, 4, id="no budget, but the server may"),
+        pytest.param({"min_quality": 0.5}, False, 4, id="a floor of quality"),
+        pytest.param({"min_exit_layer": 2}, False, 2, id="a floor of depth"),
+        pytest.param({"exit_layer": 6}, True, 6, id="the exit itself"),
+    ],
+)
+def test_overload_makes_nobody_shallower_who_did_not_ask_for_it(
+    budget: dict[str, Any], overload_degrade: bool, lowest: int
+) -> None:
+    timed = make_timed(
+        overload_degrade=overload_degrade,
+        overload_delay_s=0.2,
+        min_quality=0.5,  # exit 2 has a score of 0.33
+        max_num_seqs=4,
+    )
+
+    timed.run(crowd(**budget))
+
+    assert min(depths(timed)) == lowest
+    assert any(r.degraded for r in timed.reports.values()) == (lowest < 6)
+
+
+@pytest.mark.parametrize(("overload_degrade", "floor_layer"), [(False, 6), (True, 2)])
+def test_the_policy_may_lower_a_running_request_without_a_budget_only_if_the_server_says_so(
+    overload_degrade: bool, floor_layer: int
+) -> None:
+    timed = make_timed(overload_degrade=overload_degrade)
+    timed.arrive(timed_request("plain"))
+    timed.step()
+
+    (demand,) = timed.engine.demands()
+
+    assert (demand.exit_layer, demand.floor_layer) == (6, floor_layer)
+
+
+@pytest.mark.parametrize("kind", ["seed", "one of several"])
+def test_a_repeatable_request_and_one_of_several_keep_the_exit_they_start_at(kind: str) -> None:
+    timed = make_timed(overload_degrade=True)
+    request = timed_request("r")
+    if kind == "seed":
+        request = replace(request, sampling=replace(request.sampling, seed=7))
+    else:
+        request = replace(request, is_one_of_several=True)
+    timed_too = replace(request, budget=Budget(latency_ms=1e4))
+
+    assert timed.desk.choose(request, (2, 4, 6)).floor_layer == 6
+    assert timed.desk.choose(timed_too, (2, 4, 6)).floor_layer == 2
+
+
+def test_several_that_come_together_start_where_all_of_them_fit() -> None:
+    timed = make_timed()
+    request = timed_request("r", max_tokens=20, latency_ms=200)
+    alone = timed.desk.choose(request, (2, 4, 6)).exit_layer
+
+    together = [timed.desk.choose(request, (2, 4, 6), num_sequences=n) for n in (1, 16, 64)]
+
+    exits = [choice.exit_layer for choice in together]
+    assert exits[0] == alone == 6
+    assert exits == sorted(exits, reverse=True)
+    assert exits[-1] < 6
+    assert timed.desk.choose(request, (2, 4, 6), exit_layer=4).exit_layer == 4
+
+
+def test_after_an_idle_while_nobody_pays_for_an_overload_that_is_long_over() -> None:
+    timed = make_timed(overload_degrade=True, overload_delay_s=0.2, max_num_seqs=4)
+
+    timed.run([*crowd(), timed_request("much later", at=3600.0)])
+
+    assert min(depths(timed)) < 6
+    assert timed.reports["much later"].tokens_by_exit == {6: 10}
 
 
 def test_a_request_that_expired_in_the_queue_never_runs() -> None:

@@ -189,6 +189,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"backend": "x"}, "--backend='x' is not one of auto, reference, cpu."),
         ({"backend": ""}, "--backend='' is not one of auto, reference, cpu."),
         ({"quantize": "x"}, "--quantize='x' is not one of none"),
+        ({"default_budget": '{"exit_layer": 3}'}, "budget.exit_layer=3 is not an exit"),
+        ({"default_budget": '{"min_exit_layer": 9}'}, "--default-budget="),
         ({"quantize": ""}, "--quantize='' is not one of none"),
     ],
 )

@@ -204,6 +204,20 @@ def test_the_depth_comes_back_only_after_a_calm_while() -> None:
     assert levels[-1] == 0
 
 
+def test_a_while_without_newcomers_counts_as_calm_from_when_the_queue_was_worked_off() -> None:
+    overloaded = DepthLevel(num_down=2, changed_s=0.0)
+    level = next_level(overloaded, queue_delay_s=5.0, limit_s=1.0, num_exits=3, now=10.0)
+
+    def later(now: float) -> int:
+        return next_level(level, queue_delay_s=0.0, limit_s=1.0, num_exits=3, now=now).num_down
+
+    short_s = 10.0 + 4.5  # half of the limit is short
+    assert later(short_s + 0.9 * CALM_S) == 2
+    assert later(short_s + 1.1 * CALM_S) == 1
+    assert later(short_s + 2.1 * CALM_S) == 0
+    assert later(1e9) == 0
+
+
 def test_a_queue_that_hovers_changes_nothing() -> None:
     assert play([5.0, *[0.8] * 40])[-1] == 1
 

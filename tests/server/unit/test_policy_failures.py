@@ -237,7 +237,7 @@ def test_a_request_that_nothing_can_be_predicted_for_gets_its_deepest_exit_and_n
         budget = {}
     monkeypatch.setattr(f"sortserve.admission.desk.{name}", broken)
     recorder = Recorder()
-    timed = make_timed(overload_delay_s=2.0)
+    timed = make_timed(overload_delay_s=2.0, overload_degrade=True)
     timed.desk.on_failure = recorder.on_forecast_failed
 
     timed.run([timed_request("r", compute=0.9, max_tokens=5, **budget)])

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sortserve.cli import main
+from sortserve.core.budget import Budget, OnMiss
 from sortserve.core.errors import ConfigError
 from sortserve.process.config import ServeSettings, load_settings
 from sortserve.process.console import MAX_LINE
@@ -300,6 +301,12 @@ def test_the_key_file_is_read_once(tmp_path: Path) -> None:
         ("request_timeout", "inf"),
         ("shutdown_timeout", "1e300"),
         ("overload_delay", "nan"),
+        ("min_quality", "1.1"),
+        ("min_quality", "-0.1"),
+        ("default_budget", "fast"),
+        ("default_budget", "[0.8]"),
+        ("default_budget", '{"min_quality": 2}'),
+        ("default_budget", '{"speed": 2}'),
         ("seed", str(2**63)),
         ("exits", "0"),
         ("exits", ","),
@@ -335,3 +342,19 @@ def test_a_switch_is_no_number(flag: str, yes: str, tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="should be a number"):
         load_settings({"config": str(file)})
+
+
+def test_a_default_budget_is_json_or_a_mapping_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("default-budget: {min_quality: 0.8, on_miss: truncate}\n")
+    as_text = '{"min_quality": 0.8, "on_miss": "truncate"}'
+    budget = Budget(min_quality=0.8, on_miss=OnMiss.TRUNCATE)
+
+    assert load_settings({"config": str(file)}).budget_by_default == budget
+    assert load_settings({"default_budget": as_text}).budget_by_default == budget
+    assert load_settings({}).budget_by_default == Budget()
+
+
+def test_a_default_budget_that_is_none_is_told_what_is_wrong_with_it() -> None:
+    with pytest.raises(ConfigError, match=r"budget\.min_quality=2 .* a number from 0 to 1"):
+        load_settings({"default_budget": '{"min_quality": 2}'})

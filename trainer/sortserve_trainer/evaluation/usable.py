@@ -2,10 +2,10 @@
 
 An exit is judged beside the full depth of the same model, by what was measured of both:
 
-* from held-out text: its score is at least ``MIN_SCORE``, a loss at most ln 2 above that of the full
-  depth;
-* from greedy answers to prompts: they repeat 4-grams at most ``MAX_MORE_REPETITION`` more often, and
-  at most ``MAX_MORE_LOOPS`` more of them end in a loop.
+* from held-out text: its score is at least ``MIN_SCORE``, a loss at most ln 2 above that of the
+  full depth;
+* from greedy answers to prompts: they repeat 4-grams at most ``MAX_MORE_REPETITION`` more often,
+  and at most ``MAX_MORE_LOOPS`` more of them end in a loop.
 
 What was not measured does not count; an exit of which neither was measured is not judged.
 """

@@ -50,6 +50,7 @@ class BudgetHeaders(BaseModel):
 
 BUDGET_HEADERS = {str(field.alias): name for name, field in BudgetHeaders.model_fields.items()}
 """Each header, and the budget field it means."""
+NO_BUDGET = Budget()
 SAMPLING_FIELDS = (
     *("min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "seed", "ignore_eos"),
@@ -88,9 +89,15 @@ def read_model(name: str | None, served_name: str, exits: ExitTable) -> ModelCho
 
 
 def read_budget(
-    body: Mapping[str, Any] | None, headers: BudgetHeaders, model: ModelChoice
+    body: Mapping[str, Any] | None,
+    headers: BudgetHeaders,
+    model: ModelChoice,
+    *,
+    default: Budget = NO_BUDGET,
 ) -> Budget:
     """The budget of body, headers and model name; the body wins over the headers.
+
+    ``default`` is that of requests which give none in any of the three.
 
     Raises:
         InvalidRequestError: a value is not allowed, or two of them contradict each other.
@@ -103,6 +110,8 @@ def read_budget(
     if model.exit_layer is not None:
         _check_exit_alone(in_body, model)
         values["exit_layer"] = model.exit_layer
+    if not values:
+        return default
     return Budget.from_mapping(values)
 
 

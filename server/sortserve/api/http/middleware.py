@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sortserve.api.generation import REPLY_HEADERS
 from sortserve.api.interfaces import HttpMetrics
 from sortserve.api.problems import error_response
 from sortserve.core.errors import EngineError
@@ -32,7 +33,10 @@ REQUEST_ID_PATTERN = r"[A-Za-z0-9._:/+=@-]{1,128}"
 """What a client's request id may look like: it goes into logs and reply headers."""
 CLIENT_CLOSED_REQUEST = 499
 """The status, as nginx counts it, of a request whose client left before the reply began."""
-EXPOSED_HEADERS = ("X-Request-Id", "Retry-After", "X-Should-Retry", "Allow", "WWW-Authenticate")
+EXPOSED_HEADERS = (
+    *("X-Request-Id", "Retry-After", "X-Should-Retry", "Allow", "WWW-Authenticate"),
+    *REPLY_HEADERS,
+)
 """Reply headers that scripts of other origins may read."""
 
 

@@ -40,16 +40,28 @@ class GenerateFormat:
     text_end: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        num_choices = len(self.generation.choices)
-        # What the events of a choice share, encoded once: the text is all that differs.
-        head = json.dumps(self.head, separators=(",", ":"))[1:-1]
-        self._starts = [
-            f'data: {{{head},"choices":[{{"index":{i},{self.text_key}' for i in range(num_choices)
-        ]
+        self._starts_at: dict[int, list[str]] = {}
         self._end = self.text_end + ',"finish_reason":null}]}\n\n'
         self._is_plain = not (self.with_logprobs or self.with_token_ids or self.usage_always)
 
+    def head_at(self, exit_layer: int) -> dict[str, Any]:
+        """The head of a message with tokens of an exit."""
+        model = self.generation.model_at(self.head["model"], exit_layer)
+        return {**self.head, "model": model}
+
     # ---- streams ----
+
+    def _starts(self, exit_layer: int) -> list[str]:
+        """What the events of each choice share at an exit, encoded once: only the text differs."""
+        starts = self._starts_at.get(exit_layer)
+        if starts is None:
+            head = json.dumps(self.head_at(exit_layer), separators=(",", ":"))[1:-1]
+            num_choices = len(self.generation.choices)
+            starts = self._starts_at[exit_layer] = [
+                f'data: {{{head},"choices":[{{"index":{i},{self.text_key}'
+                for i in range(num_choices)
+            ]
+        return starts
 
     def opening(self) -> str:
         """Events before the first token."""
@@ -58,13 +70,13 @@ class GenerateFormat:
     def chunk(self, index: int, output: RequestOutput) -> str:
         """The one event of a token step."""
         if self._is_plain and output.finish_reason is None:
-            return self._starts[index] + quoted(output.text) + self._end
+            return self._starts(output.exit_layer)[index] + quoted(output.text) + self._end
         return event(self._full_chunk(index, output))
 
     def _full_chunk(self, index: int, output: RequestOutput) -> dict[str, Any]:
         choice = {"index": index, **self._delta(output), "finish_reason": output.finish_reason}
         choice |= self._extras(index, output.tokens)
-        message = {**self.head, "choices": [choice]}
+        message = {**self.head_at(output.exit_layer), "choices": [choice]}
         if output.report is not None:
             message["budget"] = output.report.budget_reply()
         if self.usage_always or (self._usage_in_last_chunk and self._is_over):
@@ -100,7 +112,7 @@ class GenerateFormat:
         )
         generation = self.generation
         return {
-            **self.head,
+            **self.head_at(generation.exit_layer),
             "choices": choices,
             "usage": generation.usage(),
             "budget": generation.budget_reply(),
@@ -137,7 +149,8 @@ class _OpenAIFormat(GenerateFormat):
         """The usage event."""
         if not self.usage_at_end:
             return ""
-        return event({**self.head, "choices": [], "usage": self.generation.usage()})
+        head = self.head_at(self.generation.exit_layer)
+        return event({**head, "choices": [], "usage": self.generation.usage()})
 
 
 @dataclass(kw_only=True)
@@ -158,7 +171,8 @@ class CompletionFormat(_OpenAIFormat):
         if self.echo is None:
             return ""
         indices = range(len(self.generation.choices))
-        return "".join(self._starts[i] + quoted(self.echo(i)) + self._end for i in indices)
+        starts = self._starts(self.generation.start_layer)
+        return "".join(starts[i] + quoted(self.echo(i)) + self._end for i in indices)
 
     def _whole(self, index: int, choice: ChoiceResult) -> dict[str, Any]:
         return {"text": (self.echo(index) if self.echo is not None else "") + choice.text}
@@ -181,7 +195,8 @@ class ChatFormat(_OpenAIFormat):
             {"index": index, "delta": delta, "finish_reason": None}
             for index in range(len(self.generation.choices))
         )
-        return "".join(event({**self.head, "choices": [choice], **usage}) for choice in choices)
+        head = self.head_at(self.generation.start_layer)
+        return "".join(event({**head, "choices": [choice], **usage}) for choice in choices)
 
     def _delta(self, output: RequestOutput) -> dict[str, Any]:
         is_bare_end = output.finish_reason is not None and not output.text

@@ -42,6 +42,7 @@ class BudgetReport(BaseModel):
     exit_layer: int
     tokens_by_exit: dict[str, int]
     compute: float
+    degraded: bool
     predicted_ms: float | None
     predicted_ttft_ms: float | None
     predicted_tpot_ms: float | None

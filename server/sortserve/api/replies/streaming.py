@@ -87,6 +87,7 @@ class GenerationReply(Response):
                         generation.take(index, output)
             if not generation.is_abandoned:
                 reply = await json_reply(self._make_body, generation.num_values, self._threads)
+                reply.headers.update(generation.last_headers())
                 await reply(scope, receive, send)
 
 
@@ -102,7 +103,8 @@ class GenerationStream(Response):
     ) -> None:
         self.status_code = 200
         self.background = None
-        self.init_headers(_HEADERS)  # and not Response.__init__: it would add a content-length
+        # And not Response.__init__: it would add a content-length.
+        self.init_headers({**_HEADERS, **generation.first_headers()})
         self._generation = generation
         self._writer = writer
         self._timeout_s = timeout_s

@@ -91,7 +91,7 @@ def _generate_job(
         max_tokens=body.max_tokens,
         default_max_tokens=worker.max_model_len,
         logprobs=body.logprobs,
-        sampling_defaults=settings.sampling_defaults,
+        settings=settings,
         vocab_size=tokenizer.vocab_size,
         field_names={} if body.prompt is not None else {"prompt": "messages"},
     )

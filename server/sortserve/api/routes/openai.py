@@ -118,7 +118,7 @@ def _completion_job(
         max_tokens=body.max_tokens,
         default_max_tokens=DEFAULT_COMPLETION_TOKENS,
         logprobs=body.logprobs,
-        sampling_defaults=settings.sampling_defaults,
+        settings=settings,
         vocab_size=tokenizer.vocab_size,
     )
     return model, prompts, job
@@ -216,7 +216,7 @@ def _chat_job(
         max_tokens=_chat_max_tokens(body),
         default_max_tokens=service.worker.max_model_len,
         logprobs=_chat_logprobs(body),
-        sampling_defaults=settings.sampling_defaults,
+        settings=settings,
         vocab_size=service.tokenizer.vocab_size,
         field_names={"prompt": "messages", "max_tokens": limit_name, "logprobs": "top_logprobs"},
     )

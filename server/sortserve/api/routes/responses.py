@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sortserve.api.generation import REPLY_HEADERS
 from sortserve.api.replies.models import ErrorResponse
 
 __all__ = ["BODY_ERRORS", "GENERATION_RESPONSES", "errors"]
@@ -30,7 +31,13 @@ def errors(*statuses: int) -> Responses:
 BODY_ERRORS = errors(400, 401, 404, 413, 500)
 """Of routes that read a body."""
 GENERATION_RESPONSES: Responses = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    200: {
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "headers": {
+            name: {"description": words, "schema": {"type": "string"}}
+            for name, words in REPLY_HEADERS.items()
+        },
+    },
     **errors(400, 401, 404, 413, 429, 500, 503, 504),
 }
 """Of routes that generate: a stream beside the model, and every error."""
