@@ -204,17 +204,23 @@ async def test_a_streamed_chat_of_n_names_the_role_of_each(shared: HttpService) 
     assert len(events) == 2 + 4
 
 
-@pytest.mark.parametrize("tier", ["auto", "default", "flex", "priority"])
-async def test_every_service_tier_is_served_as_the_default_one(
-    shared: HttpService, tier: str
+@pytest.mark.parametrize(
+    ("tier", "served_as"),
+    [
+        *(("flex", "flex"), ("default", "default"), ("priority", "priority")),
+        *(("auto", "default"), ("scale", "default"), ("ultrafast", "default")),
+    ],
+)
+async def test_the_reply_names_the_service_tier_that_was_used(
+    shared: HttpService, tier: str, served_as: str
 ) -> None:
     body = {"messages": USER_A, "max_tokens": 1, "service_tier": tier}
 
     whole = (await shared.post(CHAT, body)).json()
     events = await shared.events(CHAT, body)
 
-    assert whole["service_tier"] == "default"
-    assert all(event["service_tier"] == "default" for event in events)
+    assert whole["service_tier"] == served_as
+    assert all(event["service_tier"] == served_as for event in events)
 
 
 async def test_fields_that_no_server_knows_are_tolerated(shared: HttpService) -> None:

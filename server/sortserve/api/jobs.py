@@ -23,7 +23,7 @@ from sortserve.core.budget import Budget
 from sortserve.core.errors import InvalidRequestError
 from sortserve.core.sampling_params import SamplingParams
 
-__all__ = ["Job", "make_job"]
+__all__ = ["Job", "make_job", "tier_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,9 @@ class Job:
     budget: Budget
     length_class: tuple[str, ...]
     """See ``Request.length_class``: served names and our own routes, so there are not many."""
+    weight: float
+    service_tier: str | None
+    """The one that it is served as; None if the client named none."""
     cache_salt: str
     """Cached prefixes are shared between jobs of equal salt; it holds the API key's digest."""
     stream: bool
@@ -96,6 +99,8 @@ def make_job(
         )
     except InvalidRequestError as error:
         raise renamed(error, names) from None
+    key = settings.weights_of(getattr(request.state, "key_digest", ""))
+    worth = settings.weight_rules.weigh(body.service_tier, body.priority or 0, key)
     return Job(
         request_id=body.request_id or request.state.request_id,
         prompts=prompts,
@@ -104,11 +109,18 @@ def make_job(
         limit_is_default=max_tokens is None,
         budget=budget,
         length_class=(request.scope["route"].path, model.name),
+        weight=worth.weight,
+        service_tier=None if body.service_tier is None else worth.tier,
         cache_salt=_cache_salt(request, body.cache_salt or ""),
         stream=bool(body.stream),
         arrival_s=request.state.arrival_s,
         field_names=names,
     )
+
+
+def tier_of(job: Job) -> dict[str, str]:
+    """The field of a reply that names the service tier, if the client did."""
+    return {} if job.service_tier is None else {"service_tier": job.service_tier}
 
 
 def _cache_salt(request: Request, salt: str) -> str:

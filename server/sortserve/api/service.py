@@ -163,6 +163,7 @@ class Service:
             prompt_token_ids=token_ids,
             sampling=sampling,
             budget=job.budget,
+            weight=job.weight,
             arrival_s=job.arrival_s,
             expected_tokens=expected_tokens,
             length_class=job.length_class,

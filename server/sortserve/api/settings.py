@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+from sortserve.api.http.security import key_digest
 from sortserve.core.budget import Budget
 from sortserve.core.sampling_params import SamplingParams
+from sortserve.core.weights import KeyWeights, WeightRules
 
 __all__ = ["ApiSettings"]
 
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What a checkpoint's ``generation_config.json`` may decide for requests that do not say."""
+_NO_WEIGHTS = KeyWeights()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,10 @@ class ApiSettings:
     """The model's name in requests and replies; ``NAME@E`` is exit E of it."""
     api_keys: tuple[str, ...] = ()
     """Accepted bearer tokens. Empty: everyone may ask."""
+    key_weights: Mapping[str, KeyWeights] = field(default_factory=dict)
+    """What the requests of a key are worth, where that is not what all others' are."""
+    weight_rules: WeightRules = field(default_factory=WeightRules)
+    """What service tiers and priorities are worth."""
     max_body_bytes: int = 4 << 20
     cors_allow_origins: tuple[str, ...] = ()
     """Origins that browsers may call from; none by default."""
@@ -49,6 +57,14 @@ class ApiSettings:
 
     def __post_init__(self) -> None:
         SamplingParams(**self.sampling_defaults)
+
+    def weights_of(self, digest: str) -> KeyWeights:
+        """What the requests of a key may be worth, by its digest."""
+        return self._weights_by_digest.get(digest, _NO_WEIGHTS)
+
+    @cached_property
+    def _weights_by_digest(self) -> dict[str, KeyWeights]:
+        return {key_digest(key): weights for key, weights in self.key_weights.items()}
 
     @property
     def sampling_defaults(self) -> dict[str, Any]:

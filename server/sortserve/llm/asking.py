@@ -13,11 +13,12 @@ from sortserve.core.budget import Budget
 from sortserve.core.errors import InvalidRequestError, SortserveError
 from sortserve.core.request import EXPECTED_TOKENS, Request
 from sortserve.core.sampling_params import SamplingParams
+from sortserve.core.weights import PRIORITY, WeightRules
 from sortserve.engine.engine import Engine
 from sortserve.llm.offline import Task, blamed
 from sortserve.text.tokenizer import Tokenizer
 
-__all__ = ["Asking", "Budgets", "Messages", "Prompts", "Sampling", "TokenIds"]
+__all__ = ["Asking", "Budgets", "Messages", "Priorities", "Prompts", "Sampling", "TokenIds"]
 
 T = TypeVar("T")
 
@@ -26,6 +27,7 @@ Prompts = str | TokenIds | Sequence[str | TokenIds]
 Messages = Sequence[Mapping[str, Any]]
 Sampling = SamplingParams | Sequence[SamplingParams] | None
 Budgets = Budget | Sequence[Budget] | None
+Priorities = int | Sequence[int]
 
 
 class Prompt(NamedTuple):
@@ -49,20 +51,29 @@ class Asking:
     """Numbers that no other request has."""
 
     def of_prompts(
-        self, prompts: Prompts, sampling: Sampling, budget: Budgets, n: int
+        self,
+        prompts: Prompts,
+        sampling: Sampling,
+        budget: Budgets,
+        n: int,
+        priority: Priorities,
     ) -> list[Task]:
         """``n`` samples of each prompt.
 
         Raises:
             InvalidRequestError: a prompt or its parameters cannot be served.
         """
-        return self._tasks(self._prompts(prompts), sampling, budget, n)
+        return self._tasks(self._prompts(prompts), sampling, budget, n, priority)
 
     def of_prompt(
-        self, prompt: str | TokenIds, sampling: SamplingParams | None, budget: Budget | None
+        self,
+        prompt: str | TokenIds,
+        sampling: SamplingParams | None,
+        budget: Budget | None,
+        priority: int,
     ) -> Task:
         """One sample of one prompt; raises as ``of_prompts``."""
-        (task,) = self._tasks([self._prompt(prompt, "prompt")], sampling, budget, 1)
+        (task,) = self._tasks([self._prompt(prompt, "prompt")], sampling, budget, 1, priority)
         return task
 
     def of_conversations(
@@ -71,10 +82,12 @@ class Asking:
         sampling: Sampling,
         budget: Budgets,
         n: int,
+        priority: Priorities,
         template: Mapping[str, Any],
     ) -> list[Task]:
         """``n`` samples of each conversation; raises as ``of_prompts``."""
-        return self._tasks(self._conversations(messages, template), sampling, budget, n)
+        prompts = self._conversations(messages, template)
+        return self._tasks(prompts, sampling, budget, n, priority)
 
     def chat(
         self, messages: Messages, *, add_generation_prompt: bool = True, **variables: Any
@@ -126,7 +139,12 @@ class Asking:
         return prompts
 
     def _tasks(
-        self, prompts: Sequence[Prompt], sampling: Sampling, budget: Budgets, n: int
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        budget: Budgets,
+        n: int,
+        priority: Priorities,
     ) -> list[Task]:
         """Everything that is to run, found to be possible."""
         if type(n) is not int or n < 1:
@@ -134,10 +152,13 @@ class Asking:
         sampling = self.default_sampling if sampling is None else sampling
         samplings = _one_each("sampling", sampling, SamplingParams, len(prompts))
         budgets = _one_each("budget", budget or Budget(), Budget, len(prompts))
+        weights = [_weight(own) for own in _one_each("priority", priority, int, len(prompts))]
         arrival_s = self.engine.clock()
         tasks = []
-        for i, (prompt, params, own) in enumerate(zip(prompts, samplings, budgets, strict=True)):
+        asked = zip(prompts, samplings, budgets, weights, strict=True)
+        for i, (prompt, params, own, weight) in enumerate(asked):
             request = self._request(prompt, params, own, arrival_s)
+            request = replace(request, weight=weight, is_one_of_several=n > 1)
             with _naming("prompt", prompt.name):
                 self.engine.validate(request)
             samples = tuple(
@@ -162,6 +183,19 @@ class Asking:
             arrival_s=arrival_s,
             expected_tokens=expected_tokens,
         )
+
+
+def _weight(priority: int) -> float:
+    """What a request of that priority is worth.
+
+    Raises:
+        InvalidRequestError: it is no priority.
+    """
+    if priority not in PRIORITY:
+        raise InvalidRequestError(
+            f"priority={priority!r} is not allowed: {PRIORITY.allowed}.", param="priority"
+        )
+    return WeightRules().weigh(None, priority).weight
 
 
 def _one_each(name: str, given: T | Sequence[T], kind: type[T], num_prompts: int) -> Sequence[T]:

@@ -24,7 +24,15 @@ from sortserve.core.errors import (
 from sortserve.core.request import RequestOutput
 from sortserve.core.sampling_params import SamplingParams
 from sortserve.engine.assemble import EngineOptions, assemble, start_threads
-from sortserve.llm.asking import Asking, Budgets, Messages, Prompts, Sampling, TokenIds
+from sortserve.llm.asking import (
+    Asking,
+    Budgets,
+    Messages,
+    Priorities,
+    Prompts,
+    Sampling,
+    TokenIds,
+)
 from sortserve.llm.offline import OfflineEngine
 from sortserve.llm.results import Result
 from sortserve.text.tokenizer import Tokenizer
@@ -138,6 +146,7 @@ class LLM:
         *,
         budget: Budgets = None,
         n: int = 1,
+        priority: Priorities = 0,
         progress: Progress = None,
     ) -> list[Result]:
         """Answer prompts in one continuous batch; the results are in the prompts' order.
@@ -147,6 +156,7 @@ class LLM:
             sampling: for all prompts, or a list with one for each; None: ``default_sampling``.
             budget: likewise. Times count from this call.
             n: samples of each prompt; a seed is moved by one from sample to sample.
+            priority: from -100 to 100, for all prompts or for each; lower is earlier.
             progress: whether to show a bar; None: on a terminal, for more than one prompt. Or a
                 function that is given each result when it is there, on another thread.
 
@@ -158,7 +168,7 @@ class LLM:
             EngineError: the engine failed on an answer; the others are ended.
             UnavailableError: this LLM is closed.
         """
-        tasks = self._asking().of_prompts(prompts, sampling, budget, n)
+        tasks = self._asking().of_prompts(prompts, sampling, budget, n, priority)
         with _progress(progress, len(tasks)) as on_result:
             return self._running().answer(tasks, on_result)
 
@@ -169,6 +179,7 @@ class LLM:
         *,
         budget: Budgets = None,
         n: int = 1,
+        priority: Priorities = 0,
         progress: Progress = None,
         **template: Any,
     ) -> list[Result]:
@@ -179,13 +190,14 @@ class LLM:
             sampling: as in ``generate``.
             budget: as in ``generate``.
             n: as in ``generate``.
+            priority: as in ``generate``.
             progress: as in ``generate``.
             template: as in ``chat_prompt``.
 
         Raises:
             SortserveError: as ``generate``; a conversation is named ``messages.3``.
         """
-        tasks = self._asking().of_conversations(messages, sampling, budget, n, template)
+        tasks = self._asking().of_conversations(messages, sampling, budget, n, priority, template)
         with _progress(progress, len(tasks)) as on_result:
             return self._running().answer(tasks, on_result)
 
@@ -196,10 +208,13 @@ class LLM:
         *,
         budget: Budgets = None,
         n: int = 1,
+        priority: Priorities = 0,
         progress: Progress = None,
     ) -> list[Result]:
         """``generate`` for an event loop; to cancel it ends the answers."""
-        tasks = await asyncio.to_thread(self._asking().of_prompts, prompts, sampling, budget, n)
+        tasks = await asyncio.to_thread(
+            self._asking().of_prompts, prompts, sampling, budget, n, priority
+        )
         with _progress(progress, len(tasks)) as on_result:
             return await self._running().answer_async(tasks, on_result)
 
@@ -210,12 +225,13 @@ class LLM:
         *,
         budget: Budgets = None,
         n: int = 1,
+        priority: Priorities = 0,
         progress: Progress = None,
         **template: Any,
     ) -> list[Result]:
         """``chat`` for an event loop; to cancel it ends the answers."""
         tasks = await asyncio.to_thread(
-            self._asking().of_conversations, messages, sampling, budget, n, template
+            self._asking().of_conversations, messages, sampling, budget, n, priority, template
         )
         with _progress(progress, len(tasks)) as on_result:
             return await self._running().answer_async(tasks, on_result)
@@ -228,6 +244,7 @@ class LLM:
         sampling: SamplingParams | None = None,
         *,
         budget: Budget | None = None,
+        priority: int = 0,
     ) -> Iterator[RequestOutput]:
         """One answer, step by step: its texts, put together, are the whole of it.
 
@@ -237,7 +254,7 @@ class LLM:
         Raises:
             SortserveError: as ``generate``.
         """
-        task = self._asking().of_prompt(prompt, sampling, budget)
+        task = self._asking().of_prompt(prompt, sampling, budget, priority)
         return self._running().stream(task)
 
     async def astream(
@@ -246,9 +263,10 @@ class LLM:
         sampling: SamplingParams | None = None,
         *,
         budget: Budget | None = None,
+        priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
         """``stream`` for an event loop."""
-        task = await asyncio.to_thread(self._asking().of_prompt, prompt, sampling, budget)
+        task = await asyncio.to_thread(self._asking().of_prompt, prompt, sampling, budget, priority)
         async with aclosing(self._running().outputs(task, task.samples[0])) as outputs:
             async for output in outputs:
                 yield output

@@ -15,12 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    ByteSize,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import ByteSize, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -30,6 +25,8 @@ from pydantic_settings import (
 
 from sortserve.core.budget import DEFAULT_MIN_QUALITY, Budget
 from sortserve.core.errors import ConfigError
+from sortserve.core.weights import TIER_WEIGHTS, KeyWeights, WeightRules
+from sortserve.process.keys import read_keys
 from sortserve.process.sources import (
     flag_name,
     key_name,
@@ -55,9 +52,11 @@ from sortserve.process.values import (
     Size,
     Strings,
     Text,
+    TierWeights,
     budget_of,
     is_network,
     shown,
+    tier_weights_of,
 )
 from sortserve.scheduling.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from sortserve.scheduling.policies.table import DEFAULT_POLICY, POLICIES
@@ -151,7 +150,9 @@ class ServeSettings(BaseSettings):
     """Keys that clients must send as `Authorization: Bearer KEY`, separated by commas. Prefer the
     variable or --api-key-file: other users of the machine can read flags."""
     api_key_file: FilePath | None = None
-    """File with one key a line; empty lines and lines that start with # are skipped."""
+    """File with one key a line; empty lines and lines that start with # are skipped. After a key
+    there may be `default=WEIGHT`, of its requests that name no service tier, and `max=WEIGHT`, the
+    most that any of them gets."""
 
     # Scheduling
     policy: PolicyName = Field(default=DEFAULT_POLICY, description=ABOUT_POLICIES)
@@ -169,6 +170,11 @@ class ServeSettings(BaseSettings):
     overload_delay: Seconds = 2.0
     """Predicted seconds in the queue beyond which requests that bound no time and may be made
     shallower start so, one exit at a time. 0: never."""
+    tier_weights: TierWeights = tuple(f"{name}={w:g}" for name, w in TIER_WEIGHTS.items())
+    """What a request of each service_tier is worth beside others, 0.001 to 1000."""
+    priority_base: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False), Number] = 1.1
+    """A request's weight is multiplied by this to the power of minus its priority. 1: priorities
+    do nothing."""
     max_num_seqs: Count = 256
     """Most sequences that run at once."""
     max_num_batched_tokens: Count = 1024
@@ -277,13 +283,17 @@ class ServeSettings(BaseSettings):
         The file is read once: what the settings were checked with is what holds.
         """
         keys = [key.get_secret_value() for key in self.api_key]
-        if self.api_key_file is not None:
-            text = read_small_file(self.api_key_file, "api_key_file")
-            lines = (line.strip() for line in text.splitlines())
-            keys += [line for line in lines if line and not line.startswith("#")]
-            if not all(map(str.isprintable, keys)):
-                raise ValueError(f"--api-key-file {self.api_key_file} holds control characters")
-        return tuple(dict.fromkeys(keys))
+        return tuple(dict.fromkeys([*keys, *self.key_weights]))
+
+    @cached_property
+    def key_weights(self) -> dict[str, KeyWeights]:
+        """The keys of the key file, and what their requests are worth."""
+        return {} if self.api_key_file is None else read_keys(self.api_key_file)
+
+    @property
+    def weight_rules(self) -> WeightRules:
+        """What tiers and priorities are worth."""
+        return WeightRules(tier_weights_of(self.tier_weights), self.priority_base)
 
     @property
     def budget_by_default(self) -> Budget:

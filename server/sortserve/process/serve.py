@@ -261,6 +261,8 @@ def _api_settings(settings: ServeSettings, serving: Serving) -> ApiSettings:
     return ApiSettings(
         served_model_name=serving.model_name,
         api_keys=settings.api_keys,
+        key_weights=settings.key_weights,
+        weight_rules=settings.weight_rules,
         max_body_bytes=int(settings.max_body_size),
         cors_allow_origins=settings.cors_allow_origins,
         root_path=settings.root_path,

@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr
 
 from sortserve.core.budget import Budget
+from sortserve.core.weights import TIER_WEIGHTS, WEIGHT
 
 __all__ = [
     "MAX_COUNT",
@@ -30,9 +31,11 @@ __all__ = [
     "Size",
     "Strings",
     "Text",
+    "TierWeights",
     "budget_of",
     "is_network",
     "shown",
+    "tier_weights_of",
 ]
 
 MAX_TEXT = 800
@@ -75,6 +78,39 @@ def budget_of(text: str) -> Budget:
     if not isinstance(values, dict):
         raise ValueError('it should be a JSON object such as {"min_quality": 0.8}')
     return Budget.from_mapping(values)
+
+
+def _pairs(value: object) -> object:
+    """A mapping, as YAML has it, as a list of ``name=value``; else what ``_split_commas`` gives."""
+    if isinstance(value, dict):
+        return [f"{name}={weight}" for name, weight in value.items()]
+    return _split_commas(value)
+
+
+def _tier_weights(pairs: tuple[str, ...]) -> tuple[str, ...]:
+    tier_weights_of(pairs)
+    return pairs
+
+
+def tier_weights_of(pairs: tuple[str, ...]) -> dict[str, float]:
+    """The weight of every service tier, from those that are given as ``name=weight``.
+
+    Raises:
+        ValueError: there is no such tier, or its weight is none.
+    """
+    weights = dict(TIER_WEIGHTS)
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if name.strip() not in TIER_WEIGHTS:
+            raise ValueError(f"the tiers are {', '.join(TIER_WEIGHTS)}, each as NAME=WEIGHT")
+        try:
+            weight = float(text)
+        except ValueError:
+            weight = -1.0
+        if weight not in WEIGHT:
+            raise ValueError(f"the weight of {name.strip()} should be {WEIGHT.allowed}")
+        weights[name.strip()] = weight
+    return weights
 
 
 def _number(value: object) -> object:
@@ -132,6 +168,8 @@ BudgetText = Annotated[Text, BeforeValidator(_json_text), AfterValidator(_budget
 Host = Annotated[Text, AfterValidator(_host), Field(min_length=1)]
 Layers = Annotated[tuple[Count, ...], BeforeValidator(_split_commas), Field(min_length=1)]
 Strings = Annotated[tuple[Text, ...], BeforeValidator(_split_commas)]
+TierWeights = Annotated[tuple[Text, ...], BeforeValidator(_pairs), AfterValidator(_tier_weights)]
+"""``name=weight`` of service tiers: ``tier_weights_of`` reads them."""
 Secrets = Annotated[
     tuple[Annotated[SecretStr, AfterValidator(_secret)], ...], BeforeValidator(_split_commas)
 ]

@@ -71,7 +71,7 @@ class Decisions:
         self._worth = worth
         # Compute time each busy exit has had a part in (see policies.fair).
         self._service: dict[int, float] = {}
-        self._soft_entered_s = -math.inf
+        self._oldest_entered_s = -math.inf
         # What the sequences needed when the last step was chosen, and what that step's costs were
         # thought to be; nothing where the policy knows no times.
         self._demands: dict[str, Demand] = {}
@@ -185,7 +185,7 @@ class Decisions:
         """
         ordered = list(demands)
         softs = [demand for demand in ordered if not demand.is_hard]
-        if softs and now - self._soft_entered_s >= SOFT_GAP_S:
+        if softs and now - self._oldest_entered_s >= SOFT_GAP_S:
             oldest = min(softs, key=lambda demand: demand.order)
             ordered.remove(oldest)
             ordered.insert(0, oldest)
@@ -196,9 +196,13 @@ class Decisions:
 
     def entered(self, sequence: Sequence, now: float) -> None:
         """A sequence runs that waited before."""
-        if sequence.promise is None:
-            self._soft_entered_s = now
+        if sequence.promise is None and not self._is_passed_over(sequence.request.arrival_s):
+            self._oldest_entered_s = now
         self.look_again([sequence], now)
+
+    def _is_passed_over(self, arrival_s: float) -> bool:
+        """Whether somebody without a promise waits who came before."""
+        return any(s.promise is None and s.request.arrival_s < arrival_s for s in self._waiting)
 
     def victim(self, candidates: SequenceOf[Sequence], now: float) -> Sequence:
         """Whose pages to take, of running sequences in order of admission."""

@@ -207,6 +207,36 @@ def test_soft_requests_lose_their_pages_first_then_the_promise_with_most_time() 
     assert most_slack_last_admitted([kept, loose]) == "loose"
 
 
+def test_of_soft_requests_those_of_more_weight_enter_first_and_are_preempted_last() -> None:
+    def soft(name: str, weight: float, order: float) -> Demand:
+        return dataclasses.replace(make_demand(name, order=order), weight=weight)
+
+    rows = [soft("a", 1.0, 0), soft("b", 4.0, 1), soft("c", 1.0, 2), soft("d", 0.25, 3)]
+    hard = make_demand("hard", due_s=5.0)
+
+    ordered = [demand.request_id for demand in least_slack_first([*rows, hard], COSTS)]
+
+    assert ordered == ["hard", "b", "a", "c", "d"]
+    assert most_slack_last_admitted([*rows, hard]) == "d"
+    assert most_slack_last_admitted([*rows[:3], hard]) == "c"
+    assert most_slack_last_admitted([soft("e", 1e-3, -1), *rows[:3], hard]) == "c", "the oldest"
+    assert most_slack_last_admitted([soft("e", 1e-3, -1), hard]) == "e"
+
+
+def test_who_has_little_weight_gets_in_all_the_same() -> None:
+    timed = make_timed(max_num_seqs=1)
+    low = dataclasses.replace(timed_request("low", max_tokens=5, at=0.001), weight=1e-3)
+    many = [
+        dataclasses.replace(timed_request(f"m{i}", 40, max_tokens=30, at=0.01 * i), weight=1e3)
+        for i in range(40)
+    ]
+
+    timed.run([*many, low])
+
+    last = max(report.finished_s for report in timed.reports.values())
+    assert timed.reports["low"].finished_s < last / 2
+
+
 # ---- pace ----
 
 

@@ -128,6 +128,38 @@ def test_results_come_in_the_order_of_the_prompts_however_long_they_take(llm: LL
     assert finished != results
 
 
+def test_prompts_have_one_priority_or_each_its_own(llm: LLM) -> None:
+    results = llm.generate(PROMPTS[:3], GREEDY, priority=[0, -10, 10])
+    (alone,) = llm.chat(CHAT, GREEDY, priority=2)
+
+    weights = [result.outputs[0].report.weight for result in results]
+    assert weights == pytest.approx([1.0, 1.1**10, 1.1**-10])
+    assert alone.outputs[0].report.weight == pytest.approx(1.1**-2)
+    (*_, last) = llm.stream("the", GREEDY, priority=1)
+    assert last.report is not None
+    assert last.report.weight == pytest.approx(1 / 1.1)
+
+
+@pytest.mark.parametrize("priority", [101, -101, 1.5, [1], "high"])
+def test_a_priority_is_an_integer_within_bounds_for_all_prompts_or_for_each(
+    llm: LLM, priority: Any
+) -> None:
+    with pytest.raises(InvalidRequestError) as error:
+        llm.generate(PROMPTS, GREEDY, priority=priority)
+
+    assert error.value.param == "priority"
+
+
+def test_exits_below_the_floor_are_for_who_names_them(path: Path) -> None:
+    with LLM(path, dtype="float32", min_quality=0.5) as floored:
+        assert floored.exits.served_unasked == (4, 6)
+        with pytest.raises(InvalidRequestError, match="--min-quality"):
+            floored.generate("the", GREEDY, budget=Budget(compute=floored.exits[2].compute))
+        (named,) = floored.generate("the", GREEDY, budget=Budget(exit_layer=2))
+
+    assert named.outputs[0].tokens_by_exit == {2: named.outputs[0].report.num_output_tokens}
+
+
 def test_a_prompt_is_a_text_or_token_ids_alone_or_among_others(llm: LLM) -> None:
     ids = llm.tokenizer.encode("the")
 

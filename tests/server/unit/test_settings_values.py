@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sortserve.cli import main
 from sortserve.core.budget import Budget, OnMiss
 from sortserve.core.errors import ConfigError
+from sortserve.core.weights import KeyWeights, WeightRules
 from sortserve.process.config import ServeSettings, load_settings
 from sortserve.process.console import MAX_LINE
 from sortserve.process.sources import MAX_FILE_BYTES
@@ -303,6 +304,13 @@ def test_the_key_file_is_read_once(tmp_path: Path) -> None:
         ("overload_delay", "nan"),
         ("min_quality", "1.1"),
         ("min_quality", "-0.1"),
+        ("tier_weights", "gold=1"),
+        ("tier_weights", "flex"),
+        ("tier_weights", "flex=0"),
+        ("tier_weights", "flex=nan"),
+        ("tier_weights", "flex=1001"),
+        ("priority_base", "0.9"),
+        ("priority_base", "inf"),
         ("default_budget", "fast"),
         ("default_budget", "[0.8]"),
         ("default_budget", '{"min_quality": 2}'),
@@ -358,3 +366,60 @@ def test_a_default_budget_is_json_or_a_mapping_of_the_file(tmp_path: Path) -> No
 def test_a_default_budget_that_is_none_is_told_what_is_wrong_with_it() -> None:
     with pytest.raises(ConfigError, match=r"budget\.min_quality=2 .* a number from 0 to 1"):
         load_settings({"default_budget": '{"min_quality": 2}'})
+
+
+# Weights.
+
+
+def test_tiers_that_are_not_given_keep_their_weights(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("tier-weights: {priority: 10}\n")
+
+    for settings in (
+        load_settings({"config": str(file)}),
+        load_settings({"tier_weights": ["priority=10"]}),
+    ):
+        assert settings.weight_rules.tiers == {"flex": 0.25, "default": 1.0, "priority": 10.0}
+    assert load_settings({}).weight_rules == WeightRules()
+
+
+def test_a_key_may_have_a_default_and_a_greatest_weight(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# the team's\nplain\n\nbatch default=0.5 max=1\n  vip   max=8 \nplain\n")
+
+    settings = load_settings({"api_key_file": str(file), "api_key": ["other", "batch"]})
+
+    assert settings.api_keys == ("other", "batch", "plain", "vip")
+    assert settings.key_weights == {
+        "plain": KeyWeights(),
+        "batch": KeyWeights(default=0.5, most=1.0),
+        "vip": KeyWeights(most=8.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("key-1 hunter2", "default=WEIGHT and max=WEIGHT"),
+        ("key-1 min=3", "default=WEIGHT and max=WEIGHT"),
+        ("key-1 max=much", "max should be a number from 0.001 to 1000"),
+        ("key-1 max=0", "max should be a number from 0.001 to 1000"),
+        ("key-1 default=nan", "default should be a number from 0.001 to 1000"),
+        ("key-1 max=1 max=2", "max twice"),
+        ("key-1 default=2 max=1", "default=2 is above max=1"),
+        ("first max=2", "an earlier line gives other weights"),
+        ("key\x07-1", "control characters"),
+    ],
+)
+def test_a_wrong_line_of_the_key_file_is_named_by_its_number_and_never_quoted(
+    line: str, said: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"first\n{line}\n")
+
+    with pytest.raises(ConfigError) as error:
+        load_settings({"api_key_file": str(file)})
+
+    assert said in error.value.message
+    assert "line 2" in error.value.message
+    assert not any(secret in error.value.message for secret in ("key-1", "hunter2"))

@@ -168,6 +168,11 @@ class GenerationFields(_Body):
     """Answer as server-sent events, one per token."""
     stream_options: StreamOptions | None = None
     budget: BudgetObject | None = None
+    priority: Annotated[int, Field(ge=-100, le=100)] | None = None
+    """Lower is earlier, and worth more beside others. Default: 0."""
+    service_tier: ServiceTier | None = None
+    """What the request is worth: `flex`, `default` or `priority`; all others count as `default`.
+    The reply names the tier that was used."""
     request_id: RequestId | None = None
     """Becomes part of the reply's id and of the server's logs."""
     cache_salt: Name | None = None
@@ -195,8 +200,6 @@ class GenerateBody(GenerationFields):
 class _OpenAIFields(GenerationFields):
     model_config = ConfigDict(extra="allow")
 
-    service_tier: ServiceTier | None = None
-    """Accepted for compatibility; every tier is served, and echoed, as `default`."""
     user: str | None = None
     """Accepted for compatibility; not used."""
 

@@ -139,7 +139,7 @@ _REPLIES: tuple[Group, ...] = (
         ),
     ),
     ((True,), ("spaces_between_special_tokens", "detokenize")),
-    ((0,), ("priority", "t_max_predict_ms")),
+    ((0,), ("t_max_predict_ms",)),
 )
 # Objects of other APIs that hold any of the above.
 _NESTS: tuple[Group, ...] = (

@@ -15,10 +15,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sortserve.api.problems import error_response
 from sortserve.core.errors import AuthenticationError, PayloadTooLargeError
 
-__all__ = ["OPEN_PATHS", "ApiKeyMiddleware", "BodyLimitMiddleware"]
+__all__ = ["OPEN_PATHS", "ApiKeyMiddleware", "BodyLimitMiddleware", "key_digest"]
 
 OPEN_PATHS = frozenset({"/health", "/readyz", "/livez", "/metrics"})
 """What probes and Prometheus ask for without a key."""
+
+
+def key_digest(key: str) -> str:
+    """What stands for a key wherever the key itself is not needed."""
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 class ApiKeyMiddleware:
@@ -30,7 +35,7 @@ class ApiKeyMiddleware:
     def __init__(self, app: ASGIApp, *, api_keys: Sequence[str]) -> None:
         self._app = app
         self._keys = [key.encode() for key in api_keys]
-        self._digests = [hashlib.sha256(key).hexdigest() for key in self._keys]
+        self._digests = [key_digest(key) for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401, or pass on."""

@@ -82,6 +82,7 @@ class MessageChoice(_Choice):
 class _GenerationResponse(BaseModel):
     id: str
     model: str
+    service_tier: str | None = None
     usage: Usage
     budget: BudgetReport | None = None
 

@@ -21,7 +21,7 @@ from sortserve.api.bodies.prompts import (
     read_messages,
     read_prompt,
 )
-from sortserve.api.jobs import Job, make_job
+from sortserve.api.jobs import Job, make_job, tier_of
 from sortserve.api.replies.formats import GenerateFormat
 from sortserve.api.replies.large_json import json_reply
 from sortserve.api.replies.models import (
@@ -65,7 +65,7 @@ async def generate(
     format_ = GenerateFormat(
         generation=generation,
         tokenizer=service.tokenizer,
-        head={"id": job.request_id, "model": model.name},
+        head={"id": job.request_id, "model": model.name, **tier_of(job)},
         with_logprobs=body.logprobs is not None,
         with_token_ids=bool(body.return_token_ids),
         usage_always=bool(options and options.continuous_usage_stats),

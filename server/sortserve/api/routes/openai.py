@@ -15,7 +15,7 @@ from sortserve.api.bodies.parameters import BudgetHeaders, ModelChoice, read_mod
 from sortserve.api.bodies.prompts import TextPrompt, TokenPrompt, read_messages, read_prompts
 from sortserve.api.bodies.unsupported import refuse_unsupported
 from sortserve.api.generation import Generation
-from sortserve.api.jobs import Job, make_job
+from sortserve.api.jobs import Job, make_job, tier_of
 from sortserve.api.replies.formats import ChatFormat, CompletionFormat, GenerateFormat
 from sortserve.api.replies.models import (
     ChatCompletionResponse,
@@ -86,7 +86,7 @@ async def completions(
     format_ = CompletionFormat(
         generation=generation,
         tokenizer=service.tokenizer,
-        head=_head("cmpl", "text_completion", job, model, body.service_tier),
+        head=_head("cmpl", "text_completion", job, model),
         with_logprobs=body.logprobs is not None,
         with_token_ids=bool(body.return_token_ids),
         usage_at_end=bool(options and options.include_usage),
@@ -184,7 +184,7 @@ async def chat_completions(
     format_ = ChatFormat(
         generation=generation,
         tokenizer=service.tokenizer,
-        head=_head("chatcmpl", object_, job, model, body.service_tier),
+        head=_head("chatcmpl", object_, job, model),
         with_logprobs=bool(body.logprobs),
         with_token_ids=bool(body.return_token_ids),
         usage_at_end=bool(options and options.include_usage),
@@ -239,16 +239,14 @@ def _chat_logprobs(body: ChatCompletionBody) -> int | None:
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
-def _head(
-    prefix: str, object_: str, job: Job, model: ModelChoice, service_tier: str | None
-) -> dict[str, Any]:
-    head: dict[str, Any] = {
+def _head(prefix: str, object_: str, job: Job, model: ModelChoice) -> dict[str, Any]:
+    return {
         "id": f"{prefix}-{job.request_id}",
         "object": object_,
         "created": int(time.time()),
         "model": model.name,
+        **tier_of(job),
     }
-    return head if service_tier is None else {**head, "service_tier": "default"}
 
 
 def _reply(service: Service, job: Job, generation: Generation, format_: GenerateFormat) -> Response:

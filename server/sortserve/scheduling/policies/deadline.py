@@ -155,21 +155,30 @@ def _rescue(situation: Situation, urgent: Demand) -> StepChoice:
 
 
 def least_slack_first(waiting: Sequence[Demand], costs: StepCosts) -> list[Demand]:
-    """The order in which waiting requests enter: promises by least slack, then FCFS."""
-    return sorted(
-        waiting,
-        key=lambda d: (not d.is_hard, d.due_s - d.work_s(costs) if d.is_hard else 0.0, d.order),
-    )
+    """The order in which waiting requests enter: promises by least slack, then soft ones.
+
+    Of the soft ones those of more weight go first, of equals the first that came.
+    """
+
+    def rank(demand: Demand) -> tuple[bool, float, float]:
+        if demand.is_hard:
+            return False, demand.due_s - demand.work_s(costs), demand.order
+        return True, -demand.weight, demand.order
+
+    return sorted(waiting, key=rank)
 
 
 def most_slack_last_admitted(candidates: Sequence[Demand]) -> str:
     """Whom to preempt, of running requests in their order of admission.
 
-    The last admitted soft request; without one the promise that is due last.
+    The soft request of least weight, of equals the last admitted; without a soft one the promise
+    that is due last. Of several soft ones the oldest is spared: it gets on, whatever its weight.
     """
-    for demand in reversed(candidates):
-        if not demand.is_promised:
-            return demand.request_id
+    soft = [demand for demand in candidates if not demand.is_promised]
+    if len(soft) > 1:
+        soft.remove(min(soft, key=lambda d: d.order))
+    if soft:
+        return min(reversed(soft), key=lambda d: d.weight).request_id
     return max(candidates, key=lambda d: d.due_s).request_id
 
 
