@@ -179,6 +179,43 @@ async def test_a_budget_of_time_is_told_in_the_headers() -> None:
     assert float(reply.headers["x-predicted-ms"]) == reply.json()["budget"]["predicted_ms"]
 
 
+def gauge(text: str, name: str) -> float:
+    (line,) = (line for line in text.splitlines() if line.startswith(f"sortserve_{name}{{"))
+    return float(line.rpartition(" ")[2])
+
+
+async def test_metrics_show_the_level_and_where_a_newcomer_would_start() -> None:
+    names = ("overload_level", "default_exit_layer", "min_quality", "pressure")
+
+    async def read(service: HttpService) -> list[float]:
+        text = (await service.get("/metrics")).text
+        return [gauge(text, name) for name in names]
+
+    with calibrated(overload_degrade=True, min_quality=0.5) as service:
+        idle = await read(service)
+        async with overloaded(service):
+            busy, again = await read(service), await read(service)
+
+    assert idle == [0, 6, 0.5, 0]
+    assert busy == again, "to look changes nothing"
+    assert busy[:3] == [1, 4, 0.5]
+
+
+async def test_the_pressure_is_that_of_the_promises() -> None:
+    with calibrated() as service:
+        service.runner.gated = True
+        body = {**LONG, "budget": {"latency_ms": 5000, "min_exit_layer": 6}}
+        asking = asyncio.create_task(service.post("/generate", body))
+        await accepted(service, 1)
+        busy = gauge((await service.get("/metrics")).text, "pressure")
+        service.runner.open()
+        await asking
+        idle = gauge((await service.get("/metrics")).text, "pressure")
+
+    assert 0.05 < busy < 0.5
+    assert idle == 0
+
+
 async def test_the_headers_are_part_of_the_document() -> None:
     with calibrated() as service:
         document = (await service.get("/openapi.json")).json()

@@ -185,8 +185,8 @@ def make_service(
     ended = Ended(metrics)
     engine = make_engine(exits=EXITS, runner=runner, observer=ended, **(engine_options or {}))
     worker = EngineWorker(engine, **(worker_options or {}))
-    metrics.watch(worker.stats)
     api = ApiSettings(**{"served_model_name": MODEL, **settings})
+    metrics.watch(worker.stats, partial(worker.admission_stats, api.default_budget))
     app = create_app(worker, tokenizer, api, metrics)
     if start:
         worker.start()

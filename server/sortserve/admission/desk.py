@@ -31,12 +31,14 @@ from sortserve.admission.overload import (
     may_start_shallower,
     next_level,
 )
-from sortserve.core.budget import ExitTable
+from sortserve.core.budget import Budget, ExitTable, OnMiss
 from sortserve.core.errors import SortserveError
-from sortserve.core.request import Estimate, Request
+from sortserve.core.request import AdmissionStats, Estimate, Request
+from sortserve.core.sampling_params import SamplingParams
 from sortserve.cost.costs import Costs
 from sortserve.cost.model import CostModel
-from sortserve.scheduling.demand import Demand
+from sortserve.scheduling.capacity import pressure
+from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.failures import FailureLog
 from sortserve.scheduling.objective import Objective, Worth
 from sortserve.scheduling.policy import Policy
@@ -46,6 +48,20 @@ __all__ = ["AdmissionDesk"]
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+TYPICAL_TOKENS = 128
+"""Prompt and answer length of the request that ``AdmissionDesk.stats`` asks for."""
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A newcomer, and where it may go."""
+
+    request: Request
+    allowed: tuple[int, ...]
+    starts: tuple[int, ...]
+    """Those of the allowed exits at which it may start."""
+    num_sequences: int = 1
+    """So many like it come at once."""
 
 
 @dataclass
@@ -130,43 +146,42 @@ class AdmissionDesk:
         starts = allowed if exit_layer is None else (exit_layer,)
         deepest = ExitChoice(starts[-1], None, fits=True)
         unpromised = replace(deepest, fits=not request.budget.has_latency)
-        choice = self._ask(
-            lambda model: self._judge(request, allowed, starts, num_sequences, model),
-            unknown=deepest,
-            failed=unpromised,
-        )
+        asked = _Question(request, allowed, starts, num_sequences)
+
+        def judge(model: CostModel) -> ExitChoice:
+            load = self.load()
+            self._level = self._next_level(load, model)
+            return self._judge(asked, load, self._level, model)
+
+        choice = self._ask(judge, unknown=deepest, failed=unpromised)
         floor_layer = floor_in_flight(
             request, choice.exit_layer, allowed, overload_degrade=self.overload_degrade
         )
         return replace(choice, floor_layer=floor_layer)
 
     def _judge(
-        self,
-        request: Request,
-        allowed: tuple[int, ...],
-        starts: tuple[int, ...],
-        num_sequences: int,
-        model: CostModel,
+        self, asked: _Question, load: Load, level: DepthLevel, model: CostModel
     ) -> ExitChoice:
-        load = self.load()
-        newcomer = self._newcomer(request, allowed[0])
-        outlook = Outlook(load, model, allowed)
-        self._level = self._next_level(load, model)
+        """The exit for a question; nothing changes."""
+        request, starts = asked.request, asked.starts
+        floor_layer = asked.allowed[0]
+        newcomer = self._newcomer(request, floor_layer)
+        outlook = Outlook(load, model, asked.allowed)
 
         def predict(exit_layer: int, *, limit: float) -> Forecast:
             found = forecast(exit_layer, newcomer, outlook, limit=limit)
-            if num_sequences == 1 or not newcomer.bounds_time:
+            if asked.num_sequences == 1 or not newcomer.bounds_time:
                 return found
-            others = _siblings(exit_layer, newcomer, found, num_sequences - 1, load.now)
+            others = _siblings(exit_layer, newcomer, found, asked.num_sequences - 1, load.now)
             beside = replace(load, demands=(*load.demands, *others))
-            return forecast(exit_layer, newcomer, Outlook(beside, model, allowed), limit=limit)
+            return forecast(exit_layer, newcomer, Outlook(beside, model, asked.allowed), limit=limit)
 
         def drain_s() -> float | None:
-            drain = partial(predicted_drain_s, allowed[0], newcomer, load, model)
+            drain = partial(predicted_drain_s, floor_layer, newcomer, load, model)
             return self._attempt(drain, None)
 
         if may_start_shallower(request, overload_degrade=self.overload_degrade):
-            starts = self._up_to_level(starts)
+            starts = self._up_to(level, starts)
         values = worths(starts, self._worth, request.weight)
         return choose_exit(request.budget, starts, predict, worth=values, drain_s=drain_s)
 
@@ -263,6 +278,41 @@ class AdmissionDesk:
             lambda model: self._queue_delay_s(self.load(), model), unknown=0.0, failed=0.0
         )
 
+    def stats(self, budget: Budget) -> AdmissionStats:
+        """How things stand now; nothing changes.
+
+        Args:
+            budget: of requests that give none.
+        """
+        allowed = self.exits.allowed(budget)
+        known = AdmissionStats(min_quality=self.exits.min_quality, default_exit_layer=allowed[-1])
+        return self._ask(
+            lambda model: self._stats(budget, allowed, known, model), unknown=known, failed=known
+        )
+
+    def _stats(
+        self, budget: Budget, allowed: tuple[int, ...], known: AdmissionStats, model: CostModel
+    ) -> AdmissionStats:
+        load = self.load()
+        level = self._next_level(load, model)
+        sampling = SamplingParams(max_tokens=TYPICAL_TOKENS, ignore_eos=True)
+        request = Request(
+            request_id="",
+            prompt_token_ids=(0,) * TYPICAL_TOKENS,
+            sampling=sampling,
+            budget=replace(budget, on_miss=OnMiss.DEGRADE),
+            arrival_s=load.now,
+        )
+        num_decoding = sum(d.is_decoding for d in load.demands)
+        costs = StepCosts(model, num_rows=num_decoding, chunk=load.max_num_batched_tokens)
+        choice = self._judge(_Question(request, allowed, allowed), load, level, model)
+        return replace(
+            known,
+            pressure=pressure(load.demands, costs, now=load.now),
+            overload_level=level.num_down,
+            default_exit_layer=choice.exit_layer,
+        )
+
     def _queue_delay_s(self, load: Load, model: CostModel) -> float:
         chunk = self.max_num_batched_tokens
         return sum(
@@ -283,9 +333,9 @@ class AdmissionDesk:
             now=load.now,
         )
 
-    def _up_to_level(self, allowed: tuple[int, ...]) -> tuple[int, ...]:
+    def _up_to(self, level: DepthLevel, allowed: tuple[int, ...]) -> tuple[int, ...]:
         """The allowed exits that overload leaves to requests that it may make shallower."""
-        deepest = self._level.exit_layer(self.exits.layers)
+        deepest = level.exit_layer(self.exits.layers)
         return tuple(e for e in allowed if e <= deepest) or allowed[:1]
 
     def _newcomer(self, request: Request, floor_layer: int) -> Newcomer:

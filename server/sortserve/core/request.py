@@ -16,6 +16,7 @@ from sortserve.core.sampling_params import SampledToken, SamplingParams
 
 __all__ = [
     "EXPECTED_TOKENS",
+    "AdmissionStats",
     "EngineStats",
     "Estimate",
     "FinishReason",
@@ -245,6 +246,21 @@ class EngineStats:
     def num_running(self) -> int:
         """Requests that hold pages."""
         return sum(self.running_by_exit.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmissionStats:
+    """What the next newcomer would meet."""
+
+    pressure: float = 0.0
+    """Share of the machine that the live promises need (``scheduling.capacity``); 0 without a cost
+    model."""
+    overload_level: int = 0
+    """Exits that overload takes off, for requests that it may make shallower."""
+    min_quality: float = 0.0
+    """The floor of requests that name none."""
+    default_exit_layer: int = 0
+    """Where a request without a budget of its own would start."""
 
 
 class Observer(Protocol):

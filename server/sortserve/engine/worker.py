@@ -18,9 +18,9 @@ from concurrent.futures import Future
 from functools import partial
 
 from sortserve.admission.queue_limits import QueueLimits, Reservation
-from sortserve.core.budget import ExitTable
+from sortserve.core.budget import Budget, ExitTable
 from sortserve.core.errors import EngineError, OverloadedError
-from sortserve.core.request import EngineStats, Estimate, Request, RequestOutput
+from sortserve.core.request import AdmissionStats, EngineStats, Estimate, Request, RequestOutput
 from sortserve.engine.desk import Reception, room_of
 from sortserve.engine.engine import Engine
 from sortserve.engine.ledger import Abort, Ledger, State, Submission, waiting_in
@@ -223,6 +223,10 @@ class EngineWorker:
     def estimate(self, exit_layer: int, num_prompt_tokens: int, max_tokens: int) -> Estimate | None:
         """Predicted times of a newcomer at an exit now; None before calibration."""
         return self._desk.estimate(exit_layer, num_prompt_tokens, max_tokens)
+
+    def admission_stats(self, budget: Budget) -> AdmissionStats:
+        """What a newcomer would meet now; ``budget`` is that of requests that give none."""
+        return self._desk.stats(budget)
 
     def stats(self) -> EngineStats:
         """The engine's state after its last step."""

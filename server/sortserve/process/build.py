@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 
 from sortserve import __version__
 from sortserve.api.bodies.limits import max_encoded_tokens
@@ -114,7 +115,7 @@ def build(settings: ServeSettings) -> Serving:
         "isa": decoder.backend.detail or "none",
         "threads": str(parts.num_threads),
     }
-    metrics.watch(worker.stats)
+    metrics.watch(worker.stats, partial(worker.admission_stats, settings.budget_by_default))
     metrics.set_model_config(computed_in)
     metrics.set_cache_config(
         block_size=cache.block_size,

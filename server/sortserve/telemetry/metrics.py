@@ -10,16 +10,22 @@ from __future__ import annotations
 import dataclasses
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
 from sortserve.core.budget import Budget
-from sortserve.core.request import EngineStats, FinishReason, RequestReport, StepRecord
+from sortserve.core.request import (
+    AdmissionStats,
+    EngineStats,
+    FinishReason,
+    RequestReport,
+    StepRecord,
+)
 from sortserve.telemetry.series import (
     ERROR_RATIO_BOUNDS,
     LENGTH_ERROR_RATIO,
+    QUALITY_BOUNDS,
     REQUEST_BOUNDS_S,
     ROWS_BOUNDS,
     TOKEN_BOUNDS_S,
@@ -27,6 +33,7 @@ from sortserve.telemetry.series import (
     Families,
     WithoutCreated,
 )
+from sortserve.telemetry.timings import timings
 
 __all__ = ["Metrics"]
 
@@ -36,15 +43,6 @@ OUTCOMES = ("met", "missed", "degraded", "truncated", "rejected")
 HTTP_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 SERVED = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.DEADLINE)
 """Finish reasons of requests that got an answer: only their times are worth a histogram."""
-
-
-class _Timing(NamedTuple):
-    """One time of a request in seconds: what was asked for, predicted, and what it came to."""
-
-    kind: str
-    limit_s: float | None
-    predicted_s: float | None
-    actual_s: float | None
 
 
 class Metrics:
@@ -66,6 +64,7 @@ class Metrics:
         self._gauge, self._counter = families.gauge, families.counter
         self._histogram = families.histogram
         self._read_stats: Callable[[], EngineStats] = EngineStats
+        self._read_admission: Callable[[], AdmissionStats] = AdmissionStats
         ProcessCollector(registry=self._registry)
         self._declare_gauges()
         self._declare_times()
@@ -92,6 +91,12 @@ class Metrics:
         self._kv_used = gauge("kv_pages_used", "KV pages held by live requests")
         self._kv_cached = gauge("kv_pages_cached", "Free KV pages that hold a reusable prefix")
         self._kv_total = gauge("kv_pages_total", "KV pages of the pool")
+        self._pressure = gauge("pressure", "Share of the machine that the live promises need")
+        self._overload_level = gauge("overload_level", "Exits that overload takes off")
+        self._min_quality = gauge("min_quality", "Floor of requests that name none")
+        self._default_exit = gauge(
+            "default_exit_layer", "Where a request without a budget would start"
+        )
         self._build_info = gauge("build_info", "Always 1", "version", "python_version")
 
     def _declare_times(self) -> None:
@@ -154,6 +159,13 @@ class Metrics:
         self._budgets = self._counter(
             "budget_requests", "Budgets by what became of them", "kind", "outcome"
         )
+        self._quality = self._histogram(
+            "quality_score", "Mean score of the tokens of a request", QUALITY_BOUNDS
+        )
+        self._goodput = self._counter(
+            "quality_goodput", "Weight times mean score of requests that missed no time"
+        )
+        self._weights = self._counter("request_weight", "Weight of requests that got an answer")
         self._violations = self._counter("slo_violation", "Times that were not kept", "kind")
         self._rejected = self._counter("admission_rejected", "Requests refused", "reason")
         bounds = {"ttft": TTFT_BOUNDS_S, "tpot": TOKEN_BOUNDS_S, "e2e": REQUEST_BOUNDS_S}
@@ -212,6 +224,7 @@ class Metrics:
         self._count_budget(report)
         if report.finish_reason not in SERVED:
             return
+        self._count_quality(report)
         exit_layer = report.exit_layer
         self._e2e[exit_layer].observe(report.e2e_s)
         if report.tpot_s is not None:
@@ -226,6 +239,15 @@ class Metrics:
         if report.finish_reason is FinishReason.STOP and report.expected_tokens:
             self._length_ratio[()].observe(report.expected_tokens / report.num_output_tokens)
         self._observe_predictions(report)
+
+    def _count_quality(self, report: RequestReport) -> None:
+        """Count what an answer was worth."""
+        self._weights[()].inc(report.weight)
+        if report.num_output_tokens == 0:
+            return
+        self._quality[()].observe(report.score)
+        if report.met is not False:
+            self._goodput[()].inc(report.weight * report.score)
 
     def on_rejected(self, reason: str, budget: Budget | None) -> None:
         """Count one request refused before any compute; no budget if it was not yet read."""
@@ -249,13 +271,13 @@ class Metrics:
             timed = kind.endswith("_ms")
             outcome = (report.outcome or ("met" if report.met else "missed")) if timed else "met"
             self._budgets[(kind, outcome)].inc()
-        for timing in _timings(report):
+        for timing in timings(report):
             limit_s, actual_s = timing.limit_s, timing.actual_s
             if limit_s is not None and actual_s is not None and actual_s > limit_s:
                 self._violations[timing.kind].inc()
 
     def _observe_predictions(self, report: RequestReport) -> None:
-        for timing in _timings(report):
+        for timing in timings(report):
             if timing.predicted_s is None:
                 continue
             self._predicted[timing.kind][()].observe(timing.predicted_s)
@@ -291,13 +313,24 @@ class Metrics:
             registry=self._registry,
         ).labels(model_name=self._model_name, **labels).set(1)
 
-    def watch(self, read_stats: Callable[[], EngineStats]) -> None:
-        """Read the engine's state from here at each scrape, so that an idle engine shows too."""
+    def watch(
+        self,
+        read_stats: Callable[[], EngineStats],
+        read_admission: Callable[[], AdmissionStats] | None = None,
+    ) -> None:
+        """Read the engine's state from here at each scrape, so that an idle engine shows too.
+
+        Args:
+            read_stats: the state after the last step.
+            read_admission: what a newcomer would meet now.
+        """
         self._read_stats = read_stats
+        self._read_admission = read_admission or self._read_admission
 
     def render(self, accept: str | None = None) -> tuple[bytes, str]:
         """The exposition text and its content type, as the ``Accept`` header wishes."""
         self._write_gauges(self._read_stats())
+        self._write_admission(self._read_admission())
         encode, content_type = choose_encoder(accept or "")
         return encode(WithoutCreated(self._registry)), content_type
 
@@ -311,26 +344,8 @@ class Metrics:
         self._kv_cached[()].set(stats.kv_pages_cached)
         self._kv_total[()].set(total)
 
-
-def _timings(report: RequestReport) -> tuple[_Timing, _Timing, _Timing]:
-    """The three times of a finished request: TTFT, TPOT, E2E.
-
-    A request that ended without a first token waited until it ended. The predicted E2E is taken for
-    the tokens that came, not for ``max_tokens``: an early stop is no error of the cost model.
-    """
-    budget, predicted = report.budget, report.predicted
-    num_gaps = max(report.num_output_tokens - 1, 0)
-    waited_s = report.ttft_s if report.ttft_s is not None else report.e2e_s
-    times: tuple[float | None, float | None, float | None] = (None, None, None)
-    if predicted is not None:
-        e2e_s = predicted.ttft_s + num_gaps * predicted.tpot_s
-        times = (predicted.ttft_s, predicted.tpot_s, e2e_s)
-    return (
-        _Timing("ttft", _seconds(budget.ttft_ms), times[0], waited_s),
-        _Timing("tpot", _seconds(budget.tpot_ms), times[1], report.tpot_s),
-        _Timing("e2e", _seconds(budget.latency_ms), times[2], report.e2e_s),
-    )
-
-
-def _seconds(milliseconds: float | None) -> float | None:
-    return None if milliseconds is None else milliseconds / 1e3
+    def _write_admission(self, stats: AdmissionStats) -> None:
+        self._pressure[()].set(stats.pressure)
+        self._overload_level[()].set(stats.overload_level)
+        self._min_quality[()].set(stats.min_quality)
+        self._default_exit[()].set(stats.default_exit_layer)

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 __all__ = [
     "ERROR_RATIO_BOUNDS",
     "LENGTH_ERROR_RATIO",
+    "QUALITY_BOUNDS",
     "REQUEST_BOUNDS_S",
     "ROWS_BOUNDS",
     "TOKEN_BOUNDS_S",
@@ -47,6 +48,7 @@ LENGTH_ERROR_RATIO = (
     (0.25, 0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 4.0, 8.0, 16.0, 64.0),
 )
 """Name, documentation and bounds."""
+QUALITY_BOUNDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 ROWS_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 C = TypeVar("C", Counter, Gauge, Histogram)

@@ -10,7 +10,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sortserve.core.budget import Budget
-from sortserve.core.request import EngineStats, Estimate, FinishReason, RequestReport, StepRecord
+from sortserve.core.request import (
+    AdmissionStats,
+    EngineStats,
+    Estimate,
+    FinishReason,
+    RequestReport,
+    StepRecord,
+)
 from sortserve.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parents[3]
@@ -143,7 +150,31 @@ def test_a_watched_engine_is_read_at_each_scrape(metrics: Metrics) -> None:
     assert read(metrics, "num_requests_waiting") == 0
 
 
+def test_gauges_show_what_a_newcomer_would_meet(metrics: Metrics) -> None:
+    stats = AdmissionStats(pressure=0.7, overload_level=1, min_quality=0.5, default_exit_layer=9)
+
+    metrics.watch(EngineStats, lambda: stats)
+
+    assert read(metrics, "pressure") == 0.7
+    assert read(metrics, "overload_level") == 1
+    assert read(metrics, "min_quality") == 0.5
+    assert read(metrics, "default_exit_layer") == 9
+
+
 # Requests
+
+
+def test_the_quality_of_what_was_delivered_is_counted_with_its_weight(metrics: Metrics) -> None:
+    metrics.on_finished(replace(REPORT, score=0.5, weight=4.0))
+    late = Budget(latency_ms=1)
+    metrics.on_finished(replace(REPORT, score=1.0, weight=2.0, budget=late, outcome="missed"))
+    metrics.on_finished(replace(REPORT, score=1.0, finish_reason=FinishReason.ABORT))
+    metrics.on_finished(replace(REPORT, num_output_tokens=0, finish_reason=FinishReason.DEADLINE))
+
+    assert read(metrics, "quality_score_sum") == 1.5
+    assert read(metrics, "quality_score_count") == 2
+    assert read(metrics, "quality_goodput_total") == 2.0, "the second missed its budget"
+    assert read(metrics, "request_weight_total") == 7.0
 
 
 def test_the_times_of_a_finished_request_add_up(metrics: Metrics) -> None:
