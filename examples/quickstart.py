@@ -10,7 +10,7 @@ with Client() as client:
 
     budgets = {
         "no budget": None,
-        "half of the compute": Budget(compute=0.5),
+        "nine tenths of the compute": Budget(compute=0.9),
         "half a second": Budget(latency_ms=500, on_miss="truncate"),
     }
     for name, budget in budgets.items():

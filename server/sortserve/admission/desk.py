@@ -150,7 +150,10 @@ class AdmissionDesk:
 
         def judge(model: CostModel) -> ExitChoice:
             load = self.load()
-            self._level = self._next_level(load, model)
+            # Most newcomers need not look at the queue: while nothing is taken off, only those do
+            # that something could be taken from.
+            if self._level.num_down or self._may_start_shallower(request):
+                self._level = self._next_level(load, model)
             return self._judge(asked, load, self._level, model)
 
         choice = self._ask(judge, unknown=deepest, failed=unpromised)
@@ -180,7 +183,7 @@ class AdmissionDesk:
             drain = partial(predicted_drain_s, floor_layer, newcomer, load, model)
             return self._attempt(drain, None)
 
-        if may_start_shallower(request, overload_degrade=self.overload_degrade):
+        if self._may_start_shallower(request):
             starts = self._up_to(level, starts)
         values = worths(starts, self._worth, request.weight)
         return choose_exit(request.budget, starts, predict, worth=values, drain_s=drain_s)
@@ -320,6 +323,9 @@ class AdmissionDesk:
             for d in load.demands
             if not d.is_decoding
         )
+
+    def _may_start_shallower(self, request: Request) -> bool:
+        return may_start_shallower(request, overload_degrade=self.overload_degrade)
 
     def _next_level(self, load: Load, model: CostModel) -> DepthLevel:
         """The level after a look at the queue as it is now; nothing changes."""

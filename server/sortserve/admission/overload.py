@@ -73,7 +73,7 @@ class DepthLevel:
 def next_level(
     level: DepthLevel, *, queue_delay_s: float, limit_s: float, num_exits: int, now: float
 ) -> DepthLevel:
-    """The level after a look at the queue; every newcomer looks.
+    """The level after a look at the queue; while it is down, every newcomer looks.
 
     Args:
         level: the present one.

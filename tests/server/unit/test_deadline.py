@@ -330,3 +330,18 @@ def test_a_prompt_must_fit_before_it_is_due_and_only_later_ones_wait_for_it() ->
 
     assert load_of([first]) == pytest.approx(0.5, abs=0.02)
     assert 2 / 3 <= load_of([first, second]) < 0.85
+
+
+def test_who_has_little_weight_gets_on_where_pages_are_short_all_the_time() -> None:
+    timed = make_timed(num_pages=60, max_num_seqs=8)
+    low = dataclasses.replace(timed_request("low", 20, max_tokens=30, at=0.05), weight=1e-3)
+    many = [
+        dataclasses.replace(timed_request(f"m{i}", 20, max_tokens=40, at=0.1 * i), weight=1e3)
+        for i in range(60)
+    ]
+
+    timed.run([*many, low])
+
+    last = max(report.finished_s for report in timed.reports.values())
+    assert sum(plan.num_preemptions for plan in timed.runner.plans) > 0
+    assert timed.reports["low"].finished_s < last / 2
