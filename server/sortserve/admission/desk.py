@@ -158,7 +158,11 @@ class AdmissionDesk:
 
         choice = self._ask(judge, unknown=deepest, failed=unpromised)
         floor_layer = floor_in_flight(
-            request, choice.exit_layer, allowed, overload_degrade=self.overload_degrade
+            request,
+            choice.exit_layer,
+            allowed,
+            exits=self.exits.layers,
+            overload_degrade=self.overload_degrade,
         )
         return replace(choice, floor_layer=floor_layer)
 

@@ -7,6 +7,7 @@ server was told that it may (``--overload-degrade``).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,12 @@ def may_start_shallower(request: Request, *, overload_degrade: bool) -> bool:
 
 
 def floor_in_flight(
-    request: Request, exit_layer: int, allowed: Sequence[int], *, overload_degrade: bool
+    request: Request,
+    exit_layer: int,
+    allowed: Sequence[int],
+    *,
+    exits: Sequence[int],
+    overload_degrade: bool,
 ) -> int:
     """How shallow a request may become once it is in.
 
@@ -44,14 +50,20 @@ def floor_in_flight(
         request: validated.
         exit_layer: where it starts.
         allowed: the exits its budget allows, ascending.
+        exits: all exits, ascending. Where one of them is not allowed (it was measured worse than a
+            shallower one) nobody goes through it.
         overload_degrade: whether those without a budget may be made shallower.
     """
+    below = itertools.takewhile(
+        allowed.__contains__, reversed([e for e in exits if e <= exit_layer])
+    )
+    floor_layer = min(below, default=exit_layer)
     if request.budget.has_latency:
-        return allowed[0]
+        return floor_layer
     if request.is_one_of_several or request.sampling.seed is not None:
         return exit_layer
     may = may_start_shallower(request, overload_degrade=overload_degrade)
-    return allowed[0] if may else exit_layer
+    return floor_layer if may else exit_layer
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def test_without_calibration_the_deepest_exit_is_taken_on_trust() -> None:
     timed = make_timed()
     timed.engine.costs.use(None)
 
-    choice = timed.desk.choose(timed_request("r", latency_ms=1), (2, 6))
+    choice = timed.desk.choose(timed_request("r", latency_ms=1), (2, 4, 6))
 
     assert choice == ExitChoice(6, None, fits=True, floor_layer=2)
     assert timed.desk.estimate(6, 10, 10) is None
@@ -357,6 +357,16 @@ def test_a_repeatable_request_and_one_of_several_keep_the_exit_they_start_at(kin
 
     assert timed.desk.choose(request, (2, 4, 6)).floor_layer == 6
     assert timed.desk.choose(timed_too, (2, 4, 6)).floor_layer == 2
+
+
+def test_nobody_goes_in_flight_through_an_exit_that_is_worse_than_a_shallower_one() -> None:
+    timed = make_timed()
+    request = timed_request("r", latency_ms=1e4, min_quality=0.5)
+
+    choice = timed.desk.choose(request, (2, 6))  # exit 4 was measured worse than exit 2
+
+    assert (choice.exit_layer, choice.floor_layer) == (6, 6)
+    assert timed.desk.choose(request, (2, 6), exit_layer=2).floor_layer == 2
 
 
 def test_several_that_come_together_start_where_all_of_them_fit() -> None:
