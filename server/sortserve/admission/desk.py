@@ -181,7 +181,9 @@ class AdmissionDesk:
                 return found
             others = _siblings(exit_layer, newcomer, found, asked.num_sequences - 1, load.now)
             beside = replace(load, demands=(*load.demands, *others))
-            return forecast(exit_layer, newcomer, Outlook(beside, model, asked.allowed), limit=limit)
+            return forecast(
+                exit_layer, newcomer, Outlook(beside, model, asked.allowed), limit=limit
+            )
 
         def drain_s() -> float | None:
             drain = partial(predicted_drain_s, floor_layer, newcomer, load, model)

@@ -158,23 +158,19 @@ class ServeSettings(BaseSettings):
     policy: PolicyName = Field(default=DEFAULT_POLICY, description=ABOUT_POLICIES)
     objective: ObjectiveName = Field(default=DEFAULT_OBJECTIVE, description=ABOUT_OBJECTIVES)
     min_quality: Share = DEFAULT_MIN_QUALITY
-    """Floor of requests that name none: exits with a lower score are served only to who names the
-    exit, min_exit_layer or min_quality. Without measured scores the share of layers counts. 0: no
-    floor."""
+    """Exits of a lower score (unmeasured: share of layers) are for requests that name the exit,
+    min_exit_layer or min_quality. 0: no floor."""
     default_budget: BudgetText | None = None
-    """Budget of requests that give none: a JSON object with the fields of `budget`, such as
-    `{"min_quality": 0.8}`. Default: no bound."""
+    """Budget of requests that give none, as JSON: `{"min_quality": 0.8}`. Default: no bound."""
     overload_degrade: bool = False
-    """Let overload make requests without a budget shallower, too, down to --min-quality. Off: only
-    those that bound a time or name a floor, whose budget asks for it."""
+    """Let overload make requests without a budget shallower, too, down to --min-quality."""
     overload_delay: Seconds = 2.0
     """Predicted seconds in the queue beyond which requests that bound no time and may be made
     shallower start so, one exit at a time. 0: never."""
     tier_weights: TierWeights = tuple(f"{name}={w:g}" for name, w in TIER_WEIGHTS.items())
     """What a request of each service_tier is worth beside others, 0.001 to 1000."""
     priority_base: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False), Number] = 1.1
-    """A request's weight is multiplied by this to the power of minus its priority. 1: priorities
-    do nothing."""
+    """A request's weight is multiplied by this to the power of minus its priority."""
     max_num_seqs: Count = 256
     """Most sequences that run at once."""
     max_num_batched_tokens: Count = 1024
@@ -278,16 +274,13 @@ class ServeSettings(BaseSettings):
 
     @cached_property
     def api_keys(self) -> tuple[str, ...]:
-        """All accepted keys, in clear: from flags or environment, and from the key file.
-
-        The file is read once: what the settings were checked with is what holds.
-        """
-        keys = [key.get_secret_value() for key in self.api_key]
-        return tuple(dict.fromkeys([*keys, *self.key_weights]))
+        """All accepted keys, in clear: from flags or environment, and from the key file."""
+        given = (key.get_secret_value() for key in self.api_key)
+        return tuple(dict.fromkeys([*given, *self.key_weights]))
 
     @cached_property
     def key_weights(self) -> dict[str, KeyWeights]:
-        """The keys of the key file, and what their requests are worth."""
+        """The keys of the key file, which is read once, and what their requests are worth."""
         return {} if self.api_key_file is None else read_keys(self.api_key_file)
 
     @property
@@ -298,7 +291,7 @@ class ServeSettings(BaseSettings):
     @property
     def budget_by_default(self) -> Budget:
         """``default_budget`` as a budget."""
-        return Budget() if self.default_budget is None else budget_of(self.default_budget)
+        return budget_of(self.default_budget or "{}")
 
     def masked(self) -> dict[str, Any]:
         """The settings as plain values for logs and ``--print-config``; secrets are stars."""
