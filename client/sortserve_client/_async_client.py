@@ -24,7 +24,14 @@ from sortserve_client._calls import Call, Messages, Prompt, SamplingOptions
 from sortserve_client._exceptions import APIConnectionError, APIStatusError
 from sortserve_client._retry import RetryPolicy
 from sortserve_client._stream import AsyncGenerationStream
-from sortserve_client._types import ExitInfo, Generation, Health, ModelInfo, Tokenization
+from sortserve_client._types import (
+    ExitInfo,
+    Generation,
+    Health,
+    ModelInfo,
+    ScheduleInfo,
+    Tokenization,
+)
 
 __all__ = ["AsyncClient"]
 
@@ -95,6 +102,10 @@ class AsyncClient(BaseClient):
     async def exits(self) -> list[ExitInfo]:
         """The sub-models of the served checkpoint, shallowest first."""
         return await self._run(calls.exits())
+
+    async def schedules(self) -> list[ScheduleInfo]:
+        """The depth schedules that the evaluation of the served checkpoint measured."""
+        return await self._run(calls.schedules())
 
     async def tokenize(
         self,

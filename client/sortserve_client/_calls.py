@@ -12,7 +12,14 @@ from typing import Any, Generic, TypedDict, TypeVar
 import httpx
 
 from sortserve_client._budget import Budget
-from sortserve_client._types import ExitInfo, Generation, Health, ModelInfo, Tokenization
+from sortserve_client._types import (
+    ExitInfo,
+    Generation,
+    Health,
+    ModelInfo,
+    ScheduleInfo,
+    Tokenization,
+)
 
 __all__ = [
     "Call",
@@ -148,6 +155,15 @@ def detokenize(tokens: Sequence[int]) -> Call[str]:
 def exits() -> Call[list[ExitInfo]]:
     """``GET /exits``."""
     return Call("GET", "/exits", lambda r: [ExitInfo.from_json(e) for e in r.json()["exits"]])
+
+
+def schedules() -> Call[list[ScheduleInfo]]:
+    """``GET /exits``, of a server that knows no schedules too."""
+
+    def read(response: httpx.Response) -> list[ScheduleInfo]:
+        return [ScheduleInfo.from_json(entry) for entry in response.json().get("schedules", ())]
+
+    return Call("GET", "/exits", read)
 
 
 def models() -> Call[list[ModelInfo]]:

@@ -24,7 +24,14 @@ from sortserve_client._calls import Call, Messages, Prompt, SamplingOptions
 from sortserve_client._exceptions import APIConnectionError, APIStatusError
 from sortserve_client._retry import RetryPolicy
 from sortserve_client._stream import GenerationStream
-from sortserve_client._types import ExitInfo, Generation, Health, ModelInfo, Tokenization
+from sortserve_client._types import (
+    ExitInfo,
+    Generation,
+    Health,
+    ModelInfo,
+    ScheduleInfo,
+    Tokenization,
+)
 
 __all__ = ["Client"]
 
@@ -120,6 +127,10 @@ class Client(BaseClient):
     def exits(self) -> list[ExitInfo]:
         """The sub-models of the served checkpoint, shallowest first."""
         return self._run(calls.exits())
+
+    def schedules(self) -> list[ScheduleInfo]:
+        """The depth schedules that the evaluation of the served checkpoint measured."""
+        return self._run(calls.schedules())
 
     def tokenize(
         self,

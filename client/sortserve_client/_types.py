@@ -14,6 +14,7 @@ __all__ = [
     "Health",
     "LatencyEstimate",
     "ModelInfo",
+    "ScheduleInfo",
     "StreamEvent",
     "TokenLogprob",
     "Tokenization",
@@ -227,6 +228,30 @@ class ExitInfo:
         """Read one entry of ``GET /exits``."""
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
         estimate = values.get("estimate")
+        known["estimate"] = None if estimate is None else LatencyEstimate.from_json(estimate)
+        return cls(**known)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleInfo:
+    """One depth schedule that the evaluation of the served checkpoint measured."""
+
+    schedule: tuple[tuple[int, int], ...]
+    """Pairs (k, E): from output token k on, exit E."""
+    compute: float | None = None
+    """Mean FLOPs per token relative to the full model, of a typical answer; in (0, 1]."""
+    score: float | None = None
+    """Measured quality relative to the full model."""
+    quality: Mapping[str, float] | None = None
+    """The metrics behind the score."""
+    estimate: LatencyEstimate | None = None
+
+    @classmethod
+    def from_json(cls, values: JSON) -> ScheduleInfo:
+        """Read one entry of ``schedules`` of ``GET /exits``."""
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        estimate = values.get("estimate")
+        known["schedule"] = tuple((k, exit_layer) for k, exit_layer in values["schedule"])
         known["estimate"] = None if estimate is None else LatencyEstimate.from_json(estimate)
         return cls(**known)
 

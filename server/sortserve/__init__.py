@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sortserve.core.budget import Budget
     from sortserve.core.sampling_params import SamplingParams
+    from sortserve.core.schedule import DepthSchedule
     from sortserve.llm import LLM
 
 __version__ = "0.1.0"
@@ -24,11 +25,12 @@ __version__ = "0.1.0"
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-__all__ = ["LLM", "Budget", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Budget", "DepthSchedule", "SamplingParams", "__version__"]
 
 _HOMES = {
     "LLM": "sortserve.llm",
     "Budget": "sortserve.core.budget",
+    "DepthSchedule": "sortserve.core.schedule",
     "SamplingParams": "sortserve.core.sampling_params",
 }
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sortserve import __version__
 from sortserve.core.errors import ConfigError
-from sortserve.process.arguments import Parser, finite_number, integer
+from sortserve.process.arguments import Parser, finite_number, integer, schedule
 from sortserve.process.console import FAILED, complain, run_command
 
 if TYPE_CHECKING:
@@ -217,6 +217,7 @@ def _budget(options: argparse.Namespace) -> Budget:
         tpot_ms=options.tpot_ms,
         compute=options.compute,
         exit_layer=options.exit,
+        schedule=options.schedule,
         min_exit_layer=options.min_exit_layer,
         min_quality=options.min_quality,
         on_miss=options.on_miss,
@@ -269,6 +270,12 @@ def _generate_parser() -> argparse.ArgumentParser:
         "--tpot-ms", type=finite_number, metavar="MS", help="per token after the first"
     )
     budget.add_argument("--exit", type=integer, metavar="LAYER", help="exactly this exit layer")
+    budget.add_argument(
+        "--schedule",
+        type=schedule,
+        metavar="K:E,...",
+        help="from output token K on, exit E, as in 0:30,32:27,96:24",
+    )
     budget.add_argument(
         "--compute", type=finite_number, metavar="SHARE", help="of the full model's FLOPs"
     )

@@ -31,7 +31,6 @@ Below ``simulate`` is ``Simulation``, which takes any engine whose runner moves 
 
 from __future__ import annotations
 
-import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -40,7 +39,7 @@ from dataclasses import dataclass, field
 from sortserve.admission.choose import ExitChoice
 from sortserve.core.budget import DEFAULT_MIN_QUALITY, Budget
 from sortserve.core.errors import SortserveError
-from sortserve.core.plan import Runner, StepPlan
+from sortserve.core.plan import Runner
 from sortserve.core.request import (
     Observer,
     Request,
@@ -48,13 +47,13 @@ from sortserve.core.request import (
     RequestReport,
     StepRecord,
 )
-from sortserve.core.sampling_params import RowFailure, SampledToken, SamplingParams
+from sortserve.core.sampling_params import SamplingParams
 from sortserve.cost.learner import CostLearner
 from sortserve.cost.machine import Machine
-from sortserve.cost.model import CostModel, step_shape
 from sortserve.engine.desk import desk_of, room_of
 from sortserve.engine.engine import Engine, EngineConfig
 from sortserve.engine.probe import prober_of
+from sortserve.engine.timed_runner import BLANK, BlankRunner, Clock, TimedRunner
 from sortserve.scheduling.objective import DEFAULT_OBJECTIVE
 
 __all__ = [
@@ -69,8 +68,6 @@ __all__ = [
     "simulate",
 ]
 
-BLANK = 1
-"""The id of every token, read or generated."""
 MAX_MODEL_LEN = 1 << 20
 
 
@@ -193,52 +190,6 @@ def simulate(
 
 
 # ---- below: any engine, any runner ----
-
-
-@dataclass
-class Clock:
-    """A clock that moves only when told."""
-
-    now: float = 0.0
-
-    def __call__(self) -> float:
-        """The present moment."""
-        return self.now
-
-
-class BlankRunner:
-    """Runs nothing, and every token is blank."""
-
-    block_size = 16
-
-    def __init__(self, exits: Sequence[int], *, num_pages: int) -> None:
-        self.num_pages = num_pages
-        self.slab_size = math.gcd(*exits)
-
-    def execute(self, plan: StepPlan) -> list[SampledToken]:
-        """A token for each row that samples."""
-        return [SampledToken(BLANK) for row in plan.rows if row.sampling is not None]
-
-
-class TimedRunner:
-    """A runner whose steps take the time that somebody says, times some noise."""
-
-    def __init__(
-        self,
-        runner: Runner,
-        clock: Clock,
-        truth: Machine | CostModel,
-        *,
-        noise: Callable[[], float] = lambda: 1.0,
-    ) -> None:
-        self.num_pages, self.block_size = runner.num_pages, runner.block_size
-        self.slab_size = runner.slab_size
-        self._runner, self._clock, self._truth, self._noise = runner, clock, truth, noise
-
-    def execute(self, plan: StepPlan) -> Sequence[SampledToken | RowFailure]:
-        """Let the step's time pass, and run it."""
-        self._clock.now += self._truth.step_s(step_shape(plan)) * self._noise()
-        return self._runner.execute(plan)
 
 
 class Simulation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -143,6 +144,50 @@ async def test_a_model_name_may_name_the_exit(shared: HttpService) -> None:
 
     assert reply.json()["model"] == "tiny@4"
     assert reply.json()["budget"]["exit_layer"] == 4
+
+
+async def test_a_schedule_gives_each_part_of_the_answer_its_exit(service: HttpService) -> None:
+    budget = {"schedule": [[0, 6], [2, 4], [5, 2]]}
+
+    reply = (
+        await service.post("/generate", {"prompt": "a", "max_tokens": 9, "budget": budget})
+    ).json()
+
+    report = reply["budget"]
+    assert report["exit_layer"] == 2
+    assert report["tokens_by_exit"] == {"6": 2, "4": 3, "2": 4}
+    assert report["compute"] == pytest.approx((2 * 1.0 + 3 * 0.75 + 4 * 0.5) / 9, abs=1e-4)
+    assert report["met"] is None
+
+
+async def test_a_schedule_on_the_openai_routes_and_its_events(service: HttpService) -> None:
+    budget = {"schedule": [[0, 6], [2, 2]], "latency_ms": 60_000}
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4, "budget": budget}
+
+    reply = (await service.post("/v1/chat/completions", body)).json()
+
+    assert reply["choices"][0]["budget"]["tokens_by_exit"] == {"6": 2, "2": 2}
+    assert reply["budget"]["met"] is True
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"budget": {"schedule": [[0, 6], [2, 5]]}}, "budget.schedule", "names 5"),
+        ({"budget": {"schedule": [[0, 2], [2, 4]]}}, "budget.schedule", "descend"),
+        ({"budget": {"schedule": [[0, 6]], "exit_layer": 6}}, "budget.schedule", "exit_layer=6"),
+        ({"budget": {"schedule": [[0, 6]]}, "model": f"{MODEL}@6"}, "budget.schedule", "fixes"),
+        ({"budget": {"schedule": [[0, 6]], "compute": 0.5}}, "budget.compute", "schedule=[[0, 6]]"),
+    ],
+)
+async def test_a_schedule_that_cannot_be_is_refused_by_name(
+    shared: HttpService, body: dict[str, Any], param: str, words: str
+) -> None:
+    reply = await shared.post("/generate", {"prompt": "a", "max_tokens": 2, **body})
+
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == param
+    assert words in reply.json()["error"]["message"]
 
 
 async def test_latency_headers_are_a_budget_and_the_body_wins(shared: HttpService) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from sortserve.api.routes import native, openai, operations
 from sortserve.api.settings import ApiSettings
 from sortserve.core import budget, sampling_params
 from sortserve.core.errors import InvalidRequestError
+from sortserve.core.schedule import DepthSchedule, ScheduleInfo
 from sortserve.cost.model import CostModel, RowShape, StepShape
 from support.http_service import Connection, HttpService, as_json, make_service
 
@@ -254,6 +256,33 @@ async def test_a_calibrated_engine_estimates_each_exit(service: HttpService) -> 
     assert tpots[0] > 0
     assert all(e["ttft_ms"] > 0 for e in estimates)
     assert reply["estimate_for"] == {"prompt_tokens": 128, "max_tokens": 128}
+
+
+async def test_exits_tell_the_schedules_that_were_measured(service: HttpService) -> None:
+    schedule = DepthSchedule(((0, 6), (32, 2)))
+    info = ScheduleInfo(
+        schedule=schedule, num_tokens=128, compute=0.6, score=0.9, quality={"loss": 2.5}
+    )
+    table = replace(service.engine.exits, schedules=(info,))
+    service.engine.exits = service.worker.exits = table
+    service.engine.costs.use(cost_model())
+
+    reply = (await service.get("/exits")).json()
+
+    [entry] = reply["schedules"]
+    deep, shallow = reply["exits"][2]["estimate"], reply["exits"][0]["estimate"]
+    tpot_ms = (31 * deep["tpot_ms"] + 96 * shallow["tpot_ms"]) / 127
+    assert entry == {
+        "schedule": [[0, 6], [32, 2]],
+        "compute": (32 * 1.0 + 96 * 0.5) / 128,
+        "score": 0.9,
+        "quality": {"loss": 2.5},
+        "estimate": {
+            "ttft_ms": deep["ttft_ms"],
+            "tpot_ms": pytest.approx(tpot_ms, abs=1e-2),
+            "latency_ms": pytest.approx(deep["ttft_ms"] + 127 * tpot_ms, abs=1),
+        },
+    }
 
 
 async def test_a_budget_that_cannot_be_met_is_refused_with_a_time_to_come_back(

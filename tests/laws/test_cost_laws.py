@@ -397,4 +397,3 @@ def test_everybody_is_answered_in_numbers_and_no_policy_fails(
     estimate = timed.desk.estimate(6, 100, 100)
     assert estimate is not None
     assert is_sound(estimate)
-    assert 0.0 <= timed.desk.queue_delay_s() < math.inf

@@ -77,8 +77,11 @@ def requests(draw: st.DrawFn, request_id: str, model: CostModel) -> Request:
     if kind := draw(st.sampled_from([None, "latency_ms", "latency_ms", "tpot_ms", "ttft_ms"])):
         stretch = draw(st.sampled_from([0.6, 1.2, 1.4, 1.7, 4.0]))
         budget[kind] = max(stretch * possible_ms[kind], 1e-3)
-    if draw(st.integers(0, 3)) == 0:
+    depth = draw(st.sampled_from(["none", "none", "none", "min_exit_layer", "schedule"]))
+    if depth == "min_exit_layer":
         budget["min_exit_layer"] = draw(st.sampled_from(EXITS))
+    elif depth == "schedule":
+        budget["schedule"] = [[0, 6], [draw(st.integers(1, 5)), 4], [draw(st.integers(6, 9)), 2]]
     budget["on_miss"] = draw(st.sampled_from(["degrade", "degrade", "truncate", "reject"]))
     return make_request(
         request_id,
@@ -107,8 +110,14 @@ def slower(model: CostModel, times: float) -> CostModel:
 def check_tokens(served: Served, timed: Timed, request: Request) -> None:
     """All tokens as offline at the exits that the stream said, and the report says no other."""
     report, result = timed.reports[request.request_id], timed.results[request.request_id]
-    allowed = timed.engine.exits.allowed(request.budget)
-    assert set(result.exits) <= set(allowed)
+    schedule = request.budget.schedule
+    if schedule is None:
+        assert set(result.exits) <= set(timed.engine.exits.allowed(request.budget))
+    else:
+        places = [schedule.exit_at(k) for k in range(len(result.exits))]
+        assert all(e <= place for e, place in zip(result.exits, places, strict=True))
+        assert min(result.exits, default=6) >= schedule.exits[0]
+        assert request.budget.has_latency or result.exits == places
     assert result.exits == sorted(result.exits, reverse=True), "nobody goes deeper again"
     assert dict(report.tokens_by_exit) == Counter(result.exits)
     if report.finish_reason == "length":
@@ -174,7 +183,7 @@ def test_law_12_every_token_under_deadline_is_the_offline_one_at_its_exit(served
 
     check()
 
-    for kind in ("promised", "mixed depths", "behind"):
+    for kind in ("promised", "mixed depths", "behind", "schedule"):
         assert seen[kind] > 0, f"the workloads never showed: {kind}"
 
 

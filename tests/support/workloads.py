@@ -7,7 +7,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from sortserve.core.request import FinishReason, Request
+from sortserve.core.request import FinishReason, Request, RequestReport
+from sortserve.core.schedule import DepthSchedule
 from support.timed import Timed, timed_request
 
 EXITS = (2, 4, 6)
@@ -22,8 +23,10 @@ def budgets(draw: st.DrawFn) -> dict[str, Any]:
             budget[name] = draw(MILLISECONDS)
     if "ttft_ms" in budget and budget["ttft_ms"] > budget.get("latency_ms", math.inf):
         del budget["ttft_ms"]
-    depth = draw(st.sampled_from(["none", "exit_layer", "min_exit_layer"]))
-    if depth != "none":
+    depth = draw(st.sampled_from(["none", "exit_layer", "min_exit_layer", "schedule"]))
+    if depth == "schedule":
+        budget["schedule"] = [[0, 6], [draw(st.integers(1, 12)), 4], [13, 2]]
+    elif depth != "none":
         budget[depth] = draw(st.sampled_from(EXITS))
     budget["on_miss"] = draw(st.sampled_from(["degrade", "truncate", "reject"]))
     return budget
@@ -44,12 +47,26 @@ def workloads(draw: st.DrawFn) -> list[Request]:
     ]
 
 
+def check_schedule(report: RequestReport, schedule: DepthSchedule) -> None:
+    """No token deeper than its place; without a time none shallower either."""
+    planned = schedule.tokens_by_exit(report.num_output_tokens)
+    assert all(e >= schedule.exits[0] for e in report.tokens_by_exit)
+    for exit_layer in schedule.exits:
+        deeper = sum(n for e, n in report.tokens_by_exit.items() if e >= exit_layer)
+        assert deeper <= sum(n for e, n in planned.items() if e >= exit_layer)
+    if not report.budget.has_latency:
+        assert dict(report.tokens_by_exit) == planned
+
+
 def check_report(timed: Timed, request: Request) -> None:
     """Every token at an allowed exit, never deeper again; all of them unless a deadline cut it."""
     report, budget = timed.reports[request.request_id], request.budget
     exits = list(report.tokens_by_exit)
     assert exits == sorted(exits, reverse=True)
-    assert all(e in timed.engine.exits.allowed(budget) for e in exits)
+    if budget.schedule is None:
+        assert all(e in timed.engine.exits.allowed(budget) for e in exits)
+    else:
+        check_schedule(report, budget.schedule)
     if report.finish_reason is FinishReason.LENGTH:
         assert report.num_output_tokens == request.sampling.max_tokens
     else:

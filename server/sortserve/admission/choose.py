@@ -81,17 +81,26 @@ def choose_exit(
     return ExitChoice(floor, found.estimate, False, floor)
 
 
-def worths(allowed: Sequence[int], worth: Worth, weight: float) -> dict[int, float]:
-    """What an answer is worth at each exit it may have, beside being refused.
+def worths(
+    allowed: Sequence[int],
+    worth: Worth,
+    weight: float,
+    mean: Callable[[Callable[[int], float], int], float] = lambda value, exit_layer: value(
+        exit_layer
+    ),
+) -> dict[int, float]:
+    """What an answer is worth at each exit it may start at, beside being refused.
 
     Args:
         allowed: the exits, ascending.
         worth: what the objective says of them.
         weight: of the request.
+        mean: over its tokens, of what each one's exit is given, if it starts at an exit.
     """
+    tokens = {e: mean(worth.tokens.__getitem__, e) for e in allowed}
     deepest = allowed[-1]
-    whole = worth.answer[deepest]
-    return {e: weight * (whole - (worth.tokens[deepest] - worth.tokens[e])) for e in allowed}
+    whole = mean(worth.answer.__getitem__, deepest)
+    return {e: weight * (whole - (tokens[deepest] - tokens[e])) for e in allowed}
 
 
 def _unattainable(

@@ -17,13 +17,9 @@ from functools import cached_property, partial
 from typing import TypeVar
 
 from sortserve.admission.choose import ExitChoice, choose_exit, worths
-from sortserve.admission.drain import predicted_drain_s, predicted_places_s
+from sortserve.admission.drain import predicted_drain_s, predicted_places_s, queue_delay_s
 from sortserve.admission.entry import UNLIMITED, Room
-from sortserve.admission.forecast import (
-    Forecast,
-    forecast,
-    newcomer_demand,
-)
+from sortserve.admission.forecast import Forecast, forecast, newcomer_demand, siblings
 from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.admission.overload import (
     DepthLevel,
@@ -179,7 +175,7 @@ class AdmissionDesk:
             found = forecast(exit_layer, newcomer, outlook, limit=limit)
             if asked.num_sequences == 1 or not newcomer.bounds_time:
                 return found
-            others = _siblings(exit_layer, newcomer, found, asked.num_sequences - 1, load.now)
+            others = siblings(exit_layer, newcomer, found, asked.num_sequences - 1, load.now)
             beside = replace(load, demands=(*load.demands, *others))
             return forecast(
                 exit_layer, newcomer, Outlook(beside, model, asked.allowed), limit=limit
@@ -191,7 +187,7 @@ class AdmissionDesk:
 
         if self._may_start_shallower(request):
             starts = self._up_to(level, starts)
-        values = worths(starts, self._worth, request.weight)
+        values = worths(starts, self._worth, request.weight, newcomer.mean)
         return choose_exit(request.budget, starts, predict, worth=values, drain_s=drain_s)
 
     def _ask(self, question: Callable[[CostModel], T], *, unknown: T, failed: T) -> T:
@@ -281,12 +277,6 @@ class AdmissionDesk:
 
         return self._ask(predict, unknown=0.0, failed=0.0)
 
-    def queue_delay_s(self) -> float:
-        """Predicted seconds until all prompts that wait or run now have been read."""
-        return self._ask(
-            lambda model: self._queue_delay_s(self.load(), model), unknown=0.0, failed=0.0
-        )
-
     def stats(self, budget: Budget) -> AdmissionStats:
         """How things stand now; nothing changes.
 
@@ -304,14 +294,7 @@ class AdmissionDesk:
     ) -> AdmissionStats:
         load = self.load()
         level = self._next_level(load, model)
-        sampling = SamplingParams(max_tokens=TYPICAL_TOKENS, ignore_eos=True)
-        request = Request(
-            request_id="",
-            prompt_token_ids=(0,) * TYPICAL_TOKENS,
-            sampling=sampling,
-            budget=replace(budget, on_miss=OnMiss.DEGRADE),
-            arrival_s=load.now,
-        )
+        request = _typical(budget, load.now)
         num_decoding = sum(d.is_decoding for d in load.demands)
         costs = StepCosts(model, num_rows=num_decoding, chunk=load.max_num_batched_tokens)
         choice = self._judge(_Question(request, allowed, allowed), load, level, model)
@@ -320,14 +303,6 @@ class AdmissionDesk:
             pressure=pressure(load.demands, costs, now=load.now),
             overload_level=level.num_down,
             default_exit_layer=choice.exit_layer,
-        )
-
-    def _queue_delay_s(self, load: Load, model: CostModel) -> float:
-        chunk = self.max_num_batched_tokens
-        return sum(
-            model.prefill_s(d.exit_layer, d.num_pending, start=d.context_len, chunk=chunk)
-            for d in load.demands
-            if not d.is_decoding
         )
 
     def _may_start_shallower(self, request: Request) -> bool:
@@ -339,7 +314,7 @@ class AdmissionDesk:
             return DepthLevel()
         return next_level(
             self._level,
-            queue_delay_s=self._queue_delay_s(load, model),
+            queue_delay_s=queue_delay_s(load, model),
             limit_s=self.overload_delay_s,
             num_exits=len(self.exits.layers),
             now=load.now,
@@ -358,14 +333,16 @@ class AdmissionDesk:
             deadlines=request.budget.deadlines(request.arrival_s),
             floor_layer=floor_layer,
             weight=request.weight,
+            schedule=request.budget.schedule,
         )
 
 
-def _siblings(
-    exit_layer: int, newcomer: Newcomer, found: Forecast, count: int, now: float
-) -> list[Demand]:
-    """The demands of so many others like a newcomer, each with what was found for it alone."""
-    return [
-        newcomer_demand(exit_layer, newcomer, found.promise, now=now, request_id=f"sibling-{i}")
-        for i in range(count)
-    ]
+def _typical(budget: Budget, now: float) -> Request:
+    """A request of middling length, which takes what it gets."""
+    return Request(
+        request_id="",
+        prompt_token_ids=(0,) * TYPICAL_TOKENS,
+        sampling=SamplingParams(max_tokens=TYPICAL_TOKENS, ignore_eos=True),
+        budget=replace(budget, on_miss=OnMiss.DEGRADE),
+        arrival_s=now,
+    )

@@ -12,7 +12,7 @@ from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.core.budget import Deadlines
 from sortserve.cost.model import CostModel
 
-__all__ = ["predicted_drain_s", "predicted_places_s"]
+__all__ = ["predicted_drain_s", "predicted_places_s", "queue_delay_s"]
 
 LOOK_AHEAD = 3
 """It must fit after so many further ends, too: whose turn it is then may be somebody else's."""
@@ -129,4 +129,14 @@ def _load_in(seconds: float, load: Load, course: Course) -> Load:
         now=load.now + seconds,
         demands=rest,
         room=replace(room, num_free_pages=max(0, room.num_pages - num_used)),
+    )
+
+
+def queue_delay_s(load: Load, model: CostModel) -> float:
+    """Predicted seconds until all prompts that wait or run now have been read."""
+    chunk = load.max_num_batched_tokens
+    return sum(
+        model.prefill_s(d.exit_layer, d.num_pending, start=d.context_len, chunk=chunk)
+        for d in load.demands
+        if not d.is_decoding
     )

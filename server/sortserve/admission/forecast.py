@@ -11,11 +11,18 @@ from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.core.request import Estimate
 from sortserve.core.sequence import Promise
 from sortserve.cost.model import StepShape
-from sortserve.scheduling.demand import SOFT_GAP_S, Demand, StepCosts, plan_pace, targets_of
+from sortserve.scheduling.demand import (
+    NO_GAP_S,
+    SOFT_GAP_S,
+    Demand,
+    StepCosts,
+    plan_pace,
+    targets_of,
+)
 from sortserve.scheduling.demand_table import DemandTable
 from sortserve.scheduling.lowering import MAX_PRESSURE, Times, least_lowering
 
-__all__ = ["Forecast", "batch_paces", "forecast", "newcomer_demand"]
+__all__ = ["Forecast", "batch_paces", "forecast", "newcomer_demand", "siblings"]
 
 EASES = (1.0, 0.6, 0.3)
 """Ways to spread a budget over prompt and tokens (see ``plan_pace``), in the order of trial."""
@@ -107,7 +114,10 @@ def _room(
     now = outlook.load.now
     # The newcomer's exit is what is asked about: only the others may move.
     pinned = replace(newcomer, floor_layer=exit_layer)
-    demands = [newcomer_demand(exit_layer, pinned, promise, now=now) for promise in promises]
+    demands = [
+        _spread(newcomer_demand(exit_layer, pinned, promise, now=now), newcomer, outlook.costs)
+        for promise in promises
+    ]
     own = DemandTable.of(demands, outlook.costs, outlook.exits)
     tried = []
     for i, (promise, demand) in enumerate(zip(promises, demands, strict=True)):
@@ -125,6 +135,30 @@ def _room(
     return promises[i], least_lowering(table, outlook.worth, times, limit=limit)
 
 
+def _spread(demand: Demand, newcomer: Newcomer, costs: StepCosts) -> Demand:
+    """A demand whose time is spread over its tokens by what each costs, where a schedule differs.
+
+    So its first tokens, the deepest, may take longer than the mean.
+    """
+    if newcomer.schedule is None:
+        return demand
+    exit_layer, context_len = demand.exit_layer, newcomer.num_prompt_tokens
+    token_s = costs.decode_s(exit_layer, context_len)
+    mean_s = newcomer.mean(lambda e: costs.decode_s(e, context_len), exit_layer)
+    share = max(token_s, NO_GAP_S) / max(mean_s, NO_GAP_S)
+    return replace(demand, gap_s=demand.gap_s * share, next_share=share)
+
+
+def siblings(
+    exit_layer: int, newcomer: Newcomer, found: Forecast, count: int, now: float
+) -> list[Demand]:
+    """The demands of so many others like a newcomer, each with what was found for it alone."""
+    return [
+        newcomer_demand(exit_layer, newcomer, found.promise, now=now, request_id=f"sibling-{i}")
+        for i in range(count)
+    ]
+
+
 # ---- parts ----
 
 
@@ -133,7 +167,7 @@ def _own_times(exit_layer: int, newcomer: Newcomer, costs: StepCosts) -> tuple[f
     context_len = newcomer.num_prompt_tokens + newcomer.num_output_tokens // 2
     return (
         costs.prefill_s(exit_layer, newcomer.num_prompt_tokens),
-        costs.decode_s(exit_layer, context_len),
+        newcomer.mean(lambda e: costs.decode_s(e, context_len), exit_layer),
     )
 
 
@@ -202,7 +236,7 @@ def _estimate(
 ) -> Estimate:
     """Its times if the load stayed as it is, and it began when it gets a slot and pages."""
     load, costs = outlook.load, outlook.costs
-    tpot_s = _shared_tpot_s(exit_layer, newcomer, outlook)
+    tpot_s = newcomer.mean(lambda e: _shared_tpot_s(e, newcomer, outlook), exit_layer)
     queue_s = sum(
         d.work_s(costs) for d in outlook.prompts if _goes_before(d, newcomer, promise, load)
     )

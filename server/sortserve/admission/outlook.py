@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from sortserve.admission.entry import UNLIMITED, Room
 from sortserve.core.budget import Deadlines
+from sortserve.core.schedule import DepthSchedule, mean_over_tokens
 from sortserve.cost.model import CostModel
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.demand_table import Columns, DemandTable, Floats
@@ -50,6 +51,11 @@ class Newcomer:
     deadlines: Deadlines = field(default_factory=Deadlines)
     floor_layer: int | None = None
     weight: float = 1.0
+    schedule: DepthSchedule | None = None
+
+    def mean(self, value: Callable[[int], float], exit_layer: int) -> float:
+        """The mean over its tokens after the first, if it starts at an exit."""
+        return mean_over_tokens(value, exit_layer, self.schedule, self.num_output_tokens, start=1)
 
     @property
     def bounds_time(self) -> bool:

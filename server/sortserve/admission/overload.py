@@ -28,7 +28,7 @@ CALM_SHARE = 0.5
 def may_start_shallower(request: Request, *, overload_degrade: bool) -> bool:
     """Whether a long queue may choose its exit: never where a time or the exit itself is named."""
     budget = request.budget
-    if budget.has_latency or budget.exit_layer is not None:
+    if budget.has_latency or budget.fixes_depth:
         return False
     return overload_degrade or budget.names_floor
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sortserve.checkpoint.families import count_layer_parameters
-from sortserve.checkpoint.sorted_json import SortedInfo
+from sortserve.checkpoint.sorted_json import MeasuredSchedule, SortedInfo
 from sortserve.core.budget import ExitInfo, ExitTable
+from sortserve.core.schedule import ScheduleInfo
 from sortserve.model.config import ModelConfig
 from sortserve.model.exit_module import EXIT_MODULE_KINDS, NO_MODULE
 
-__all__ = ["exit_table"]
+__all__ = ["SCHEDULE_TOKENS", "exit_table"]
+
+SCHEDULE_TOKENS = 128
+"""Length of the answer that the compute of a schedule is told for."""
 
 
 def exit_table(
     config: ModelConfig, sorted_info: SortedInfo | None, exits: Sequence[int]
 ) -> ExitTable:
     """What each of ``exits`` costs, and how good ``sorted.json`` says it is.
+
+    Measured schedules come along if all their exits are there.
 
     ``compute`` counts the matrices a token passes (layers, exit module, head) relative to the
     full model; attention over the context is left out.
@@ -40,4 +46,21 @@ def exit_table(
             usable=sorted_info.usable.get(exit_layer) if sorted_info else None,
         )
 
-    return ExitTable(tuple(info(exit_layer) for exit_layer in exits))
+    infos = {exit_layer: info(exit_layer) for exit_layer in exits}
+
+    def schedule_info(measured: MeasuredSchedule) -> ScheduleInfo:
+        metrics = dict(measured.metrics)
+        return ScheduleInfo(
+            schedule=measured.schedule,
+            num_tokens=SCHEDULE_TOKENS,
+            compute=measured.schedule.mean(lambda e: infos[e].compute, SCHEDULE_TOKENS),
+            score=metrics.pop("score", None),
+            quality=metrics or None,
+        )
+
+    schedules = [
+        schedule_info(measured)
+        for measured in (sorted_info.schedules if sorted_info else ())
+        if infos.keys() >= set(measured.schedule.exits)
+    ]
+    return ExitTable(tuple(infos.values()), schedules=tuple(schedules))

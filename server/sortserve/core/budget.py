@@ -12,6 +12,7 @@ from typing import Any
 
 from sortserve.core.errors import InvalidRequestError, shortened
 from sortserve.core.ranges import Range
+from sortserve.core.schedule import DepthSchedule, ScheduleInfo, read_schedule, starting_exits
 
 __all__ = [
     "DEFAULT_MIN_QUALITY",
@@ -48,6 +49,8 @@ RANGES = {
     "min_exit_layer": _LAYER,
 }
 """What the numbers of a ``Budget`` may be."""
+_FIXING = ("exit_layer", "schedule")
+_CHOOSING = ("compute", "min_exit_layer", "min_quality")
 
 
 class OnMiss(StrEnum):
@@ -81,12 +84,15 @@ class ExitTable:
     exits: tuple[ExitInfo, ...]
     min_quality: float = 0.0
     """The floor of every budget that names none, in [0, 1]; see ``served_unasked``."""
+    schedules: tuple[ScheduleInfo, ...] = ()
+    """Those that were measured; each names exits of the table."""
 
     def __post_init__(self) -> None:
         layers = self.layers
         assert layers, "a checkpoint has at least one exit"
         assert 0.0 <= self.min_quality <= 1.0
         assert list(layers) == sorted(set(layers)), "exits ascend"
+        assert all(set(info.schedule.exits) <= set(layers) for info in self.schedules)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -146,6 +152,8 @@ class ExitTable:
         if budget.exit_layer is not None:
             self._require_exit(budget.exit_layer, "budget.exit_layer")
             return (budget.exit_layer,)
+        if budget.schedule is not None:
+            return starting_exits(budget.schedule, self.layers, may_lower=budget.has_latency)
         if budget.min_exit_layer is not None and budget.min_exit_layer > self.full:
             raise InvalidRequestError(
                 f"budget.min_exit_layer={shortened(budget.min_exit_layer)} is deeper than the "
@@ -220,7 +228,8 @@ class ExitTable:
 class Budget:
     """What one request may cost. All fields are optional and combine; times in milliseconds.
 
-    ``exit_layer`` excludes every bound that would choose an exit (compute and the floors).
+    ``exit_layer`` and ``schedule`` exclude each other, and every bound that would choose an exit
+    (compute and the floors).
 
     Raises:
         InvalidRequestError: a value is out of range or two fields contradict each other.
@@ -234,6 +243,8 @@ class Budget:
     compute: float | None = None
     """Largest share of the full model's FLOPs per token, head included; in (0, 1]."""
     exit_layer: int | None = None
+    schedule: DepthSchedule | None = None
+    """From output token k on, exit E; given as pairs [k, E]. Never deeper."""
     min_exit_layer: int | None = None
     min_quality: float | None = None
     on_miss: OnMiss = OnMiss.DEGRADE
@@ -247,20 +258,27 @@ class Budget:
             object.__setattr__(self, "on_miss", OnMiss(self.on_miss))
         except ValueError:
             raise _refuse("on_miss", self.on_miss, "degrade, truncate or reject") from None
-        if self.exit_layer is not None:
-            for name in ("compute", "min_exit_layer", "min_quality"):
-                if getattr(self, name) is not None:
-                    raise InvalidRequestError(
-                        f"budget.exit_layer={self.exit_layer} fixes the depth, so budget.{name} "
-                        "cannot be given with it. Drop one of the two.",
-                        param=f"budget.{name}",
-                    )
+        if self.schedule is not None:
+            object.__setattr__(self, "schedule", read_schedule(self.schedule, "budget.schedule"))
+        self._check_one_choice()
         ttft, latency = self.ttft_ms, self.latency_ms
         if ttft is not None and latency is not None and ttft > latency:
             raise InvalidRequestError(
                 f"budget.ttft_ms={ttft} is above budget.latency_ms={latency}: "
                 "the first token cannot be due after the whole answer.",
                 param="budget.ttft_ms",
+            )
+
+    def _check_one_choice(self) -> None:
+        fixed = [name for name in _FIXING if getattr(self, name) is not None]
+        others = [n for n in (*fixed[1:], *_CHOOSING) if getattr(self, n) is not None]
+        if fixed and others:
+            depth = getattr(self, fixed[0])
+            value = depth.document if isinstance(depth, DepthSchedule) else depth
+            raise InvalidRequestError(
+                f"budget.{fixed[0]}={shortened(value)} fixes the depth, so budget.{others[0]} "
+                "cannot be given with it. Drop one of the two.",
+                param=f"budget.{others[0]}",
             )
 
     @classmethod
@@ -285,6 +303,11 @@ class Budget:
         return self.min_exit_layer is not None or self.min_quality is not None
 
     @property
+    def fixes_depth(self) -> bool:
+        """Whether it names the exit of each token."""
+        return self.exit_layer is not None or self.schedule is not None
+
+    @property
     def has_latency(self) -> bool:
         """Whether any time is bounded."""
         return not (self.latency_ms is None and self.ttft_ms is None and self.tpot_ms is None)
@@ -292,7 +315,7 @@ class Budget:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The bounds that were given, for the ``kind`` label of the metrics."""
-        names = ("latency_ms", "ttft_ms", "tpot_ms", "compute", "exit_layer")
+        names = ("latency_ms", "ttft_ms", "tpot_ms", "compute", *_FIXING)
         floors = ("min_exit_layer", "min_quality")
         return tuple(n for n in (*names, *floors) if getattr(self, n) is not None)
 

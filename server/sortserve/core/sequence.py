@@ -78,6 +78,7 @@ class Sequence:
         self.seed = seed
         self.stop_token_ids = stop_token_ids
         self.estimate = estimate
+        self.schedule = request.budget.schedule
         self.deadlines: Deadlines = request.budget.deadlines(request.arrival_s)
 
         self.output_token_ids: list[int] = []

@@ -54,6 +54,9 @@ def _mean(sequence: Sequence, by_exit: Mapping[int, float]) -> float:
 
 def _is_degraded(sequence: Sequence, exits: ExitTable) -> bool:
     """Whether it was the server's choice that a token is shallower than the budget allows."""
+    schedule = sequence.request.budget.schedule
+    if schedule is not None:
+        return sequence.tokens_by_exit != schedule.tokens_by_exit(sequence.num_output_tokens)
     deepest = exits.allowed(sequence.request.budget)[-1]
     return any(exit_layer < deepest for exit_layer in sequence.tokens_by_exit)
 

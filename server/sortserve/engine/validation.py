@@ -48,18 +48,30 @@ def exits_that_fit(
     """
     num_prompt, max_tokens = len(request.prompt_token_ids), request.sampling.max_tokens
     num_pages = kv_cache.pool.num_pages
-    fitting = tuple(
-        e for e in allowed if kv_cache.num_pages_needed(num_prompt + max_tokens, e) <= num_pages
-    )
+    fitting = tuple(e for e in allowed if _most_pages(request, e, kv_cache) <= num_pages)
     if not fitting:
         raise InvalidRequestError(
             f"max_tokens={max_tokens} with a prompt of {num_prompt} tokens needs "
-            f"{kv_cache.num_pages_needed(num_prompt + max_tokens, allowed[0])} pages of "
+            f"{_most_pages(request, allowed[0], kv_cache)} pages of "
             f"KV cache at exit {allowed[0]}; the server has {num_pages}. Ask for fewer tokens "
             "or a shallower exit.",
             param="max_tokens",
         )
     return fitting
+
+
+def _most_pages(request: Request, exit_layer: int, kv_cache: KVCacheManager) -> int:
+    """The most pages that a request holds at any time, if it starts at an exit.
+
+    Under a schedule that is at the end of one of its parts: each is longer and shallower than the
+    one before.
+    """
+    num_prompt, max_tokens = len(request.prompt_token_ids), request.sampling.max_tokens
+    schedule = request.budget.schedule
+    parts = [(max_tokens, exit_layer)]
+    if schedule is not None:
+        parts = [(end, min(e, exit_layer)) for _, end, e in schedule.spans(max_tokens)]
+    return max(kv_cache.num_pages_needed(num_prompt + end, e) for end, e in parts)
 
 
 def check_vocabulary(request: Request, vocab_size: int, eos_token_ids: frozenset[int]) -> None:

@@ -8,11 +8,12 @@ import math
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sortserve.core.errors import ConfigError
+from sortserve.core.schedule import DepthSchedule
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
-__all__ = ["Parser", "finite_number", "integer"]
+__all__ = ["Parser", "finite_number", "integer", "schedule"]
 
 SECRET_FLAG = "--api-key"
 MAX_INTEGER = 2**63 - 1
@@ -76,6 +77,18 @@ def integer(text: str) -> int:
             f"{_shown(text)} is out of range: at most {MAX_INTEGER} in size"
         )
     return value
+
+
+def schedule(text: str) -> list[list[int]]:
+    """An argument's type: a depth schedule as ``K:E,K:E``; its pairs [k, E].
+
+    Raises:
+        ArgumentTypeError: it is something else.
+    """
+    try:
+        return DepthSchedule.parse(text).document
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is not a schedule: {error}") from None
 
 
 def _shown(text: str) -> str:

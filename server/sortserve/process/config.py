@@ -71,8 +71,7 @@ ABOUT_OBJECTIVES = (
     f"{', '.join(f'{o.name} {o.about}' for o in OBJECTIVES.values())}."
 )
 if TYPE_CHECKING:
-    PolicyName = str
-    ObjectiveName = str
+    PolicyName = ObjectiveName = str
 else:  # one of those in the tables
     PolicyName = Literal[tuple(POLICIES)]
     ObjectiveName = Literal[tuple(OBJECTIVES)]

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.demand_table import DemandTable
@@ -52,4 +51,4 @@ def pressure(
 
 def shallowest(demands: Iterable[Demand]) -> list[Demand]:
     """The demands with every request at its floor: the most that going shallower can give."""
-    return [replace(demand, exit_layer=demand.floor_layer) for demand in demands]
+    return [demand.at(demand.floor_layer) for demand in demands]

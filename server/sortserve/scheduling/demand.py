@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from sortserve.core.budget import Deadlines
+from sortserve.core.schedule import mean_over_tokens
 from sortserve.core.sequence import Sequence, Status
 
 if TYPE_CHECKING:  # the command line reads the table of policies, and need not wait for numpy
@@ -122,6 +123,15 @@ class Demand:
     is_lost: bool = False
     """Its budget of time is missed already, or was never promised: no token of it counts."""
 
+    next_share: float = 1.0
+    """What its next token costs beside the mean of those left: above 1 only where a schedule will
+    take it shallower. Its gaps are as much longer."""
+
+    def at(self, exit_layer: int) -> Demand:
+        """The same, if it goes shallower now."""
+        gap_s = self.gap_s / self.next_share  # at least what its tokens need from there on
+        return replace(self, exit_layer=exit_layer, gap_s=gap_s, next_share=1.0)
+
     @property
     def left_share(self) -> float:
         """The share of its answer that is still to come: in (0, 1]."""
@@ -219,8 +229,9 @@ def demand_of(
     due_s = gap_s = end_s = math.inf
     promised = sequence.promise is not None
     num_left = max(1, expect(sequence) - sequence.num_output_tokens)
+    next_share = _next_share(sequence, num_left, costs) if promised else 1.0
     if promised:
-        due_s, gap_s, end_s = _due_times(sequence, num_left)
+        due_s, gap_s, end_s = _due_times(sequence, num_left, next_share)
         gap_s = max(gap_s, costs.decode_s(sequence.floor_layer, sequence.num_tokens))
         promised = math.isfinite(end_s) and not _is_hopeless(sequence, num_left, end_s, now, costs)
     if not promised:
@@ -243,11 +254,30 @@ def demand_of(
         num_left=num_left,
         num_done=sequence.num_output_tokens,
         is_lost=sequence.request.budget.has_latency and not promised,
+        next_share=next_share,
     )
 
 
-def _due_times(sequence: Sequence, num_left: int) -> tuple[float, float, float]:
-    """When the next token, each token after it, and the end are due; infinite where nothing is."""
+def _next_share(sequence: Sequence, num_left: int, costs: StepCosts) -> float:
+    """What its next token costs beside the mean of those left: above 1 only under a schedule."""
+    if sequence.schedule is None:
+        return 1.0
+
+    def decode_s(exit_layer: int) -> float:
+        return costs.decode_s(exit_layer, sequence.num_tokens)
+
+    start = sequence.num_output_tokens
+    mean_s = mean_over_tokens(
+        decode_s, sequence.exit_layer, sequence.schedule, start + num_left, start
+    )
+    return max(decode_s(sequence.exit_layer), NO_GAP_S) / max(mean_s, NO_GAP_S)
+
+
+def _due_times(sequence: Sequence, num_left: int, next_share: float) -> tuple[float, float, float]:
+    """When the next token, each token after it, and the end are due; infinite where nothing is.
+
+    ``next_share`` of the mean gap goes to the next token.
+    """
     promise, first_s, last_s = sequence.promise, sequence.first_token_s, sequence.last_token_s
     assert promise is not None
     if first_s is None or last_s is None:
@@ -255,13 +285,13 @@ def _due_times(sequence: Sequence, num_left: int) -> tuple[float, float, float]:
         if math.isfinite(promise.gap_s):
             start_s = end_s if math.isfinite(end_s) else sequence.last_scheduled_s
             end_s = start_s + (num_left - 1) * promise.gap_s
-        return promise.first_due_s, promise.gap_s, end_s
+        return promise.first_due_s, next_share * promise.gap_s, end_s
     targets = promise.targets
     end_s = math.inf if targets.e2e_s is None else targets.e2e_s
     if targets.tpot_s is not None:
         num_gaps = sequence.num_output_tokens - 1 + num_left
         end_s = min(end_s, first_s + num_gaps * targets.tpot_s)
-    gap_s = max((end_s - last_s) / num_left, NO_GAP_S)
+    gap_s = max(next_share * (end_s - last_s) / num_left, NO_GAP_S)
     return last_s + gap_s, gap_s, end_s
 
 

@@ -30,6 +30,7 @@ Levels = NDArray[np.intp]
 _FIELDS = (
     *("exit_layer", "floor_layer", "num_pending", "context_len", "gap_s", "due_s"),
     *("is_hard", "is_promised", "is_waiting", "is_lost", "weight", "num_left", "num_done"),
+    "next_share",
 )
 _ROW = attrgetter(*_FIELDS)
 
@@ -51,6 +52,7 @@ class Columns:
     weight: Floats
     """What an answer is worth; 0 where it comes too late in any case."""
     left_share: Floats
+    next_share: Floats
 
     @classmethod
     def of(cls, demands: Sequence[Demand]) -> Columns:
@@ -60,7 +62,7 @@ class Columns:
         exit_layer, floor_layer, pending, context, gap_s, due_s, *rest = flat.reshape(
             -1, len(_FIELDS)
         ).T
-        hard, promised, waiting, lost, weight, num_left, num_done = rest
+        hard, promised, waiting, lost, weight, num_left, num_done, next_share = rest
         return cls(
             exit_layer=exit_layer,
             floor_layer=floor_layer,
@@ -74,6 +76,7 @@ class Columns:
             is_decoding=(pending == 1) & (context > 0),
             weight=np.where(lost > 0, 0.0, weight),
             left_share=num_left / (num_left + num_done),
+            next_share=next_share,
         )
 
 
@@ -105,6 +108,8 @@ class DemandTable:
     """[n] how shallow they may go."""
     rate: Floats
     """[n] tokens a second."""
+    next_share: Floats
+    """[n] by how much more they are a second for who goes shallower (see ``Demand.at``)."""
     layer_s: Floats
     """[n] what a token costs per layer, beside others."""
     decodes: Mask
@@ -142,6 +147,7 @@ class DemandTable:
             level=layers.searchsorted(columns.exit_layer),
             floor=layers.searchsorted(columns.floor_layer),
             rate=1.0 / np.maximum(columns.gap_s, NO_GAP_S),
+            next_share=columns.next_share,
             layer_s=token_s + context_s * (columns.context_len + columns.num_pending),
             decodes=columns.is_decoding | (columns.is_promised & ~columns.is_hard),
             promised=columns.is_promised,
@@ -161,6 +167,7 @@ class DemandTable:
             level=np.concatenate((self.level, other.level)),
             floor=np.concatenate((self.floor, other.floor)),
             rate=np.concatenate((self.rate, other.rate)),
+            next_share=np.concatenate((self.next_share, other.next_share)),
             layer_s=np.concatenate((self.layer_s, other.layer_s)),
             decodes=np.concatenate((self.decodes, other.decodes)),
             promised=np.concatenate((self.promised, other.promised)),
@@ -204,7 +211,8 @@ class DemandTable:
             now, busy_s, from_due_s: see ``capacity.pressure``.
             least_time_s: no prompt counts as due sooner.
         """
-        prompts, rate = self.prompts, self.rate
+        prompts = self.prompts
+        rate = np.where(levels < self.level, self.rate * self.next_share, self.rate)
         depth = self.layers[levels]
         row = rate * (self.row_s + depth * self.layer_s)
         steps = np.where(levels[:, None] >= np.arange(len(self.layers)), rate[:, None], 0.0)
@@ -224,7 +232,17 @@ class DemandTable:
 
 
 _BY_ROW = (
-    *("level", "floor", "rate", "layer_s", "decodes", "promised", "weight", "left_share"),
+    *(
+        "level",
+        "floor",
+        "rate",
+        "next_share",
+        "layer_s",
+        "decodes",
+        "promised",
+        "weight",
+        "left_share",
+    ),
     *("due_s", "work_s", "work_layer_s"),
 )
 

@@ -128,6 +128,7 @@ class Scheduler:
         if sequence.status is Status.RUNNING:
             self.kv_cache.go_shallower(sequence, exit_layer)
         sequence.exit_layer = exit_layer
+        sequence.floor_layer = min(sequence.floor_layer, exit_layer)
 
     # ---- one step ----
 
@@ -137,6 +138,9 @@ class Scheduler:
         Args:
             now: the engine's clock, in seconds.
         """
+        for sequence in self._running:
+            if sequence.schedule is not None:
+                self._follow_schedule(sequence)
         self._decisions.see(now)
         self._lower(now)
         self._admit(now)
@@ -153,6 +157,13 @@ class Scheduler:
     def demands(self, now: float) -> list[Demand]:
         """What every live sequence still needed when the last step was chosen, or needs now."""
         return self._decisions.demands(now)
+
+    def _follow_schedule(self, sequence: Sequence) -> None:
+        """Take a sequence to the exit that its schedule has for the next token, never deeper."""
+        assert sequence.schedule is not None
+        exit_layer = sequence.schedule.exit_at(sequence.num_output_tokens)
+        if exit_layer < sequence.exit_layer:
+            self.go_shallower(sequence, exit_layer, "schedule")
 
     def _lower(self, now: float) -> None:
         """Let the policy take sequences to shallower exits, so that the promises can be kept."""
@@ -182,6 +193,8 @@ class Scheduler:
     def _try_admit(self, sequence: Sequence) -> bool:
         # Leave every running sequence room to grow by a block, or a newcomer would be
         # preempted as soon as it is admitted.
+        if sequence.schedule is not None:
+            self._follow_schedule(sequence)
         spare = sum(self.kv_cache.num_pages_needed(1, s.exit_layer) for s in self._running)
         if not self.kv_cache.can_admit(sequence, num_spare_pages=spare):
             return False

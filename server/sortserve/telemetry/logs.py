@@ -198,6 +198,8 @@ def report_fields(report: RequestReport) -> dict[str, object]:
 def _given(budget: Budget) -> dict[str, object]:
     """The bounds a client gave; ``on_miss`` only beside a time, since it acts on nothing else."""
     bounds: dict[str, object] = {kind: getattr(budget, kind) for kind in budget.kinds}
+    if budget.schedule is not None:
+        bounds["schedule"] = str(budget.schedule)
     return {**bounds, "on_miss": budget.on_miss.value} if budget.has_latency else bounds
 
 

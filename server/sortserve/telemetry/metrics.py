@@ -23,7 +23,9 @@ from sortserve.core.request import (
     StepRecord,
 )
 from sortserve.telemetry.series import (
+    BUDGET_OUTCOMES,
     ERROR_RATIO_BOUNDS,
+    HTTP_METHODS,
     LENGTH_ERROR_RATIO,
     QUALITY_BOUNDS,
     REQUEST_BOUNDS_S,
@@ -39,10 +41,8 @@ __all__ = ["Metrics"]
 
 PREDICTED_KINDS = ("ttft", "tpot", "e2e")
 BUDGET_KINDS = tuple(field.name for field in dataclasses.fields(Budget) if field.name != "on_miss")
-OUTCOMES = ("met", "missed", "degraded", "truncated", "rejected")
-HTTP_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 SERVED = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.DEADLINE)
-"""Finish reasons of requests that got an answer: only their times are worth a histogram."""
+"""Ends of requests that got an answer: only their times are worth a histogram."""
 
 
 class Metrics:
@@ -78,7 +78,7 @@ class Metrics:
         for kind in PREDICTED_KINDS:
             self._violations[kind]
         for budget_kind in BUDGET_KINDS:
-            for outcome in OUTCOMES if budget_kind.endswith("_ms") else ("met", "rejected"):
+            for outcome in BUDGET_OUTCOMES if budget_kind.endswith("_ms") else ("met", "rejected"):
                 self._budgets[(budget_kind, outcome)]
 
     # Declarations: one line a series.

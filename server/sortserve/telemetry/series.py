@@ -14,7 +14,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 __all__ = [
+    "BUDGET_OUTCOMES",
     "ERROR_RATIO_BOUNDS",
+    "HTTP_METHODS",
     "LENGTH_ERROR_RATIO",
     "QUALITY_BOUNDS",
     "REQUEST_BOUNDS_S",
@@ -41,6 +43,10 @@ REQUEST_BOUNDS_S = (
     10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
 )
 # fmt: on
+BUDGET_OUTCOMES = ("met", "missed", "degraded", "truncated", "rejected")
+"""Values of the label ``outcome`` where the budget bounds a time."""
+HTTP_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+"""Values of the label ``method``; all others are told as one."""
 ERROR_RATIO_BOUNDS = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.5, 2.0, 4.0)
 LENGTH_ERROR_RATIO = (
     "length_error_ratio",

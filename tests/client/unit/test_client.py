@@ -244,8 +244,9 @@ def test_an_address_without_a_scheme_is_refused() -> None:
 
 def test_the_small_routes_are_typed(run: Runner) -> None:
     exit_9 = {"exit_layer": 9, "compute": 0.4, "estimate": {"tpot_ms": 3.5}, "later": 1}
+    schedule = {"schedule": [[0, 9], [5, 4]], "score": 0.8, "estimate": {"tpot_ms": 2.5}}
     replies = {
-        "/exits": {"exits": [exit_9]},
+        "/exits": {"exits": [exit_9], "schedules": [schedule]},
         "/v1/models": {"data": [{"id": "tiny@9", "object": "model", "max_model_len": 64}]},
         "/tokenize": {"tokens": [1, 2], "count": 2, "max_model_len": 64},
         "/detokenize": {"prompt": "Hi"},
@@ -257,10 +258,13 @@ def test_the_small_routes_are_typed(run: Runner) -> None:
         return ok(replies[request.url.path])
 
     (info,) = run(server, "exits")
+    (measured,) = run(server, "schedules")
     (model,) = run(server, "models")
     tokens = run(server, "tokenize", "Hi")
 
     assert (info.exit_layer, info.compute, info.estimate.tpot_ms) == (9, 0.4, 3.5)
+    assert (measured.schedule, measured.score) == (((0, 9), (5, 4)), 0.8)
+    assert measured.estimate.tpot_ms == 2.5
     assert (model.id, model.max_model_len) == ("tiny@9", 64)
     assert (tokens.tokens, tokens.count) == ((1, 2), 2)
     assert run(server, "detokenize", [1, 2]) == "Hi"

@@ -31,6 +31,18 @@ REFUSED: list[dict[str, Any]] = [
     {"exit_layer": 9, "min_exit_layer": 3},
     {"exit_layer": 9, "min_quality": 0.5},
     {"ttft_ms": 300, "latency_ms": 200},
+    {"schedule": []},
+    {"schedule": "0:30"},
+    {"schedule": [[1, 30]]},
+    {"schedule": [[0, 30], [5]]},
+    {"schedule": [[0, 30], [5, 24.0]]},
+    {"schedule": [[0, 30], [5, 30]]},
+    {"schedule": [[0, 30], [0, 24]]},
+    {"schedule": [[0, 0]]},
+    {"schedule": [[i, 99 - i] for i in range(65)]},
+    {"schedule": [[0, 30]], "exit_layer": 30},
+    {"schedule": [[0, 30]], "compute": 0.5},
+    {"schedule": [[0, 30]], "min_quality": 0.5},
 ]
 ALLOWED: list[dict[str, Any]] = [
     {},
@@ -38,6 +50,7 @@ ALLOWED: list[dict[str, Any]] = [
     {"latency_ms": 800, "ttft_ms": 200, "tpot_ms": 25.5},
     {"compute": 1.0, "min_exit_layer": 12, "min_quality": 0.9, "on_miss": "reject"},
     {"exit_layer": 18, "latency_ms": 800, "on_miss": "truncate"},
+    {"schedule": [[0, 30], [32, 27]], "latency_ms": 800},
 ]
 
 

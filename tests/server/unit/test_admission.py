@@ -130,7 +130,6 @@ def test_without_calibration_the_deepest_exit_is_taken_on_trust() -> None:
 
     assert choice == ExitChoice(6, None, fits=True, floor_layer=2)
     assert timed.desk.estimate(6, 10, 10) is None
-    assert timed.desk.queue_delay_s() == 0.0
 
 
 # ---- forecasts ----

@@ -236,7 +236,7 @@ def test_nobody_is_served_less_than_the_floor_unasked(
 def unmeasured(**options: float) -> ExitTable:
     computes = {9: 0.4, 15: 0.6, 30: 1.0}
     infos = [ExitInfo(exit_layer=e, num_parameters=1, compute=c) for e, c in computes.items()]
-    return ExitTable(tuple(infos), **options)
+    return ExitTable(tuple(infos), **options)  # type: ignore[arg-type]
 
 
 def test_deadlines_count_from_the_arrival() -> None:

@@ -17,10 +17,11 @@ import torch
 from sortserve.checkpoint import gguf as gguf_file
 from sortserve.checkpoint import load as checkpoint_module
 from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
-from sortserve.checkpoint.sorted_json import SortedInfo
+from sortserve.checkpoint.sorted_json import MeasuredSchedule, SortedInfo
 from sortserve.checkpoint.sources import resolve_source
 from sortserve.core.budget import Budget
 from sortserve.core.errors import CheckpointError
+from sortserve.core.schedule import DepthSchedule
 from sortserve.model.exit_module import Affine, GatedMlp, OwnNorm
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import load_hf, make_tiny_checkpoint, tiny_hf_model, tiny_tokenizer
@@ -61,6 +62,27 @@ def test_exits_scores_and_quality_come_from_sorted_json(tmp_path: Path) -> None:
     assert checkpoint.exits[3].quality == {"loss": 2.5}
     assert checkpoint.exits[3].usable is None, "a file without it is read, too"
     assert checkpoint.exits.allowed(Budget(min_quality=0.6)) == (6,)
+
+
+def test_measured_schedules_come_along_where_all_their_exits_are_served(tmp_path: Path) -> None:
+    make_tiny_checkpoint(tmp_path, exits=(2, 3, 6))
+    deep, shallow = [[0, 6], [32, 3]], [[0, 3], [64, 2]]
+    edit_json(
+        tmp_path / "sorted.json",
+        schedules=[
+            {"schedule": deep, "score": 0.9, "loss": 2.1},
+            {"schedule": shallow, "score": 0.6},
+        ],
+    )
+
+    table, without_2 = load(tmp_path).exits, load(tmp_path, exits=(3, 6)).exits
+
+    first, second = table.schedules
+    assert (first.schedule.document, first.score, first.quality) == (deep, 0.9, {"loss": 2.1})
+    assert (second.schedule.document, second.score, second.quality) == (shallow, 0.6, None)
+    assert first.num_tokens == 128
+    assert first.compute == pytest.approx((32 + 96 * table[3].compute) / 128)
+    assert [info.schedule.document for info in without_2.schedules] == [deep]
 
 
 def test_the_exits_option_replaces_them_and_adds_the_full_depth(
@@ -445,6 +467,7 @@ def test_sorted_json_survives_a_round_trip(tmp_path: Path) -> None:
         exit_modules={2: "affine"},
         quality={2: {"score": 0.5, "loss": 2.0}, 6: {"score": 1.0}},
         usable={2: False},
+        schedules=(MeasuredSchedule(DepthSchedule(((0, 6), (9, 2))), {"score": 0.75}),),
     )
 
     path = info.write(tmp_path)

@@ -159,6 +159,32 @@ BROKEN: dict[str, tuple[Break, list[str]]] = {
     "usable-no-truth": (sorted_json(quality={"2": {"usable": 1}}), ["quality.2.usable", "true"]),
     "usable-of-no-exit": (sorted_json(quality={"3": {"usable": True}}), ["quality", "exit 3"]),
     "quality-of-no-exit": (sorted_json(quality={"3": {"score": 0.5}}), ["quality", "exit 3"]),
+    "schedules-no-list": (sorted_json(schedules={}), ["schedules: it should be a list"]),
+    "schedule-no-object": (sorted_json(schedules=[[[0, 6]]]), ["schedules.0", "an object"]),
+    "schedule-missing": (
+        sorted_json(schedules=[{"score": 1.0}]),
+        ["schedules.0.schedule", "pairs"],
+    ),
+    "schedule-goes-deeper": (
+        sorted_json(schedules=[{"schedule": [[0, 2], [5, 4]]}]),
+        ["schedules.0.schedule", "its exits must descend, but 4 follows 2"],
+    ),
+    "schedule-of-no-exit": (
+        sorted_json(schedules=[{"schedule": [[0, 6]]}, {"schedule": [[0, 6], [5, 3]]}]),
+        ["schedules.1 names exit 3"],
+    ),
+    "schedule-score-above-one": (
+        sorted_json(schedules=[{"schedule": [[0, 6], [5, 2]], "score": 1.5}]),
+        ["schedules.0.score=1.5"],
+    ),
+    "schedule-loss-no-number": (
+        sorted_json(schedules=[{"schedule": [[0, 6]], "loss": "low"}]),
+        ["schedules.0.loss", "finite number"],
+    ),
+    "schedule-twice": (
+        sorted_json(schedules=[{"schedule": [[0, 6]]}, {"schedule": [[0, 6]], "loss": 1.0}]),
+        ["schedules.1", "0:6 again"],
+    ),
     "module-of-no-exit": (sorted_json(exit_modules={"3": "norm"}), ["exit_modules", "exit 3"]),
     "module-at-full-depth": (sorted_json(exit_modules={"6": "norm"}), ["full depth, 6"]),
     "module-unknown-kind": (sorted_json(exit_modules={"2": "lora"}), ["exit_modules.2", "'mlp'"]),

@@ -136,6 +136,22 @@ def test_flags_become_fields_of_the_request(server: type[FakeServer]) -> None:
     assert server.keys == ["Bearer k1"]
 
 
+def test_a_schedule_is_typed_as_parts_and_sent_as_pairs(server: type[FakeServer]) -> None:
+    main(["generate", "Hi", "--schedule", "0:30,32:27,96:24"])
+
+    assert server.asked[0]["budget"] == {"schedule": [[0, 30], [32, 27], [96, 24]]}
+
+
+@pytest.mark.parametrize("typed", ["0:30,32", "1:30", "0:18,5:30", "0:30,32:1e1"])
+def test_a_schedule_that_cannot_be_is_refused_before_anything_is_sent(
+    server: type[FakeServer], typed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "Hi", "--schedule", typed]) == 2
+
+    assert f"argument --schedule: '{typed}' is not a schedule: " in capsys.readouterr().err
+    assert server.asked == []
+
+
 def test_a_raw_prompt_is_sent_without_a_conversation_around_it(server: type[FakeServer]) -> None:
     main(["generate", "Once upon", "--raw", "--exit", "18"])
 

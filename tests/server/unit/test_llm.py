@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 import sortserve
-from sortserve import LLM, Budget, SamplingParams
+from sortserve import LLM, Budget, DepthSchedule, SamplingParams
 from sortserve.admission.choose import ExitChoice
 from sortserve.api.app import create_app
 from sortserve.api.settings import ApiSettings
@@ -254,6 +254,18 @@ def test_a_calibrated_one_predicts_times_and_refuses_what_cannot_be_kept(
     assert report.predicted is not None
 
 
+@pytest.mark.parametrize("given", [[[0, 6], [2, 4], [5, 2]], DepthSchedule.parse("0:6,2:4,5:2")])
+def test_a_schedule_gives_each_part_of_the_answer_its_exit(llm: LLM, given: Any) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
+
+    (result,) = llm.generate("the", params, budget=Budget(schedule=given))
+
+    report = result.outputs[0].report
+    assert report is not None
+    assert dict(report.tokens_by_exit) == {6: 2, 4: 3, 2: 4}
+    assert report.exit_layer == 2
+
+
 # Answers as they come
 
 
@@ -449,7 +461,7 @@ def test_it_needs_none_of_the_servers_libraries(path: Path) -> None:
 import sys
 for name in {hidden.split()!r}:
     sys.modules[name] = None
-from sortserve import LLM, Budget, SamplingParams
+from sortserve import LLM, Budget, DepthSchedule, SamplingParams
 with LLM({str(path)!r}, dtype="float32") as llm:
     (one,) = llm.generate("the", SamplingParams(temperature=0.0), budget=Budget(exit_layer=2))
     (two,) = llm.chat([{{"role": "user", "content": "hi"}}], SamplingParams(max_tokens=2))

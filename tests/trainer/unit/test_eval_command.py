@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sortserve.checkpoint.load import load_checkpoint
 from sortserve.checkpoint.quantize import QUANTIZERS
 from sortserve.checkpoint.sorted_json import SortedInfo
 from sortserve.cli import main
+from sortserve.core.errors import ConfigError
 from sortserve.core.sampling_params import SamplingParams
+from sortserve.core.schedule import DepthSchedule
 from sortserve_trainer.evaluation.evaluate import evaluate
 from sortserve_trainer.evaluation.settings import EvalSettings
 from support.serving import offline_tokens
@@ -141,6 +145,84 @@ def test_answers_are_those_the_server_gives_at_that_exit(model: Path, prompts: P
         assert exit_.samples[0].text == served.tokenizer.decode(expected)
 
 
+def test_schedules_are_measured_as_exits_are_and_kept(
+    model: Path, data: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = ["--schedule", "0:6,2:4,5:2", "--schedule", "0:4,3:2"]
+
+    assert (
+        run(model, "--data", data, "--prompts", prompts, "--max-tokens", 8, *named, "--json") == 0
+    )
+
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:1] == ["0:6,2:4,5:2"] for line in lines)
+    assert "has the result as quality and schedules." in lines[-2]
+    info = SortedInfo.read(model)
+    assert info is not None
+    entries = json.loads(lines[-1])["schedules"]
+    assert [entry["schedule"] for entry in entries] == [[[0, 6], [2, 4], [5, 2]], [[0, 4], [3, 2]]]
+    for entry, kept in zip(entries, info.schedules, strict=True):
+        assert kept.schedule.document == entry["schedule"]
+        assert kept.metrics == pytest.approx(entry["metrics"], abs=1e-6)
+        assert set(kept.metrics) == set(info.quality[4])
+        loss = kept.metrics["loss"] - info.quality[6]["loss"]
+        assert kept.metrics["score"] == pytest.approx(min(1.0, math.exp(-loss)), abs=1e-5)
+        assert 0.0 < entry["compute"] < 1.0
+        assert len(entry["samples"]) == 2
+    first, second = load_checkpoint(str(model)).exits.schedules
+    assert (first.score, second.score) == tuple(m.metrics["score"] for m in info.schedules)
+
+
+def test_answers_under_a_schedule_are_those_the_server_gives(model: Path, prompts: Path) -> None:
+    schedule = DepthSchedule(((0, 6), (2, 4), (5, 2)))
+    settings = EvalSettings(
+        model=str(model), prompts=(prompts,), max_tokens=9, dtype="float32", schedule=(schedule,)
+    )
+
+    [entry] = evaluate(settings).schedules
+
+    served = serve_tiny(model)
+    prompt = served.tokenizer.apply_chat_template([{"role": "user", "content": "Sing.\n\na song"}])
+    params = SamplingParams(max_tokens=9, temperature=0.0)
+    depths = [schedule.exit_at(k) for k in range(9)]
+    eos = served.tokenizer.eos_token_ids
+    expected = offline_tokens(model, prompt, params, depths, eos_token_ids=eos)
+    assert entry.samples[0].text == served.tokenizer.decode(expected)
+    assert "score" not in entry.metrics
+
+
+def test_an_evaluation_without_schedules_leaves_none_of_an_earlier_one(
+    model: Path, data: Path
+) -> None:
+    """Their scores are beside the full depth of that run, on its files."""
+    assert run(model, "--data", data, "--schedule", "0:6,2:4") == 0
+    assert run(model, "--data", data) == 0
+
+    info = SortedInfo.read(model)
+    assert info is not None
+    assert info.schedules == ()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        (
+            "0:6,2:5",
+            "--schedule: 0:6,2:5 names exit 5, which is not measured: the exits are 2, 4, 6.",
+        ),
+        (
+            "0:2,2:4",
+            "--schedule: '0:2,2:4' is not allowed: its exits must descend, but 4 follows 2.",
+        ),
+        ("6", "--schedule: '6' is not allowed: '6' should be K:E"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(
+    model: Path, data: Path, schedule: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused(capsys, model, "--data", data, "--schedule", schedule).startswith(words)
+
+
 def test_an_exit_with_a_head_of_its_own_answers_through_it(tmp_path: Path, prompts: Path) -> None:
     folder = make_tiny_checkpoint(tmp_path / "ict", "llama-untied", exits=(6,))
     hf = load_hf(folder)
@@ -161,6 +243,10 @@ def test_an_exit_with_a_head_of_its_own_answers_through_it(tmp_path: Path, promp
             tokens.append(int(hf_logits(hf, [*prompt, *tokens], exit_.exit_layer)[-1].argmax()))
         assert exit_.samples[0].text == served.tokenizer.decode(tokens)
     assert [exit_.exit_layer for exit_ in report.exits] == [4, 6]
+    with pytest.raises(ConfigError, match="exit 4, which has a head of its own"):
+        evaluate(
+            EvalSettings(model=str(folder), prompts=(prompts,), schedule=("0:6,2:4",))  # type: ignore[arg-type]
+        )
 
 
 def test_the_base_is_measured_at_full_depth_for_comparison(tmp_path: Path, data: Path) -> None:

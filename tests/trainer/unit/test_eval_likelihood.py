@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sortserve.checkpoint.quantize import QUANTIZERS
+from sortserve.core.schedule import DepthSchedule
 from sortserve.model.weight import LinearOp, PlainFormat, Weight
 from sortserve_trainer.evaluation.files import load_packs
-from sortserve_trainer.evaluation.likelihood import Likelihood, measure_likelihood
+from sortserve_trainer.evaluation.likelihood import Likelihood, Likelihoods, measure_likelihood
 from sortserve_trainer.evaluation.settings import EvalSettings
 from sortserve_trainer.model.load import load_for_evaluation
 from support.tiny_models import (
@@ -52,13 +53,23 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def measure(
-    folder: Path, data: Path, *, dtype: str = "float32", quantize: str = "none", **limits: Any
-) -> dict[int, Likelihood]:
+def measure(folder: Path, data: Path, **options: Any) -> dict[int, Likelihood]:
+    return measure_all(folder, data, **options).exits
+
+
+def measure_all(
+    folder: Path,
+    data: Path,
+    *,
+    dtype: str = "float32",
+    quantize: str = "none",
+    schedules: tuple[DepthSchedule, ...] = (),
+    **limits: Any,
+) -> Likelihoods:
     loaded = load_for_evaluation(str(folder), dtype=dtype, device="cpu", quantize=quantize)
     settings = EvalSettings(model="tiny", data=(str(data),), **limits)
     packs = load_packs(str(data), loaded.tokenizer, settings, max_length=128)
-    return measure_likelihood(loaded.model, packs, quantize=loaded.quantize)
+    return measure_likelihood(loaded.model, packs, quantize=loaded.quantize, schedules=schedules)
 
 
 @dataclass
@@ -130,6 +141,96 @@ def test_all_tokens_of_a_text_count_but_the_first_of_each_piece(
 
     for exit_layer in EXITS:
         assert_equal(found[exit_layer], plain(folder, sequences, exit_layer))
+
+
+def plain_schedule(
+    folder: Path, answers: list[tuple[list[int], int, int]], schedule: DepthSchedule
+) -> Plain:
+    """``answers``: token ids, where the first target is, and where the last one ends."""
+    sums = Plain()
+    for ids, first, end in answers:
+        full_TV = hf_logits(load_hf(folder), ids)
+        for k, position in enumerate(range(first, end)):
+            exit_layer = schedule.exit_at(k)
+            module = read_exit_module(folder, exit_layer)
+            logits_TV = hf_logits(load_hf(folder), ids, exit_layer, module)
+            sums.add(
+                logits_TV[: position + 1], full_TV[: position + 1], ids[: position + 1], position
+            )
+    return sums
+
+
+SCHEDULES = (
+    DepthSchedule(((0, 6), (2, 4), (5, 1))),
+    DepthSchedule(((0, 5), (3, 2))),
+    DepthSchedule(((0, 4),)),
+)
+
+
+def test_under_a_schedule_each_token_of_an_answer_is_that_of_the_exit_of_its_place(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Every answer of a conversation counts from its own first token."""
+    turns = [("Name a colour.", "Blue is one."), ("And another?", "Green is one, too.")]
+    tokenizer, ids, answers = tiny_tokenizer(), [], []
+    for question, answer in turns:
+        asked = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        ids += tokenizer.encode(asked, add_special_tokens=False)
+        first = len(ids)
+        ids += tokenizer.encode(f"{answer}<|im_end|>", add_special_tokens=False)
+        answers.append((first, len(ids)))
+        ids += tokenizer.encode("\n", add_special_tokens=False)
+    roles = ("user", "assistant")
+    messages = [{"role": r, "content": c} for t in turns for r, c in zip(roles, t, strict=True)]
+    path = tmp_path / "conversation.jsonl"
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+
+    found = measure_all(folder, path, schedules=SCHEDULES).schedules
+
+    assert tuple(found) == SCHEDULES
+    for schedule, own in found.items():
+        placed = [(ids, first, end) for first, end in answers]
+        assert_equal(own, plain_schedule(folder, placed, schedule))
+        counts = [schedule.tokens_by_exit(end - first) for first, end in answers]
+        expected = {e: sum(c.get(e, 0) for c in counts) for e in schedule.exits}
+        assert dict(own.tokens_by_exit) == {e: n for e, n in expected.items() if n}
+
+
+def test_under_a_schedule_each_piece_of_a_text_counts_from_its_start(
+    folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    tokenizer = tiny_tokenizer()
+    ids = [*tokenizer.encode(TEXT, add_special_tokens=False), tokenizer.eos_token_id]
+    pieces = [ids[start : start + 128] for start in range(0, len(ids), 128)]
+    schedule = DepthSchedule(((0, 6), (2, 4), (60, 1)))
+
+    found = measure_all(folder, path, schedules=(schedule,)).schedules[schedule]
+
+    sums, count = 0.0, 0
+    for piece in (piece for piece in pieces if len(piece) > 1):
+        losses = {}
+        for e in schedule.exits:
+            log_q = hf_logits(load_hf(folder), piece, e, read_exit_module(folder, e))
+            log_q = log_q[:-1].double().log_softmax(-1)
+            losses[e] = -log_q.gather(1, torch.tensor(piece[1:])[:, None]).squeeze(1)
+        sums += sum(float(losses[schedule.exit_at(k)][k]) for k in range(len(piece) - 1))
+        count += len(piece) - 1
+    assert found.num_tokens == count
+    assert found.loss == pytest.approx(sums / count, rel=1e-5)
+
+
+def test_a_schedule_of_one_exit_is_that_exit(folder: Path, rows: Path) -> None:
+    schedules = tuple(DepthSchedule(((0, exit_layer),)) for exit_layer in EXITS)
+
+    found = measure_all(folder, rows, schedules=schedules)
+
+    for exit_layer, schedule in zip(EXITS, schedules, strict=True):
+        own, same = found.schedules[schedule], found.exits[exit_layer]
+        assert (own.agreement, own.num_tokens) == (same.agreement, same.num_tokens)
+        assert own.loss == pytest.approx(same.loss, rel=1e-9)
+        assert own.kl == pytest.approx(same.kl, rel=1e-9, abs=1e-12)
 
 
 def test_the_full_depth_agrees_with_itself(folder: Path, rows: Path) -> None:

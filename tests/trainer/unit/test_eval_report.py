@@ -6,11 +6,13 @@ import io
 import json
 import math
 import struct
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
 
+from sortserve.core.schedule import DepthSchedule
 from sortserve_trainer.evaluation.answering import AnswerQuality, Fluency
 from sortserve_trainer.evaluation.likelihood import Likelihood
 from sortserve_trainer.evaluation.plot import draw_quality
@@ -19,6 +21,7 @@ from sortserve_trainer.evaluation.report import (
     ModelReport,
     Report,
     Sample,
+    ScheduleReport,
     details,
     summarise,
 )
@@ -249,6 +252,34 @@ def test_the_plot_is_a_valid_svg_and_a_valid_png() -> None:
     assert files["png"].startswith(b"\x89PNG\r\n\x1a\n")
     width, height = struct.unpack(">II", files["png"][16:24])
     assert width > height > 300
+
+
+def with_schedules(item: Report, *texts: str) -> Report:
+    full = measured(2.0, 3.0)
+    entries = [
+        ScheduleReport(
+            schedule=DepthSchedule.parse(text),
+            compute=0.8,
+            metrics=summarise(measured(2.1, 3.1), full),
+            by_file=details(measured(2.1, 3.1), has_full=True),
+        )
+        for text in texts
+    ]
+    return replace(item, schedules=tuple(entries))
+
+
+def test_schedules_stand_below_the_exits_in_table_plot_and_document() -> None:
+    item = report(measured(2.5, 3.5), measured(2.0, 3.0))
+    both = with_schedules(item, "0:4,32:2", ",".join(f"{64 * i}:{90 - i}" for i in range(9)))
+
+    rows = [line.split() for line in shown(both).splitlines()]
+    assert ["0:4,32:2", "80.0", "%", "0.905", "2.600", "13.46", "100.0", "%", "0.000"] in rows
+    assert "\u2026" not in shown(both), "nothing is cut short"
+    assert draw_quality(both)["svg"] != draw_quality(item)["svg"]
+    document = json.loads(json.dumps(both.document()))
+    assert document["schedules"][0]["schedule"] == [[0, 4], [32, 2]]
+    [kept, _] = both.schedule_quality()
+    assert kept.metrics["loss/file-1"] == 3.1
 
 
 def test_the_same_report_gives_the_same_plot() -> None:

@@ -10,6 +10,7 @@ from sortserve import LLM, Budget, SamplingParams
 from sortserve.checkpoint.load import LoadedCheckpoint
 from sortserve.core.errors import ConfigError
 from sortserve.core.request import FinishReason
+from sortserve.core.schedule import DepthSchedule
 from sortserve_trainer.data.chat_format import PLAIN_TEMPLATE
 from sortserve_trainer.evaluation.answers import score_answer
 from sortserve_trainer.evaluation.rows import Question
@@ -92,17 +93,17 @@ class Answerer:
         self,
         messages: Sequence[str],
         *,
-        exit_layer: int,
+        depth: int | DepthSchedule,
         max_tokens: int,
         on_answer: Callable[[], None] = lambda: None,
     ) -> list[Answer]:
-        """The greedy answers, in the order of ``messages``."""
+        """The greedy answers at an exit or under a schedule, in the order of ``messages``."""
         prompts = [self._encode(message) for message in messages]
         greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens)
         results = self._llm.generate(
             prompts,
             sampling_for(self._llm, prompts, greedy),
-            budget=Budget(exit_layer=exit_layer),
+            budget=_budget(depth),
             progress=lambda _: on_answer(),
         )
         outputs = [result.outputs[0] for result in results]
@@ -128,6 +129,10 @@ class Answerer:
             text, add_special_tokens=not tokenizer.chat_template
         ).ids
         return ids
+
+
+def _budget(depth: int | DepthSchedule) -> Budget:
+    return Budget(exit_layer=depth) if isinstance(depth, int) else Budget(schedule=depth)
 
 
 def measure_answers(questions: Sequence[Question], answers: Sequence[Answer]) -> AnswerQuality:

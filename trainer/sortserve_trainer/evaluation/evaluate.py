@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+from statistics import fmean
 
+from sortserve.checkpoint.exit_table import SCHEDULE_TOKENS
+from sortserve.core.budget import ExitTable
 from sortserve.core.errors import SortserveError
+from sortserve.core.schedule import DepthSchedule
 from sortserve_trainer.evaluation.display import Display
 from sortserve_trainer.evaluation.files import HeldOut, read_held_out
 from sortserve_trainer.evaluation.measure import Result, Subject, measure
@@ -12,6 +16,7 @@ from sortserve_trainer.evaluation.report import (
     Measured,
     ModelReport,
     Report,
+    ScheduleReport,
     details,
     summarise,
 )
@@ -61,6 +66,7 @@ def evaluate(settings: EvalSettings, display: Display | None = None) -> Report:
         files=held_out.described,
         versions=versions(),
         exits=_model_reports(result, result.measured[result.table.full]),
+        schedules=_schedule_reports(result),
         base_report=base_report,
     )
 
@@ -95,3 +101,27 @@ def _model_reports(result: Result, full: Measured | None) -> tuple[ModelReport, 
         )
         for exit_layer, measured in result.measured.items()
     )
+
+
+def _schedule_reports(result: Result) -> tuple[ScheduleReport, ...]:
+    full = result.measured[result.table.full]
+    return tuple(
+        ScheduleReport(
+            schedule=schedule,
+            compute=_mean_compute(schedule, measured, result.table),
+            metrics=summarise(measured, full),
+            by_file=details(measured, has_full=True),
+            samples=result.samples.get(schedule, ()),
+        )
+        for schedule, measured in result.schedules.items()
+    )
+
+
+def _mean_compute(schedule: DepthSchedule, measured: Measured, table: ExitTable) -> float:
+    """Over the targets of each --data file, and over the files; else over a typical answer."""
+    means = [
+        sum(table[e].compute * count for e, count in found.tokens_by_exit.items())
+        / found.num_tokens
+        for found in measured.likelihoods.values()
+    ]
+    return fmean(means) if means else schedule.mean(lambda e: table[e].compute, SCHEDULE_TOKENS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,8 @@ from sortserve.checkpoint.load import (
 from sortserve.checkpoint.quantize import find_quantizer
 from sortserve.checkpoint.sources import resolve_source
 from sortserve.core.budget import ExitTable
-from sortserve.core.errors import CheckpointError
+from sortserve.core.errors import CheckpointError, ConfigError
+from sortserve.core.schedule import DepthSchedule
 from sortserve.model.config import ModelConfig
 from sortserve_trainer.evaluation.answering import (
     Answer,
@@ -35,7 +36,10 @@ from sortserve_trainer.evaluation.report import Measured, Sample
 from sortserve_trainer.evaluation.settings import EvalSettings
 from sortserve_trainer.model.load import LoadedModel, load_for_evaluation
 
-__all__ = ["Result", "Subject", "measure"]
+__all__ = ["Depth", "Result", "Subject", "measure"]
+
+Depth = int | DepthSchedule
+"""An exit, or an exit for each part of an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,9 @@ class Result:
     table: ExitTable
     measured: dict[int, Measured]
     """By exit layer, shallowest first."""
-    samples: dict[int, tuple[Sample, ...]]
+    schedules: dict[DepthSchedule, Measured]
+    """In the order in which they were named."""
+    samples: dict[Depth, tuple[Sample, ...]]
     base: str | None
     """What it was trained from; None where it is a base itself."""
     dtype: str
@@ -99,10 +105,13 @@ def measure(
     exits = model.exits
     heads = {e: model.head(e) for e in exits if str(e) in model.exit_heads}
     measured = {exit_layer: Measured() for exit_layer in exits}
-    _add_likelihoods(measured, subject, settings, held_out, loaded, display)
+    schedules = {} if subject.only_full else {s: Measured() for s in settings.schedule}
+    _check_schedules(schedules, exits, heads)
+    _add_likelihoods(measured, schedules, subject, settings, held_out, loaded, display)
     result = Result(
         table=exit_table(loaded.config, loaded.sorted_info, exits),
         measured=measured,
+        schedules=schedules,
         samples={},
         base=_trained_from(subject, loaded),
         dtype=str(loaded.dtype).removeprefix("torch."),
@@ -111,9 +120,30 @@ def measure(
     del loaded, model
     gc.collect()  # the engine has weights of its own
     if held_out.questions or held_out.prompts:
-        samples = _add_answers(measured, heads, subject, settings, held_out, display)
+        everything: list[tuple[Depth, Measured]] = [*measured.items(), *schedules.items()]
+        samples = _add_answers(dict(everything), heads, subject, settings, held_out, display)
         result = replace(result, samples=samples)
     return result
+
+
+def _check_schedules(
+    schedules: Iterable[DepthSchedule], exits: Sequence[int], heads: Mapping[int, Tensor]
+) -> None:
+    """Refuse exits that are not measured, and those that no server could serve in a schedule."""
+    for schedule in schedules:
+        for exit_layer in schedule.exits:
+            if exit_layer not in exits:
+                raise ConfigError(
+                    f"--schedule: {schedule} names exit {exit_layer}, which is not measured: the "
+                    f"exits are {', '.join(map(str, exits))}.",
+                    param="schedule",
+                )
+            if exit_layer in heads:
+                raise ConfigError(
+                    f"--schedule: {schedule} names exit {exit_layer}, which has a head of its own: "
+                    "only exits that share the head can be in a schedule.",
+                    param="schedule",
+                )
 
 
 def _trained_from(subject: Subject, loaded: LoadedModel) -> str | None:
@@ -133,7 +163,8 @@ def _trained_from(subject: Subject, loaded: LoadedModel) -> str | None:
 
 
 def _add_likelihoods(
-    measured: dict[int, Measured],
+    measured: Mapping[int, Measured],
+    schedules: Mapping[DepthSchedule, Measured],
     subject: Subject,
     settings: EvalSettings,
     held_out: HeldOut,
@@ -148,8 +179,16 @@ def _add_likelihoods(
     }
     for name, own in packs.items():
         with display.phase(f"{subject.name}: likelihood of {name}", len(own)) as advance:
-            found = measure_likelihood(loaded.model, own, advance, quantize=loaded.quantize)
-        for exit_layer, likelihood in found.items():
+            found = measure_likelihood(
+                loaded.model,
+                own,
+                advance,
+                quantize=loaded.quantize,
+                schedules=tuple(schedules),
+            )
+        for schedule, likelihood in found.schedules.items():
+            schedules[schedule].likelihoods[name] = likelihood
+        for exit_layer, likelihood in found.exits.items():
             if not math.isfinite(likelihood.loss):
                 raise CheckpointError(
                     f"{subject.name}: the loss of exit {exit_layer} on {name} is "
@@ -168,14 +207,14 @@ def _context(config: ModelConfig) -> int:
 
 
 def _add_answers(
-    measured: dict[int, Measured],
+    measured: Mapping[Depth, Measured],
     heads: Mapping[int, Tensor],
     subject: Subject,
     settings: EvalSettings,
     held_out: HeldOut,
     display: Display,
-) -> dict[int, tuple[Sample, ...]]:
-    """Let every exit answer everything; returns the answers that the report quotes.
+) -> dict[Depth, tuple[Sample, ...]]:
+    """Let every exit and schedule answer everything; returns the answers that the report quotes.
 
     Args:
         measured: gets what is found.
@@ -191,10 +230,10 @@ def _add_answers(
     }
     prompted = {n: [prompt.text for prompt in prompts] for n, prompts in held_out.prompts.items()}
     messages = [m for part in (asked, prompted) for group in part.values() for m in group]
-    samples: dict[int, tuple[Sample, ...]] = {}
-    for exit_layer, answerer in _answerers(list(measured), heads, subject, settings, messages):
-        ask = _Asking(answerer, exit_layer, f"{subject.name}, exit {exit_layer}", display)
-        own, quoted = measured[exit_layer], []
+    samples: dict[Depth, tuple[Sample, ...]] = {}
+    for depth, answerer in _answerers(list(measured), heads, subject, settings, messages):
+        ask = _Asking(answerer, depth, f"{subject.name}, exit {depth}", display)
+        own, quoted = measured[depth], []
         for name, texts in asked.items():
             answers = ask(texts, f"questions of {name}", settings.qa_max_tokens)
             own.answers[name] = measure_answers(held_out.questions[name], answers)
@@ -205,38 +244,39 @@ def _add_answers(
                 Sample(text, answer.text, has_ended(answer))
                 for text, answer in zip(texts, answers, strict=True)
             ]
-        samples[exit_layer] = tuple(quoted[: settings.samples])
+        samples[depth] = tuple(quoted[: settings.samples])
     return samples
 
 
 @dataclass(frozen=True)
 class _Asking:
-    """One exit that answers, shown while it does."""
+    """One exit or schedule that answers, shown while it does."""
 
     answerer: Answerer
-    exit_layer: int
+    depth: Depth
     name: str
     display: Display
 
     def __call__(self, messages: Sequence[str], what: str, max_tokens: int) -> list[Answer]:
         with self.display.phase(f"{self.name}: {what}", len(messages)) as advance:
             return self.answerer.answer(
-                messages, exit_layer=self.exit_layer, max_tokens=max_tokens, on_answer=advance
+                messages, depth=self.depth, max_tokens=max_tokens, on_answer=advance
             )
 
 
 def _answerers(
-    exits: Sequence[int],
+    depths: Sequence[Depth],
     heads: Mapping[int, Tensor],
     subject: Subject,
     settings: EvalSettings,
     messages: Sequence[str],
-) -> Iterator[tuple[int, Answerer]]:
-    """Each exit and what answers at it: one engine for all, but for exits with a head of their own.
+) -> Iterator[tuple[Depth, Answerer]]:
+    """Each depth and what answers at it: one engine for all, but for exits with heads of their own.
 
     The server has one head for all exits, so such an exit gets an engine to itself.
     """
-    shared_exits = [exit_layer for exit_layer in exits if exit_layer not in heads]
+    shared_depths = [depth for depth in depths if depth not in heads]
+    shared_exits = [depth for depth in shared_depths if isinstance(depth, int)]
     checkpoint = load_checkpoint(
         subject.source,
         exits=shared_exits or None,
@@ -261,7 +301,7 @@ def _answerers(
             yield exit_layer, own
     if shared_exits:
         with closing(make(checkpoint)) as shared:
-            yield from ((exit_layer, shared) for exit_layer in shared_exits)
+            yield from ((depth, shared) for depth in shared_depths)
 
 
 def _ask(question: str, instruction: str) -> str:

@@ -1,4 +1,4 @@
-"""Quality against compute, one point per exit, as SVG and PNG."""
+"""Quality against compute, one point per exit, as SVG and PNG; schedules are hollow."""
 
 from __future__ import annotations
 
@@ -47,6 +47,9 @@ def _draw_shares(axis: Axes, report: Report) -> None:
         points = [(e.compute, e.metrics[name]) for e in report.exits if name in e.metrics]
         if points:
             axis.plot(*zip(*points, strict=True), marker=marker, color=colour, label=label)
+        for entry in report.schedules:
+            if name in entry.metrics:
+                axis.plot(entry.compute, entry.metrics[name], marker, color=colour, mfc="white")
     axis.set_ylim(0, 1.03)
     axis.set_ylabel("share")
     axis.legend()
@@ -57,6 +60,8 @@ def _draw_losses(axis: Axes, report: Report) -> None:
         colour = COLOURS[i % len(COLOURS)]
         points = [(e.compute, e.by_file[name]["loss"]) for e in report.exits]
         axis.plot(*zip(*points, strict=True), marker="o", color=colour, label=name)
+        for entry in report.schedules:
+            axis.plot(entry.compute, entry.by_file[name]["loss"], "o", color=colour, mfc="white")
         if report.base_report is not None and name in report.base_report.by_file:
             base = report.base_report.by_file[name]["loss"]
             axis.axhline(base, color=colour, linestyle=":", linewidth=1)

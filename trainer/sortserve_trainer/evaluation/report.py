@@ -13,18 +13,28 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
+from sortserve.checkpoint.sorted_json import MeasuredSchedule
+from sortserve.core.schedule import DepthSchedule
 from sortserve_trainer.evaluation.answering import AnswerQuality, Fluency
 from sortserve_trainer.evaluation.likelihood import Likelihood
 from sortserve_trainer.evaluation.usable import is_usable
 
-__all__ = ["Measured", "ModelReport", "Report", "Sample", "details", "summarise"]
+__all__ = [
+    "Measured",
+    "ModelReport",
+    "Report",
+    "Sample",
+    "ScheduleReport",
+    "details",
+    "summarise",
+]
 
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Raw results of one exit, by file."""
+    """Raw results of one exit or schedule, by file."""
 
     likelihoods: dict[str, Likelihood] = field(default_factory=dict)
     answers: dict[str, AnswerQuality] = field(default_factory=dict)
@@ -56,6 +66,19 @@ class ModelReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScheduleReport:
+    """One depth schedule; what is not said here is as of an exit."""
+
+    schedule: DepthSchedule
+    compute: float
+    """Mean FLOPs per token relative to the full model, over the targets of all --data files alike;
+    without one, over an answer of ``SCHEDULE_TOKENS`` tokens."""
+    metrics: dict[str, float]
+    by_file: dict[str, dict[str, float]]
+    samples: tuple[Sample, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything that one evaluation found."""
 
@@ -70,21 +93,25 @@ class Report:
     versions: dict[str, str]
     exits: tuple[ModelReport, ...]
     """Shallowest first; the last is the full depth."""
+    schedules: tuple[ScheduleReport, ...] = ()
+    """In the order in which they were named."""
     base_report: ModelReport | None = None
 
     def document(self) -> dict[str, Any]:
         """The report as plain JSON values."""
-        return {"format_version": FORMAT_VERSION, **asdict(self), "usable": self.usable()}
+        schedules = [
+            {**asdict(entry), "schedule": entry.schedule.document} for entry in self.schedules
+        ]
+        own = {"usable": self.usable(), "schedules": schedules}
+        return {"format_version": FORMAT_VERSION, **asdict(self), **own}
 
     def quality(self) -> dict[int, dict[str, float]]:
         """What ``sorted.json`` keeps: the metrics, and of several --data files each one's loss."""
-        return {
-            exit_.exit_layer: {
-                name: round(value, 6)
-                for name, value in {**exit_.metrics, **_losses_by_file(exit_)}.items()
-            }
-            for exit_ in self.exits
-        }
+        return {exit_.exit_layer: _kept(exit_) for exit_ in self.exits}
+
+    def schedule_quality(self) -> tuple[MeasuredSchedule, ...]:
+        """The same of each schedule."""
+        return tuple(MeasuredSchedule(entry.schedule, _kept(entry)) for entry in self.schedules)
 
     def usable(self) -> dict[int, bool]:
         """Exit layer to whether it is fit to be used; exits that were not judged are left out."""
@@ -145,6 +172,11 @@ def _means(items: Iterable[AnswerQuality | Fluency], names: Sequence[str]) -> di
     return {name: fmean(getattr(item, name) for item in items) for name in names if items}
 
 
-def _losses_by_file(exit_: ModelReport) -> dict[str, float]:
+def _kept(entry: ModelReport | ScheduleReport) -> dict[str, float]:
+    metrics = {**entry.metrics, **_losses_by_file(entry)}
+    return {name: round(value, 6) for name, value in metrics.items()}
+
+
+def _losses_by_file(exit_: ModelReport | ScheduleReport) -> dict[str, float]:
     losses = {n: metrics["loss"] for n, metrics in exit_.by_file.items() if "loss" in metrics}
     return {f"loss/{n}": loss for n, loss in losses.items()} if len(losses) > 1 else {}

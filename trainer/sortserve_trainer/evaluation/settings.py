@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, InstanceOf, model_validator
 
+from sortserve.core.schedule import DepthSchedule
 from sortserve.process.values import Count, FilePath, Layers, Text
 from sortserve_trainer.run.settings import CountOrZero, Seed
 from sortserve_trainer.run.validation import validated
@@ -29,6 +30,11 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str | Path) else value
 
 
+def _as_schedule(value: object) -> object:
+    return DepthSchedule.parse(value) if isinstance(value, str) else value
+
+
+Schedule = Annotated[InstanceOf[DepthSchedule], BeforeValidator(_as_schedule)]
 Files = Annotated[tuple[FilePath, ...], BeforeValidator(_as_list)]
 
 
@@ -45,6 +51,9 @@ class EvalSettings(BaseModel):
     exits: Layers | None = None
     """Exit layers to measure, separated by commas; the full depth is added. Default: those of the
     checkpoint's sorted.json."""
+    schedule: Annotated[tuple[Schedule, ...], BeforeValidator(_as_list)] = ()
+    """Depth schedule to measure as well, as K:E,K:E: from output token K on, exit E, as in
+    0:30,32:27,96:24. May be repeated."""
     revision: Text | None = None
     """Branch, tag or commit of a Hugging Face id."""
     base: Text = "auto"

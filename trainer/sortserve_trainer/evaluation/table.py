@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from rich import box
 from rich.table import Table
 
-from sortserve_trainer.evaluation.report import ModelReport, Report
+from sortserve_trainer.evaluation.report import ModelReport, Report, ScheduleReport
 
 __all__ = ["quality_tables"]
 
@@ -45,7 +45,7 @@ _PROMPTS: _Columns = {
 def quality_tables(report: Report) -> list[Table]:
     """Held-out text, questions and prompts: a table of each that was measured.
 
-    One row per exit, shallowest first, then the base; one column per metric measured.
+    One row per exit, shallowest first, then schedules and the base; one column per metric measured.
     """
     measured = {name for exit_ in report.exits for name in exit_.metrics}
     tables = []
@@ -64,17 +64,22 @@ def _name(report: Report) -> str:
 
 def _table(name: str, report: Report, columns: _Columns) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=name, title_justify="left")
-    for title in ("exit", "compute", *(title for title, _ in columns.values())):
+    table.add_column("exit", justify="right", overflow="fold")
+    for title in ("compute", *(title for title, _ in columns.values())):
         table.add_column(title, justify="right", no_wrap=True)
     for exit_ in report.exits:
         table.add_row(*_cells(str(exit_.exit_layer), exit_, columns))
+    if report.schedules:
+        table.add_section()
+    for entry in report.schedules:
+        table.add_row(*_cells(str(entry.schedule), entry, columns))
     if report.base_report is not None:
         table.add_section()
         table.add_row(*_cells("base", report.base_report, columns))
     return table
 
 
-def _cells(title: str, exit_: ModelReport, columns: _Columns) -> list[str]:
+def _cells(title: str, exit_: ModelReport | ScheduleReport, columns: _Columns) -> list[str]:
     values = [
         format_(exit_.metrics[name]) if name in exit_.metrics else ""
         for name, (_, format_) in columns.items()

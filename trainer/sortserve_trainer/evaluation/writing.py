@@ -51,7 +51,9 @@ def write_files(report: Report, folder: Path) -> None:
 
 
 def write_quality(report: Report, model: str) -> str:
-    """Put the report into ``sorted.json`` as ``quality``, in one atomic step.
+    """Put the report into ``sorted.json`` as ``quality`` and ``schedules``, in one atomic step.
+
+    Those of an earlier run are replaced.
 
     Args:
         report: of ``model``.
@@ -77,10 +79,11 @@ def write_quality(report: Report, model: str) -> str:
     kept = {exit_layer: quality[exit_layer] for exit_layer in info.exits}
     usable = {e: verdict for e, verdict in report.usable().items() if e in kept}
     try:
-        replace(info, quality=kept, usable=usable).write(folder)
+        schedules = report.schedule_quality()
+        replace(info, quality=kept, usable=usable, schedules=schedules).write(folder)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
-    return f"{path} has the result as quality."
+    return f"{path} has the result as quality{' and schedules' if report.schedules else ''}."
 
 
 def _cannot_write(folder: Path, error: OSError) -> ConfigError:

@@ -16,6 +16,7 @@ from sortserve.api.http.middleware import REQUEST_ID_PATTERN
 from sortserve.core import budget, sampling_params
 from sortserve.core.budget import OnMiss
 from sortserve.core.sampling_params import LOGIT_BIAS, MAX_SEED
+from sortserve.core.schedule import SCHEDULE_SCHEMA
 
 __all__ = [
     "ChatCompletionBody",
@@ -46,6 +47,10 @@ _BUDGET_SCHEMA: dict[str, Any] = {
         **{
             name: {**budget.RANGES[name].json_schema, "description": words}
             for name, words in _BUDGET_WORDS.items()
+        },
+        "schedule": {
+            **SCHEDULE_SCHEMA,
+            "description": "Pairs [k, E]: from output token k on, exit E, never deeper.",
         },
         "on_miss": {
             "enum": [choice.value for choice in OnMiss],

@@ -136,7 +136,7 @@ def _check_exit_alone(budget: Budget, model: ModelChoice) -> None:
             f"exit {model.exit_layer}. Drop one of the two.",
             param="budget.exit_layer",
         )
-    for name in ("compute", "min_exit_layer", "min_quality"):
+    for name in ("schedule", "compute", "min_exit_layer", "min_quality"):
         if getattr(budget, name) is not None:
             raise InvalidRequestError(
                 f"budget.{name} cannot be given with model={model.name!r}, which fixes the depth. "

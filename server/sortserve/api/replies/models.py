@@ -151,6 +151,16 @@ class ExitEntry(BaseModel):
     estimate: ExitEstimate | None
 
 
+class ScheduleEntry(BaseModel):
+    """One depth schedule that was measured; `compute` is the mean over `max_tokens`."""
+
+    schedule: list[list[int]]
+    compute: float
+    quality: dict[str, float] | None
+    score: float | None
+    estimate: ExitEstimate | None
+
+
 class EstimateFor(BaseModel):
     """The request that the estimates are for."""
 
@@ -162,6 +172,7 @@ class ExitsResponse(BaseModel):
     """Reply of `GET /exits`."""
 
     exits: list[ExitEntry]
+    schedules: list[ScheduleEntry]
     estimate_for: EstimateFor
     min_quality: float
 

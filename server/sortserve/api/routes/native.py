@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any
 
@@ -31,14 +32,16 @@ from sortserve.api.replies.models import (
     ExitEstimate,
     ExitsResponse,
     GenerateResponse,
+    ScheduleEntry,
     TokenizeResponse,
 )
 from sortserve.api.replies.streaming import GenerationReply, GenerationStream
 from sortserve.api.routes.dependencies import Serving, body_of
 from sortserve.api.routes.responses import BODY_ERRORS, GENERATION_RESPONSES, errors
 from sortserve.api.service import Service
-from sortserve.core.budget import ExitInfo
+from sortserve.core.budget import ExitInfo, ExitTable
 from sortserve.core.errors import InvalidRequestError
+from sortserve.core.schedule import DepthSchedule, ScheduleInfo
 
 __all__ = ["router"]
 
@@ -102,8 +105,12 @@ def _generate_job(
 async def exits(service: Serving) -> ExitsResponse:
     """The sub-models: what each costs, how good it is, how fast it would be now."""
     num_tokens = min(TYPICAL_TOKENS, service.worker.max_model_len // 2)
+    table = service.worker.exits
+    entries = [_exit_entry(service, info, num_tokens) for info in table.exits]
+    estimates = {entry.exit_layer: entry.estimate for entry in entries}
     return ExitsResponse(
-        exits=[_exit_entry(service, info, num_tokens) for info in service.worker.exits.exits],
+        exits=entries,
+        schedules=[_schedule_entry(info, table, estimates, num_tokens) for info in table.schedules],
         estimate_for=EstimateFor(prompt_tokens=num_tokens, max_tokens=num_tokens),
         min_quality=service.worker.exits.min_quality,
     )
@@ -127,6 +134,38 @@ def _exit_entry(service: Service, info: ExitInfo, num_tokens: int) -> ExitEntry:
             tpot_ms=round(estimate.tpot_s * 1e3, 3),
             latency_ms=round(estimate.e2e_s * 1e3, 3),
         ),
+    )
+
+
+def _schedule_entry(
+    info: ScheduleInfo,
+    table: ExitTable,
+    estimates: Mapping[int, ExitEstimate | None],
+    num_tokens: int,
+) -> ScheduleEntry:
+    schedule = info.schedule
+    return ScheduleEntry(
+        schedule=schedule.document,
+        compute=round(schedule.mean(lambda e: table[e].compute, num_tokens), 4),
+        quality=None if info.quality is None else dict(info.quality),
+        score=info.score,
+        estimate=_schedule_estimate(schedule, estimates, num_tokens),
+    )
+
+
+def _schedule_estimate(
+    schedule: DepthSchedule, estimates: Mapping[int, ExitEstimate | None], num_tokens: int
+) -> ExitEstimate | None:
+    """The first exit's time of a prompt, and the mean of the exits' times of a token."""
+    known = {e: estimate for e, estimate in estimates.items() if estimate is not None}
+    if not known.keys() >= set(schedule.exits):
+        return None
+    ttft_ms = known[schedule.exit_at(0)].ttft_ms
+    tpot_ms = schedule.mean(lambda e: known[e].tpot_ms, num_tokens, start=1)
+    return ExitEstimate(
+        ttft_ms=ttft_ms,
+        tpot_ms=round(tpot_ms, 3),
+        latency_ms=round(ttft_ms + (num_tokens - 1) * tpot_ms, 3),
     )
 
 
