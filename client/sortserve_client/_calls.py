@@ -79,6 +79,10 @@ class SamplingOptions(TypedDict, total=False):
     frequency_penalty: float | None
     logit_bias: Mapping[int, float] | None
     """Token id to a number added to its logit."""
+    priority: int | None
+    """Lower is earlier, and worth more beside others; -100 to 100."""
+    service_tier: str | None
+    """``flex``, ``default`` or ``priority``: what the request is worth."""
     request_id: str | None
     cache_salt: str | None
     """Cached prefixes are shared only between requests of equal salt."""

@@ -329,9 +329,9 @@ async def test_lengths_are_learned_by_route_and_model_as_the_client_wrote_it(
     seen: list[tuple[str, ...]] = []
     submit = service.worker.submit
 
-    def watched(request: Request, reservation: Reservation) -> RequestStream:
+    def watched(request: Request, reservation: Reservation, **how: int | None) -> RequestStream:
         seen.append(request.length_class)
-        return submit(request, reservation)
+        return submit(request, reservation, **how)
 
     monkeypatch.setattr(service.worker, "submit", watched)
     message = {"role": "user", "content": "a"}
