@@ -179,6 +179,18 @@ async def test_a_budget_of_time_is_told_in_the_headers() -> None:
     assert float(reply.headers["x-predicted-ms"]) == reply.json()["budget"]["predicted_ms"]
 
 
+async def test_a_schedule_is_what_the_client_asked_for_and_no_loss_of_depth() -> None:
+    with calibrated() as service:
+        body = {"prompt": "a", "max_tokens": 4, "budget": {"schedule": [[0, 6], [2, 4]]}}
+        whole = await service.post("/generate", body)
+        events = await service.events("/generate", body)
+
+    assert whole.json()["budget"]["tokens_by_exit"] == {"6": 2, "4": 2}
+    assert whole.json()["budget"]["degraded"] is False
+    assert whole.headers["x-degraded"] == "false"
+    assert {whole.json()["model"], *(event["model"] for event in events)} == {"tiny"}
+
+
 def gauge(text: str, name: str) -> float:
     (line,) = (line for line in text.splitlines() if line.startswith(f"sortserve_{name}{{"))
     return float(line.rpartition(" ")[2])

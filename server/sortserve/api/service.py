@@ -80,7 +80,7 @@ class Service:
             streams,
             num_prompt_tokens=[len(ids) for ids in token_ids],
             deepest_layer=self.worker.exits.allowed(job.budget)[-1],
-            names_exit=not job.budget.has_latency,
+            names_exit=not job.budget.has_latency and job.budget.schedule is None,
             field_names=job.field_names,
             keep=log_prompts or not job.stream,
             on_end=partial(self._log_texts, job, token_ids) if log_prompts else None,
