@@ -63,15 +63,14 @@ from sortserve.scheduling.policies.table import DEFAULT_POLICY, POLICIES
 
 __all__ = ["ServeSettings", "load_settings", "settings_yaml"]
 
-ABOUT_POLICIES = (
-    f"What each step runs: {', '.join(f'{p.name} {p.about}' for p in POLICIES.values())}."
-)
+ABOUT_POLICIES = f"What steps run: {', '.join(f'{p.name} {p.about}' for p in POLICIES.values())}."
 ABOUT_OBJECTIVES = (
     "What the choice of exits, and of whom to refuse, makes most of: "
     f"{', '.join(f'{o.name} {o.about}' for o in OBJECTIVES.values())}."
 )
 if TYPE_CHECKING:
-    PolicyName = ObjectiveName = str
+    PolicyName = str
+    ObjectiveName = str
 else:  # one of those in the tables
     PolicyName = Literal[tuple(POLICIES)]
     ObjectiveName = Literal[tuple(OBJECTIVES)]

@@ -39,7 +39,6 @@ from sortserve.telemetry.timings import timings
 
 __all__ = ["Metrics"]
 
-PREDICTED_KINDS = ("ttft", "tpot", "e2e")
 BUDGET_KINDS = tuple(field.name for field in dataclasses.fields(Budget) if field.name != "on_miss")
 SERVED = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.DEADLINE)
 """Ends of requests that got an answer: only their times are worth a histogram."""
@@ -75,7 +74,7 @@ class Metrics:
             self._finished[reason.value]
         for failure in ("exception", "non_finite", "text"):
             self._failed_rows[failure]
-        for kind in PREDICTED_KINDS:
+        for kind in ("ttft", "tpot", "e2e"):
             self._violations[kind]
         for budget_kind in BUDGET_KINDS:
             for outcome in BUDGET_OUTCOMES if budget_kind.endswith("_ms") else ("met", "rejected"):
