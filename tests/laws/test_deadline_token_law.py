@@ -8,7 +8,9 @@ token by token.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +20,11 @@ from hypothesis import strategies as st
 from sortserve.core.budget import Budget
 from sortserve.core.request import Request
 from sortserve.cost.model import CostModel, Line
-from sortserve.scheduling.demand import StepCosts
+from sortserve.scheduling.demand import Demand, StepCosts
+from sortserve.scheduling.objective import Worth
+from sortserve.scheduling.policies.deadline import DEADLINE
+from sortserve.scheduling.policies.table import POLICIES
+from sortserve.scheduling.policy import Lowering
 from support.scripted import make_request
 from support.serving import Served, offline_next_tokens, serve
 from support.timed import Timed
@@ -187,11 +193,35 @@ def test_law_12_every_token_under_deadline_is_the_offline_one_at_its_exit(served
         assert seen[kind] > 0, f"the workloads never showed: {kind}"
 
 
+@pytest.fixture
+def restless(monkeypatch: pytest.MonkeyPatch) -> str:
+    """``deadline``, but whoever was promised nothing goes down an exit every few tokens."""
+
+    def lower(
+        demands: Sequence[Demand],
+        exits: Sequence[int],
+        costs: StepCosts,
+        now: float,
+        worth: Worth,
+    ) -> list[Lowering]:
+        assert DEADLINE.lower is not None
+        found = dict(DEADLINE.lower(demands, exits, costs, now, worth))
+        for d in demands:
+            below = [e for e in exits if d.floor_layer <= e < d.exit_layer]
+            if below and not d.is_promised and d.num_done % 5 == 4:
+                found[d.request_id] = below[-1]
+        return list(found.items())
+
+    policy = dataclasses.replace(DEADLINE, name="restless", lower=lower)
+    monkeypatch.setitem(POLICIES, policy.name, policy)
+    return policy.name
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 def test_law_12_holds_for_those_who_were_promised_a_time_and_those_who_make_room(
-    served: Served, sampling: dict[str, Any]
+    served: Served, restless: str, sampling: dict[str, Any]
 ) -> None:
-    """On a machine that takes half as long again as believed, both kinds go shallower."""
+    """On a machine that takes half as long again as believed; soft requests are taken down, too."""
     believed = CostModel((1e-3, 1e-3, 1e-5, 1e-8, 1e-5), (1e-3, 1e-3, 1e-5, 1e-8, 1e-5), safety=1.1)
     budgets: list[dict[str, Any]] = [{"latency_ms": 220}, {}, {}, {"latency_ms": 300}]
     workload = [
@@ -207,7 +237,7 @@ def test_law_12_holds_for_those_who_were_promised_a_time_and_those_who_make_room
         for i, budget in enumerate(budgets)
     ]
     timed = served.timed(
-        truth=slower(believed, 1.5), believed=believed, policy="deadline", overload_degrade=True
+        truth=slower(believed, 1.5), believed=believed, policy=restless, overload_degrade=True
     )
 
     timed.run(workload)

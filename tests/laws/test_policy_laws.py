@@ -81,8 +81,9 @@ def test_no_promise_is_made_that_the_model_says_cannot_be_kept(
 def test_due_times_never_go_back_and_never_pass_the_deadline(
     workload: list[Request], seed: int
 ) -> None:
+    """But for who goes shallower under a schedule: its next token is cheaper then, and due sooner."""
     timed = make_timed(seed=seed)
-    due_s: dict[str, float] = {}
+    due_s: dict[tuple[str, int], float] = {}
     step = timed.step
 
     def watched() -> list[RequestOutput]:
@@ -93,9 +94,11 @@ def test_due_times_never_go_back_and_never_pass_the_deadline(
             request = workload[int(demand.request_id)]
             end_s = request.budget.deadlines(request.arrival_s).e2e_s or math.inf
             deep_step_s = MODEL.small[0] + MODEL.small[1] * EXITS[-1]
-            assert demand.due_s >= due_s.get(demand.request_id, -math.inf) - 1e-9
+            at = demand.exit_layer if request.budget.schedule is not None else 0
+            seen = (demand.request_id, at)
+            assert demand.due_s >= due_s.get(seen, -math.inf) - 1e-9
             assert demand.due_s <= end_s + deep_step_s
-            due_s[demand.request_id] = demand.due_s
+            due_s[seen] = demand.due_s
         return outputs
 
     timed.step = watched  # type: ignore[method-assign]
