@@ -81,7 +81,7 @@ def test_no_promise_is_made_that_the_model_says_cannot_be_kept(
 def test_due_times_never_go_back_and_never_pass_the_deadline(
     workload: list[Request], seed: int
 ) -> None:
-    """But for who goes shallower under a schedule: its next token is cheaper then, and due sooner."""
+    """But for who goes shallower under a schedule: its next token is cheaper, and due sooner."""
     timed = make_timed(seed=seed)
     due_s: dict[tuple[str, int], float] = {}
     step = timed.step
