@@ -1,24 +1,21 @@
 """Where requests are judged on arrival: which exit, and whether at all (no torch, no queue).
 
 The desk works on the event loop's thread, from the engine's state after its last step and from what
-it has let in since, so a refusal never waits for a step. The engine's thread replaces the state and
-tells which requests it has taken (``see``). Both halves change under one lock, or a request on its
-way from one to the other could be counted twice, or not at all.
+it has let in since (``Seen``), so a refusal never waits for a step.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TypeVar
 
 from sortserve.admission.choose import ExitChoice, choose_exit, worths
-from sortserve.admission.drain import predicted_drain_s, predicted_places_s, queue_delay_s
-from sortserve.admission.entry import UNLIMITED, Room
+from sortserve.admission.drain import Drains, predicted_drain_s, predicted_places_s, queue_delay_s
+from sortserve.admission.entry import Room
 from sortserve.admission.forecast import Forecast, forecast, newcomer_demand, siblings
 from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.admission.overload import (
@@ -27,6 +24,7 @@ from sortserve.admission.overload import (
     may_start_shallower,
     next_level,
 )
+from sortserve.admission.seen import Seen
 from sortserve.core.budget import Budget, ExitTable, OnMiss
 from sortserve.core.errors import SortserveError
 from sortserve.core.request import AdmissionStats, Estimate, Request
@@ -84,13 +82,10 @@ class AdmissionDesk:
     """Whether requests without a budget may be made shallower for the sake of others."""
     on_failure: Callable[[], None] = lambda: None
     """Told of each forecast that raised."""
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    # Under the lock:
-    _demands: tuple[Demand, ...] = ()
-    _room: Room = UNLIMITED
-    _unseen: dict[str, Demand] = field(default_factory=dict)
+    _seen: Seen = field(default_factory=Seen)
     # Event loop only:
     _level: DepthLevel = field(default_factory=DepthLevel)
+    _drains: Drains = field(default_factory=Drains)
     _failures: FailureLog = field(
         default_factory=lambda: FailureLog(
             logger, "a forecast failed: nothing was promised where it was asked for"
@@ -105,18 +100,8 @@ class AdmissionDesk:
         taken: Iterable[str] = (),
         room: Room | None = None,
     ) -> None:
-        """The engine's present state.
-
-        Args:
-            demands: of all its live requests.
-            taken: requests that it has taken since the state before: they are among the others now.
-            room: its slots and pages; None: as before.
-        """
-        with self._lock:
-            self._demands = demands
-            self._room = self._room if room is None else room
-            for request_id in taken:
-                self._unseen.pop(request_id, None)
+        """The engine's present state (see ``Seen.show``)."""
+        self._seen.show(demands, taken, room)
 
     # ---- the event loop's thread ----
 
@@ -176,18 +161,25 @@ class AdmissionDesk:
             if asked.num_sequences == 1 or not newcomer.bounds_time:
                 return found
             others = siblings(exit_layer, newcomer, found, asked.num_sequences - 1, load.now)
-            beside = replace(load, demands=(*load.demands, *others))
+            beside = load.with_demands((*load.demands, *others))
             return forecast(
                 exit_layer, newcomer, Outlook(beside, model, asked.allowed), limit=limit
             )
 
-        def drain_s() -> float | None:
-            drain = partial(predicted_drain_s, floor_layer, newcomer, load, model)
-            return self._attempt(drain, None)
-
         if self._may_start_shallower(request):
             starts = self._up_to(level, starts)
         values = worths(starts, self._worth, request.weight, newcomer.mean)
+
+        def drain_s() -> float | None:
+            drain = partial(
+                predicted_drain_s,
+                *(floor_layer, newcomer, load, model),
+                limit=values[starts[0]],
+            )
+            return self._drains.ask(
+                floor_layer, newcomer, load.now, lambda: self._attempt(drain, None)
+            )
+
         return choose_exit(request.budget, starts, predict, worth=values, drain_s=drain_s)
 
     def _ask(self, question: Callable[[CostModel], T], *, unknown: T, failed: T) -> T:
@@ -219,18 +211,16 @@ class AdmissionDesk:
             ),
             None,
         )
-        if demand is None:
-            return
-        with self._lock:
-            self._unseen[request.request_id] = demand
+        if demand is not None:
+            self._seen.enter(demand)
 
     def load(self) -> Load:
         """What a newcomer would meet now."""
-        with self._lock:
-            demands, room = (*self._demands, *self._unseen.values()), self._room
+        demands, columns, room = self._seen.all()
         return Load(
             now=self.clock(),
             demands=demands,
+            columns=columns,
             room=room,
             policy=self.policy,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -265,7 +255,7 @@ class AdmissionDesk:
             exit_layer = self.exits.allowed(request.budget)[0]
             again = replace(request, arrival_s=load.now)
             newcomer = self._newcomer(again, exit_layer)
-            return predicted_drain_s(exit_layer, newcomer, replace(load, demands=others), model)
+            return predicted_drain_s(exit_layer, newcomer, load.with_demands(others), model)
 
         return self._ask(predict, unknown=None, failed=None)
 

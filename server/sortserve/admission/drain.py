@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 from sortserve.admission.entry import Course, course_of
@@ -12,18 +13,25 @@ from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.core.budget import Deadlines
 from sortserve.cost.model import CostModel
 
-__all__ = ["predicted_drain_s", "predicted_places_s", "queue_delay_s"]
+__all__ = ["Drains", "predicted_drain_s", "predicted_places_s", "queue_delay_s"]
 
 LOOK_AHEAD = 3
 """It must fit after so many further ends, too: whose turn it is then may be somebody else's."""
+KEEP_S = 0.25
+MAX_TOLD = 256
 
 
 def predicted_drain_s(
-    exit_layer: int, newcomer: Newcomer, load: Load, model: CostModel
+    exit_layer: int,
+    newcomer: Newcomer,
+    load: Load,
+    model: CostModel,
+    *,
+    limit: float = math.inf,
 ) -> float | None:
     """Seconds until so many live requests are over that the newcomer would fit; None if never.
 
-    One that would not fit an idle server never does.
+    One that would not fit an idle server never does. Others may lose ``limit`` for it by then.
     """
     course = _course(load, model)
 
@@ -31,7 +39,8 @@ def predicted_drain_s(
         later = _load_in(seconds, load, course)
         wait_s = later.now - load.now
         outlook = Outlook(later, model, (exit_layer,))
-        return forecast(exit_layer, _asking_in(wait_s, newcomer), outlook).loss is not None
+        asking = _asking_in(wait_s, newcomer)
+        return forecast(exit_layer, asking, outlook, limit=limit).loss is not None
 
     ends = sorted({0.0, *course.over_s.values()})
     low, high = 0, len(ends) - 1
@@ -50,6 +59,45 @@ def predicted_drain_s(
         else:
             low = checked = checked + 1
     return ends[low]
+
+
+class Drains:
+    """What requests were told lately, so that a crowd that is refused costs little.
+
+    To find when a request would fit takes a dozen forecasts. Those of about the same size and time
+    (within a factor of two) are told the same for ``KEEP_S``.
+    """
+
+    def __init__(self) -> None:
+        self._told: dict[tuple[int, ...], tuple[float, float | None]] = {}
+
+    def ask(
+        self,
+        exit_layer: int,
+        newcomer: Newcomer,
+        now: float,
+        predict: Callable[[], float | None],
+    ) -> float | None:
+        """What one like it was told, or what is predicted now."""
+        deadlines, arrival_s = newcomer.deadlines, newcomer.arrival_s
+        times_s = (
+            None if deadlines.ttft_s is None else deadlines.ttft_s - arrival_s,
+            None if deadlines.e2e_s is None else deadlines.e2e_s - arrival_s,
+            deadlines.tpot_s,
+        )
+        key = (
+            exit_layer,
+            newcomer.num_prompt_tokens.bit_length(),
+            newcomer.num_output_tokens.bit_length(),
+            *(0 if s is None else int(1e6 * s).bit_length() for s in times_s),
+        )
+        at_s, told = self._told.get(key, (-math.inf, None))
+        if not 0.0 <= now - at_s < KEEP_S:
+            at_s, told = now, predict()
+            if len(self._told) >= MAX_TOLD:
+                self._told.clear()
+            self._told[key] = (at_s, told)
+        return told
 
 
 def predicted_places_s(num_requests: int, num_tokens: int, load: Load, model: CostModel) -> float:
@@ -125,9 +173,8 @@ def _load_in(seconds: float, load: Load, course: Course) -> Load:
     held = [d for d in rest if not d.is_waiting]
     num_used = sum(room.pages(d.context_len + d.num_pending, d.exit_layer) for d in held)
     return replace(
-        load,
+        load.with_demands(rest),
         now=load.now + seconds,
-        demands=rest,
         room=replace(room, num_free_pages=max(0, room.num_pages - num_used)),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from sortserve.admission.entry import Entry, entry_of
@@ -67,22 +67,29 @@ def forecast(
     promise = _promise(newcomer, load.now, own, ease=EASES[0])
     entry = _entry(exit_layer, newcomer, outlook)
     if entry.start_s > 0.0:  # who is over by then does not count
-        outlook = replace(outlook, load=replace(load, demands=entry.beside))
+        outlook = replace(outlook, load=load.with_demands(entry.beside))
     estimate = _estimate(exit_layer, newcomer, outlook, own, promise, entry)
     if not newcomer.bounds_time:
         return Forecast(estimate, 0.0, promise)
     if not load.policy.keeps_promises:
         return Forecast(estimate, 0.0 if _in_time(newcomer, estimate) else None, promise)
-    start_s = load.now + entry.start_s
-    promises = [_promise(newcomer, start_s, own, ease=ease) for ease in EASES]
-    if entry.start_s > 0.0:
-        promises = [p for p in promises if start_s + own[0] <= p.first_due_s]
-    if not promises or not entry.keeps_others:
-        return Forecast(estimate, None, promise)
-    best, loss = _room(exit_layer, newcomer, promises, outlook, limit)
-    if loss is None:
-        return Forecast(estimate, None, promise)
-    return Forecast(_kept(estimate, newcomer, best), loss, best)
+    if entry.keeps_others:
+        promises = _promises(newcomer, own, entry, load.now)
+        best, loss = _room(exit_layer, newcomer, promises, outlook, limit)
+        if best is not None and loss is not None:
+            return Forecast(_kept(estimate, newcomer, best), loss, best)
+    return Forecast(estimate, None, promise)
+
+
+def _promises(
+    newcomer: Newcomer, own: tuple[float, float], entry: Entry, now: float
+) -> Iterator[Promise]:
+    """What could be promised from its entry on, in the order of trial."""
+    start_s = now + entry.start_s
+    for ease in EASES:
+        promise = _promise(newcomer, start_s, own, ease=ease)
+        if entry.start_s <= 0.0 or start_s + own[0] <= promise.first_due_s:
+            yield promise
 
 
 def _entry(exit_layer: int, newcomer: Newcomer, outlook: Outlook) -> Entry:
@@ -103,10 +110,10 @@ def _entry(exit_layer: int, newcomer: Newcomer, outlook: Outlook) -> Entry:
 def _room(
     exit_layer: int,
     newcomer: Newcomer,
-    promises: Sequence[Promise],
+    promises: Iterable[Promise],
     outlook: Outlook,
     limit: float,
-) -> tuple[Promise, float | None]:
+) -> tuple[Promise | None, float | None]:
     """The first promise that can be kept as things are, else the one that needs least of others.
 
     With what they lose for it; None if they cannot, or not within the limit.
@@ -114,25 +121,25 @@ def _room(
     now = outlook.load.now
     # The newcomer's exit is what is asked about: only the others may move.
     pinned = replace(newcomer, floor_layer=exit_layer)
-    demands = [
-        _spread(newcomer_demand(exit_layer, pinned, promise, now=now), newcomer, outlook.costs)
-        for promise in promises
-    ]
-    own = DemandTable.of(demands, outlook.costs, outlook.exits)
-    tried = []
-    for i, (promise, demand) in enumerate(zip(promises, demands, strict=True)):
+    least, best = math.inf, None
+    for promise in promises:
+        demand = newcomer_demand(exit_layer, pinned, promise, now=now)
         if demand.is_hard and demand.due_s <= now:  # however fast the machine
             continue
-        table = outlook.table.plus(own.row(i))
+        own = DemandTable.of(
+            [_spread(demand, newcomer, outlook.costs)], outlook.costs, outlook.exits
+        )
+        table = outlook.table.plus(own)
         times = Times(now=now, busy_s=outlook.busy_s, from_due_s=demand.due_s)
         share = table.need(table.level, **times).share
         if share <= MAX_PRESSURE:
             return promise, 0.0
-        tried.append((share, i, table, times))
-    if not tried:
-        return promises[0], None
-    _, i, table, times = min(tried, key=lambda each: each[:2])
-    return promises[i], least_lowering(table, outlook.worth, times, limit=limit)
+        if share < least:
+            least, best = share, (promise, table, times)
+    if best is None:
+        return None, None
+    promise, table, times = best
+    return promise, least_lowering(table, outlook.worth, times, limit=limit)
 
 
 def _spread(demand: Demand, newcomer: Newcomer, costs: StepCosts) -> Demand:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -30,6 +30,8 @@ class Load:
     now: float
     demands: Sequence[Demand] = ()
     """Of all live requests, those that the engine has not yet taken included."""
+    columns: Columns | None = None
+    """The same as columns, where somebody has made them already."""
     policy: Policy
     max_num_batched_tokens: int = 1024
     room: Room = UNLIMITED
@@ -38,6 +40,10 @@ class Load:
     """When what the engine does for no request should be over."""
     worth: Mapping[int, float] = field(default_factory=dict)
     """Of a token at each exit, by the objective; an exit that is missing counts its layers."""
+
+    def with_demands(self, demands: Sequence[Demand]) -> Load:
+        """The same, if these were the live requests."""
+        return replace(self, demands=demands, columns=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +81,7 @@ class Outlook:
     @cached_property
     def columns(self) -> Columns:
         """What all live requests need."""
-        return Columns.of(self.load.demands)
+        return self.load.columns or Columns.of(self.load.demands)
 
     @cached_property
     def costs(self) -> StepCosts:
@@ -122,7 +128,7 @@ class Outlook:
     def most_tokens(self) -> int:
         """What all live requests together hold at their ends."""
         known = self.columns.context_len.sum() + self.columns.num_pending.sum()
-        return int(known) + sum([d.num_left for d in self.load.demands])
+        return int(known + self.columns.num_left.sum())
 
     @cached_property
     def prompts(self) -> list[Demand]:
@@ -143,8 +149,7 @@ class Outlook:
     def hard_share(self) -> float:
         """The share of the machine that promised rows take by decoding."""
         hard = self.columns.is_decoding & self.columns.is_promised
-        table = self.table.without(np.flatnonzero(~hard))
-        return min(table.need(table.level, now=self.load.now).share, MAX_BUSY_SHARE)
+        return min(self.table.decode_share(hard), MAX_BUSY_SHARE)
 
     @cached_property
     def rows_by_exit(self) -> dict[int, tuple[int, int]]:

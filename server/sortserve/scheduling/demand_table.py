@@ -53,6 +53,7 @@ class Columns:
     """What an answer is worth; 0 where it comes too late in any case."""
     left_share: Floats
     next_share: Floats
+    num_left: Floats
 
     @classmethod
     def of(cls, demands: Sequence[Demand]) -> Columns:
@@ -77,7 +78,13 @@ class Columns:
             weight=np.where(lost > 0, 0.0, weight),
             left_share=num_left / (num_left + num_done),
             next_share=next_share,
+            num_left=num_left,
         )
+
+    def plus(self, other: Columns) -> Columns:
+        """These demands, and others after them."""
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Columns(*(np.concatenate(pair) for pair in pairs))
 
 
 @dataclass(frozen=True)
@@ -187,13 +194,13 @@ class DemandTable:
         prompts = self.prompts[~np.isin(self.prompts, rows)]
         return replace(self, rate=rate, work_s=work_s, work_layer_s=work_layer_s, prompts=prompts)
 
-    def row(self, index: int) -> DemandTable:
-        """One of them alone."""
-        only = slice(index, index + 1)
-        prompts = np.zeros(int(index in self.prompts), dtype=np.intp)
-        return replace(
-            self, **{name: getattr(self, name)[only] for name in _BY_ROW}, prompts=prompts
-        )
+    def decode_share(self, rows: Mask) -> float:
+        """The share of the machine that some of the demands take by decoding where they are."""
+        level, rate = self.level[rows], self.rate[rows]
+        reach = np.where(level[:, None] >= np.arange(len(self.layers)), rate[:, None], 0.0)
+        steps = reach.max(axis=0, initial=0.0) @ self.segment_s
+        alone = rate @ (self.row_s + self.layers[level] * self.layer_s[rows])
+        return float(steps + alone)
 
     def need(
         self,
@@ -229,22 +236,6 @@ class DemandTable:
         worst = int(share.argmax())
         until_s = float(time_s[worst]) if worst < len(prompts) else np.inf
         return Need(float(share[worst]), worst, until_s)
-
-
-_BY_ROW = (
-    *(
-        "level",
-        "floor",
-        "rate",
-        "next_share",
-        "layer_s",
-        "decodes",
-        "promised",
-        "weight",
-        "left_share",
-    ),
-    *("due_s", "work_s", "work_layer_s"),
-)
 
 
 def _by_due(prompts: Levels, due_s: Floats) -> Levels:

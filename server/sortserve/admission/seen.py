@@ -1,0 +1,62 @@
+"""What is known of the live requests, by two threads (no torch).
+
+The engine's thread shows its state after each step, and which requests it has taken since. The
+event loop's adds those that it has let in. Both halves change under one lock, or a request on its
+way from one to the other could be counted twice, or not at all.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+from sortserve.admission.entry import UNLIMITED, Room
+from sortserve.scheduling.demand import Demand
+from sortserve.scheduling.demand_table import Columns
+
+__all__ = ["Seen"]
+
+
+class Seen:
+    """Owns the engine's last state, and the requests on their way to it. Any thread may ask."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._demands: tuple[Demand, ...] = ()
+        self._columns: Columns | None = None
+        """Of the demands, made when they are first asked for."""
+        self._room = UNLIMITED
+        self._unseen: dict[str, Demand] = {}
+
+    def show(
+        self,
+        demands: tuple[Demand, ...],
+        taken: Iterable[str] = (),
+        room: Room | None = None,
+    ) -> None:
+        """The engine's present state.
+
+        Args:
+            demands: of all its live requests.
+            taken: requests that it has taken since the state before: they are among the others now.
+            room: its slots and pages; None: as before.
+        """
+        with self._lock:
+            self._demands, self._columns = demands, None
+            self._room = self._room if room is None else room
+            for request_id in taken:
+                self._unseen.pop(request_id, None)
+
+    def enter(self, demand: Demand) -> None:
+        """A request is on its way to the engine."""
+        with self._lock:
+            self._unseen[demand.request_id] = demand
+
+    def all(self) -> tuple[tuple[Demand, ...], Columns, Room]:
+        """All live requests, those on their way last; the same as columns; the room for them."""
+        with self._lock:
+            demands, unseen, room = self._demands, tuple(self._unseen.values()), self._room
+            columns = self._columns = self._columns or Columns.of(demands)
+        if not unseen:
+            return demands, columns, room
+        return (*demands, *unseen), columns.plus(Columns.of(unseen)), room
