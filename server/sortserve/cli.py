@@ -172,6 +172,8 @@ def _print_answer(client: Client, options: argparse.Namespace) -> BudgetReport |
         "max_tokens": options.max_tokens,
         "temperature": options.temperature,
         "seed": options.seed,
+        "priority": options.priority,
+        "service_tier": options.service_tier,
     }
     if options.raw:
         request["prompt"] = text
@@ -236,6 +238,8 @@ def _summary(report: BudgetReport) -> str:
         parts.append(f"first token {report.ttft_ms:.0f} ms")
     if report.met is not None:
         parts.append("budget met" if report.met else "budget missed")
+    if report.degraded:
+        parts.append("made shallower")
     return " | ".join(parts)
 
 
@@ -283,6 +287,12 @@ def _generate_parser() -> argparse.ArgumentParser:
     budget.add_argument("--min-quality", type=finite_number, metavar="SCORE", help="no worse exit")
     budget.add_argument(
         "--on-miss", choices=("degrade", "truncate", "reject"), help="if no exit fits the times"
+    )
+    budget.add_argument(
+        "--priority", type=integer, metavar="P", help="less goes before others; default: 0"
+    )
+    budget.add_argument(
+        "--service-tier", choices=("flex", "default", "priority"), help="what the request is worth"
     )
     sampling = parser.add_argument_group("sampling", "the server's defaults unless given")
     sampling.add_argument("--model", metavar="NAME", help="served name, or NAME@EXIT")

@@ -192,6 +192,9 @@ def report_fields(report: RequestReport) -> dict[str, object]:
         "predicted_ms": reply["predicted_ms"],
         "met": reply["met"],
         "outcome": report.outcome,
+        "degraded": report.degraded,
+        "score": round(report.score, 4),
+        "weight": report.weight,
     }
 
 

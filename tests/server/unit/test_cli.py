@@ -113,6 +113,7 @@ def test_flags_become_fields_of_the_request(server: type[FakeServer]) -> None:
     arguments = ["--budget-ms=800", "--ttft-ms=100", "--tpot-ms=20", "--compute=0.5"]
     arguments += ["--min-exit-layer=9", "--min-quality=0.8", "--on-miss=reject", "--seed=3"]
     arguments += ["--max-tokens=7", "--temperature=0", "--model=tiny@9", "--api-key=k1,k2"]
+    arguments += ["--priority=-2", "--service-tier=flex"]
 
     main(["generate", "Hi", *arguments])
 
@@ -132,6 +133,8 @@ def test_flags_become_fields_of_the_request(server: type[FakeServer]) -> None:
         "max_tokens": 7,
         "temperature": 0,
         "seed": 3,
+        "priority": -2,
+        "service_tier": "flex",
     }
     assert server.keys == ["Bearer k1"]
 

@@ -33,6 +33,9 @@ REPORT = RequestReport(
     finished_s=100.26,
     num_preemptions=1,
     outcome="met",
+    degraded=True,
+    score=0.625,
+    weight=4.0,
 )
 LOG = logging.getLogger("sortserve.test")
 
@@ -74,6 +77,7 @@ def test_a_finished_request_is_one_line_of_json_with_its_whole_story() -> None:
     assert event["budget"] == {"latency_ms": 800, "min_exit_layer": 9, "on_miss": "truncate"}
     assert (event["predicted_ttft_ms"], event["predicted_ms"]) == (50, 160)
     assert (event["met"], event["outcome"], event["preemptions"]) == (True, "met", 1)
+    assert (event["degraded"], event["score"], event["weight"]) == (True, 0.625, 4.0)
 
 
 def test_a_finished_request_is_one_line_for_people() -> None:
@@ -83,7 +87,7 @@ def test_a_finished_request_is_one_line_for_people() -> None:
     assert " INFO    request finished id=r1 finish=length prompt=26 cached=16 output=11 " in line
     assert " exits=18:4,9:7 " in line
     assert " budget=latency_ms:800,min_exit_layer:9,on_miss:truncate " in line
-    assert line.endswith(" met=yes outcome=met\n")
+    assert line.endswith(" met=yes outcome=met degraded=yes score=0.625 weight=4\n")
 
 
 def test_what_never_happened_is_a_dash() -> None:
