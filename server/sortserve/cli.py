@@ -264,15 +264,10 @@ def _generate_parser() -> argparse.ArgumentParser:
         "--raw", action="store_true", help="continue the text as it is, without a chat template"
     )
     budget = parser.add_argument_group("budget", "what the answer may cost; all combine")
-    budget.add_argument(
-        "--budget-ms", type=finite_number, metavar="MS", help="arrival to last token"
-    )
-    budget.add_argument(
-        "--ttft-ms", type=finite_number, metavar="MS", help="arrival to first token"
-    )
-    budget.add_argument(
-        "--tpot-ms", type=finite_number, metavar="MS", help="per token after the first"
-    )
+    times: dict[str, Any] = {"type": finite_number, "metavar": "MS"}
+    budget.add_argument("--budget-ms", **times, help="arrival to last token")
+    budget.add_argument("--ttft-ms", **times, help="arrival to first token")
+    budget.add_argument("--tpot-ms", **times, help="per token after the first")
     budget.add_argument("--exit", type=integer, metavar="LAYER", help="exactly this exit layer")
     budget.add_argument(
         "--schedule",
