@@ -147,7 +147,7 @@ def draw(results: Mapping[str, Any], format_: str) -> bytes:
                 axes.axvline(half_rate, color="#999999", lw=0.8, ls=":")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
-        return render(figure, format_)
+        return render(figure, format_, dpi=110)
 
 
 def _draw_panel(axes: Axes, systems: Systems, name: str) -> None:

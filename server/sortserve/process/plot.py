@@ -43,11 +43,11 @@ def new_figure(width: float, height: float) -> Iterator[Figure]:
         yield figure
 
 
-def render(figure: Figure, format_: str) -> bytes:
-    """The file's content, as ``svg`` or ``png``, without a date."""
+def render(figure: Figure, format_: str, *, dpi: int = 160) -> bytes:
+    """The file's content, as ``svg`` or ``png`` (of so many dots an inch), without a date."""
     buffer = io.BytesIO()
     metadata = {"Date": None} if format_ == "svg" else {"Software": None}
-    figure.savefig(buffer, format=format_, dpi=160, metadata=metadata)
+    figure.savefig(buffer, format=format_, dpi=dpi, metadata=metadata)
     return buffer.getvalue()
 
 
