@@ -179,9 +179,10 @@ class Decisions:
         )
 
     def _ordered(self, demands: Iterable[Demand], now: float) -> list[Sequence]:
-        """Everybody who waits, as the policy orders them; the oldest soft one when it is its turn.
+        """Everybody who waits, as the policy orders them; the oldest that is not due when it may.
 
-        It is once in ``SOFT_GAP_S``, so nobody starves whatever the order.
+        That is once in ``SOFT_GAP_S``, so nobody starves whatever the order. Not due is who was
+        promised nothing, whose promise is lost, and whose promise is of a pace alone.
         """
         ordered = list(demands)
         softs = [demand for demand in ordered if not demand.is_hard]
@@ -196,13 +197,18 @@ class Decisions:
 
     def entered(self, sequence: Sequence, now: float) -> None:
         """A sequence runs that waited before."""
-        if sequence.promise is None and not self._is_passed_over(sequence.request.arrival_s):
+        if not self._is_hard(sequence) and not self._is_passed_over(sequence.request.arrival_s):
             self._oldest_entered_s = now
         self.look_again([sequence], now)
 
     def _is_passed_over(self, arrival_s: float) -> bool:
-        """Whether somebody without a promise waits who came before."""
-        return any(s.promise is None and s.request.arrival_s < arrival_s for s in self._waiting)
+        """Whether somebody without a due time waits who came before."""
+        return any(not self._is_hard(s) and s.request.arrival_s < arrival_s for s in self._waiting)
+
+    def _is_hard(self, sequence: Sequence) -> bool:
+        """Whether its next token was due by a promise when the step was chosen."""
+        demand = self._demands.get(sequence.request_id)
+        return sequence.promise is not None if demand is None else demand.is_hard
 
     def victim(self, candidates: SequenceOf[Sequence], now: float) -> Sequence:
         """Whose pages to take, of running sequences in order of admission."""

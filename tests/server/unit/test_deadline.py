@@ -200,6 +200,23 @@ def test_once_a_second_the_oldest_without_a_promise_enters_first(
     assert list(timed.reports) == ["before", first]
 
 
+@pytest.mark.parametrize("kind", [{}, {"tpot_ms": 500}, {"latency_ms": 900}])
+def test_only_one_without_a_due_time_goes_before_the_promises_in_a_second(
+    kind: dict[str, float],
+) -> None:
+    """Whether nothing was promised, or a pace alone, or the promise is lost."""
+    timed = make_timed(max_num_seqs=1)
+    timed.clock.now = 2 * SOFT_GAP_S
+    for i in range(3):
+        timed.arrive(timed_request(f"{i}", 4, max_tokens=1, at=1.9 + 0.01 * i, **kind))
+    timed.arrive(timed_request("due", max_tokens=1, at=2.0, latency_ms=9000))
+    timed.clock.now += 1.0
+
+    timed.run()
+
+    assert list(timed.reports) == ["0", "due", "1", "2"]
+
+
 def test_soft_requests_lose_their_pages_first_then_the_promise_with_most_time() -> None:
     kept, loose = make_demand("kept", due_s=1.0), make_demand("loose", due_s=9.0)
 
