@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sortserve.core.request import Request, RequestOutput
+from sortserve.scheduling.objective import OBJECTIVES
 from sortserve.scheduling.policies.table import POLICIES
 from support.timed import MODEL, make_timed, timed_request
 from support.workloads import EXITS, check_report, workloads
@@ -20,6 +21,7 @@ from support.workloads import EXITS, check_report, workloads
 @given(
     workload=workloads(),
     policy=st.sampled_from(sorted(POLICIES)),
+    objective=st.sampled_from(sorted(OBJECTIVES)),
     num_pages=st.sampled_from([90, 150, 800]),
     chunk=st.sampled_from([16, 64, 1024]),
     max_num_seqs=st.sampled_from([1, 3, 64]),
@@ -29,6 +31,7 @@ from support.workloads import EXITS, check_report, workloads
 def test_everybody_is_answered_and_no_page_is_lost(
     workload: list[Request],
     policy: str,
+    objective: str,
     num_pages: int,
     chunk: int,
     max_num_seqs: int,
@@ -36,6 +39,7 @@ def test_everybody_is_answered_and_no_page_is_lost(
 ) -> None:
     timed = make_timed(
         policy=policy,
+        objective=objective,
         num_pages=num_pages,
         max_num_batched_tokens=chunk,
         max_num_seqs=max_num_seqs,

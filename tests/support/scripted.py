@@ -168,6 +168,7 @@ def make_request(
 def make_engine(
     *,
     exits: tuple[int, ...] = (2, 4, 6),
+    scores: Sequence[float] | None = None,
     runner: Runner | None = None,
     clock: Callable[[], float] | None = None,
     observer: Observer | None = None,
@@ -177,7 +178,7 @@ def make_engine(
     settings: dict[str, object] = {"max_model_len": 256, "max_num_seqs": 64, "seed": 0, **config}
     return Engine(
         runner or ScriptedRunner(),
-        make_exits(*exits),
+        make_exits(*exits, scores=scores),
         eos_token_ids=frozenset({EOS}),
         make_text=make_text,
         config=EngineConfig(**settings),  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -36,12 +37,15 @@ def budgets(draw: st.DrawFn) -> dict[str, Any]:
 def workloads(draw: st.DrawFn) -> list[Request]:
     count = draw(st.integers(1, 14))
     return [
-        timed_request(
-            str(i),
-            draw(st.sampled_from([1, 4, 30, 90])),
-            max_tokens=draw(st.integers(1, 25)),
-            at=draw(st.floats(0.0, 0.3)),
-            **draw(budgets()),
+        replace(
+            timed_request(
+                str(i),
+                draw(st.sampled_from([1, 4, 30, 90])),
+                max_tokens=draw(st.integers(1, 25)),
+                at=draw(st.floats(0.0, 0.3)),
+                **draw(budgets()),
+            ),
+            weight=draw(st.sampled_from([1.0, 1.0, 1e-3, 1e3])),
         )
         for i in range(count)
     ]

@@ -77,7 +77,7 @@ def choose_exit(
         return ExitChoice(exit_layer, found.estimate, True, floor, promise)
     found = predict(floor, limit=0.0)
     if budget.on_miss is OnMiss.REJECT:
-        raise _unattainable(budget, floor, found.estimate, drain_s())
+        raise _unattainable(budget, allowed, found.estimate, drain_s())
     return ExitChoice(floor, found.estimate, False, floor)
 
 
@@ -104,7 +104,7 @@ def worths(
 
 
 def _unattainable(
-    budget: Budget, shallowest: int, estimate: Estimate, drain_s: float | None
+    budget: Budget, allowed: Sequence[int], estimate: Estimate, drain_s: float | None
 ) -> BudgetUnattainableError:
     bounds = (
         ("ttft_ms", budget.ttft_ms, estimate.ttft_s),
@@ -117,9 +117,9 @@ def _unattainable(
     # The excess is mostly queueing that will have drained by then.
     retry_after_s = max(1.0, (needed - limit) / 1e3 if drain_s is None else drain_s)
     reason = (
-        f"the shallowest, exit {shallowest}, needs {needed:.0f} ms now"
+        f"{_named(allowed)} needs {needed:.0f} ms now"
         if missed
-        else f"exit {shallowest} would break promises made to others"
+        else f"exit {allowed[0]} would break promises made to others"
     )
     return BudgetUnattainableError(
         f"No allowed exit fits budget.{name}={limit:g}: {reason}. "
@@ -127,3 +127,8 @@ def _unattainable(
         param=f"budget.{name}",
         retry_after_s=retry_after_s,
     )
+
+
+def _named(allowed: Sequence[int]) -> str:
+    exit_layer = allowed[0]
+    return f"exit {exit_layer}" if len(allowed) == 1 else f"the shallowest, exit {exit_layer},"

@@ -124,6 +124,7 @@ class AdmissionDesk:
         Raises:
             BudgetUnattainableError: none fits and the budget says reject.
         """
+        allowed = self.objective.open_to(allowed)
         starts = allowed if exit_layer is None else (exit_layer,)
         deepest = ExitChoice(starts[-1], None, fits=True)
         unpromised = replace(deepest, fits=not request.budget.has_latency)
@@ -252,7 +253,7 @@ class AdmissionDesk:
         def predict(model: CostModel) -> float | None:
             load = self.load()
             others = [d for d in load.demands if d.request_id != request.request_id]
-            exit_layer = self.exits.allowed(request.budget)[0]
+            exit_layer = self.objective.open_to(self.exits.allowed(request.budget))[0]
             again = replace(request, arrival_s=load.now)
             newcomer = self._newcomer(again, exit_layer)
             return predicted_drain_s(exit_layer, newcomer, load.with_demands(others), model)
@@ -273,7 +274,7 @@ class AdmissionDesk:
         Args:
             budget: of requests that give none.
         """
-        allowed = self.exits.allowed(budget)
+        allowed = self.objective.open_to(self.exits.allowed(budget))
         known = AdmissionStats(min_quality=self.exits.min_quality, default_exit_layer=allowed[-1])
         return self._ask(
             lambda model: self._stats(budget, allowed, known, model), unknown=known, failed=known

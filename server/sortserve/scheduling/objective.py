@@ -24,7 +24,6 @@ __all__ = [
 
 LITTLE = 1e-6
 """What depth is worth where answers in time count: any number of lowerings costs less than one."""
-MUCH = 1e6
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,12 @@ class Objective:
     about: str
     """What it does, to follow its name in a sentence."""
     worth: Callable[[ExitTable], Worth]
+    keeps_depth: bool = False
+    """Whether every request has the deepest exit that it may have, late if need be, and stays."""
+
+    def open_to(self, allowed: tuple[int, ...]) -> tuple[int, ...]:
+        """The exits that a request may get, of those that its budget allows; both ascending."""
+        return allowed[-1:] if self.keeps_depth else allowed
 
 
 def share_of_layers(layers: Sequence[int]) -> Worth:
@@ -65,12 +70,6 @@ def attainment(exits: ExitTable) -> Worth:
     return Worth(tokens, dict.fromkeys(exits.layers, 1.0))
 
 
-def depth(exits: ExitTable) -> Worth:
-    """No answer is worth a step up."""
-    tokens = {e: MUCH * e for e in exits.layers}
-    return Worth(tokens, dict.fromkeys(exits.layers, 1.0))
-
-
 OBJECTIVES: dict[str, Objective] = {
     objective.name: objective
     for objective in (
@@ -86,8 +85,9 @@ OBJECTIVES: dict[str, Objective] = {
         ),
         Objective(
             name="depth",
-            about="answers at the deepest exit or not at all",
-            worth=depth,
+            about="gives every request the deepest exit it may have, whatever time that takes",
+            worth=quality,
+            keeps_depth=True,
         ),
     )
 }

@@ -248,13 +248,6 @@ def crowd() -> list[Demand]:
     return [make_demand(str(i), 6, due_s=0.1, gap_s=1.02 * DEEP_S) for i in range(6)]
 
 
-def test_for_depth_nobody_is_lowered() -> None:
-    of = OBJECTIVES["depth"].worth(make_exits(*EXITS))
-
-    assert flight(*crowd(), of=of) == {}
-    assert loss_of_room(crowd(), of, limit=1.0) is None
-
-
 def test_for_attainment_everybody_is_lowered_before_one_promise_breaks() -> None:
     of = OBJECTIVES["attainment"].worth(make_exits(*EXITS, scores=(0.0, 0.1, 1.0)))
 
