@@ -26,7 +26,7 @@ from sortserve.core.errors import MAX_RETRY_AFTER_S, BudgetUnattainableError
 from sortserve.core.request import Estimate
 from sortserve.cost.learner import CostLearner
 from sortserve.cost.model import CostModel, Line, RowShape, StepShape
-from sortserve.scheduling.capacity import pressure, shallowest
+from sortserve.scheduling.capacity import pressure
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.lowering import lower
 from sortserve.scheduling.objective import Worth
@@ -166,7 +166,7 @@ def test_the_pressure_is_a_number_and_nobody_goes_deeper_or_below_the_floor(
     costs = StepCosts(model, num_rows=len(rows), safety=model.safety)
 
     needed = pressure(rows, costs, now=NOW, busy_s=busy_s)
-    least = pressure(shallowest(rows), costs, now=NOW, busy_s=busy_s)
+    least = pressure([d.at(d.floor_layer) for d in rows], costs, now=NOW, busy_s=busy_s)
     values = dict(zip(EXITS, worth, strict=True))
     lowered = dict(lower(rows, EXITS, costs, NOW, Worth(values, values)))
 

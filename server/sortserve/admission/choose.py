@@ -66,7 +66,7 @@ def choose_exit(
     most, best = 0.0, None
     for exit_layer in reversed(allowed):
         brings = worth[exit_layer]
-        if brings < most or (best is not None and brings == most):
+        if best is not None and brings <= most:
             break  # nothing shallower brings more
         found = predict(exit_layer, limit=brings - most)
         if found.loss is not None and (best is None or brings - found.loss > most):

@@ -38,11 +38,6 @@ class Forecast:
     can be kept (worth of tokens times weight); None: they cannot."""
     promise: Promise
 
-    @property
-    def keeps(self) -> bool:
-        """Everything can be kept, and nobody loses anything by it."""
-        return self.loss == 0.0
-
 
 def forecast(
     exit_layer: int,

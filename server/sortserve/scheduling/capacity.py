@@ -16,12 +16,12 @@ Every promise can be kept, in the mean, as long as the pressure is at most 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.demand_table import DemandTable
 
-__all__ = ["pressure", "shallowest"]
+__all__ = ["pressure"]
 
 
 def pressure(
@@ -47,8 +47,3 @@ def pressure(
     exits = sorted({e for d in demands for e in (d.exit_layer, d.floor_layer)})
     table = DemandTable.of(demands, costs, exits)
     return table.need(table.level, now=now, busy_s=busy_s, from_due_s=from_due_s).share
-
-
-def shallowest(demands: Iterable[Demand]) -> list[Demand]:
-    """The demands with every request at its floor: the most that going shallower can give."""
-    return [demand.at(demand.floor_layer) for demand in demands]

@@ -122,7 +122,6 @@ class Demand:
     """Output tokens that it has."""
     is_lost: bool = False
     """Its budget of time is missed already, or was never promised: no token of it counts."""
-
     next_share: float = 1.0
     """What its next token costs beside the mean of those left: above 1 only where a schedule will
     take it shallower. Its gaps are as much longer."""
@@ -131,11 +130,6 @@ class Demand:
         """The same, if it goes shallower now."""
         gap_s = self.gap_s / self.next_share  # at least what its tokens need from there on
         return replace(self, exit_layer=exit_layer, gap_s=gap_s, next_share=1.0)
-
-    @property
-    def left_share(self) -> float:
-        """The share of its answer that is still to come: in (0, 1]."""
-        return self.num_left / (self.num_left + self.num_done)
 
     @property
     def is_decoding(self) -> bool:

@@ -23,7 +23,8 @@ __all__ = [
 ]
 
 LITTLE = 1e-6
-"""What depth is worth where answers in time count: any number of lowerings costs less than one."""
+"""What depth is worth where answers in time count: of requests of like weight, lowering any number
+costs less than one."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Worth:
     """What an objective says of a checkpoint's exits."""
 
     tokens: Mapping[int, float]
-    """What all tokens of an answer are worth if they are of that exit; never less at a deeper
-    one."""
+    """What all tokens of an answer are worth if they are of that exit: not below 0, and never less
+    at a deeper one."""
     answer: Mapping[int, float]
     """What is lost where a request that could have that exit is refused, or comes too late."""
 

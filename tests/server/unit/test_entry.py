@@ -178,7 +178,7 @@ def test_a_budget_that_ends_before_a_slot_is_free_cannot_be_kept(policy: str, bo
 
 
 def test_a_time_per_token_does_not_depend_on_when_it_begins() -> None:
-    assert forecast(6, newcomer(tpot_ms=20), load(hog())).keeps
+    assert forecast(6, newcomer(tpot_ms=20), load(hog())).loss == 0.0
 
 
 def test_what_is_over_by_then_does_not_count_against_the_promise() -> None:
@@ -202,7 +202,7 @@ def test_nobody_is_let_in_who_takes_the_slot_that_another_was_promised() -> None
     )
     sooner = newcomer(ttft_ms=4250)
 
-    assert forecast(6, sooner, load(hog())).keeps
+    assert forecast(6, sooner, load(hog())).loss == 0.0
     assert forecast(6, sooner, load(hog(), waiting)).loss is None
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sortserve.scheduling.capacity import pressure, shallowest
+from sortserve.scheduling.capacity import pressure
 from sortserve.scheduling.demand import NO_GAP_S, Demand, StepCosts
 from sortserve.scheduling.demand_table import LEAST_TIME_S, DemandTable
 from sortserve.scheduling.lowering import Times, least_lowering, lower
@@ -127,7 +127,9 @@ def best_loss(demands: Sequence[Demand], of: Worth) -> float | None:
         if pressure(moved, COSTS, now=0.0) <= 1.0:
             losses.append(
                 sum(
-                    d.weight * d.left_share * (of.tokens[d.exit_layer] - of.tokens[e])
+                    d.weight
+                    * (d.num_left / (d.num_left + d.num_done))
+                    * (of.tokens[d.exit_layer] - of.tokens[e])
                     for d, e in zip(demands, exits, strict=True)
                 )
             )
@@ -283,4 +285,3 @@ def test_without_measured_quality_the_share_of_layers_counts() -> None:
     of = OBJECTIVES["quality"].worth(make_exits(*EXITS))
 
     assert of.tokens == pytest.approx({2: 1 / 3, 4: 2 / 3, 6: 1.0})
-    assert pressure(shallowest(crowd()), COSTS, now=0.0) < pressure(crowd(), COSTS, now=0.0)

@@ -255,8 +255,8 @@ def test_a_time_that_the_first_exit_would_miss_is_promised_where_the_mean_keeps_
     whole_s = forecast(6, newcomer(), outlook()).estimate.e2e_s
     bound = {"latency_ms": 0.85 * 1e3 * whole_s}
 
-    assert not forecast(6, newcomer(**bound), outlook()).keeps
-    assert forecast(6, newcomer([[0, 6], [5, 2]], **bound), outlook()).keeps
+    assert forecast(6, newcomer(**bound), outlook()).loss is None
+    assert forecast(6, newcomer([[0, 6], [5, 2]], **bound), outlook()).loss == 0.0
 
 
 def test_a_promise_is_kept_on_the_schedule_and_nobody_is_taken_down_before_its_token() -> None:
