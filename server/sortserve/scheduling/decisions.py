@@ -76,6 +76,8 @@ class Decisions:
         # thought to be; nothing where the policy knows no times.
         self._demands: dict[str, Demand] = {}
         self._step_costs: StepCosts | None = None
+        # Those who run and share the steps of soft requests.
+        self._num_soft = 0
         self._failed = False
         self._failures = FailureLog(
             logger, f"the policy {policy.name} failed: fair stood in for this step"
@@ -99,6 +101,8 @@ class Decisions:
 
     def see(self, now: float) -> None:
         """See afresh what the sequences need, before the decisions of a step."""
+        lost = {d.request_id for d in self._demands.values() if d.is_lost}
+        self._num_soft = sum(s.promise is None or s.request_id in lost for s in self._running)
         self._demands, self._step_costs = {}, None
         model = self._costs.model
         if model is None or not self.policy.uses_times:
@@ -130,7 +134,7 @@ class Decisions:
         """Look at sequences; False if that failed: what was known of the others stays."""
 
         def look() -> bool:
-            soft_gap_s = SOFT_GAP_S * max(1, sum(s.promise is None for s in self._running))
+            soft_gap_s = SOFT_GAP_S * max(1, self._num_soft)
             for sequence in sequences:
                 self._demands[sequence.request_id] = demand_of(
                     sequence, now=now, expect=self._expect, costs=costs, soft_gap_s=soft_gap_s

@@ -217,6 +217,22 @@ def test_only_one_without_a_due_time_goes_before_the_promises_in_a_second(
     assert list(timed.reports) == ["0", "due", "1", "2"]
 
 
+def test_those_whose_promises_are_lost_share_the_steps_of_soft_requests() -> None:
+    timed = make_timed()
+    for i in range(3):
+        timed.arrive(timed_request(f"{i}", max_tokens=30, latency_ms=900))
+    timed.arrive(timed_request("plain", max_tokens=30))
+    timed.step()
+    timed.clock.now += 10.0  # the machine stood still
+
+    gaps_s = []
+    for _ in range(3):
+        timed.step()
+        gaps_s.append({demand.gap_s for demand in timed.engine.demands()})
+
+    assert gaps_s[-1] == {4 * SOFT_GAP_S}
+
+
 def test_soft_requests_lose_their_pages_first_then_the_promise_with_most_time() -> None:
     kept, loose = make_demand("kept", due_s=1.0), make_demand("loose", due_s=9.0)
 
