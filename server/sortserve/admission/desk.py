@@ -172,13 +172,15 @@ class AdmissionDesk:
         values = worths(starts, self._worth, request.weight, newcomer.mean)
 
         def drain_s() -> float | None:
+            # Who comes back has all its time again.
+            again = self._newcomer(replace(request, arrival_s=load.now), floor_layer)
             drain = partial(
                 predicted_drain_s,
-                *(floor_layer, newcomer, load, model),
+                *(floor_layer, again, load, model),
                 limit=values[starts[0]],
             )
             return self._drains.ask(
-                floor_layer, newcomer, load.now, lambda: self._attempt(drain, None)
+                floor_layer, again, load.now, lambda: self._attempt(drain, None)
             )
 
         return choose_exit(request.budget, starts, predict, worth=values, drain_s=drain_s)

@@ -46,6 +46,8 @@ class Service:
     created_s: int = field(default_factory=lambda: int(time.time()))
     """When the service came up, in seconds of the epoch."""
     _serials: Iterator[int] = field(default_factory=itertools.count)
+    _turns: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Newcomers are judged one by one: a crowd that comes at once must not hold up the loop."""
 
     @cached_property
     def limits(self) -> BodyLimits:
@@ -129,20 +131,22 @@ class Service:
 
         try:
             requests = [self._request(job, tuple(token_ids)) for token_ids in prompts]
-            exit_layer = None
-            if len(requests) * job.n > 1:
-                longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-                name_prompt(longest)
-                exit_layer = self.worker.exit_for(requests[longest], len(requests) * job.n)
-            for i, request in enumerate(requests):
-                name_prompt(i)
-                for sample_index in range(job.n):
-                    if streams:
-                        await asyncio.sleep(0)  # choosing an exit takes a while: not 128 at once
-                    # The serial keeps ids unique where clients repeat theirs.
-                    name = f"{job.request_id}.{next(self._serials)}"
-                    sample = replace(request, request_id=name, sample_index=sample_index)
-                    streams.append(self.worker.submit(sample, reservation, exit_layer=exit_layer))
+            async with self._turns:
+                exit_layer = None
+                if len(requests) * job.n > 1:
+                    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+                    name_prompt(longest)
+                    await asyncio.sleep(0)
+                    exit_layer = self.worker.exit_for(requests[longest], len(requests) * job.n)
+                for i, request in enumerate(requests):
+                    name_prompt(i)
+                    for sample_index in range(job.n):
+                        await asyncio.sleep(0)  # choosing an exit takes a while: others first
+                        # The serial keeps ids unique where clients repeat theirs.
+                        name = f"{job.request_id}.{next(self._serials)}"
+                        sample = replace(request, request_id=name, sample_index=sample_index)
+                        stream = self.worker.submit(sample, reservation, exit_layer=exit_layer)
+                        streams.append(stream)
         except BaseException as error:
             for stream in streams:
                 stream.abort()

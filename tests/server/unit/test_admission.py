@@ -444,3 +444,14 @@ def test_under_twice_the_load_those_let_in_are_served_in_time_and_the_rest_is_to
     assert sum(map(bool, met)) >= 0.9 * len(met)
     assert all((e.retry_after_s or 0) >= 1.0 for e in timed.refusals.values())
     assert timed.engine.stats().kv_pages_used == 0
+
+
+def test_who_is_refused_for_time_lost_on_the_way_may_come_back_at_once() -> None:
+    timed = make_timed()
+    timed.clock.now = 10.0
+    lost = timed_request("r", at=0.0, latency_ms=900, on_miss="reject")
+
+    with pytest.raises(BudgetUnattainableError) as error:
+        timed.desk.choose(lost, (2, 4, 6))
+
+    assert error.value.retry_after_s == 1.0
