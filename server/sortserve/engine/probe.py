@@ -28,15 +28,20 @@ logger = logging.getLogger(__name__)
 IDLE_S = 0.25
 """Nothing is probed sooner after the last step of a request, or after the last probe."""
 MAX_SHARE = 0.1
-"""Of the time of an idle engine."""
+"""Of the time of an idle engine ..."""
+MAX_REST_S = 4.0
+"""... but no rest is longer, unless the probe was: the machine may be faster by now."""
 WANTED_S = 5.0
 """A refusal is worth probes for so long."""
 PROMPT_TOKENS = 64
 """A large step, as small as one may be (see ``REGIME_TOKENS``)."""
 NUM_DECODES = 2
 MAX_PROMPT_S = 0.25
-"""A prompt that is predicted to take longer is left out: a newcomer might have to wait for it. What
-its steps cost follows from the small ones."""
+"""A prompt that is predicted to take longer is left out if the last one did: a newcomer might have
+to wait for it. What its steps cost follows from the small ones ..."""
+PROMPT_REST = 4.0
+"""... for so many times as long as it took, and for so many seconds at least. Then it is tried: the
+prediction may be what is wrong."""
 REST_S = 60.0
 """After a probe that failed."""
 
@@ -78,6 +83,7 @@ class Prober:
         # Each is written by one thread alone, and read by any:
         self._wanted_until_s = -math.inf
         self._next_s = -math.inf
+        self._prompt_rests_until_s = -math.inf
         self._ends_s = -math.inf
 
     def want(self) -> None:
@@ -108,7 +114,8 @@ class Prober:
             return
         try:
             self._run(is_interrupted)
-            rest_s = (1.0 / MAX_SHARE - 1.0) * (self._clock() - started_s)
+            took_s = self._clock() - started_s
+            rest_s = min((1.0 / MAX_SHARE - 1.0) * took_s, max(MAX_REST_S, took_s))
         except Exception:
             logger.exception("a probe step failed: the next one is in %g s", REST_S)
             rest_s = REST_S
@@ -152,9 +159,9 @@ class Prober:
     def _num_tokens(self, model: CostModel) -> int:
         """Of the prompt: enough for a large step, or one."""
         num_tokens, exit_layer = self._num_prompt, self._exit_layer
-        if num_tokens > REGIME_TOKENS and model.prefill_s(exit_layer, num_tokens) > MAX_PROMPT_S:
-            return 1
-        return num_tokens
+        is_long = model.prefill_s(exit_layer, num_tokens) > MAX_PROMPT_S
+        rests = self._clock() < self._prompt_rests_until_s
+        return 1 if num_tokens > REGIME_TOKENS and is_long and rests else num_tokens
 
     def _step(self, row: RowPlan) -> int:
         """Run a step, learn from it, and give its token."""
@@ -166,6 +173,8 @@ class Prober:
         [result] = self._runner.execute(plan)
         now = self._clock()
         self._costs.observe(shape, now - started_s, now)
+        if len(row.token_ids) > 1 and now - started_s > MAX_PROMPT_S:
+            self._prompt_rests_until_s = now + PROMPT_REST * max(1.0, now - started_s)
         self._on_step()
         return result.token_id if isinstance(result, SampledToken) else 0
 

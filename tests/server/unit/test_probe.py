@@ -135,6 +135,24 @@ def test_after_a_slow_minute_an_idle_server_does_not_go_on_refusing_what_it_coul
     assert all(report.met for report in reports if report.budget.has_latency)
 
 
+@pytest.mark.parametrize("slowness", [16.0, 200.0])
+def test_however_slow_the_machine_was_ten_seconds_later_it_is_known_to_be_fast(
+    slowness: float,
+) -> None:
+    """Long probes must not rest for long, and a long prompt that was predicted must be tried."""
+    server = Server(lambda now: slowness if CHANGE_S <= now < CHANGE_S + 20.0 else 1.0)
+    server.run(list(busy(random.Random(1), CHANGE_S - 5.0)))
+    fast_s = CHANGE_S + 20.0
+    asking = [asked(CHANGE_S - 2.0 + 0.5 * i, 384) for i in range(80)]
+
+    requests = server.run(asking)
+
+    assert any(map(server.refuses, requests))
+    late = [r for r in requests if r.arrival_s >= fast_s + FOLLOWED_S]
+    assert late
+    assert not any(map(server.refuses, late))
+
+
 def test_without_probes_it_would_refuse_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Prober, "want", lambda self: None)
     server = Server(lambda now: 4.0 if now < CHANGE_S else 1.0)
@@ -177,9 +195,10 @@ class ClockedRunner(ScriptedRunner):
     def __init__(self, clock: Clock, **options: Any) -> None:
         super().__init__(**options)
         self.clock = clock
+        self.prompt_s = 0.01
 
     def execute(self, plan: Any) -> list[SampledToken]:
-        self.clock.now += 0.01
+        self.clock.now += self.prompt_s if plan.num_tokens > 1 else 0.01
         return super().execute(plan)
 
 
@@ -240,6 +259,21 @@ def test_probes_rest_nine_times_as_long_as_they_take_and_wait_for_a_quarter_of_a
     assert idle.prober.due_s() == idle.clock.now + IDLE_S
 
 
+@pytest.mark.parametrize(("prompt_s", "rest_s"), [(1.0, 4.0), (6.0, 6.02)])
+def test_a_long_probe_rests_four_seconds_or_as_long_as_it_took(
+    prompt_s: float, rest_s: float
+) -> None:
+    idle = Idle()
+    idle.runner.prompt_s = prompt_s
+    idle.prober.want()
+    idle.probe()
+    ended_s = idle.clock.now
+    idle.clock.now = ended_s + rest_s - 0.01
+    idle.prober.want()
+
+    assert idle.prober.due_s() == pytest.approx(ended_s + rest_s)
+
+
 def test_real_work_goes_first() -> None:
     idle = Idle()
     idle.prober.want()
@@ -251,15 +285,30 @@ def test_real_work_goes_first() -> None:
     assert idle.engine.kv_cache.pool.num_used == 0
 
 
-def test_a_prompt_that_would_take_long_is_left_out() -> None:
+def test_a_prompt_that_takes_long_is_left_out_for_a_while() -> None:
+    idle = Idle()
+    slow = [(shape, 50.0 * seconds) for shape, seconds in MACHINE.calibration()]
+    idle.engine.costs.learn_from(CostLearner(slow))
+    idle.runner.prompt_s = 1.5
+
+    probes = []
+    for _ in range(3):
+        idle.prober.want()
+        idle.clock.now += 4.1
+        began = len(idle.runner.plans)
+        idle.probe()
+        probes.append([plan.num_tokens for plan in idle.runner.plans[began:]])
+
+    assert probes == [[64, 1, 1], [1, 1, 1], [64, 1, 1]]
+
+
+def test_a_prompt_that_only_the_forecast_calls_long_is_not_left_out() -> None:
     idle = Idle()
     slow = [(shape, 50.0 * seconds) for shape, seconds in MACHINE.calibration()]
     idle.engine.costs.learn_from(CostLearner(slow))
     idle.prober.want()
 
-    idle.probe()
-
-    assert [plan.num_tokens for plan in idle.runner.plans] == [1, 1, 1]
+    assert [idle.probe(), [plan.num_tokens for plan in idle.runner.plans]] == [3, [64, 1, 1]]
 
 
 def test_pages_come_from_the_free_ones_and_go_back_and_a_cached_prefix_stays_true() -> None:
