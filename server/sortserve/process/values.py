@@ -96,13 +96,15 @@ def tier_weights_of(pairs: tuple[str, ...]) -> dict[str, float]:
     """The weight of every service tier, from those that are given as ``name=weight``.
 
     Raises:
-        ValueError: there is no such tier, or its weight is none.
+        ValueError: there is no such tier, its weight is none, or it is given twice.
     """
-    weights = dict(TIER_WEIGHTS)
+    weights: dict[str, float] = {}
     for pair in pairs:
         name, _, text = pair.partition("=")
         if name.strip() not in TIER_WEIGHTS:
             raise ValueError(f"the tiers are {', '.join(TIER_WEIGHTS)}, each as NAME=WEIGHT")
+        if name.strip() in weights:
+            raise ValueError(f"{name.strip()} is given twice")
         try:
             weight = float(text)
         except ValueError:
@@ -110,7 +112,7 @@ def tier_weights_of(pairs: tuple[str, ...]) -> dict[str, float]:
         if weight not in WEIGHT:
             raise ValueError(f"the weight of {name.strip()} should be {WEIGHT.allowed}")
         weights[name.strip()] = weight
-    return weights
+    return {**TIER_WEIGHTS, **weights}
 
 
 def _number(value: object) -> object:

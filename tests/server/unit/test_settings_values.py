@@ -309,6 +309,7 @@ def test_the_key_file_is_read_once(tmp_path: Path) -> None:
         ("tier_weights", "flex=0"),
         ("tier_weights", "flex=nan"),
         ("tier_weights", "flex=1001"),
+        ("tier_weights", "flex=1,flex=2"),
         ("priority_base", "0.9"),
         ("priority_base", "inf"),
         ("default_budget", "fast"),
