@@ -134,7 +134,33 @@ def check_tokens(served: Served, timed: Timed, request: Request) -> None:
     assert result.token_ids == expected
 
 
-def test_law_12_every_token_under_deadline_is_the_offline_one_at_its_exit(served: Served) -> None:
+@pytest.fixture
+def restless(monkeypatch: pytest.MonkeyPatch) -> str:
+    """``deadline``, but everybody goes down an exit every few tokens, where their budgets allow."""
+
+    def lower(
+        demands: Sequence[Demand],
+        exits: Sequence[int],
+        costs: StepCosts,
+        now: float,
+        worth: Worth,
+    ) -> list[Lowering]:
+        assert DEADLINE.lower is not None
+        found = dict(DEADLINE.lower(demands, exits, costs, now, worth))
+        for d in demands:
+            below = [e for e in exits if d.floor_layer <= e < d.exit_layer]
+            if below and d.num_done % 5 == 4:
+                found[d.request_id] = below[-1]
+        return list(found.items())
+
+    policy = dataclasses.replace(DEADLINE, name="restless", lower=lower)
+    monkeypatch.setitem(POLICIES, policy.name, policy)
+    return policy.name
+
+
+def test_law_12_every_token_under_deadline_is_the_offline_one_at_its_exit(
+    served: Served, restless: str
+) -> None:
     seen: Counter[str] = Counter()
 
     @given(
@@ -144,6 +170,7 @@ def test_law_12_every_token_under_deadline_is_the_offline_one_at_its_exit(served
         chunk=st.sampled_from([8, 256]),
         caching=st.booleans(),
         overload_degrade=st.booleans(),
+        policy=st.sampled_from(["deadline", restless]),
     )
     @settings(max_examples=20, deadline=None)
     def check(
@@ -153,13 +180,14 @@ def test_law_12_every_token_under_deadline_is_the_offline_one_at_its_exit(served
         chunk: int,
         caching: bool,
         overload_degrade: bool,
+        policy: str,
     ) -> None:
         believed, workload = asked
         timed = served.timed(
             truth=slower(believed, slowness),
             believed=believed,
             num_pages=num_pages,
-            policy="deadline",
+            policy=policy,
             max_num_batched_tokens=chunk,
             max_num_seqs=5,
             enable_prefix_caching=caching,
@@ -191,30 +219,6 @@ def test_law_12_every_token_under_deadline_is_the_offline_one_at_its_exit(served
 
     for kind in ("promised", "mixed depths", "behind", "schedule"):
         assert seen[kind] > 0, f"the workloads never showed: {kind}"
-
-
-@pytest.fixture
-def restless(monkeypatch: pytest.MonkeyPatch) -> str:
-    """``deadline``, but whoever was promised nothing goes down an exit every few tokens."""
-
-    def lower(
-        demands: Sequence[Demand],
-        exits: Sequence[int],
-        costs: StepCosts,
-        now: float,
-        worth: Worth,
-    ) -> list[Lowering]:
-        assert DEADLINE.lower is not None
-        found = dict(DEADLINE.lower(demands, exits, costs, now, worth))
-        for d in demands:
-            below = [e for e in exits if d.floor_layer <= e < d.exit_layer]
-            if below and not d.is_promised and d.num_done % 5 == 4:
-                found[d.request_id] = below[-1]
-        return list(found.items())
-
-    policy = dataclasses.replace(DEADLINE, name="restless", lower=lower)
-    monkeypatch.setitem(POLICIES, policy.name, policy)
-    return policy.name
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
