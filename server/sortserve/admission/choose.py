@@ -75,7 +75,7 @@ def choose_exit(
         exit_layer, found = best
         promise = found.promise if budget.has_latency else None
         return ExitChoice(exit_layer, found.estimate, True, floor, promise)
-    found = predict(floor, limit=0.0)
+    # All were tried: what was found last is the floor's.
     if budget.on_miss is OnMiss.REJECT:
         raise _unattainable(budget, allowed, found.estimate, drain_s())
     return ExitChoice(floor, found.estimate, False, floor)
