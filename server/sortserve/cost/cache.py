@@ -21,7 +21,7 @@ __all__ = ["cache_path", "machine_name", "read_samples", "write_samples"]
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_SAMPLES = 10_000
 MAX_BYTES = 4 * 2**20
 MAX_COUNT = 2**53

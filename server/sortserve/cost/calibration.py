@@ -13,6 +13,7 @@ import numpy as np
 from sortserve.core.plan import RowPlan, Runner, StepPlan
 from sortserve.core.sampling_params import SamplingParams, SamplingRow
 from sortserve.cost.model import REGIME_TOKENS, CostModel, Samples, StepShape, step_shape
+from sortserve.cost.stalls import without_stalls
 
 __all__ = ["calibrate", "fault_of", "slowed", "spot_check", "survey"]
 
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 DECODE_ROWS = (1, 4, 16, 32)
 PREFILL_TOKENS = (64, 128, 256, 512)
+MANY_ROWS = 128
+"""Rows of a large step in which all decode."""
 SHORT_PROMPTS = 16
 CONTEXTS = (16, 256)
 SURVEY_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
@@ -52,22 +55,25 @@ def calibrate(
     """Time synthetic steps on the empty KV pool; the samples to fit a cost model to.
 
     Runs the shallowest, a middle and the deepest exit over prompts of 64 to 512 tokens and batches
-    of 1 to 32 decode rows, at two context lengths, as far as ``budget_s`` seconds go. Shapes that
+    of 1 to 128 decode rows, at two context lengths, as far as ``budget_s`` seconds go. Shapes that
     tell the costs of large steps and then of small ones apart come first, and are timed at least
-    once however slow the machine: neither line is ever guessed from the other. The pages written
-    are free ones: call it before the first request, and on the engine's thread, whose thread pool
-    and memory it warms up.
+    once however slow the machine: neither line is ever guessed from the other. They are timed in
+    rounds, so that a moment at which the machine is held up spoils one time of several shapes and
+    not all times of one; what is more than the others allow is cut off (``without_stalls``). The
+    pages written are free ones: call it before the first request, and on the engine's thread, whose
+    thread pool and memory it warms up.
     """
     plans = _Plans(runner, exits, vocab_size, max_model_len, max_num_batched_tokens, max_num_seqs)
     start = clock()
     telling = plans.telling()
     runner.execute(telling[0])  # warm-up
-    samples: list[tuple[StepShape, float]] = []
-    for i, plan in enumerate(chain(telling, plans.further())):
-        if clock() - start > budget_s and i >= len(telling):
+    samples = _time_in_rounds(runner, telling, clock, start + budget_s)
+    for plan in plans.further():
+        if clock() - start > budget_s:
             logger.info("calibration stopped after %d shapes: %.1f s", len(samples), budget_s)
             break
-        samples.append((step_shape(plan), _time_of(runner, plan, clock, start + budget_s)))
+        samples += _time_in_rounds(runner, [plan], clock, start + budget_s)
+    samples = without_stalls(samples)
     model = CostModel.fit(samples)
     errors = sorted(abs(model.step_s(shape) / seconds - 1) for shape, seconds in samples)
     logger.info(
@@ -195,12 +201,22 @@ def _three_of(exits: Sequence[int]) -> list[int]:
     return sorted({exits[0], exits[len(exits) // 2], exits[-1]}, reverse=True)
 
 
-def _time_of(runner: Runner, plan: StepPlan, clock: Callable[[], float], until_s: float) -> float:
-    """The median seconds of a step: of several runs, as long as there is time, at least of one."""
-    seconds: list[float] = []
-    while not seconds or (len(seconds) < REPEATS and clock() < until_s):
-        seconds.append(_time_once(runner, plan, clock))
-    return statistics.median(seconds)
+def _time_in_rounds(
+    runner: Runner, plans: Sequence[StepPlan], clock: Callable[[], float], until_s: float
+) -> list[tuple[StepShape, float]]:
+    """The median seconds of each step: of several rounds, as long as there is time, at least one.
+
+    Of two times the shorter one counts: nothing makes a machine faster than it is.
+    """
+    times: list[list[float]] = [[] for _ in plans]
+    for round_ in range(REPEATS):
+        for plan, seconds in zip(plans, times, strict=True):
+            if round_ == 0 or clock() < until_s:
+                seconds.append(_time_once(runner, plan, clock))
+    return [
+        (step_shape(plan), statistics.median_low(seconds))
+        for plan, seconds in zip(plans, times, strict=True)
+    ]
 
 
 def _time_once(runner: Runner, plan: StepPlan, clock: Callable[[], float]) -> float:
@@ -236,14 +252,14 @@ class _Plans:
     def telling(self) -> list[StepPlan]:
         """The fewest that tell all costs apart: large steps first, then small ones.
 
-        Two depths and two sizes, and the larger one twice: as one prompt and as many short ones,
-        which sample more and read less, or as rows of two contexts.
+        Two depths and two sizes, and the larger one twice: as a prompt and as rows that decode, as
+        many as a crowd has, or as rows of two contexts.
         """
         ends = sorted({self._exits[0], self._exits[-1]}, reverse=True)
         large = [n for n in self._prompts if n > REGIME_TOKENS][:2]
         rows, contexts = self._rows, self._contexts
         chosen = [self._prompt(e, n) for n in large for e in ends]
-        chosen += [self._prompt(e, n, SHORT_PROMPTS) for n in large[-1:] for e in ends]
+        chosen += [self._many_rows(e, n) for n in large[-1:] for e in ends]
         for num_rows, context in ((rows[0], contexts[0]), (rows[-1], contexts[0])):
             chosen += [self._decode(e, num_rows, context) for e in ends]
         chosen += [self._decode(e, rows[-1], contexts[-1]) for e in ends]
@@ -283,6 +299,13 @@ class _Plans:
         num_rows = max(min(num_rows, self._max_seqs), -(-num_tokens // self._max_context))
         sizes = [num_tokens // num_rows + (r < num_tokens % num_rows) for r in range(num_rows)]
         return self._plan(exit_layer, [(0, size) for size in sizes])
+
+    def _many_rows(self, exit_layer: int, num_tokens: int) -> StepPlan | None:
+        """A large step in which all decode; many short prompts where so many rows do not fit."""
+        plan = self._decode(exit_layer, min(MANY_ROWS, self._rows_limit), self._contexts[-1])
+        if plan is not None and plan.num_tokens > REGIME_TOKENS:
+            return plan
+        return self._prompt(exit_layer, num_tokens, SHORT_PROMPTS)
 
     def _decode(self, exit_layer: int, num_rows: int, context: int) -> StepPlan | None:
         """A token each of so many rows; of as many as fit the pool."""

@@ -9,7 +9,8 @@ alone says.
 
 That follows a slow drift. A change at once (a neighbour on the same machine comes or goes) is seen
 by a ``ChangeDetector``: the regime starts again from the calibration at the new speed. Machines
-change as a whole, so the other regime goes with it as long as its own steps say nothing.
+change as a whole, so the other regime goes with it, and on with its drift, as long as its own steps
+say nothing.
 """
 
 from __future__ import annotations
@@ -113,11 +114,13 @@ class CostLearner:
         was_guess = regime.is_guess
         regime.start_again(change)
         if not was_guess and other.num_steps_since(change.since_s) < OWN_STEPS:
-            other.follow(regime.log_drift - change.level, change.since_s)
+            other.follow(change.level, change.since_s)
         self._steps.clear()
         self._refit(CostModel.safety)
 
     def _refit(self, safety: float) -> None:
+        self._small.keep_up(self._large.log_drift)
+        self._large.keep_up(self._small.log_drift)
         small, large = self._small.solve(), self._large.solve()
         self.model = replace(self.model, small=small, large=large, safety=safety)
 
@@ -183,11 +186,17 @@ class _Regime:
         self._changes = ChangeDetector()
         self._latest: deque[_Seen] = deque(maxlen=NUM_EVIDENCE)
         self._num_to_confirm = 0
+        self._ahead = 0.0
+        """Of the other's drift, where its speed is a guess."""
 
     @property
     def is_guess(self) -> bool:
         """Whether its speed is the other regime's, and its own steps have not confirmed it."""
         return self._num_to_confirm > 0
+
+    @property
+    def _only_follows(self) -> bool:
+        return self._num_to_confirm == NUM_EVIDENCE
 
     def num_steps_since(self, since_s: float) -> int:
         """Its steps that ended since then, as far as it remembers."""
@@ -241,13 +250,26 @@ class _Regime:
             self._add(step.features, step.seconds, FORGET_SHARE)
         self._restart(0)
 
-    def follow(self, log_factor: float, since_s: float) -> None:
-        """Start again at so many times the times of before, until its own steps say otherwise."""
+    def follow(self, level: float, since_s: float) -> None:
+        """Start again, from now on at the other regime's speed (``keep_up``).
+
+        Args:
+            level: the other's drift before it changed.
+            since_s: when it did; what this one took for its own speed since then is forgotten.
+        """
+        if self._only_follows:
+            return
         later = [step for step in self._latest if step.ended_s >= since_s]
         log_drift = later[0].log_drift_before if later else self.log_drift
         self._forget()
-        self.log_drift = log_drift + log_factor
+        self._ahead = log_drift - level
         self._restart(NUM_EVIDENCE)
+
+    def keep_up(self, level: float) -> None:
+        """Go with the other regime's drift, for as long as no step of its own has come."""
+        if self._only_follows:
+            self.log_drift = level + self._ahead
+            self._changed = True
 
     def _restart(self, num_to_confirm: int) -> None:
         self._changed, self._num_to_confirm = True, num_to_confirm

@@ -137,6 +137,21 @@ def test_the_other_regime_goes_with_the_one_that_shows_the_change() -> None:
     assert learned.model.step_s(prompt(300)) == pytest.approx(expected, rel=0.1)
 
 
+def test_who_went_along_with_a_change_also_comes_back_with_a_drift() -> None:
+    """A neighbour on the machine begins at once, and ends little by little."""
+
+    def alone(rng: random.Random) -> Iterator[Step]:
+        while True:
+            yield 0.0, decode(30)
+
+    def speed(now: float) -> float:
+        return 1.0 if now < CHANGE_S else max(1.0, 3.0 - (now - CHANGE_S) / 10.0)
+
+    learned = run(alone, speed, noise=0.03, until_s=CHANGE_S + 40.0)
+
+    assert all(0.8 < ratio < 1.3 for ratio in errors(learned.model, 1.0))
+
+
 def test_a_regime_whose_own_steps_say_otherwise_stays() -> None:
     learned, now = learner(), 0.0
 
