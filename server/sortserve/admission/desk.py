@@ -86,6 +86,8 @@ class AdmissionDesk:
     # Event loop only:
     _level: DepthLevel = field(default_factory=DepthLevel)
     _drains: Drains = field(default_factory=Drains)
+    _outlook: Outlook | None = None
+    """The last one: what it worked out holds until the load changes."""
     _failures: FailureLog = field(
         default_factory=lambda: FailureLog(
             logger, "a forecast failed: nothing was promised where it was asked for"
@@ -155,7 +157,7 @@ class AdmissionDesk:
         request, starts = asked.request, asked.starts
         floor_layer = asked.allowed[0]
         newcomer = self._newcomer(request, floor_layer)
-        outlook = Outlook(load, model, asked.allowed)
+        outlook = self._outlook_on(load, model, asked.allowed)
 
         def predict(exit_layer: int, *, limit: float) -> Forecast:
             found = forecast(exit_layer, newcomer, outlook, limit=limit)
@@ -245,7 +247,8 @@ class AdmissionDesk:
                 num_output_tokens=max_tokens,
                 arrival_s=load.now,
             )
-            return forecast(exit_layer, newcomer, Outlook(load, model, (exit_layer,))).estimate
+            outlook = self._outlook_on(load, model, (exit_layer,))
+            return forecast(exit_layer, newcomer, outlook).estimate
 
         return self._ask(predict, unknown=None, failed=None)
 
@@ -317,6 +320,11 @@ class AdmissionDesk:
         """The allowed exits that overload leaves to requests that it may make shallower."""
         deepest = level.exit_layer(self.exits.layers)
         return tuple(e for e in allowed if e <= deepest) or allowed[:1]
+
+    def _outlook_on(self, load: Load, model: CostModel, also: tuple[int, ...]) -> Outlook:
+        last = self._outlook
+        self._outlook = Outlook(load, model, also) if last is None else last.at(load, model, also)
+        return self._outlook
 
     def _newcomer(self, request: Request, floor_layer: int) -> Newcomer:
         return Newcomer(

@@ -78,6 +78,24 @@ class Outlook:
     also: tuple[int, ...] = ()
     """Exits that are asked about, and need not have rows."""
 
+    def at(self, load: Load, model: CostModel, also: tuple[int, ...]) -> Outlook:
+        """The outlook on another load; of the same demands, only what depends on the time is new.
+
+        Many requests are judged between two steps, and what all of them meet is the same.
+        """
+        other = Outlook(load, model, also)
+        mine = self.load
+        is_same = (
+            load.columns is not None
+            and (load.columns is mine.columns and load.demands is mine.demands)
+            and (model is self.model and load.worth is mine.worth)
+            and load.max_num_batched_tokens == mine.max_num_batched_tokens
+            and set(also) <= set(self.exits)
+        )
+        if is_same:
+            vars(other).update({name: getattr(self, name) for name in _TIMELESS})
+        return other
+
     @cached_property
     def columns(self) -> Columns:
         """What all live requests need."""
@@ -111,13 +129,20 @@ class Outlook:
         """All live requests, beside what they cost."""
         return DemandTable.of(self.columns, self.costs, self.exits)
 
-    @cached_property
+    @property
     def busy_s(self) -> float:
-        """What the step under way still takes, in the mean: half of it."""
+        """What the step under way still takes."""
+        if self.any_rows:
+            return self.half_step_s
+        return max(0.0, self.load.busy_until_s - self.load.now)
+
+    @cached_property
+    def half_step_s(self) -> float:
+        """What a step still takes, in the mean, while it is under way."""
         columns, costs = self.columns, self.costs
         runs = ~columns.is_waiting
         if not runs.any():
-            return max(0.0, self.load.busy_until_s - self.load.now)
+            return 0.0
         decode = runs & columns.is_decoding
         depth = columns.exit_layer[decode]
         row_s, (token_s, context_s) = costs.row_line
@@ -161,3 +186,8 @@ class Outlook:
         return {
             e: (int(n), int(t)) for e, n, t in zip(self.exits, counts, tokens, strict=True) if n
         }
+
+
+_TIMELESS = tuple(
+    name for name, value in vars(Outlook).items() if isinstance(value, cached_property)
+)

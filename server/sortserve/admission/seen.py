@@ -23,10 +23,10 @@ class Seen:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._demands: tuple[Demand, ...] = ()
-        self._columns: Columns | None = None
-        """Of the demands, made when they are first asked for."""
         self._room = UNLIMITED
         self._unseen: dict[str, Demand] = {}
+        self._all: tuple[tuple[Demand, ...], Columns] | None = None
+        """All of them, made when they are first asked for."""
 
     def show(
         self,
@@ -42,7 +42,7 @@ class Seen:
             room: its slots and pages; None: as before.
         """
         with self._lock:
-            self._demands, self._columns = demands, None
+            self._demands, self._all = demands, None
             self._room = self._room if room is None else room
             for request_id in taken:
                 self._unseen.pop(request_id, None)
@@ -50,13 +50,21 @@ class Seen:
     def enter(self, demand: Demand) -> None:
         """A request is on its way to the engine."""
         with self._lock:
+            is_new = demand.request_id not in self._unseen
             self._unseen[demand.request_id] = demand
+            if is_new and self._all is not None:
+                demands, columns = self._all
+                self._all = (*demands, demand), columns.plus(Columns.of((demand,)))
+            else:
+                self._all = None
 
     def all(self) -> tuple[tuple[Demand, ...], Columns, Room]:
-        """All live requests, those on their way last; the same as columns; the room for them."""
+        """All live requests, those on their way last; the same as columns; the room for them.
+
+        The same objects until something changes.
+        """
         with self._lock:
-            demands, unseen, room = self._demands, tuple(self._unseen.values()), self._room
-            columns = self._columns = self._columns or Columns.of(demands)
-        if not unseen:
-            return demands, columns, room
-        return (*demands, *unseen), columns.plus(Columns.of(unseen)), room
+            if self._all is None:
+                demands = (*self._demands, *self._unseen.values())
+                self._all = demands, Columns.of(demands)
+            return *self._all, self._room

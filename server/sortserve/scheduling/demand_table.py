@@ -168,23 +168,19 @@ class DemandTable:
 
     def plus(self, other: DemandTable) -> DemandTable:
         """These demands and those of another table of the same costs and exits, at the end."""
+        due_s = np.concatenate((self.due_s, other.due_s))
         prompts = np.concatenate((self.prompts, other.prompts + len(self.level)))
-        joined = replace(
-            self,
-            level=np.concatenate((self.level, other.level)),
-            floor=np.concatenate((self.floor, other.floor)),
-            rate=np.concatenate((self.rate, other.rate)),
-            next_share=np.concatenate((self.next_share, other.next_share)),
-            layer_s=np.concatenate((self.layer_s, other.layer_s)),
-            decodes=np.concatenate((self.decodes, other.decodes)),
-            promised=np.concatenate((self.promised, other.promised)),
-            weight=np.concatenate((self.weight, other.weight)),
-            left_share=np.concatenate((self.left_share, other.left_share)),
-            due_s=np.concatenate((self.due_s, other.due_s)),
-            work_s=np.concatenate((self.work_s, other.work_s)),
-            work_layer_s=np.concatenate((self.work_layer_s, other.work_layer_s)),
+        columns = {
+            name: np.concatenate((getattr(self, name), getattr(other, name))) for name in _COLUMNS
+        }
+        return DemandTable(
+            **columns,
+            layers=self.layers,
+            segment_s=self.segment_s,
+            row_s=self.row_s,
+            prompts=_by_due(prompts, due_s),
+            due_s=due_s,
         )
-        return replace(joined, prompts=_by_due(prompts, joined.due_s))
 
     def without(self, rows: Levels) -> DemandTable:
         """The demands as if some of them asked for nothing."""
@@ -236,6 +232,13 @@ class DemandTable:
         worst = int(share.argmax())
         until_s = float(time_s[worst]) if worst < len(prompts) else np.inf
         return Need(float(share[worst]), worst, until_s)
+
+
+_COLUMNS = (
+    *("level", "floor", "rate", "next_share", "layer_s", "decodes", "promised", "weight"),
+    *("left_share", "work_s", "work_layer_s"),
+)
+"""What a table says of each of its demands, beside when it is due."""
 
 
 def _by_due(prompts: Levels, due_s: Floats) -> Levels:

@@ -1,0 +1,86 @@
+"""What is worked out once for all who come between two steps: the same as worked out anew."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from sortserve.admission.forecast import forecast
+from sortserve.admission.outlook import Load, Newcomer, Outlook
+from sortserve.admission.seen import Seen
+from sortserve.core.budget import Deadlines
+from sortserve.cost.model import CostModel
+from sortserve.scheduling.demand import Demand
+from sortserve.scheduling.policies.table import get_policy
+from support.timed import MODEL, make_demand
+
+EXITS = (2, 4, 6)
+WORTH = {2: 0.4, 4: 0.7, 6: 1.0}
+
+
+def some_demand(name: str, rng: random.Random) -> Demand:
+    exit_layer = rng.choice(EXITS)
+    demand = make_demand(
+        name,
+        exit_layer,
+        due_s=rng.uniform(0.1, 3.0),
+        gap_s=rng.uniform(0.05, 1.0),
+        floor_layer=rng.choice([e for e in EXITS if e <= exit_layer]),
+        num_pending=rng.choice([1, 1, 300]),
+        context_len=rng.choice([0, 200]),
+    )
+    return replace(demand, is_waiting=rng.random() < 0.3)
+
+
+def load_of(seen: Seen, now: float) -> Load:
+    demands, columns, room = seen.all()
+    policy = get_policy("deadline")
+    return Load(now=now, demands=demands, columns=columns, room=room, policy=policy, worth=WORTH)
+
+
+def ask(outlook: Outlook, rng: random.Random) -> object:
+    newcomer = Newcomer(
+        num_prompt_tokens=rng.choice([10, 500]),
+        num_output_tokens=50,
+        arrival_s=outlook.load.now,
+        deadlines=Deadlines(e2e_s=outlook.load.now + rng.uniform(0.1, 5.0)),
+        floor_layer=2,
+    )
+    return forecast(rng.choice(EXITS), newcomer, outlook)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_forecast_is_the_same_whatever_was_asked_before(seed: int) -> None:
+    """While time goes on, requests enter, steps end, and the cost model becomes another."""
+    rng, seen, model, now = random.Random(seed), Seen(), MODEL, 0.0
+    outlook = Outlook(load_of(seen, now), model, (2,))
+    for i in range(60):
+        now += rng.expovariate(10.0)
+        match rng.randrange(6):
+            case 0:
+                seen.show(tuple(some_demand(f"{i}.{k}", rng) for k in range(rng.randrange(9))))
+            case 1:
+                seen.enter(some_demand(str(i), rng))
+            case 2:
+                model = CostModel(model.small, model.large, rng.uniform(1.0, 1.5))
+        load, also, question = load_of(seen, now), rng.choice([(2,), (2, 4), EXITS]), i
+        outlook = outlook.at(load, model, also)
+
+        anew = Outlook(replace(load, columns=None), model, also)
+        assert ask(outlook, random.Random(question)) == ask(anew, random.Random(question))
+
+
+def test_what_is_seen_is_the_same_object_until_something_changes() -> None:
+    rng, seen = random.Random(0), Seen()
+    seen.show((some_demand("a", rng),))
+    before = seen.all()
+    assert all(a is b for a, b in zip(before, seen.all(), strict=True))
+
+    seen.enter(some_demand("b", rng))
+    assert [d.request_id for d in seen.all()[0]] == ["a", "b"]
+    seen.enter(some_demand("b", rng))
+    assert [d.request_id for d in seen.all()[0]] == ["a", "b"]
+    seen.show((some_demand("a", rng), some_demand("b", rng)), taken=["b"])
+    assert [d.request_id for d in seen.all()[0]] == ["a", "b"]
