@@ -189,9 +189,8 @@ class ExitTable:
         )
         cheap = [e for e in self.layers if self._is_cheap(e, budget)]
         if budget.names_floor or not cheap:
-            return InvalidRequestError(
-                f"{why} Raise compute or lower the floor.", param="budget.compute"
-            )
+            advice = "Raise compute or lower the floor." if cheap else "Raise compute."
+            return InvalidRequestError(f"{why} {advice}", param="budget.compute")
         deepest, own = cheap[-1], self[cheap[-1]].score
         accepted = f"budget.min_exit_layer={deepest}"
         if self.is_measured and own is not None:  # a floor of quality is refused elsewhere

@@ -60,6 +60,17 @@ def _json_text(value: object) -> object:
     return json.dumps(value) if isinstance(value, dict) else value
 
 
+class _Pairs(list[tuple[str, object]]):
+    """The fields of a JSON object, as often as they are there."""
+
+    def once(self) -> dict[str, object]:
+        """Each once, or a ValueError that names the one that is there twice."""
+        for i, (name, _) in enumerate(self):
+            if any(name == other for other, _ in self[:i]):
+                raise ValueError(f"{name[:MAX_SHOWN]} is given twice")
+        return {n: v.once() if isinstance(v, _Pairs) else v for n, v in self}
+
+
 def _budget(value: str) -> str:
     budget_of(value)
     return value
@@ -72,8 +83,9 @@ def budget_of(text: str) -> Budget:
         ValueError: it is no JSON object, or no budget; the message says why.
     """
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
+        pairs = json.loads(text, object_pairs_hook=_Pairs)
+        values = pairs.once() if isinstance(pairs, _Pairs) else None
+    except (json.JSONDecodeError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise ValueError('it should be a JSON object such as {"min_quality": 0.8}')

@@ -364,6 +364,11 @@ def test_a_default_budget_is_json_or_a_mapping_of_the_file(tmp_path: Path) -> No
     assert load_settings({}).budget_by_default == Budget()
 
 
+def test_a_default_budget_that_says_something_twice_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="min_quality is given twice"):
+        load_settings({"default_budget": '{"min_quality": 0.8, "min_quality": 0.2}'})
+
+
 def test_a_default_budget_that_is_none_is_told_what_is_wrong_with_it() -> None:
     with pytest.raises(ConfigError, match=r"budget\.min_quality=2 .* a number from 0 to 1"):
         load_settings({"default_budget": '{"min_quality": 2}'})
