@@ -87,7 +87,7 @@ def test_of_those_let_in_nearly_all_are_in_time_and_near_what_was_predicted(
     room: tuple[int, int], policy: str
 ) -> None:
     met, near = [], []
-    for seed in range(2):
+    for seed in range(2 if POLICIES[policy].keeps_promises else 1):
         simulation = server(room, policy, seed)
         requests = requests_of(seed, ROOMS[room], 80)
         simulation.run(requests)
@@ -109,7 +109,7 @@ def test_of_those_let_in_nearly_all_are_in_time_and_near_what_was_predicted(
 
 
 @given(seed=st.integers(0, 10_000), room=st.sampled_from(sorted(ROOMS)))
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_page_is_lost_and_everybody_is_answered(seed: int, room: tuple[int, int]) -> None:
     simulation = server(room, "deadline", seed)
     requests = requests_of(seed, 2.0 * ROOMS[room], 40)
@@ -125,7 +125,7 @@ def test_no_page_is_lost_and_everybody_is_answered(seed: int, room: tuple[int, i
 def test_who_comes_back_when_told_is_nearly_always_let_in_and_not_told_to_stay_long() -> None:
     """After a burst nobody else comes: then the prediction is all that counts."""
     told_s, drained_s, verdicts = [], [], []
-    for seed, room in itertools.product(range(8), [(1, 4000), (2, 4000), (64, 400)]):
+    for seed, room in itertools.product(range(5), [(1, 4000), (2, 4000), (64, 400)]):
         simulation = server(room, "deadline", seed)
         count = (8 + seed) * (2 if room[0] == 64 else 1)
         burst = requests_of(seed, 30.0, count, on_miss="degrade")
@@ -156,6 +156,6 @@ def test_who_comes_back_when_told_is_nearly_always_let_in_and_not_told_to_stay_l
             others = [r for id_, r in simulation.reports.items() if id_ != "again"]
             drained_s.append(max(r.finished_s for r in others) - asking.arrival_s)
 
-    assert len(verdicts) >= 12
+    assert len(verdicts) >= 8
     assert sum(verdicts) >= 0.95 * len(verdicts)
     assert all(t <= 2.0 * d for t, d in zip(told_s, drained_s, strict=True))

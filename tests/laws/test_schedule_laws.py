@@ -184,7 +184,7 @@ def requests(draw: st.DrawFn) -> list[dict[str, Any]]:
     caching=st.booleans(),
 )
 @settings(
-    max_examples=20,
+    max_examples=10,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -22,8 +22,8 @@ from support.tiny_models import hf_submodel
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EXITS = (9, 15, 21, 30)
-PROMPTS = ("What is the capital of France?", "Write a haiku about the sea.", "2 + 2 =")
-NUM_TOKENS = 12
+PROMPTS = ("What is the capital of France?", "2 + 2 =")
+NUM_TOKENS = 8
 
 pytestmark = [
     pytest.mark.timeout(600),

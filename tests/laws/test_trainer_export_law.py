@@ -6,6 +6,7 @@ for token, what the engine serves at that exit.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from functools import cache
@@ -71,8 +72,13 @@ def transformers_tokens(folder: Path) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("exit_layer", EXITS)
+@pytest.mark.parametrize(
+    ("variant", "exit_layer"),
+    [
+        pytest.param(v, e, marks=[] if v == VARIANTS[0] or e in KINDS else pytest.mark.slow)
+        for v, e in itertools.product(VARIANTS, EXITS)
+    ],
+)
 def test_an_exported_exit_in_transformers_is_that_exit_served(
     folders: Callable[[str], Path], tmp_path: Path, variant: str, exit_layer: int
 ) -> None:

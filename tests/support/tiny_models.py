@@ -258,23 +258,36 @@ def load_hf(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def hf_submodel(model: Any, num_layers: int) -> Any:
+def hf_submodel(model: Any, num_layers: int, *, final_norm: bool = True) -> Any:
     """transformers' model of the first ``num_layers`` layers, sharing the weights of ``model``.
 
-    It is a whole transformers model (``num_hidden_layers = E``): ``generate`` works on it.
+    It is a whole transformers model (``num_hidden_layers = E``): ``generate`` works on it. It is
+    made once for each depth, since that takes longer than a tiny model's answer.
+
+    Args:
+        model: the whole one.
+        num_layers: how many.
+        final_norm: whether there is one; else the last hidden state is the trunk's.
     """
+    made = vars(model).setdefault("submodels_of_tests", {})
+    sub = made.get((num_layers, final_norm))
+    if sub is None:
+        sub = made[num_layers, final_norm] = _make_submodel(model, num_layers)
+    sub.model.embed_tokens = model.model.embed_tokens
+    sub.model.layers = nn.ModuleList(list(model.model.layers)[:num_layers])
+    sub.model.norm = model.model.norm if final_norm else nn.Identity()
+    sub.model.rotary_emb = model.model.rotary_emb
+    sub.lm_head = model.lm_head
+    return sub.eval()
+
+
+def _make_submodel(model: Any, num_layers: int) -> Any:
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = config.layer_types[:num_layers]
     with torch.device("meta"):
-        sub = type(model)(config)
-    sub.model.embed_tokens = model.model.embed_tokens
-    sub.model.layers = nn.ModuleList(list(model.model.layers)[:num_layers])
-    sub.model.norm = model.model.norm
-    sub.model.rotary_emb = model.model.rotary_emb
-    sub.lm_head = model.lm_head
-    return sub.eval()
+        return type(model)(config)
 
 
 @torch.no_grad()
@@ -289,13 +302,11 @@ def hf_logits(
     ``exit_module``: tensors of ``read_exit_module``; with any, the trunk's hidden state passes it
     (in plain torch) in place of the shared final norm.
     """
-    sub = hf_submodel(model, model.config.num_hidden_layers if num_layers is None else num_layers)
-    final_norm = sub.model.norm
-    if exit_module:
-        sub.model.norm = nn.Identity()
+    depth = model.config.num_hidden_layers if num_layers is None else num_layers
+    sub = hf_submodel(model, depth, final_norm=not exit_module)
     ids_1T = torch.tensor([list(ids)])
     h_TD = sub.model(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
     if exit_module:
-        h_TD = apply_exit_module(h_TD, exit_module, final_norm.variance_epsilon)
+        h_TD = apply_exit_module(h_TD, exit_module, model.model.norm.variance_epsilon)
     logits_TV: Tensor = sub.lm_head(h_TD)
     return logits_TV
