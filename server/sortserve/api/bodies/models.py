@@ -60,6 +60,8 @@ _BUDGET_SCHEMA: dict[str, Any] = {
     },
     "example": {"latency_ms": 800, "min_quality": 0.9},
 }
+_QUESTION = [{"role": "user", "content": "What is gravity?"}]
+_SHORT = {"max_tokens": 48, "temperature": 0, "budget": {"latency_ms": 2000}}
 _LOGIT_BIAS_SCHEMA = {"type": "object", "additionalProperties": LOGIT_BIAS.json_schema}
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer"}}
 _ONE_PROMPT_SCHEMA = {"anyOf": [{"type": "string"}, _TOKEN_IDS], "example": "Once upon a time"}
@@ -86,6 +88,11 @@ _MESSAGES_SCHEMA = {
 def _as_list(value: object) -> object:
     """One stop string as a list of one."""
     return [value] if isinstance(value, str) else value
+
+
+def _example(body: dict[str, Any]) -> ConfigDict:
+    """What a page fills in for the reader: one that was made of the fields would name them all."""
+    return ConfigDict(json_schema_extra={"example": body})
 
 
 def _ranged(name: str) -> WithJsonSchema:
@@ -189,6 +196,8 @@ class GenerationFields(_Body):
 class GenerateBody(GenerationFields):
     """Body of `POST /generate`."""
 
+    model_config = _example({"messages": _QUESTION, **_SHORT})
+
     prompt: Annotated[Any, WithJsonSchema(_ONE_PROMPT_SCHEMA)] = None
     """Text or token ids. Give this or `messages`."""
     messages: Messages | None = None
@@ -212,6 +221,8 @@ class _OpenAIFields(GenerationFields):
 class CompletionBody(_OpenAIFields):
     """Body of `POST /v1/completions`."""
 
+    model_config = _example({"prompt": "Once upon a time", **_SHORT})
+
     prompt: Annotated[Any, WithJsonSchema(_PROMPTS_SCHEMA)] = None
     """A text, a list of texts, token ids, or a list of lists of token ids."""
     logprobs: Annotated[int, _ranged("logprobs")] | None = None
@@ -228,6 +239,8 @@ class CompletionBody(_OpenAIFields):
 class ChatCompletionBody(_OpenAIFields):
     """Body of `POST /v1/chat/completions`."""
 
+    model_config = _example({"messages": _QUESTION, **_SHORT})
+
     messages: Messages
     """The conversation. Content is a text, or a list of parts of type `text`."""
     max_completion_tokens: Annotated[int, _ranged("max_tokens")] | None = None
@@ -243,6 +256,8 @@ class ChatCompletionBody(_OpenAIFields):
 class TokenizeBody(_Body):
     """Body of `POST /tokenize`."""
 
+    model_config = _example({"prompt": "What is gravity?"})
+
     model: Name | None = None
     prompt: str | None = None
     """Text. Give this or `messages`."""
@@ -256,6 +271,8 @@ class TokenizeBody(_Body):
 
 class DetokenizeBody(_Body):
     """Body of `POST /detokenize`."""
+
+    model_config = _example({"tokens": [1, 2, 3]})
 
     model: Name | None = None
     tokens: Annotated[list[int], Field(fail_fast=True)]
