@@ -1,0 +1,89 @@
+"""A page in a browser, and the scripted server that it came from."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from support.http_service import HttpService
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Locator, LocatorAssertions, Page
+
+__all__ = ["Site", "Visit"]
+
+WAIT_MS = 20_000
+
+
+@dataclass
+class Site:
+    """A running server."""
+
+    service: HttpService
+    url: str
+    stack: ExitStack
+    """What ends with the test, before the server does."""
+
+    def visit(
+        self, browser: Browser, *, ready: bool = True, path: str = "/", **context: Any
+    ) -> Visit:
+        """Open the page in a fresh profile; ``ready``: wait until it knows the exits."""
+        options = {"viewport": {"width": 1280, "height": 860}, **context}
+        page = self.page(browser, **options)
+        page.set_default_timeout(WAIT_MS)
+        visit = Visit(self, page)
+        page.on("request", lambda request: visit.requests.append(request.url))
+        page.on("pageerror", lambda error: visit.errors.append(str(error)))
+        page.goto(self.url + path)
+        if ready:
+            page.wait_for_selector(".example")
+        return visit
+
+    def page(self, browser: Browser, **context: Any) -> Page:
+        """An empty page in a fresh profile, which closes before the server waits for it."""
+        profile = browser.new_context(**context)
+        self.stack.callback(profile.close)
+        return profile.new_page()
+
+
+class Visit:
+    """One open page, what it has asked for, and what went wrong in its scripts."""
+
+    def __init__(self, site: Site, page: Page) -> None:
+        self.site = site
+        self.page = page
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+
+    def expect(self, selector: str) -> LocatorAssertions:
+        """What must come true of an element in time."""
+        from playwright.sync_api import expect  # only where there is a browser
+
+        return expect(self.page.locator(selector))
+
+    def ask(self, prompt: str) -> None:
+        self.page.fill("#prompt", prompt)
+        self.page.press("#prompt", "Enter")
+
+    def wait_until_over(self) -> None:
+        self.page.wait_for_selector("#send-button:not([hidden])")
+
+    def answer(self, prompt: str) -> Locator:
+        """Ask, and the element of the answer once it is over."""
+        self.ask(prompt)
+        self.wait_until_over()
+        return self.page.locator(".answer").last
+
+    def compare(self) -> None:
+        self.page.check("input[name=mode][value=compare]", force=True)
+
+    def has_no_sideways_scroll(self) -> bool:
+        """Whether nothing is wider than the window: neither the page nor what scrolls in it."""
+        return bool(
+            self.page.evaluate(
+                """() => [document.documentElement, document.querySelector("#scroller"),
+                          document.querySelector("#panel")]
+                    .every((element) => element.scrollWidth <= element.clientWidth)"""
+            )
+        )
