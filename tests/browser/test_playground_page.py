@@ -370,9 +370,7 @@ def tab_to(visit: Visit, name: str) -> None:
 
 def test_all_can_be_done_with_the_keyboard_alone(visit: Visit) -> None:
     page, keys = visit.page, visit.page.keyboard
-    page.evaluate("document.activeElement.blur()")
-    keys.press("Tab")
-    assert page.evaluate("document.activeElement.className") == "skip"
+    tab_to(visit, "skip-link")
     keys.press("Enter")
     assert focused(visit) == "prompt"
 
@@ -382,16 +380,12 @@ def test_all_can_be_done_with_the_keyboard_alone(visit: Visit) -> None:
     assert page.inner_text("#budget-summary") != "no limit"
     tab_to(visit, "max_tokens")
     keys.type("2")  # Tab has selected what was there
-    keys.press("Tab")
-    page.evaluate("document.activeElement.blur()")
-    keys.press("Tab")
-    keys.press("Enter")
+    tab_to(visit, "prompt")
     keys.type("a")
     keys.press("Enter")
     visit.wait_until_over()
     assert page.text_content(".tokens") == "bc"
 
-    page.evaluate("document.activeElement.blur()")
     tab_to(visit, "mode")
     keys.press("ArrowRight")
     assert page.is_visible("#lanes")
@@ -439,8 +433,7 @@ def test_nothing_scrolls_sideways_at_360_pixels(browser: Browser, serve: Serve) 
     assert fits == dict.fromkeys(fits, True)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 360)])
 def test_axe_finds_no_serious_fault(
     browser: Browser, serve: Serve, scheme: str, width: int
 ) -> None:
@@ -510,7 +503,7 @@ def test_the_first_paint_is_small_and_all_of_it_comes_from_this_server(
     site = serve()
     page = site.page(browser)
     replies: list[Any] = []
-    page.on("response", replies.append)
+    page.on("response", lambda reply: replies.append(reply))
     page.goto(site.url, wait_until="networkidle")
     sizes = [reply.request.sizes() for reply in replies]
 

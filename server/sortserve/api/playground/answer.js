@@ -62,11 +62,11 @@ export class Answer {
         this.body.append(paint(el("span", { class: "change" }, `exit ${exitLayer}`), exitLayer));
       }
       const title = `Made at exit ${nameOf(exitLayer)}`;
-      this.run_ = paint(el("span", { class: "run", title, "data-exit": exitLayer }), exitLayer);
-      this.body.append(this.run_);
+      this.piece = paint(el("span", { class: "run", title, "data-exit": exitLayer }), exitLayer);
+      this.body.append(this.piece);
       this.exitLayer = exitLayer;
     }
-    this.run_.append(text);
+    this.piece.append(text);
     this.state.textContent = `Exit ${exitLayer}, ${count(this.numTokens, "token")}`;
   }
 

@@ -47,6 +47,11 @@ async function errorOf(reply) {
   }
 }
 
+/** Whether there is such a page here. */
+export async function isThere(path) {
+  return (await fetch(path, { method: "HEAD" })).ok;
+}
+
 export async function get(path) {
   return (await request(path)).json();
 }

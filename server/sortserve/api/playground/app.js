@@ -1,7 +1,7 @@
 // The page: puts its parts together, and sends what the reader asks for.
 
 import { errorBox } from "./answer.js";
-import { ApiError, get, key } from "./api.js";
+import { ApiError, get, isThere, key } from "./api.js";
 import {
   maxTokens, offerExits, readBudget, readSampling, showSlider, slid, summary, writeBudget,
 } from "./budget.js";
@@ -21,6 +21,7 @@ const compare = new Compare(() => showMode());
 let chatBudget = {};
 let running = null; // the AbortController of what runs
 let lastPrompt = "";
+let isStarted = false;
 
 // ---- mode and budget ----
 
@@ -88,11 +89,20 @@ async function send() {
     : chat.ask(prompt, chatBudget, (turns) => makeBody(turns, chatBudget), controller).then((a) => [a]);
   showMode();
   $("scroller").scrollTop = $("scroller").scrollHeight;
-  const answers = await asked;
-  setRunning(null);
-  announce(answers.map((answer) => answer.spoken).join(" "));
-  if (answers.some((answer) => answer.error?.status === 401)) askForKey(answers[0].error.message);
+  try {
+    finished(await asked);
+  } finally {
+    setRunning(null);
+  }
   refreshExits();
+}
+
+function finished(answers) {
+  announce(answers.map((answer) => answer.spoken).join(" "));
+  const errors = answers.map((answer) => answer.error).filter((error) => error);
+  if (errors.length === answers.length && !$("prompt").value) $("prompt").value = lastPrompt;
+  const locked = errors.find((error) => error.status === 401);
+  if (locked) askForKey(locked.message);
 }
 
 function setRunning(controller) {
@@ -157,7 +167,10 @@ async function start() {
   if (!compare.lanes.length) suggestLanes();
   showExamples();
   showMode();
+  if (isStarted) return; // only the key is another one
+  isStarted = true;
   startStrip();
+  isThere("docs").then((is) => ($("docs-link").hidden = !is)); // off with --no-enable-docs
   setInterval(() => {
     if (!document.hidden && !running) refreshExits();
   }, REFRESH_MS);
@@ -235,15 +248,18 @@ function askForKey(message) {
 }
 
 $("key-dialog").addEventListener("close", () => {
-  if ($("key-dialog").returnValue !== "use") return;
+  const { returnValue } = $("key-dialog");
+  $("key-dialog").returnValue = "";
+  if (returnValue !== "use") return;
   key.set($("key").value.trim());
   start();
 });
+$("key-cancel").addEventListener("click", () => $("key-dialog").close("cancel"));
 $("key-forget").addEventListener("click", () => {
   key.set("");
   $("key").value = "";
 });
-$("key-button").addEventListener("click", () => askForKey("Keys are set by --api-key on the server."));
+$("key-button").addEventListener("click", () => askForKey("Where the server has keys, what you ask needs one."));
 
 // ---- code ----
 
