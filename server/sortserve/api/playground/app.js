@@ -88,7 +88,7 @@ async function send() {
     ? compare.ask(prompt, makeBody, controller)
     : chat.ask(prompt, chatBudget, (turns) => makeBody(turns, chatBudget), controller).then((a) => [a]);
   showMode();
-  $("scroller").scrollTop = $("scroller").scrollHeight;
+  $("scroller").scrollTop = isCompare() ? 0 : $("scroller").scrollHeight;
   try {
     finished(await asked);
   } finally {
@@ -125,7 +125,7 @@ function follow() {
     isAtEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 60;
   });
   new ResizeObserver(() => {
-    if (running && isAtEnd && !isCompare()) scroller.scrollTop = scroller.scrollHeight;
+    if (isAtEnd && !isCompare()) scroller.scrollTop = scroller.scrollHeight;
   }).observe($("thread"));
 }
 
@@ -178,12 +178,12 @@ async function start() {
 
 // ---- what to click first ----
 
-/** A time between what two exits take, so that the shallower of the two is what it buys. */
+/** The time of the deepest exit but one: enough for it, and too little for full depth. */
 function timeBelowFull() {
   const open = exits.list.filter((exit) => exit.served_unasked);
   const [shallow, deep] = open.slice(-2);
   if (!deep?.estimate) return null;
-  const time = (timeAt(shallow, maxTokens()) + timeAt(deep, maxTokens())) / 2;
+  const time = timeAt(shallow, maxTokens());
   const unit = 10 ** Math.max(0, Math.floor(Math.log10(time)) - 1);
   return { time: Math.ceil(time / unit) * unit, exit: shallow.exit_layer };
 }
