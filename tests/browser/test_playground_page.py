@@ -10,7 +10,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from importlib.resources import files
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,7 @@ import httpx
 import pytest
 
 from sortserve.core.budget import Budget
-from support.browsing import Site, Visit
+from support.browsing import Site, Visit, open_browser, open_site
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -29,6 +31,20 @@ Serve = Callable[..., Site]
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(120)]
 
 MAX_FIRST_BYTES = 100_000
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Ends with its module: Playwright's event loop must be gone when other tests start theirs."""
+    with open_browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Starts servers, which end with the test."""
+    with ExitStack() as stack:
+        yield partial(open_site, stack)
 
 
 @pytest.fixture
@@ -253,7 +269,7 @@ def test_four_budgets_run_side_by_side_in_one_batch(browser: Browser, serve: Ser
     exits = [lane.locator(".run").get_attribute("data-exit") for lane in lanes]
     assert exits == ["6", "6", "4", "2"]
     assert max(len(plan.rows) for plan in service.runner.plans) == 4
-    tops = {round(lane.bounding_box()["y"]) for lane in lanes}  # type: ignore[index]
+    tops = {round(lane.bounding_box()["y"]) for lane in lanes}
     assert len(tops) <= 2, "two by two, or all in a row"
     shares = [
         float(bar.evaluate("e => getComputedStyle(e).getPropertyValue('--share')"))

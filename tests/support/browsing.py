@@ -1,19 +1,68 @@
-"""A page in a browser, and the scripted server that it came from."""
+"""A real browser where there is one, and pages in it of a scripted server.
+
+It takes Chromium, and Playwright to drive it (the extra `browser`).
+"""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from support.http_service import HttpService
+import pytest
+
+from sortserve.cost.model import CostModel
+from support.http_service import HttpService, listening, make_service
+from support.scripted import FakeClock, next_letter
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, LocatorAssertions, Page
 
-__all__ = ["Site", "Visit"]
+__all__ = ["Site", "Visit", "open_browser", "open_site"]
 
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WAIT_MS = 20_000
+
+
+@contextmanager
+def open_browser() -> Iterator[Browser]:
+    """Chromium without a window; the test is skipped where there is none."""
+    reason = "the extra `browser` is not installed"
+    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    if path is None:
+        pytest.skip("no Chromium on the PATH, and no variable CHROMIUM that names one")
+    with playwright.sync_playwright() as driver:
+        # A sandbox cannot be had as root or in most containers; all pages here are our own.
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def open_site(stack: ExitStack, **options: Any) -> Site:
+    """A server on loopback over the scripted model, which takes a millisecond a layer.
+
+    Args:
+        stack: ends it.
+        options: of ``make_service``.
+    """
+    clock = FakeClock()
+
+    def rule(tokens: Sequence[int], exit_layer: int) -> int:
+        clock.now += exit_layer / 1e3
+        return next_letter(tokens, exit_layer)
+
+    engine = {"clock": clock, "min_quality": 0.5}
+    service = make_service(rule=rule, engine_options=engine, **options)
+    line = (0.0, 1e-3, 0.0, 0.0, 0.0)
+    service.engine.costs.use(CostModel(line, line))
+    stack.callback(service.worker.stop)
+    url = stack.enter_context(listening(service.app))
+    stack.callback(service.runner.open)
+    return Site(service, url, stack)
 
 
 @dataclass
