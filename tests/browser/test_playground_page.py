@@ -241,6 +241,23 @@ def test_the_slider_says_which_exit_a_time_would_buy(visit: Visit) -> None:
     }
 
 
+def test_a_newcomer_has_three_things_to_click(browser: Browser, serve: Serve) -> None:
+    site = serve()
+    visit = site.visit(browser)
+    page = visit.page
+    page.fill("#max_tokens", "4")
+    page.click(".example >> nth=1")  # 128 tokens at exit 4 are predicted to take 614 ms
+    visit.wait_until_over()
+    assert page.locator(".example").all_inner_texts()[1].startswith("At most 620 ms")
+    assert site.service.ended.reports[0].budget.latency_ms == 620
+
+    page.click("#new-button")
+    page.click(".example >> nth=2")
+    visit.wait_until_over()
+    assert page.locator(".lane .run").count() == 3
+    assert len(site.service.ended.reports) == 1 + 3
+
+
 # ---- comparing ----
 
 

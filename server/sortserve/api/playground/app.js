@@ -7,8 +7,9 @@ import {
 } from "./budget.js";
 import { Chat } from "./chat.js";
 import { Compare } from "./compare.js";
-import { $, announce, el, ms } from "./dom.js";
-import { exits, showLegend, showTable, timeAt, useExits } from "./exits.js";
+import { $, announce, el } from "./dom.js";
+import { showExamples, suggestedBudgets } from "./examples.js";
+import { showLegend, showTable, useExits } from "./exits.js";
 import { curl, python } from "./snippets.js";
 import { startStrip } from "./strip.js";
 
@@ -164,8 +165,8 @@ async function start() {
     setTimeout(start, RETRY_MS);
     return;
   }
-  if (!compare.lanes.length) suggestLanes();
-  showExamples();
+  if (!compare.lanes.length) compare.suggest(suggestedBudgets());
+  showExamples(choose);
   showMode();
   if (isStarted) return; // only the key is another one
   isStarted = true;
@@ -176,67 +177,11 @@ async function start() {
   }, REFRESH_MS);
 }
 
-// ---- what to click first ----
-
-/** The time of the deepest exit but one: enough for it, and too little for full depth. */
-function timeBelowFull() {
-  const open = exits.list.filter((exit) => exit.served_unasked);
-  const [shallow, deep] = open.slice(-2);
-  if (!deep?.estimate) return null;
-  const time = timeAt(shallow, maxTokens());
-  const unit = 10 ** Math.max(0, Math.floor(Math.log10(time)) - 1);
-  return { time: Math.ceil(time / unit) * unit, exit: shallow.exit_layer };
-}
-
-function suggestLanes() {
-  const open = exits.list.filter((exit) => exit.served_unasked).map((exit) => exit.exit_layer);
-  compare.lanes.push({ budget: {}, answer: null });
-  for (const exit of open.slice(0, -1).slice(-2).reverse()) {
-    compare.lanes.push({ budget: { exit_layer: exit }, answer: null });
-  }
-  const below = timeBelowFull();
-  if (below) compare.lanes.splice(1, 0, { budget: { latency_ms: below.time }, answer: null });
-}
-
-function showExamples() {
-  const below = timeBelowFull();
-  const cards = [
-    ["No limit", "What is gravity?", `Every token at full depth, all ${exits.full} layers`, "chat", {}],
-    ...(below
-      ? [[
-          `At most ${ms(below.time)}`,
-          "Why is the sky blue?",
-          `Buys about exit ${below.exit} at this moment`,
-          "chat",
-          { latency_ms: below.time },
-        ]]
-      : []),
-    ["Side by side", "Name three uses of copper.", "One question at several budgets, in one batch", "compare", null],
-  ];
-  $("examples").replaceChildren(
-    ...cards.map(([title, prompt, note, where, budget]) =>
-      el(
-        "li",
-        {},
-        el(
-          "button",
-          {
-            type: "button",
-            class: "example",
-            onclick: () => {
-              if (budget) chatBudget = budget;
-              setMode(where);
-              $("prompt").value = prompt;
-              send();
-            },
-          },
-          el("b", {}, title),
-          el("span", { class: "quote" }, prompt),
-          el("span", { class: "note" }, note),
-        ),
-      ),
-    ),
-  );
+function choose({ prompt, mode: where, budget }) {
+  if (budget) chatBudget = budget;
+  setMode(where);
+  $("prompt").value = prompt;
+  send();
 }
 
 // ---- the key ----

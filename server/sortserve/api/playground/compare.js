@@ -25,6 +25,11 @@ export class Compare {
     this.select(this.lanes.length - 1);
   }
 
+  /** Begin with these budgets. */
+  suggest(budgets) {
+    this.lanes = budgets.map((budget) => ({ budget, answer: null }));
+  }
+
   remove(index) {
     this.lanes.splice(index, 1);
     this.select(Math.min(this.selected, this.lanes.length - 1));
