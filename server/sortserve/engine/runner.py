@@ -27,6 +27,8 @@ class ModelRunner:
         self._sampler = sampler or Sampler(decoder.backend.sampling)
         self._kv_cache = decoder.allocate_kv_cache(num_pages, block_size)
         self._threads: StepThreads | None = None
+        # What the last plan sampled, for rows of the next one that go on from there.
+        self._last_ids_R = torch.empty(0, dtype=torch.int64)
 
     def adapt_threads(self, threads: StepThreads) -> None:
         """From now on, let steps use as many threads as ``threads`` finds best."""
@@ -46,9 +48,16 @@ class ModelRunner:
             block_size=self.block_size,
             num_slabs=self._decoder.num_slabs,
             device=self._decoder.device,
+            last_ids_R=self._last_ids_R,
         )
+        self._last_ids_R = self._last_ids_R[:0]  # if this plan fails, nobody goes on from it
         h_RD = self._decoder.forward(batch, self._kv_cache)
-        sampling = [row.sampling for row in plan.rows if row.sampling is not None]
+        sampling = [
+            row.sampling.at(row.num_output_tokens) for row in plan.rows if row.sampling is not None
+        ]
         if not sampling:
             return []
-        return self._sampler.sample(self._decoder.logits(h_RD), sampling)
+        results = self._sampler.sample(self._decoder.logits(h_RD), sampling)
+        ids = [r.token_id if isinstance(r, SampledToken) else 0 for r in results]
+        self._last_ids_R = torch.tensor(ids, device=self._decoder.device)
+        return results

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
-from sortserve.core.plan import StepPlan
+from sortserve.core.plan import RowPlan, StepPlan
 from sortserve.core.request import EngineStats, StepRecord
 from sortserve.core.sequence import Sequence
 from sortserve.scheduling.scheduler import Scheduler
@@ -18,6 +18,7 @@ def step_record(
     plan: StepPlan,
     sequences: Mapping[str, Sequence],
     *,
+    sampled: Collection[RowPlan],
     full_depth: int,
     previous_token_s: Mapping[str, float | None],
     started_s: float,
@@ -31,6 +32,7 @@ def step_record(
     Args:
         plan: what ran, without the rows that failed.
         sequences: its sequences, after the tokens were handed out.
+        sampled: its rows that gave a token to somebody.
         full_depth: layers of the full model.
         previous_token_s: when each sequence's token before this step's came; None: this is its
             first.
@@ -41,9 +43,7 @@ def step_record(
         was_retried: it was run row by row after it had failed.
     """
     ttfts, itls = [], []
-    for row in plan.rows:
-        if row.sampling is None:
-            continue
+    for row in sampled:
         before = previous_token_s[row.request_id]
         if before is None:
             arrival = sequences[row.request_id].request.arrival_s
@@ -56,7 +56,7 @@ def step_record(
         predicted_s=None if was_retried else predicted_s,  # of one run, not of two
         depth_cap=plan.depth_cap,
         rows_by_exit=Counter(row.exit_layer for row in plan.rows),
-        tokens_by_exit=Counter(row.exit_layer for row in plan.rows if row.sampling is not None),
+        tokens_by_exit=Counter(row.exit_layer for row in sampled),
         layers_run=sum(row.exit_layer * row.num_tokens for row in plan.rows),
         layers_full=full_depth * plan.num_tokens,
         ttfts=tuple(ttfts),
