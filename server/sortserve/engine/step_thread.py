@@ -12,7 +12,7 @@ from dataclasses import replace
 from sortserve.core.plan import Pending, Runner, StepPlan
 from sortserve.core.sampling_params import RowFailure, SampledToken
 
-__all__ = ["StepThread"]
+__all__ = ["StepThread", "frozen"]
 
 _Results = Sequence[SampledToken | RowFailure]
 _Inbox = queue.SimpleQueue[tuple[StepPlan, "Future[_Results]"] | None]
@@ -43,7 +43,7 @@ class StepThread:
             ).start()
             weakref.finalize(self, self._inbox.put, None)
         pending: Future[_Results] = Future()
-        self._inbox.put((_frozen(plan), pending))
+        self._inbox.put((frozen(plan), pending))
         return pending
 
     def execute(self, plan: StepPlan) -> _Results:
@@ -61,7 +61,7 @@ def _run(runner: Runner, inbox: _Inbox) -> None:
         del task, plan, pending
 
 
-def _frozen(plan: StepPlan) -> StepPlan:
+def frozen(plan: StepPlan) -> StepPlan:
     """The plan with page tables of its own: the scheduler goes on to change those it shows."""
     rows = (replace(row, block_table_SB=row.block_table_SB.copy()) for row in plan.rows)
     return replace(plan, rows=tuple(rows))

@@ -127,6 +127,7 @@ class Scheduler:
     def go_shallower(self, sequence: Sequence, exit_layer: int, reason: str) -> None:
         """Continue a sequence at a shallower exit; its deep pages are free at once."""
         assert exit_layer < sequence.exit_layer
+        assert not sequence.num_unknown_tokens, "a step under way needs its pages"
         self._news.exit_changes.append((sequence.exit_layer, exit_layer, reason))
         if sequence.status is Status.RUNNING:
             self.kv_cache.go_shallower(sequence, exit_layer)
@@ -136,7 +137,7 @@ class Scheduler:
     # ---- one step ----
 
     def schedule(self, now: float) -> StepPlan | None:
-        """The next step's plan; None if there is nothing to run, or not before the last one is over.
+        """The next step's plan; None if there is nothing to run, or not before this one lands.
 
         Args:
             now: the engine's clock, in seconds.
@@ -242,9 +243,8 @@ class Scheduler:
                 if len(self._running) == self._max_num_seqs or not self._try_admit(sequence):
                     break
                 self._decisions.entered(sequence, now)
-        assert self._running or self._ending or all(s.num_unknown_tokens for s in self._waiting), (
-            "the engine admits only what fits the pool alone"
-        )
+        if not (self._running or self._ending or any(s.num_unknown_tokens for s in self._waiting)):
+            assert not self._waiting, "the engine admits only what fits the pool alone"
 
     def _try_admit(self, sequence: Sequence) -> bool:
         # Leave every running sequence room to grow by a block, or a newcomer would be
