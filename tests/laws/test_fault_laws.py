@@ -233,7 +233,7 @@ class Storm:
         raise AssertionError("work is left")
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.integers(0, 2**32),
     st.sampled_from(["deadline", "deadline", "fair"]),

@@ -22,11 +22,12 @@ from sortserve.core.plan import StepPlan
 from sortserve.core.request import FinishReason, Request, StepRecord
 from sortserve.core.sampling_params import SampledToken
 from sortserve.core.schedule import DepthSchedule
+from sortserve.cost.model import StepShape
 from sortserve.engine.engine import Engine
 from sortserve.scheduling.policies.table import POLICIES
 from sortserve.simulation import Clock, TimedRunner
 from support.faults import FaultyRunner
-from support.launchers import LAUNCHERS
+from support.launchers import LAUNCHERS, EarlyLauncher, LateLauncher
 from support.scripted import (
     Collected,
     ScriptedRunner,
@@ -37,7 +38,9 @@ from support.scripted import (
     make_request,
     run,
 )
+from support.serving import Served, serve
 from support.timed import MODEL
+from support.tiny_models import VOCAB_SIZE, make_tiny_checkpoint
 
 EXITS = (2, 4, 6)
 EXTREMES = ["early", "late"]
@@ -68,9 +71,12 @@ def workloads(draw: st.DrawFn) -> list[Request]:
     prompts = st.lists(st.sampled_from(["abcd", "abce", "zzzz", "q"]), min_size=1, max_size=6)
     requests = []
     for i in range(draw(st.integers(1, 10))):
-        is_scheduled = draw(st.booleans())
-        depth = draw(st.sampled_from(PARTS if is_scheduled else EXITS))
-        budget = Budget(schedule=DepthSchedule(depth)) if is_scheduled else Budget(exit_layer=depth)
+        budget = draw(
+            st.one_of(
+                st.sampled_from(EXITS).map(lambda exit_layer: Budget(exit_layer=exit_layer)),
+                st.sampled_from(PARTS).map(lambda parts: Budget(schedule=DepthSchedule(parts))),
+            )
+        )
         ends = draw(st.sampled_from(ENDS))
         requests.append(
             make_request(
@@ -123,7 +129,7 @@ def play(engine: Engine, workload: list[Request], rng: random.Random) -> dict[st
     caching=st.booleans(),
     max_num_seqs=st.sampled_from([1, 3, 5]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_overlap_changes_no_token_whatever_happens_around_it(
     workload: list[Request],
     launcher: str,
@@ -179,7 +185,7 @@ class Observed:
     def on_probe_step(self) -> None: ...
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", [*EXTREMES, "thread"])
 @pytest.mark.parametrize("ends", [{"stop_token_ids": (ord("d"),)}, {"stop": ("d",)}])
 def test_who_ends_on_a_token_never_shows_or_bills_the_one_after_it(
     launcher: str, ends: dict[str, Any]
@@ -226,9 +232,15 @@ def test_the_host_plans_while_a_step_is_under_way() -> None:
     assert [chr(token_id) for token_id in results["r"].token_ids] == ["d"]
     assert len(runner.plans) == 1, "the second one is under way"
     collect_all(engine, results)
-    assert [[row.token_from for row in plan.rows] for plan in runner.plans] == [
+    assert [[row.token_from for row in plan.rows] for plan in plans_of(engine)] == [
         *([None], [0], [0], [0])
     ]
+
+
+def plans_of(engine: Engine) -> list[StepPlan]:
+    """What was launched."""
+    assert isinstance(engine.runner, EarlyLauncher | LateLauncher)
+    return engine.runner.plans
 
 
 def collect_all(engine: Engine, results: dict[str, Collected]) -> None:
@@ -239,8 +251,7 @@ def collect_all(engine: Engine, results: dict[str, Collected]) -> None:
 
 def test_rows_that_sit_a_step_out_and_rows_that_go_on_name_the_right_tokens() -> None:
     """Two depths under a policy that gives the shallow ones more steps than the deep ones."""
-    runner = ScriptedRunner(rule=depth_letter)
-    engine = overlapping("late", runner, policy="fair")
+    engine = overlapping("late", ScriptedRunner(rule=depth_letter), policy="fair")
     for i in range(4):
         add(engine, make_request(str(i), "ab" * (1 + i), max_tokens=12), (2, 6)[i % 2])
 
@@ -251,22 +262,23 @@ def test_rows_that_sit_a_step_out_and_rows_that_go_on_name_the_right_tokens() ->
         lonely = make_engine(runner=ScriptedRunner(rule=depth_letter))
         add(lonely, request, (2, 6)[i % 2])
         assert results[str(i)].token_ids == run(lonely)[str(i)].token_ids
-    assert len({len(plan.rows) for plan in runner.plans}) > 1
-    assert any(row.token_from for plan in runner.plans for row in plan.rows)
+    plans = plans_of(engine)
+    assert len({len(plan.rows) for plan in plans}) > 1
+    assert any(row.token_from for plan in plans for row in plan.rows)
 
 
 def test_a_row_whose_penalties_count_the_tokens_is_planned_when_they_are_known() -> None:
-    runner = ScriptedRunner()
-    engine = overlapping("late", runner)
+    engine = overlapping("late", ScriptedRunner())
     add(engine, make_request("p", "a", max_tokens=6, frequency_penalty=1.0))
     add(engine, make_request("q", "a", max_tokens=12))
 
     results = run(engine)
 
     assert len(results["p"].token_ids) == 6
-    with_p = [plan for plan in runner.plans if any(row.request_id == "p" for row in plan.rows)]
+    plans = plans_of(engine)
+    with_p = [plan for plan in plans if any(row.request_id == "p" for row in plan.rows)]
     assert all(row.token_from is None for plan in with_p for row in plan.rows)
-    assert any(row.token_from is not None for plan in runner.plans for row in plan.rows)
+    assert any(row.token_from is not None for plan in plans for row in plan.rows)
 
 
 # ---- failures ----
@@ -296,7 +308,7 @@ class Moody(ScriptedRunner):
     num_pages=st.sampled_from([48, 512]),
     caching=st.booleans(),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_step_that_fails_once_costs_time_and_nothing_else(
     workload: list[Request],
     launcher: str,
@@ -407,9 +419,11 @@ def test_a_step_takes_the_time_from_the_result_before_it_to_its_own() -> None:
     )
     told: list[tuple[float, float | None]] = []
     engine.costs.use(MODEL)
-    engine.costs.observe = lambda shape, seconds, now=None: told.append(  # type: ignore[method-assign]
-        (seconds / MODEL.step_s(shape), now)
-    )
+
+    def observe(shape: StepShape, seconds: float, ended_s: float | None = None) -> None:
+        told.append((seconds / MODEL.step_s(shape), ended_s))
+
+    engine.costs.observe = observe  # type: ignore[method-assign]
     add(engine, make_request("r", "abc", max_tokens=6))
     landed: list[float] = []
     while engine.has_work:
@@ -421,3 +435,98 @@ def test_a_step_takes_the_time_from_the_result_before_it_to_its_own() -> None:
     gaps = [later - earlier for earlier, later in itertools.pairwise(landed)]
     assert [record.duration_s for record in observed.steps[1:]] == pytest.approx(gaps)
     assert all(ratio >= 1.0 - 1e-9 for ratio, _ in told)
+
+
+# ---- a real model ----
+
+
+@pytest.fixture(name="served", scope="module")
+def _served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return serve(make_tiny_checkpoint(tmp_path_factory.mktemp("law15"), "llama-tied", exits=EXITS))
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Requests of a real model with every way to sample, to end and to go shallower."""
+    sampling: dict[str, st.SearchStrategy[Any]] = {
+        "top_k": st.sampled_from([2, 40]),
+        "top_p": st.sampled_from([0.5, 0.9]),
+        "min_p": st.just(0.05),
+        "repetition_penalty": st.sampled_from([0.8, 1.3]),
+        "frequency_penalty": st.just(0.7),
+        "logit_bias": st.just({7: 4.0, 11: -3.0}),
+        "min_tokens": st.sampled_from([2, 5]),
+        "logprobs": st.sampled_from([0, 3]),
+        "stop_token_ids": st.lists(st.integers(3, VOCAB_SIZE - 1), max_size=40).map(tuple),
+    }
+    one = st.fixed_dictionaries(
+        {
+            "prefix": st.integers(0, 24),
+            "suffix": st.lists(st.integers(3, VOCAB_SIZE - 30), min_size=1, max_size=12),
+            "depth": st.sampled_from([2, 4, 6, ((0, 6), (3, 4), (6, 2))]),
+            "sampling": st.fixed_dictionaries(
+                {
+                    "temperature": st.sampled_from([0.0, 0.8, 1.5]),
+                    "seed": st.integers(0, 2**40),
+                    "max_tokens": st.integers(5, 14),
+                },
+                optional=sampling,
+            ),
+        }
+    )
+    return draw(st.lists(one, min_size=2, max_size=7))
+
+
+def request_of(number: int, spec: dict[str, Any]) -> Request:
+    depth = spec["depth"]
+    is_one = isinstance(depth, int)
+    budget = Budget(exit_layer=depth) if is_one else Budget(schedule=DepthSchedule(depth))
+    prompt = [*range(40, 40 + spec["prefix"]), *spec["suffix"]]
+    return make_request(str(number), prompt, budget=budget, **spec["sampling"])
+
+
+@given(
+    workload=specs(),
+    launcher=st.sampled_from(sorted(LAUNCHERS)),
+    seed=st.integers(0, 2**32),
+    policy=st.sampled_from(["fair", "lockstep", "deadline"]),
+    num_pages=st.sampled_from([60, 90, 600]),
+    chunk=st.sampled_from([8, 256]),
+    caching=st.booleans(),
+)
+@settings(max_examples=20, deadline=None)
+def test_with_a_real_model_tokens_and_logprobs_are_those_without_overlap(
+    served: Served,
+    workload: list[dict[str, Any]],
+    launcher: str,
+    seed: int,
+    policy: str,
+    num_pages: int,
+    chunk: int,
+    caching: bool,
+) -> None:
+    requests = [request_of(i, spec) for i, spec in enumerate(workload)]
+    config: dict[str, Any] = {
+        "num_pages": num_pages,
+        "policy": policy,
+        "max_num_batched_tokens": chunk,
+        "max_num_seqs": 4,
+        "enable_prefix_caching": caching,
+    }
+
+    with_overlap = play(served.engine(launcher=launcher, **config), requests, random.Random(seed))
+
+    engine = served.engine(num_pages=600, enable_prefix_caching=False)
+    for request in requests:
+        add(engine, request)
+        expected = run(engine)[request.request_id]
+        result = with_overlap[request.request_id]
+        assert result.last is not None
+        assert expected.last is not None
+        count = len(result.token_ids)
+        if result.last.finish_reason is not FinishReason.ABORT:
+            assert result.last.finish_reason == expected.last.finish_reason
+            assert count == len(expected.token_ids)
+            assert result.text == expected.text
+        assert result.tokens == expected.tokens[:count]
+        assert result.exits == expected.exits[:count]

@@ -9,7 +9,7 @@ import numpy as np
 
 from sortserve.admission.choose import ExitChoice
 from sortserve.core.budget import Budget, ExitInfo, ExitTable
-from sortserve.core.plan import RowPlan, Runner, StepPlan
+from sortserve.core.plan import Runner, StepPlan
 from sortserve.core.request import Observer, Request, RequestOutput
 from sortserve.core.sampling_params import SampledToken, SamplingParams, TokenLogprob
 from sortserve.engine.engine import Engine, EngineConfig, TextStream
@@ -47,13 +47,6 @@ def make_exits(*layers: int, scores: Sequence[float] | None = None) -> ExitTable
     )
 
 
-def _token_ids(row: RowPlan, last_ids: Sequence[int]) -> list[int]:
-    """The tokens of a row; its last may be one that the plan before sampled."""
-    if row.token_from is None:
-        return list(row.token_ids)
-    return [*row.token_ids[:-1], last_ids[row.token_from]]
-
-
 class ScriptedRunner:
     """Executes plans by a rule, and checks that every position it reads was written before.
 
@@ -76,17 +69,16 @@ class ScriptedRunner:
         self.plans: list[StepPlan] = []
         self.fail_next = False
         self._pages = np.full((num_pages, block_size), -1)
-        self._last_ids: list[int] = []
 
     def execute(self, plan: StepPlan) -> list[SampledToken]:
         self.plans.append(plan)
-        last_ids, self._last_ids = self._last_ids, []
         if self.fail_next:
             self.fail_next = False
             raise RuntimeError("scripted failure")
         assert all(row.exit_layer <= plan.depth_cap for row in plan.rows)
+        assert all(row.token_from is None for row in plan.rows)
         for row in plan.rows:  # all rows write before any reads, as in a layer
-            for i, token_id in enumerate(_token_ids(row, last_ids)):
+            for i, token_id in enumerate(row.token_ids):
                 block, offset = divmod(row.start + i, self.block_size)
                 self._pages[row.block_table_SB[:, block], offset] = token_id
         sampled = []
@@ -94,8 +86,8 @@ class ScriptedRunner:
             if row.sampling is None:
                 continue
             known = [*row.sampling.prompt_token_ids, *row.sampling.output_token_ids]
-            if len(known) == row.context_len - 1 and row.token_from is not None:
-                known.append(last_ids[row.token_from])
+            if len(known) == row.context_len - 1:  # the host does not know it yet
+                known.append(row.token_ids[-1])
             assert len(known) == row.context_len
             assert row.block_table_SB.shape[0] == row.exit_layer // self.slab_size
             for position, token_id in enumerate(known):
@@ -103,7 +95,6 @@ class ScriptedRunner:
                 held = self._pages[row.block_table_SB[:, block], offset]
                 assert (held == token_id).all(), f"{row.request_id} position {position}: {held}"
             sampled.append(self._sample(row.sampling.params, known, row.exit_layer))
-        self._last_ids = [token.token_id for token in sampled]
         return sampled
 
     def _sample(
@@ -217,6 +208,7 @@ class Collected:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    tokens: list[SampledToken] = field(default_factory=list)
     exits: list[int] = field(default_factory=list)
     last: RequestOutput | None = None
 
@@ -237,6 +229,7 @@ def collect(outputs: list[RequestOutput], results: dict[str, Collected]) -> None
     for output in outputs:
         result = results.setdefault(output.request_id, Collected())
         result.text += output.text
+        result.tokens += output.tokens
         result.token_ids += [token.token_id for token in output.tokens]
         result.exits += [output.exit_layer] * len(output.tokens)
         result.last = output

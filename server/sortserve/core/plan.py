@@ -88,11 +88,7 @@ class Runner(Protocol):
     slab_size: int
 
     def execute(self, plan: StepPlan) -> Sequence[SampledToken | RowFailure]:
-        """Run the plan; one result for each row that samples, in the plan's order.
-
-        Tokens that rows take from the plan before (``token_from``) are in by then. A row of that
-        plan that failed gives any token that the model can read.
-        """
+        """Run the plan; one result for each row that samples, in the plan's order."""
 
 
 class Pending(Protocol):
@@ -108,6 +104,7 @@ class Launcher(Runner, Protocol):
     def launch(self, plan: StepPlan) -> Pending:
         """Run the plan after all that were launched before it, and do not wait for it.
 
-        What the plan only shows (``block_table_SB``) has been read when this returns. ``execute``
-        is this and its result.
+        Its rows may take tokens from the plan launched before (``token_from``); a row of that one
+        that failed gives any token that the model can read. What the plan only shows
+        (``block_table_SB``) has been read when this returns. ``execute`` is this and its result.
         """

@@ -182,6 +182,14 @@ class SamplingRow:
     stop_token_ids: frozenset[int]
     """Every id that ends this request (EOS included unless ignored): masked below min_tokens."""
 
+    @property
+    def needs_history(self) -> bool:
+        """Whether the next token depends on the values of those generated so far, in the sampler.
+
+        Their number is all that other rows need.
+        """
+        return self.params.has_penalties
+
     def at(self, num_output_tokens: int | None) -> SamplingRow:
         """The row when so many tokens are out, of which the last may not be known here.
 

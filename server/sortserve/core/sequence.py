@@ -155,7 +155,7 @@ class Sequence:
             self.schedule is not None
             and self.schedule.exit_at(self.num_output_tokens) < self.exit_layer
         )
-        return changes_depth or self.request.sampling.has_penalties
+        return changes_depth or self._sampling_row.needs_history
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Tokens at positions ``start`` to ``stop``, as far as they are known."""

@@ -154,7 +154,7 @@ def assemble(
     runner = ModelRunner(decoder, num_pages=cache.num_pages, block_size=cache.block_size)
     on_gpu = decoder.device.type != "cpu"
     overlaps = on_gpu if options.async_scheduling is None else options.async_scheduling
-    launcher: Runner = StepThread(runner) if overlaps else runner
+    launcher: Runner = StepThread(runner) if overlaps and not on_gpu else runner
     tokenizer = tokenizer or make_tokenizer(checkpoint)
     config = EngineConfig(
         max_model_len=max_model_len,

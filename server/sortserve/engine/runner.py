@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from sortserve.core.plan import StepPlan
@@ -12,6 +14,16 @@ from sortserve.engine.threads import StepThreads
 from sortserve.model.decoder import Decoder
 
 __all__ = ["ModelRunner"]
+
+
+class _Launched(NamedTuple):
+    """A plan whose results are there."""
+
+    results: list[SampledToken | RowFailure]
+
+    def result(self) -> list[SampledToken | RowFailure]:
+        """See ``Pending``."""
+        return self.results
 
 
 class ModelRunner:
@@ -41,8 +53,12 @@ class ModelRunner:
             return self._execute(plan)
         return self._threads.run(plan, self._execute)
 
-    @torch.inference_mode()
     def _execute(self, plan: StepPlan) -> list[SampledToken | RowFailure]:
+        return self.launch(plan).result()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> _Launched:
+        """See ``Launcher``: the device goes on while the host plans the next step."""
         batch = build_batch(
             plan,
             block_size=self.block_size,
@@ -56,8 +72,8 @@ class ModelRunner:
             row.sampling.at(row.num_output_tokens) for row in plan.rows if row.sampling is not None
         ]
         if not sampling:
-            return []
+            return _Launched([])
         results = self._sampler.sample(self._decoder.logits(h_RD), sampling)
         ids = [r.token_id if isinstance(r, SampledToken) else 0 for r in results]
         self._last_ids_R = torch.tensor(ids, device=self._decoder.device)
-        return results
+        return _Launched(results)

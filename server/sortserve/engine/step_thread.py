@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
-from sortserve.core.plan import Pending, Runner, StepPlan
+from sortserve.core.plan import Pending, RowPlan, Runner, StepPlan
 from sortserve.core.sampling_params import RowFailure, SampledToken
 
-__all__ = ["StepThread", "frozen"]
+__all__ = ["StepThread", "frozen", "with_tokens"]
 
 _Results = Sequence[SampledToken | RowFailure]
 _Inbox = queue.SimpleQueue[tuple[StepPlan, "Future[_Results]"] | None]
@@ -52,12 +52,16 @@ class StepThread:
 
 
 def _run(runner: Runner, inbox: _Inbox) -> None:
+    last: _Results = ()
     while (task := inbox.get()) is not None:
         plan, pending = task
+        before, last = last, ()
         try:
-            pending.set_result(runner.execute(plan))
+            last = runner.execute(with_tokens(plan, before))
         except BaseException as error:  # who waits for it raises it
             pending.set_exception(error)
+        else:
+            pending.set_result(last)
         del task, plan, pending
 
 
@@ -65,3 +69,18 @@ def frozen(plan: StepPlan) -> StepPlan:
     """The plan with page tables of its own: the scheduler goes on to change those it shows."""
     rows = (replace(row, block_table_SB=row.block_table_SB.copy()) for row in plan.rows)
     return replace(plan, rows=tuple(rows))
+
+
+def with_tokens(plan: StepPlan, last: _Results) -> StepPlan:
+    """The plan with the tokens that its rows take from what the plan before it gave."""
+    if all(row.token_from is None for row in plan.rows):
+        return plan
+    return replace(plan, rows=tuple(_with_token(row, last) for row in plan.rows))
+
+
+def _with_token(row: RowPlan, last: _Results) -> RowPlan:
+    if row.token_from is None:
+        return row
+    result = last[row.token_from]
+    token_id = result.token_id if isinstance(result, SampledToken) else 0  # it ends with an error
+    return replace(row, token_ids=[*row.token_ids[:-1], token_id], token_from=None)

@@ -110,8 +110,7 @@ class ServeSettings(BaseSettings):
     num_threads: Annotated[Annotated[int, Field(ge=1, le=MAX_THREADS), Number] | None, Auto] = None
     """CPU threads of the model, at most 1024; more than there are cores are not started. auto, the
     default: one for each core that the process may use (affinity, CPU quota, no second hardware
-    thread), of which steps use fewer while that is faster, because other programs keep the cores
-    busy."""
+    thread), of which steps use fewer while other programs keep the cores busy."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), Number] | None = None
     """Makes requests without a seed of their own repeatable, in their order of arrival."""
 
@@ -172,6 +171,8 @@ class ServeSettings(BaseSettings):
     """Most sequences that run at once."""
     max_num_batched_tokens: Count = 1024
     """Most tokens of one step; longer prompts are prefilled in chunks."""
+    async_scheduling: Annotated[bool | None, Auto] = None
+    """Plan a step while the one before it runs. auto, the default: on a GPU."""
     calibrate: bool = True
     """Measure step times at start-up, so that latency budgets can be judged."""
 
