@@ -1,4 +1,4 @@
-"""The engine: schedule, execute, commit. Read this first."""
+"""The engine: schedule, launch, commit. Read this first."""
 
 from __future__ import annotations
 
