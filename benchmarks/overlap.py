@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     print_table(
         ["exit", "rows", "tok/s without", "with overlap", "ratio"],
-        (list(result.values()) for result in results),
+        ([*list(result.values())[:-1], f"{result['ratio']:.3f}"] for result in results),
     )
     print_json("overlap", arguments, environment(), {"figures": results})
     return 0
