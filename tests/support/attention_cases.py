@@ -55,6 +55,7 @@ class Case:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> None:
+        self.config = config
         self.generator = torch.Generator().manual_seed(seed)
         lens = [start + count for start, count in rows]
         num_blocks = [math.ceil(n / block_size) for n in lens]
