@@ -22,7 +22,7 @@ pytestmark = [interpreted, patience]
 
 EXITS = (1, 2, 3)
 KINDS = {1: "norm", 2: "mlp"}
-SIZES = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
 FAMILIES = ("llama-tied", "qwen3-untied")
 PROMPT = list(range(40, 57))
 GREEDY: dict[str, Any] = {"temperature": 0.0}
