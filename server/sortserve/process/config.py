@@ -105,8 +105,8 @@ class ServeSettings(BaseSettings):
     """Most tokens of prompt and answer together, 2 or more. auto, the default: what the checkpoint
     allows."""
     backend: Text = "auto"
-    """What the model computes with: reference (plain PyTorch), triton (our kernels for CUDA) or
-    cpu (our C++ kernels). auto: the fastest that works here."""
+    """What the model computes with: reference (plain PyTorch), triton (our kernels for CUDA),
+    cpu (our C++ kernels), flashinfer. auto: the fastest that works here, never flashinfer."""
     num_threads: Annotated[Annotated[int, Field(ge=1, le=MAX_THREADS), Number] | None, Auto] = None
     """CPU threads of the model, at most 1024; more than there are cores are not started. auto, the
     default: one for each core that the process may use (affinity, CPU quota, no second hardware

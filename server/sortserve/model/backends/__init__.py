@@ -9,6 +9,7 @@ import torch
 from sortserve.core.errors import ConfigError
 from sortserve.model.backend import Backend, Target, Unusable
 from sortserve.model.backends.cpu.backend import make_cpu_backend
+from sortserve.model.backends.flashinfer.backend import make_flashinfer_backend
 from sortserve.model.backends.reference.backend import ReferenceBackend
 from sortserve.model.backends.triton.choice import make_triton_backend
 from sortserve.model.config import ModelConfig
@@ -17,6 +18,7 @@ __all__ = ["AUTO", "BACKENDS", "backend_names", "check_backend_name", "choose_ba
 
 AUTO = "auto"
 BACKENDS: dict[str, Callable[[Target], Backend | Unusable]] = {
+    "flashinfer": make_flashinfer_backend,
     "reference": ReferenceBackend,
     "triton": make_triton_backend,
     "cpu": make_cpu_backend,
