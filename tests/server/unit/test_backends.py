@@ -130,13 +130,20 @@ async def test_a_backend_from_outside_the_package_serves_after_one_line_in_the_t
 
 
 def test_the_names_are_those_that_the_flag_documents() -> None:
-    assert backend_names() == ["auto", "flashinfer", "reference", "triton", "cpu"]
+    assert backend_names() == ["auto", "reference", "flashinfer", "triton", "cpu"]
 
 
 @pytest.mark.usefixtures("counting")
 def test_auto_takes_the_last_backend_of_the_table_that_works_for_the_target() -> None:
     chosen = {device: choose_backend(CONFIG, torch.float32, device).name for device in (CPU, META)}
     assert chosen == {CPU: "counting", META: "reference"}
+
+
+def test_auto_passes_over_what_is_only_to_be_had_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends.BACKENDS, "flashinfer", CountingBackend)
+
+    assert choose_backend(CONFIG, torch.float32, META).name == "reference"
+    assert choose_backend(CONFIG, torch.float32, META, "flashinfer").name == "counting"
 
 
 @pytest.mark.usefixtures("counting")
@@ -146,7 +153,7 @@ def test_a_backend_that_does_not_work_here_is_refused_with_the_names_of_all() ->
 
     assert str(caught.value) == (
         "--backend=counting cannot be used for float32 on meta on this machine: it counts on "
-        "CPUs. Use auto (there are: auto, flashinfer, reference, triton, cpu, counting)."
+        "CPUs. Use auto (there are: auto, reference, flashinfer, triton, cpu, counting)."
     )
     assert caught.value.param == "backend"
 
@@ -158,6 +165,6 @@ def test_a_name_of_no_backend_is_refused_before_anything_is_loaded(name: str) ->
 
     assert (
         str(caught.value)
-        == f"--backend={name!r} is not one of auto, flashinfer, reference, triton, cpu."
+        == f"--backend={name!r} is not one of auto, reference, flashinfer, triton, cpu."
     )
     assert caught.value.param == "backend"

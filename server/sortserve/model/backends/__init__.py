@@ -14,17 +14,25 @@ from sortserve.model.backends.reference.backend import ReferenceBackend
 from sortserve.model.backends.triton.choice import make_triton_backend
 from sortserve.model.config import ModelConfig
 
-__all__ = ["AUTO", "BACKENDS", "backend_names", "check_backend_name", "choose_backend"]
+__all__ = [
+    "AUTO",
+    "BACKENDS",
+    "ONLY_BY_NAME",
+    "backend_names",
+    "check_backend_name",
+    "choose_backend",
+]
 
 AUTO = "auto"
 BACKENDS: dict[str, Callable[[Target], Backend | Unusable]] = {
-    "flashinfer": make_flashinfer_backend,
     "reference": ReferenceBackend,
+    "flashinfer": make_flashinfer_backend,
     "triton": make_triton_backend,
     "cpu": make_cpu_backend,
 }
-"""All there are, by name. Under "auto" the last one that can compute the target is taken; those
-before the reference, which computes any, only by name."""
+"""All there are, by name. Under "auto" the last one that can compute the target is taken."""
+ONLY_BY_NAME = frozenset({"flashinfer"})
+"""Those that "auto" passes over."""
 
 
 def choose_backend(
@@ -44,7 +52,7 @@ def choose_backend(
     target = Target(config, dtype, device)
     reason = "there is none of that name"
     for offered, make in reversed(BACKENDS.items()):
-        if name in (AUTO, offered):
+        if name == offered or (name == AUTO and offered not in ONLY_BY_NAME):
             answer = make(target)
             if not isinstance(answer, Unusable):
                 return answer

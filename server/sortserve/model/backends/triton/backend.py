@@ -22,6 +22,8 @@ class TritonBackend(ReferenceBackend):
     """
 
     name = "triton"
+    supports_graphs = True
+    """Whether launches may be recorded and replayed, on other contents of the same tensors."""
 
     def __init__(self, target: Target, tiles: Tiles, detail: str) -> None:
         super().__init__(target)

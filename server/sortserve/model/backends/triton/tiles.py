@@ -67,8 +67,8 @@ def tiles_for(head_dim: int, itemsize: int, multiprocessors: int) -> Tiles:
 def num_splits(num_rows: int, num_kv_heads: int, programs: int) -> int:
     """Parts of a context that are attended side by side: a power of two, at most MAX_SPLITS.
 
-    It is the same for all numbers of rows up to a power of two, as are the buckets of CUDA graphs,
-    and does not depend on the length of a context: a graph replays it for any.
+    It is the same for all numbers of rows up to a power of two, so for those and the padded ones of
+    a CUDA graph, and does not depend on the length of a context: a graph replays it for any.
 
     Args:
         num_rows: above 0.
