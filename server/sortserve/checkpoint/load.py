@@ -14,16 +14,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from sortserve.checkpoint.adapter import check_adapter, merge_adapter
+from sortserve.checkpoint.devices import DTYPES, resolve_device, resolve_dtype
 from sortserve.checkpoint.exit_modules import load_exit_modules
 from sortserve.checkpoint.exit_table import exit_table
 from sortserve.checkpoint.families import read_model_config, tensor_shapes
-from sortserve.checkpoint.generation_config import generation_settings
-from sortserve.checkpoint.hf import build_skeleton, load_hf_config, load_tokenizer
+from sortserve.checkpoint.hf import build_skeleton, load_hf_config
 from sortserve.checkpoint.layout import CheckpointLayout, lay_out
 from sortserve.checkpoint.loader import check_tensors, load_weights, open_trunk
 from sortserve.checkpoint.quantize import NO_QUANTIZER, check_not_quantised, find_quantizer
@@ -31,21 +31,24 @@ from sortserve.checkpoint.sorted_json import SORTED_JSON, SortedInfo, check_exit
 from sortserve.checkpoint.sources import resolve_source
 from sortserve.checkpoint.tensors import StateDictReader, WeightReader
 from sortserve.checkpoint.weight_cache import KeptWeights, WeightCache, weight_cache
+from sortserve.checkpoint.words import load_words
 from sortserve.core.budget import ExitTable
 from sortserve.core.errors import CheckpointError, ConfigError
-from sortserve.model.backends.kernels import cpu_isa, start_compiling
+from sortserve.model.backends.kernels import start_compiling
 from sortserve.model.config import ModelConfig
+from sortserve.model.local_shape import LocalShape
 from sortserve.model.rope import rope_frequencies
 from sortserve.model.weight import Weight
 from sortserve.model.weights import ModelWeights
 from sortserve.text.chat_template import ChatTemplate
-from sortserve.text.template_renderer import shared_renderer
 
 __all__ = [
     "DTYPES",
     "LoadedCheckpoint",
+    "LoadedModel",
     "exit_table",
     "load_checkpoint",
+    "load_share",
     "open_checkpoint",
     "resolve_device",
     "resolve_dtype",
@@ -53,18 +56,12 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_TORCH_DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
-DTYPES = ("auto", *_TORCH_DTYPES)
-DEVICES = ("auto", "cpu", "cuda")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedCheckpoint:
-    """A checkpoint ready to be served."""
+class LoadedModel:
+    """The weights of a checkpoint on one device: all of them, or one rank's share."""
 
     name: str
     """The default name to serve it under: the folder's, the file's or the hub id."""
@@ -73,6 +70,16 @@ class LoadedCheckpoint:
     exits: ExitTable
     max_model_len: int
     """Prompt and output together, in tokens; at most the sliding window, if there is one."""
+    shape: LocalShape
+    """Which share the weights are."""
+    sorted_info: SortedInfo | None
+    """``sorted.json``; None where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedCheckpoint(LoadedModel):
+    """A checkpoint ready to be served: a model and what its words are."""
+
     tokenizer: Any
     """transformers' ``PreTrainedTokenizerFast``."""
     chat_template: ChatTemplate
@@ -80,8 +87,6 @@ class LoadedCheckpoint:
     eos_token_ids: frozenset[int]
     generation_defaults: Mapping[str, float]
     """Of temperature, top_p, top_k, min_p and repetition_penalty, those the checkpoint names."""
-    sorted_info: SortedInfo | None
-    """``sorted.json``; None where there is none."""
 
 
 def load_checkpoint(
@@ -92,6 +97,7 @@ def load_checkpoint(
     device: str = "auto",
     quantize: str = NO_QUANTIZER,
     revision: str | None = None,
+    tensor_parallel_size: int = 1,
 ) -> LoadedCheckpoint:
     """Load ``source`` and everything needed to serve it.
 
@@ -104,13 +110,54 @@ def load_checkpoint(
         device: ``auto`` (CUDA if there is any), ``cpu`` or ``cuda``.
         quantize: what the matrices of layers and head are made into, one of QUANTIZERS.
         revision: branch, tag or commit of a hub id.
+        tensor_parallel_size: among how many ranks the model is divided: the weights are the share
+            of the first.
 
     Raises:
         CheckpointError: the checkpoint is bad or not supported; one line says what and where.
-        ConfigError: ``exits``, ``dtype``, ``device``, ``quantize`` or ``revision`` is not possible
-            here.
+        ConfigError: an argument is not possible here.
     """
-    torch_device = resolve_device(device)
+    model, words = _load(
+        source,
+        load_words,
+        exits=exits,
+        dtype=dtype,
+        device=device,
+        quantize=quantize,
+        revision=revision,
+        rank=0,
+        num_ranks=tensor_parallel_size,
+    )
+    return LoadedCheckpoint(**vars(model), **words._asdict())
+
+
+def load_share(source: str, *, rank: int, num_ranks: int, **arguments: Any) -> LoadedModel:
+    """What a rank other than the first needs of ``source``: its share of the model, and no words.
+
+    Args:
+        source: as for ``load_checkpoint``.
+        rank: which share.
+        num_ranks: of how many.
+        arguments: those of ``load_checkpoint``; raises as that.
+    """
+    model, _ = _load(source, lambda *_opened: None, rank=rank, num_ranks=num_ranks, **arguments)
+    return model
+
+
+def _load(
+    source: str,
+    beside: Callable[[CheckpointLayout, Any, ModelConfig], T],
+    *,
+    exits: Sequence[int] | None,
+    dtype: str,
+    device: str,
+    quantize: str,
+    revision: str | None,
+    rank: int,
+    num_ranks: int,
+) -> tuple[LoadedModel, T]:
+    """A rank's share, and what ``beside`` makes of the folders while the weights are looked for."""
+    torch_device = resolve_device(device, rank=rank, num_ranks=num_ranks)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.", param="dtype")
     make_weight = find_quantizer(quantize, torch_device)
@@ -122,17 +169,17 @@ def load_checkpoint(
         layout = lay_out(found, gguf_dtype, stack, with_weights=False)
         hf_config = load_hf_config(layout.model)
         config = _read_config(hf_config, layout)
+        shape = LocalShape.of(config, rank, num_ranks)
         if not layout.is_adapter:  # merged, its weights are plain
             check_not_quantised(quantize, hf_config, layout.name)
         torch_dtype = resolve_dtype(dtype, torch_device, None if layout.is_gguf else hf_config)
-        cache = weight_cache(layout, torch_dtype, torch_device, quantize)
-        target = _Target(torch_dtype, torch_device, make_weight, cache)
+        cache = weight_cache(layout, torch_dtype, torch_device, quantize, shape)
+        target = _Target(torch_dtype, torch_device, make_weight, shape, cache)
         looking = _look_for_weights(target, stack)
         if looking is None:
             _check_model(hf_config, layout)
         served = _choose_exits(exits, config, layout)
-        tokenizer, chat_template = _load_tokenizer(layout, config)
-        eos_token_ids, defaults = generation_settings(layout.model, hf_config, tokenizer)
+        made = beside(layout, hf_config, config)
         rope = rope_frequencies(hf_config, config.head_dim)
         trunk: WeightReader | KeptWeights | None = None if looking is None else looking.result()
         if isinstance(trunk, KeptWeights):
@@ -145,20 +192,17 @@ def load_checkpoint(
             trunk, config = stack.enter_context(open_trunk(layout.model, config))
         table = exit_table(config, layout.sorted_info, served)
         weights = _load_weights(layout, config, trunk, rope, served, target)
-    return LoadedCheckpoint(
+    limit = config.max_position_embeddings
+    model = LoadedModel(
         name=layout.name,
         config=config,
         weights=weights,
         exits=table,
-        max_model_len=min(
-            config.max_position_embeddings, config.sliding_window or config.max_position_embeddings
-        ),
-        tokenizer=tokenizer,
-        chat_template=chat_template,
-        eos_token_ids=eos_token_ids,
-        generation_defaults=defaults,
+        max_model_len=min(limit, config.sliding_window or limit),
+        shape=shape,
         sorted_info=layout.sorted_info,
     )
+    return model, made
 
 
 @contextmanager
@@ -182,38 +226,6 @@ def open_checkpoint(
         _read_config(hf_config, layout)
         _check_model(hf_config, layout)
         yield layout
-
-
-def resolve_device(device: str) -> torch.device:
-    """The device that one of DEVICES means here.
-
-    Raises:
-        ConfigError: it is none of them, or there is no CUDA device.
-    """
-    if device not in DEVICES:
-        raise ConfigError(f"device={device!r} is not one of {', '.join(DEVICES)}.", param="device")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "device='cuda', but PyTorch finds no CUDA device here: "
-            "use device='cpu', or install a CUDA build of torch.",
-            param="device",
-        )
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
-
-
-def resolve_dtype(dtype: str, device: torch.device, hf_config: Any | None) -> torch.dtype:
-    """The dtype to compute in; "auto" on a CPU: bf16 wherever our kernels run, which are for it.
-
-    ``hf_config`` is None for GGUF, whose stored dtype is no dtype to compute in.
-    """
-    if dtype != "auto":
-        return _TORCH_DTYPES[dtype]
-    if device.type == "cuda":
-        stored = getattr(hf_config, "dtype", None)
-        return next((d for d in _TORCH_DTYPES.values() if d == stored), torch.bfloat16)
-    return torch.float32 if cpu_isa() is None else torch.bfloat16
 
 
 def _read_config(hf_config: Any, layout: CheckpointLayout) -> ModelConfig:
@@ -264,28 +276,6 @@ def _choose_exits(
     return chosen
 
 
-def _load_tokenizer(layout: CheckpointLayout, config: ModelConfig) -> tuple[Any, ChatTemplate]:
-    """The tokenizer of the named folder, else that of its base, and its chat template."""
-    has_own = layout.own != layout.model and (layout.own / "tokenizer.json").is_file()
-    folder = layout.own if has_own else layout.model
-    shared_renderer().start()  # it loads while the tokenizer does
-    tokenizer = load_tokenizer(folder)
-    chat_template = ChatTemplate(tokenizer)
-    if not chat_template.exists:
-        shared_renderer().close()
-    try:
-        chat_template.prepare()
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error.message}") from error
-    if len(tokenizer) > config.vocab_size:
-        logger.warning(
-            "The tokenizer has %d tokens, the model only %d: the last ones cannot be used.",
-            len(tokenizer),
-            config.vocab_size,
-        )
-    return tokenizer, chat_template
-
-
 @dataclass(frozen=True)
 class _Target:
     """What weights are made into, and where they are kept."""
@@ -293,6 +283,7 @@ class _Target:
     dtype: torch.dtype
     device: torch.device
     quantize: Callable[[torch.Tensor], Weight]
+    shape: LocalShape
     cache: WeightCache | None
 
 
@@ -322,7 +313,9 @@ def _load_weights(
         if layout.is_adapter:
             trunk = StateDictReader(merge_adapter(layout.own, layout.model), str(layout.own))
             check_tensors(trunk, tensor_shapes(config))
-        weights = load_weights(config, trunk, rope, target.dtype, target.device, target.quantize)
+        weights = load_weights(
+            config, trunk, rope, target.dtype, target.device, target.quantize, target.shape
+        )
         if target.cache is not None:
             target.cache.keep(weights, tie_word_embeddings=config.tie_word_embeddings)
     weights.exit_modules.update(modules)

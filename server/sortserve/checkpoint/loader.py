@@ -19,6 +19,7 @@ from sortserve.checkpoint.bnb_reader import BnbReader
 from sortserve.checkpoint.families import tensor_shapes
 from sortserve.checkpoint.files import read_json
 from sortserve.checkpoint.quantization import Quantization
+from sortserve.checkpoint.shards import ShardReader
 from sortserve.checkpoint.tensors import (
     FLOATS,
     SafetensorsReader,
@@ -28,6 +29,7 @@ from sortserve.checkpoint.tensors import (
 )
 from sortserve.core.errors import CheckpointError
 from sortserve.model.config import ModelConfig
+from sortserve.model.local_shape import LocalShape
 from sortserve.model.weight import PLAIN, Weight
 from sortserve.model.weights import LayerWeights, ModelWeights
 
@@ -153,6 +155,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     quantize: Callable[[Tensor], Weight] = Weight.plain,
+    shape: LocalShape | None = None,
 ) -> ModelWeights:
     """Read, fuse, convert and place all weights; exit modules are added by the caller.
 
@@ -164,7 +167,11 @@ def load_weights(
         device: where the weights go, layer by layer.
         quantize: makes the weights of the plain matrices of the layers and of the head, each as
             soon as it is read, so that the model is never in memory twice.
+        shape: the share to load; None: everything.
     """
+    shape = shape or LocalShape.of(config)
+    if not shape.is_whole:
+        reader = ShardReader(reader, config, shape)
 
     def fuse(tensors: list[Tensor]) -> Tensor:
         # cat copies even a single tensor, so that no weight stays a view of the mapped file.
@@ -180,12 +187,13 @@ def load_weights(
         return Weight.concat([_place(weight, dtype, device) for weight in stored])
 
     embed = read("model.embed_tokens.weight")
+    tied = embed if shape.is_whole else embed[shape.vocabulary]
     inv_freq, attention_scaling = rope
     return ModelWeights(
         embed=embed,
         layers=[_load_layer(config, read, matrix, index) for index in range(config.num_layers)],
         final_norm=read("model.norm.weight"),
-        lm_head=quantize(embed) if config.tie_word_embeddings else matrix("lm_head"),
+        lm_head=quantize(tied) if config.tie_word_embeddings else matrix("lm_head"),
         inv_freq=inv_freq.to(device),
         rope_attention_scaling=attention_scaling,
     )

@@ -27,12 +27,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sortserve.checkpoint import adapter, bnb_reader, gguf, loader, plain_model, quantize, tensors
+from sortserve.checkpoint import (
+    adapter,
+    bnb_reader,
+    gguf,
+    loader,
+    plain_model,
+    quantize,
+    shards,
+    tensors,
+)
 from sortserve.checkpoint.layout import CheckpointLayout
 from sortserve.checkpoint.quantize import NO_QUANTIZER, QUANTIZERS
 from sortserve.core.cache_bound import cache_size_bytes, hold, prune
 from sortserve.core.file_digests import remembered_digests
 from sortserve.core.user_cache import file_digest, is_private, open_user_cache
+from sortserve.model.local_shape import LocalShape
 from sortserve.model.weight import Weight
 from sortserve.model.weights import LayerWeights, ModelWeights
 
@@ -42,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 """Part of the key: raise it when the file changes in a way that the code below does not show."""
-_MAKERS = (adapter, bnb_reader, gguf, loader, plain_model, quantize, tensors)
+_MAKERS = (adapter, bnb_reader, gguf, loader, plain_model, quantize, shards, tensors)
 _LIBRARIES = ("peft", "transformers", "gguf", "torch", "bitsandbytes")
 _HEADER = "sortserve"
 _EMBED, _NORM, _HEAD = "embed", "final_norm", "lm_head"
@@ -131,7 +141,11 @@ class WeightCache:
 
 
 def weight_cache(
-    layout: CheckpointLayout, dtype: torch.dtype, device: torch.device, quantizer: str
+    layout: CheckpointLayout,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantizer: str,
+    shape: LocalShape,
 ) -> WeightCache | None:
     """Where the weights of a checkpoint are kept; None if they are not.
 
@@ -140,6 +154,7 @@ def weight_cache(
         dtype: in which it is served.
         device: where its matrices are quantised: each kind rounds in its own way.
         quantizer: NO_QUANTIZER or one of QUANTIZERS.
+        shape: the share that the weights are: each rank keeps its own.
 
     Raises:
         ConfigError: ``SORTSERVE_CACHE_SIZE`` is no size.
@@ -156,10 +171,11 @@ def weight_cache(
     if not all(file.is_file() for file in files):
         return None  # refused soon, in better words
     place = "" if chosen is None else device.type  # merged on the CPU in any case
+    share = [] if shape.is_whole else [str(shape)]
     makers = [*_MAKERS, *([] if chosen is None else [inspect.getmodule(chosen.make)])]
     key = hashlib.sha256()
     for part in (
-        *(_FORMAT, str(dtype), quantizer, place, *map(_version, _LIBRARIES)),
+        *(_FORMAT, str(dtype), quantizer, place, *share, *map(_version, _LIBRARIES)),
         *remembered_digests(files, folder),
         *map(_source, makers),
     ):
@@ -192,8 +208,11 @@ def _source(module: ModuleType | None) -> str:
 def _flattened(weights: ModelWeights) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
     """All tensors by name, on the CPU, and the shapes of all matrices."""
     named: dict[str, Any] = {_EMBED: weights.embed, _NORM: weights.final_norm}
-    if weights.lm_head.values is not weights.embed:
-        named[_HEAD] = weights.lm_head
+    head = weights.lm_head
+    if head.values.untyped_storage().data_ptr() != weights.embed.untyped_storage().data_ptr():
+        named[_HEAD] = head
+    elif head.values is not weights.embed:  # a rank's part of it, which the file has twice
+        named[_HEAD] = Weight.plain(head.values.clone())
     for index, layer in enumerate(weights.layers):
         named.update({f"{index}.{field.name}": getattr(layer, field.name) for field in _FIELDS})
     flat: dict[str, Tensor] = {}

@@ -14,8 +14,8 @@ import huggingface_hub
 import pytest
 import torch
 
+from sortserve.checkpoint import devices
 from sortserve.checkpoint import gguf as gguf_file
-from sortserve.checkpoint import load as checkpoint_module
 from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
 from sortserve.checkpoint.sorted_json import MeasuredSchedule, SortedInfo
 from sortserve.checkpoint.sources import resolve_source
@@ -234,7 +234,7 @@ def test_all_weights_are_in_the_asked_dtype_but_the_frequencies(dtype: str, tmp_
 def test_auto_is_bfloat16_on_every_cpu_that_has_our_kernels(
     isa: str | None, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint_module, "cpu_isa", lambda: isa)
+    monkeypatch.setattr(devices, "cpu_isa", lambda: isa)
 
     weights = load(make_tiny_checkpoint(tmp_path), dtype="auto", device="cpu").weights
 
