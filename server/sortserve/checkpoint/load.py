@@ -176,8 +176,9 @@ def _load(
         cache = weight_cache(layout, torch_dtype, torch_device, quantize, shape)
         target = _Target(torch_dtype, torch_device, make_weight, shape, cache)
         looking = _look_for_weights(target, stack)
+        check_model = _check_model if rank == 0 else lambda *_: None  # one refusal ends all
         if looking is None:
-            _check_model(hf_config, layout)
+            check_model(hf_config, layout)
         served = _choose_exits(exits, config, layout)
         made = beside(layout, hf_config, config)
         rope = rope_frequencies(hf_config, config.head_dim)
@@ -188,7 +189,7 @@ def _load(
             if not layout.has_whole_weights:
                 layout = lay_out(found, gguf_dtype, stack)
             if looking is not None:
-                _check_model(hf_config, layout)
+                check_model(hf_config, layout)
             trunk, config = stack.enter_context(open_trunk(layout.model, config))
         table = exit_table(config, layout.sorted_info, served)
         weights = _load_weights(layout, config, trunk, rope, served, target)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sortserve.core.sampling_params import RowFailure, SampledToken, SamplingRow
 
-__all__ = ["Launcher", "Pending", "RowPlan", "Runner", "StepPlan"]
+__all__ = ["Launcher", "Pending", "RowPlan", "Runner", "RunnerLost", "StepPlan"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,10 @@ class StepPlan:
         return sum(row.num_tokens for row in self.rows)
 
 
+class RunnerLost(Exception):
+    """A runner can execute nothing any more: no row is to blame, and the engine must end."""
+
+
 class Runner(Protocol):
     """What executes a plan: weights and KV, no queues."""
 
@@ -88,7 +92,11 @@ class Runner(Protocol):
     slab_size: int
 
     def execute(self, plan: StepPlan) -> Sequence[SampledToken | RowFailure]:
-        """Run the plan; one result for each row that samples, in the plan's order."""
+        """Run the plan; one result for each row that samples, in the plan's order.
+
+        Raises:
+            RunnerLost: it will never run another one.
+        """
 
 
 class Pending(Protocol):

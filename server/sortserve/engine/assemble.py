@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from sortserve.checkpoint.load import LoadedCheckpoint
+from sortserve.checkpoint.load import LoadedCheckpoint, LoadedModel
 from sortserve.core.budget import DEFAULT_MIN_QUALITY
 from sortserve.core.errors import ConfigError
 from sortserve.core.plan import Runner
@@ -20,13 +20,17 @@ from sortserve.core.ranges import numbers
 from sortserve.core.request import Observer, Request
 from sortserve.cost.learner import CostLearner
 from sortserve.engine.calibrator import Calibrator
+from sortserve.engine.cores import num_usable_cores
 from sortserve.engine.engine import Engine, EngineConfig
 from sortserve.engine.memory import CacheShape, cache_shape, return_freed_memory
 from sortserve.engine.runner import ModelRunner
 from sortserve.engine.step_thread import StepThread
+from sortserve.engine.tensor_parallel.ranks import Ranks
+from sortserve.engine.tensor_parallel.runner import TensorParallelRunner
 from sortserve.engine.threads import StepThreads, limit_threads
 from sortserve.model.backends import AUTO, check_backend_name, choose_backend
 from sortserve.model.decoder import Decoder
+from sortserve.model.tensor_parallel import Collectives, ParallelBackend
 from sortserve.scheduling.objective import DEFAULT_OBJECTIVE
 from sortserve.text.tokenizer import TextStream, Tokenizer
 
@@ -35,6 +39,8 @@ __all__ = [
     "EngineParts",
     "assemble",
     "context_length",
+    "make_cache",
+    "make_decoder",
     "make_engine",
     "make_tokenizer",
     "start_threads",
@@ -66,12 +72,16 @@ class EngineOptions:
     block_size: int = 16
     enable_prefix_caching: bool = True
     max_failed_steps: int = 3
+    step_timeout: float = 300.0
+    """Seconds; a rank that is longer at one step is lost. 0: never."""
+    tensor_parallel_size: int = 1
     seed: int | None = None
 
     def __post_init__(self) -> None:
         check_backend_name(self.backend)
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_failed_steps"):
             _check_count(name, getattr(self, name))
+        _check_count("tensor_parallel_size", self.tensor_parallel_size)
         _check_share("min_quality", self.min_quality)
         for name, least in (("max_model_len", 2), ("kv_cache_memory", 1)):
             if getattr(self, name) is not None:
@@ -88,6 +98,8 @@ class EngineParts:
     decoder: Decoder
     cache: CacheShape
     calibrator: Calibrator
+    ranks: Ranks | None = None
+    """The others, if there are any."""
 
     @property
     def num_threads(self) -> int:
@@ -106,6 +118,16 @@ class EngineParts:
         if adapt_threads:
             self.runner.adapt_threads(StepThreads(self.engine.costs))
 
+    def watch(self, on_failure: Callable[[str], None]) -> None:
+        """Have ``on_failure`` called, with the reason, once nothing can be run any more."""
+        if self.ranks is not None:
+            self.ranks.watch(on_failure)
+
+    def close(self) -> None:
+        """End what is not of this process, when the engine has ended. Idempotent."""
+        if self.ranks is not None:
+            self.ranks.close()
+
 
 def assemble(
     checkpoint: LoadedCheckpoint,
@@ -114,6 +136,7 @@ def assemble(
     tokenizer: Tokenizer | None = None,
     observer: Observer | None = None,
     release_weights: bool = False,
+    ranks: Ranks | None = None,
 ) -> EngineParts:
     """Put an engine together; nothing runs yet.
 
@@ -124,37 +147,26 @@ def assemble(
         observer: who is told what happens.
         release_weights: the checkpoint's weights are of no use to anybody else afterwards; see
             ``Decoder``.
+        ranks: those that have the rest of the model, if the checkpoint is a share of it.
 
     Raises:
         ConfigError: options and checkpoint, or options and this machine, do not fit each other.
     """
+    assert checkpoint.shape.num_ranks == (1 if ranks is None else ranks.num_ranks)
     max_model_len = context_length(checkpoint, options.max_model_len)
-    backend = choose_backend(
-        checkpoint.config,
-        checkpoint.weights.dtype,
-        checkpoint.weights.device,
-        options.backend,
+    group = None if ranks is None else ranks.group(checkpoint.weights.device)
+    decoder = make_decoder(
+        checkpoint, options, max_model_len, collectives=group, release_weights=release_weights
     )
-    decoder = Decoder(
-        checkpoint.config,
-        checkpoint.weights,
-        exits=checkpoint.exits.layers,
-        max_model_len=max_model_len,
-        backend=backend,
-        release_weights=release_weights,
-    )
-    return_freed_memory()
-    cache = cache_shape(
-        decoder,
-        max_model_len=max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        block_size=options.block_size,
-        kv_cache_memory=options.kv_cache_memory,
-    )
-    runner = ModelRunner(decoder, num_pages=cache.num_pages, block_size=cache.block_size)
+    cache = make_cache(decoder, options, max_model_len, num_ranks=checkpoint.shape.num_ranks)
+    if ranks is not None:
+        cache = replace(cache, num_pages=ranks.start(cache.num_pages))
+    runner = _make_runner(decoder, cache, ranks)
     on_gpu = decoder.device.type != "cpu"
     overlaps = on_gpu if options.async_scheduling is None else options.async_scheduling
-    launcher: Runner = StepThread(runner) if overlaps and not on_gpu else runner
+    # Only rank 0 samples, so the others cannot take its tokens on their devices.
+    on_thread = overlaps and (not on_gpu or ranks is not None)
+    launcher: Runner = StepThread(runner) if on_thread else runner
     tokenizer = tokenizer or make_tokenizer(checkpoint)
     config = EngineConfig(
         max_model_len=max_model_len,
@@ -180,7 +192,71 @@ def assemble(
         decoder=decoder,
         cache=cache,
         calibrator=Calibrator(engine, launcher, decoder),
+        ranks=ranks,
     )
+
+
+def make_decoder(
+    model: LoadedModel,
+    options: EngineOptions,
+    max_model_len: int,
+    *,
+    collectives: Collectives | None = None,
+    release_weights: bool = False,
+) -> Decoder:
+    """The decoder of a model, or of a rank's share of one.
+
+    Args:
+        model: what it runs.
+        options: choices and limits.
+        max_model_len: ``context_length``.
+        collectives: of the rank's group; None: there is one rank.
+        release_weights: see ``Decoder``.
+
+    Raises:
+        ConfigError: the backend does not work here.
+    """
+    weights, shape = model.weights, model.shape
+    backend = choose_backend(
+        shape.config(model.config), weights.dtype, weights.device, options.backend
+    )
+    if collectives is not None:
+        backend = ParallelBackend(backend, model.config, shape, collectives)
+    return Decoder(
+        model.config,
+        weights,
+        exits=model.exits.layers,
+        max_model_len=max_model_len,
+        backend=backend,
+        shape=shape,
+        release_weights=release_weights,
+    )
+
+
+def make_cache(
+    decoder: Decoder, options: EngineOptions, max_model_len: int, *, num_ranks: int = 1
+) -> CacheShape:
+    """The KV cache that fits beside a decoder.
+
+    Raises:
+        ConfigError: see ``cache_shape``.
+    """
+    return_freed_memory()
+    return cache_shape(
+        decoder,
+        max_model_len=max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        block_size=options.block_size,
+        kv_cache_memory=options.kv_cache_memory,
+        num_sharing=num_ranks if decoder.device.type == "cpu" else 1,
+    )
+
+
+def _make_runner(decoder: Decoder, cache: CacheShape, ranks: Ranks | None) -> ModelRunner:
+    num_pages, block_size = cache.num_pages, cache.block_size
+    if ranks is None:
+        return ModelRunner(decoder, num_pages=num_pages, block_size=block_size)
+    return TensorParallelRunner(decoder, num_pages=num_pages, block_size=block_size, ranks=ranks)
 
 
 def make_engine(
@@ -219,7 +295,7 @@ def make_tokenizer(checkpoint: LoadedCheckpoint, *, max_tokens: int | None = Non
     )
 
 
-def context_length(checkpoint: LoadedCheckpoint, wanted: int | None) -> int:
+def context_length(checkpoint: LoadedModel, wanted: int | None) -> int:
     """Most tokens of prompt and answer together: the checkpoint's, or fewer.
 
     Raises:
@@ -235,10 +311,15 @@ def context_length(checkpoint: LoadedCheckpoint, wanted: int | None) -> int:
     return wanted if wanted is not None else limit
 
 
-def start_threads(wanted: int | None) -> None:
-    """See ``limit_threads``; what is no number of threads is refused."""
+def start_threads(wanted: int | None, *, num_ranks: int = 1) -> None:
+    """See ``limit_threads``; what is no number of threads is refused.
+
+    Ranks share the cores: unless told, each has as many as any other.
+    """
     if wanted is not None:
         _check_count("num_threads", wanted)
+    elif num_ranks > 1:
+        wanted = max(1, min(torch.get_num_threads(), num_usable_cores()) // num_ranks)
     limit_threads(wanted)
 
 

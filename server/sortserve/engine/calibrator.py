@@ -114,6 +114,7 @@ def _calibration_key(engine: Engine, runner: Runner, decoder: Decoder) -> dict[s
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "model": decoder.config,
+        "share": decoder.local_config,
         "exits": engine.exits.layers,
         "dtype": decoder.dtype,
         "formats": sorted(decoder.formats.items()),

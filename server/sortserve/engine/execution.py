@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from sortserve.core.plan import RowPlan, Runner, StepPlan
+from sortserve.core.plan import RowPlan, Runner, RunnerLost, StepPlan
 from sortserve.core.sampling_params import RowFailure, SampledToken
 
 __all__ = ["Execution", "execute", "outcome"]
@@ -40,9 +40,14 @@ def execute(
         runner: executes plans.
         plan: what to run.
         on_start: called before each call of the runner.
+
+    Raises:
+        RunnerLost: the runner can run no more.
     """
     try:
         return _run(runner, plan, on_start)
+    except RunnerLost:
+        raise
     except Exception as error:
         if len(plan.rows) == 1:
             return _failed(plan, error)
@@ -64,6 +69,8 @@ def _run_alone(runner: Runner, row: RowPlan, on_start: Callable[[], None]) -> Ex
     plan = StepPlan(rows=(row,), depth_cap=row.exit_layer)
     try:
         return _run(runner, plan, on_start)
+    except RunnerLost:
+        raise
     except Exception as error:
         return _failed(plan, error)
 

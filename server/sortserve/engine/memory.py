@@ -48,6 +48,7 @@ def cache_shape(
     max_num_seqs: int,
     block_size: int,
     kv_cache_memory: int | None,
+    num_sharing: int = 1,
 ) -> CacheShape:
     """The cache that an engine gets.
 
@@ -57,15 +58,18 @@ def cache_shape(
         max_num_seqs: no more sequences than so many can ever use the cache at once.
         block_size: tokens of a page.
         kv_cache_memory: bytes; None: a share of what is free.
+        num_sharing: processes that take as much of the same memory.
 
     Raises:
         ConfigError: it does not fit the machine, or is too small for one sequence of full length.
     """
-    page_bytes = KVCache.page_bytes(decoder.config, decoder.slab_size, block_size, decoder.dtype)
+    page_bytes = KVCache.page_bytes(
+        decoder.local_config, decoder.slab_size, block_size, decoder.dtype
+    )
     if kv_cache_memory is not None:
         memory_bytes = int(kv_cache_memory)
     else:
-        memory_bytes = int(MEMORY_SHARE * available_memory_bytes(decoder.device))
+        memory_bytes = int(MEMORY_SHARE * available_memory_bytes(decoder.device) / num_sharing)
     num_pages = num_kv_pages(
         memory_bytes=memory_bytes,
         page_bytes=page_bytes,

@@ -111,7 +111,7 @@ class EngineWorker:
                 self._step_timeout_s,
                 pulse=self._pulse,
                 on_stall=partial(
-                    self._fail, f"the engine has not got on for {self._step_timeout_s:g} s"
+                    self.fail, f"the engine has not got on for {self._step_timeout_s:g} s"
                 ),
                 ended=self._stopping,
             )
@@ -144,7 +144,7 @@ class EngineWorker:
         if self._thread is not None:
             self._thread.join(timeout_s)
             if self._thread.is_alive():
-                self._fail(f"the step under way did not end within {timeout_s:g} s of the stop")
+                self.fail(f"the step under way did not end within {timeout_s:g} s of the stop")
                 return False
         self._ledger.move("stopped", of=("draining",))
         return True
@@ -254,7 +254,7 @@ class EngineWorker:
                 self._abort_all()
         except BaseException as error:  # whatever it is, nobody may wait for this thread any more
             logger.exception("the engine stopped on an error of its own")
-            self._fail(f"{type(error).__name__}: {error}")
+            self.fail(f"{type(error).__name__}: {error}")
 
     def _turn(self) -> None:
         """Take what has come, and run a step if there is anything to run."""
@@ -269,7 +269,7 @@ class EngineWorker:
         else:
             self._prober.run(lambda: not self._inbox.empty())
         if self._engine.failure is not None:
-            self._fail(self._engine.failure)
+            self.fail(self._engine.failure)
 
     def _abort_all(self) -> None:
         """The last turn: every request that lives gets its last output."""
@@ -337,7 +337,7 @@ class EngineWorker:
 
     # ---- failure ----
 
-    def _fail(self, reason: str) -> None:
+    def fail(self, reason: str) -> None:
         """End the worker: every live and every queued request is answered. Any thread.
 
         The engine is not touched: it is what failed, or another thread is inside it.

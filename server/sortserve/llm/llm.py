@@ -8,7 +8,7 @@ import re
 import sys
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager
 from itertools import count
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +24,7 @@ from sortserve.core.errors import (
 from sortserve.core.request import RequestOutput
 from sortserve.core.sampling_params import SamplingParams
 from sortserve.engine.assemble import EngineOptions, assemble, start_threads
+from sortserve.engine.tensor_parallel.ranks import other_ranks
 from sortserve.llm.asking import (
     Asking,
     Budgets,
@@ -62,7 +63,7 @@ class LLM:
             start has done it. Without it no time is predicted: a budget's times choose no exit.
         options: fields of ``EngineOptions``: ``max_model_len``, ``policy``, ``max_num_seqs``,
             ``max_num_batched_tokens``, ``kv_cache_memory`` (bytes), ``block_size``,
-            ``enable_prefix_caching``, ``seed`` and more.
+            ``enable_prefix_caching``, ``tensor_parallel_size``, ``seed`` and more.
 
     Raises:
         CheckpointError: the checkpoint cannot be served.
@@ -82,22 +83,30 @@ class LLM:
         calibrate: bool = False,
         **options: Any,
     ) -> None:
-        with _python_names():
+        with _python_names(), ExitStack() as on_error:
             engine_options = EngineOptions(**{"overload_delay": 0.0, **options})
-            start_threads(num_threads)
+            num_ranks = engine_options.tensor_parallel_size
+            start_threads(num_threads, num_ranks=num_ranks)
             if isinstance(model, LoadedCheckpoint):
-                checkpoint, is_ours = model, False
+                _check_whole(model, num_ranks)
+                checkpoint, ranks = model, None
             else:
-                source, is_ours = os.fspath(model), True
-                checkpoint = load_checkpoint(
-                    source,
-                    exits=exits,
-                    dtype=dtype,
-                    device=device,
-                    quantize=quantize,
-                    revision=revision,
+                source = os.fspath(model)
+                loading: dict[str, Any] = {
+                    "exits": exits,
+                    "dtype": dtype,
+                    "device": device,
+                    "quantize": quantize,
+                    "revision": revision,
+                }
+                ranks = on_error.enter_context(
+                    other_ranks(source, loading, engine_options, num_threads)
                 )
-            parts = assemble(checkpoint, engine_options, release_weights=is_ours)
+                checkpoint = load_checkpoint(source, **loading, tensor_parallel_size=num_ranks)
+            parts = assemble(
+                checkpoint, engine_options, release_weights=checkpoint is not model, ranks=ranks
+            )
+            self._engine: OfflineEngine | None = OfflineEngine(parts, calibrate=calibrate)
         self.model_name: str = checkpoint.name
         self.exits: ExitTable = parts.engine.exits
         self.tokenizer: Tokenizer = parts.tokenizer
@@ -107,7 +116,6 @@ class LLM:
         """What the checkpoint recommends. Its ``max_tokens``, the whole context, stands for as
         many as fit after the prompt."""
         self._ids = count()
-        self._engine: OfflineEngine | None = OfflineEngine(parts, calibrate=calibrate)
         self._finalizer = weakref.finalize(self, self._engine.close)
 
     # ---- life ----
@@ -290,6 +298,20 @@ class LLM:
         """
         return self._asking().chat(
             messages, add_generation_prompt=add_generation_prompt, **variables
+        )
+
+
+def _check_whole(checkpoint: LoadedCheckpoint, num_ranks: int) -> None:
+    """Refuse to divide what is loaded.
+
+    Raises:
+        ConfigError: more than one rank is to serve it.
+    """
+    if num_ranks > 1:
+        raise ConfigError(
+            f"--tensor-parallel-size={num_ranks}: a checkpoint that is loaded already is served by "
+            "this process alone. Give its name, so that each rank loads its share.",
+            param="tensor-parallel-size",
         )
 
 

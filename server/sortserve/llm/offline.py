@@ -55,6 +55,7 @@ class OfflineEngine:
             parts.engine, max_num_queued_reqs=unlimited, max_num_queued_tokens=unlimited
         )
         self._worker.start(parts.calibrate if calibrate else None)
+        parts.watch(self._worker.fail)
         self._loop = LoopThread("llm")
         self._max_in_flight = WAVES * parts.engine.config.max_num_seqs
         self._submitting = threading.Lock()  # the worker takes one caller at a time
@@ -63,6 +64,7 @@ class OfflineEngine:
         """End the engine; what lives gets its last output, with ``finish_reason`` ``abort``."""
         self._worker.stop(STOP_TIMEOUT_S)
         self._loop.close()
+        self.parts.close()
 
     # ---- whole answers ----
 

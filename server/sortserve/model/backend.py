@@ -152,6 +152,7 @@ class Target:
     """What is to be computed and where: the choice of a backend depends on nothing else."""
 
     config: ModelConfig
+    """The model; of one of several ranks, the narrower one that is its share (``LocalShape``)."""
     dtype: torch.dtype
     device: torch.device
 

@@ -22,6 +22,7 @@ from sortserve.model.backends import choose_backend
 from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
 from sortserve.model.exit_module import SharedNorm
+from sortserve.model.local_shape import LocalShape
 from sortserve.model.weight import Weight
 from sortserve.model.weights import ExitModuleWeights, ModelWeights
 
@@ -37,10 +38,13 @@ class Decoder:
         exits: depths that rows may ask for, ascending.
         max_model_len: positions that rows may have, in tokens.
         backend: what to compute with; default: what is fastest here.
+        shape: the share that the weights are, and that the backend computes; None: everything.
         release_weights: drop each matrix of ``weights`` as soon as its packed copy exists, so that
             the model is not in memory twice; ``weights`` is of no use afterwards.
 
     Attributes:
+        config: the whole model.
+        local_config: what the backend computes with.
         backend: what it computes with.
         formats: how many of the matrices are in each format of weights, by its name.
     """
@@ -53,11 +57,13 @@ class Decoder:
         exits: Sequence[int],
         max_model_len: int,
         backend: Backend | None = None,
+        shape: LocalShape | None = None,
         release_weights: bool = False,
     ) -> None:
         assert list(exits) == sorted(set(exits))
         assert 0 < exits[0] <= exits[-1] <= config.num_layers
         self.config = config
+        self.local_config = config if shape is None else shape.config(config)
         self.device = weights.device
         self.dtype = weights.dtype
         self.formats = weights.formats

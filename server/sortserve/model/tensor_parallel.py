@@ -4,7 +4,7 @@
 the places where they happen: the sum after the output projection and after down, and the gathering
 of the logits.
 
-Shape legend: T tokens, R rows that sample, D hidden, V vocabulary, I inputs, O outputs.
+Shape legend: T tokens, R rows that sample, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class ParallelBackend:
         local = self._backend.head(weight)
         sizes = self._vocabulary_sizes()
 
-        def logits(x_RD: Tensor) -> Tensor:
-            logits_RO = local(x_RD)
+        def logits(x_TI: Tensor) -> Tensor:
+            logits_RO = local(x_TI)  # T are the rows that sample
             parts = self._collectives.gather(pad(logits_RO, (0, max(sizes) - logits_RO.shape[1])))
             if parts is None:
                 return logits_RO

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 from sortserve import __version__
 from sortserve.api.bodies.limits import max_encoded_tokens
@@ -22,6 +23,7 @@ from sortserve.engine.assemble import (
     start_threads,
 )
 from sortserve.engine.memory import CacheShape
+from sortserve.engine.tensor_parallel.ranks import Ranks, other_ranks
 from sortserve.engine.worker import EngineWorker
 from sortserve.model.weights import quantization_of
 from sortserve.process.config import ServeSettings
@@ -54,6 +56,8 @@ class Serving:
     metrics: Metrics
     totals: Totals
     cache: CacheShape
+    close: Callable[[], None]
+    """End what is not of this process, after the worker's end."""
     computed_in: Mapping[str, str]
     """``dtype``, ``quantization``, ``backend``, ``isa`` and ``threads``: what each auto became."""
 
@@ -66,15 +70,22 @@ def build(settings: ServeSettings) -> Serving:
         ConfigError: settings and checkpoint do not fit each other.
     """
     options = EngineOptions(**{f.name: getattr(settings, f.name) for f in fields(EngineOptions)})
-    start_threads(settings.num_threads)
+    start_threads(settings.num_threads, num_ranks=options.tensor_parallel_size)
+    names = ("exits", "dtype", "device", "quantize", "revision")
+    loading = {name: getattr(settings, name) for name in names}
+    with other_ranks(settings.model, loading, options, settings.num_threads) as ranks:
+        return _build(settings, options, loading, ranks)
+
+
+def _build(
+    settings: ServeSettings,
+    options: EngineOptions,
+    loading: Mapping[str, Any],
+    ranks: Ranks | None,
+) -> Serving:
     started_s = time.monotonic()
     checkpoint = load_checkpoint(
-        settings.model,
-        exits=settings.exits,
-        dtype=settings.dtype,
-        device=settings.device,
-        quantize=settings.quantize,
-        revision=settings.revision,
+        settings.model, **loading, tensor_parallel_size=options.tensor_parallel_size
     )
     loaded_s = time.monotonic()
     max_model_len = context_length(checkpoint, settings.max_model_len)
@@ -88,6 +99,7 @@ def build(settings: ServeSettings) -> Serving:
         tokenizer=tokenizer,
         observer=Observers([metrics, totals, RequestLogger()]),
         release_weights=True,
+        ranks=ranks,
     )
     logger.info(
         "loaded",
@@ -105,6 +117,7 @@ def build(settings: ServeSettings) -> Serving:
         step_timeout_s=settings.step_timeout or None,
         debug=settings.debug,
     )
+    parts.watch(worker.fail)
 
     def prepare() -> None:
         if settings.calibrate:
@@ -139,6 +152,7 @@ def build(settings: ServeSettings) -> Serving:
         metrics=metrics,
         totals=totals,
         cache=cache,
+        close=parts.close,
         computed_in=computed_in,
     )
 

@@ -108,9 +108,11 @@ class ServeSettings(BaseSettings):
     """What the model computes with: reference (plain PyTorch), triton (our kernels for CUDA),
     cpu (our C++ kernels), flashinfer. auto: the fastest that works here, never flashinfer."""
     num_threads: Annotated[Annotated[int, Field(ge=1, le=MAX_THREADS), Number] | None, Auto] = None
-    """CPU threads of the model, at most 1024; more than there are cores are not started. auto, the
-    default: one for each core that the process may use (affinity, CPU quota, no second hardware
-    thread), of which steps use fewer while other programs keep the cores busy."""
+    """CPU threads of each rank, at most 1024 and one a core. auto, the default: the ranks share the
+    cores that the process may use (affinity, CPU quota, no second hardware thread), and steps use
+    fewer while that is faster, because other programs keep the cores busy."""
+    tensor_parallel_size: Count = 1
+    """Ranks that the model is divided among: CUDA devices, or processes on a CPU."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), Number] | None = None
     """Makes requests without a seed of their own repeatable, in their order of arrival."""
 

@@ -165,6 +165,7 @@ class ServerProcess:
         else:
             exit_code = await self._drain(serving)
         self.has_ended = await asyncio.to_thread(worker.stop, STEP_END_S)
+        await asyncio.to_thread(serving.close)
         return exit_code
 
     async def _load(self, serving_http: _Task) -> Serving | None:

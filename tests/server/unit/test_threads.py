@@ -148,7 +148,7 @@ async def test_every_request_that_was_accepted_while_the_engine_failed_is_answer
         worker = EngineWorker(make_engine(max_model_len=256))
         worker.start()
         streams: list[RequestStream] = []
-        failing = threading.Timer(0.001, worker._fail, ["a scripted fault"])
+        failing = threading.Timer(0.001, worker.fail, ["a scripted fault"])
         failing.start()
         try:
             while True:

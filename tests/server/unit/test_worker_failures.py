@@ -269,7 +269,7 @@ async def test_a_request_that_comes_while_the_engine_fails_is_refused_or_answere
 
         def fail_meanwhile(request: Any) -> tuple[int, ...]:
             if request.request_id == "late":
-                worker._fail("a scripted fault")
+                worker.fail("a scripted fault")
             return validate(request)
 
         monkeypatch.setattr(engine, "validate", fail_meanwhile)

@@ -1,0 +1,124 @@
+"""The main module of every rank but the first, which starts it: a socket is its standard input.
+
+It loads its share, says how many pages it has room for, and then runs the steps that it is sent.
+It ends when the socket closes, whatever it is doing: a rank does not outlive rank 0.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import shutil
+import signal
+import sys
+import threading
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from sortserve.checkpoint.load import load_share
+from sortserve.core.errors import SortserveError
+from sortserve.engine.assemble import context_length, make_cache, make_decoder, start_threads
+from sortserve.engine.runner import ModelRunner
+from sortserve.engine.tensor_parallel.collectives import Group
+from sortserve.engine.tensor_parallel.messages import (
+    Done,
+    Failed,
+    LoadedShare,
+    Log,
+    Ready,
+    Start,
+    Step,
+    Task,
+)
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Serve rank 0 until its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a whole container: rank 0 drains first
+    connection = Connection(os.dup(sys.stdin.fileno()))
+    try:
+        task = connection.recv()
+    except (EOFError, OSError):
+        return
+    assert isinstance(task, Task)
+    inbox: queue.SimpleQueue[Start | Step] = queue.SimpleQueue()
+    reading = threading.Thread(
+        target=_read, args=(connection, inbox, Path(task.folder)), name="rank 0", daemon=True
+    )
+    reading.start()
+    try:
+        _serve(task, connection, inbox)
+    except BaseException as error:
+        known = isinstance(error, SortserveError)
+        logging.getLogger(__name__).error("rank %d", task.rank, exc_info=not known)
+        with suppress(OSError):
+            connection.send(Failed(str(error) if known else f"{type(error).__name__}: {error}"))
+    os._exit(1)
+
+
+def _read(connection: Connection, inbox: queue.SimpleQueue[Start | Step], folder: Path) -> None:
+    """A thread of its own, so that the end of rank 0 ends this process in the midst of a step."""
+    while True:
+        try:
+            inbox.put(connection.recv())
+        except (EOFError, OSError):
+            shutil.rmtree(folder, ignore_errors=True)
+            os._exit(0)
+
+
+def _serve(task: Task, connection: Connection, inbox: queue.SimpleQueue[Start | Step]) -> None:
+    start_threads(task.num_threads, num_ranks=task.num_ranks)
+    model = load_share(task.source, rank=task.rank, num_ranks=task.num_ranks, **task.loading)
+    device = model.weights.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    group = Group(task.rank, task.num_ranks, device)
+    max_model_len = context_length(model, task.options.max_model_len)
+    decoder = make_decoder(
+        model, task.options, max_model_len, collectives=group, release_weights=True
+    )
+    cache = make_cache(decoder, task.options, max_model_len, num_ranks=task.num_ranks)
+    connection.send(LoadedShare(cache.num_pages))
+
+    start = inbox.get()
+    assert isinstance(start, Start)
+    runner = ModelRunner(decoder, num_pages=start.num_pages, block_size=cache.block_size)
+    group.meet(Path(task.folder))
+    connection.send(Ready())
+    logging.getLogger().handlers = [_Forward(connection)]
+    while True:
+        step = inbox.get()
+        assert isinstance(step, Step)
+        error = None
+        try:
+            with group.step():
+                # It ends with a sampling, of this rank's part of the vocabulary: nobody asks for
+                # the tokens, but they are there when all is done, on a GPU, too.
+                runner.execute(step.plan)
+        except Exception as raised:  # rank 0 finds out whether it did, too
+            error = f"{type(raised).__name__}: {raised}"
+        connection.send(Done(step.number, group.num_calls, error))
+
+
+class _Forward(logging.Handler):
+    """Sends what is to be logged to rank 0, which knows where and how."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(logging.WARNING)
+        self._connection = connection
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See Handler."""
+        with suppress(OSError):
+            self._connection.send(Log(record.name, record.levelno, record.getMessage()))
+
+
+if __name__ == "__main__":
+    main()
