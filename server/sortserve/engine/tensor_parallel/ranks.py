@@ -138,6 +138,11 @@ class Ranks:
             self.close()
             raise
 
+    @property
+    def process_ids(self) -> list[int]:
+        """Of the others, in the order of their ranks."""
+        return [process.process_id for process in self._processes.values()]
+
     # ---- the start ----
 
     def group(self, device: torch.device) -> Group:
@@ -335,6 +340,11 @@ class _Process:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
                 process_group=0,  # Ctrl-C is for rank 0, which ends the others when it ends
             )
+
+    @property
+    def process_id(self) -> int:
+        """Of the system."""
+        return self._process.pid
 
     def last_words(self) -> str:
         """Why the socket has closed."""
