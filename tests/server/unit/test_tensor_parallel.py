@@ -254,8 +254,7 @@ def test_ranks_give_the_logits_of_one_process(
 
 def test_weights_are_divided_first_and_made_smaller_then(tmp_path: Path) -> None:
     """Blocks of 32 inputs end where shares do here, so int8 is the same int8."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-    model = make_tiny_checkpoint(tmp_path / "model", "llama-tied", EXITS, **sizes)
+    model = make_tiny_checkpoint(tmp_path / "model", "llama-tied", EXITS, intermediate_size=128)
     ranks = Threads(tmp_path, model, 2, quantize="int8")
     decoders = ranks.decoders("reference")
     whole = whole_decoder(model, "reference", quantize="int8")

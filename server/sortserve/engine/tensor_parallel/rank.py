@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import queue
 import shutil
 import signal
@@ -17,13 +18,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import torch
-
-from sortserve.checkpoint.load import load_share
 from sortserve.core.errors import SortserveError
-from sortserve.engine.assemble import context_length, make_cache, make_decoder, start_threads
-from sortserve.engine.runner import ModelRunner
-from sortserve.engine.tensor_parallel.collectives import Group
 from sortserve.engine.tensor_parallel.messages import (
     Done,
     Failed,
@@ -37,43 +32,61 @@ from sortserve.engine.tensor_parallel.messages import (
 
 __all__ = ["main"]
 
+logger = logging.getLogger(__name__)
+
+Inbox = queue.SimpleQueue[bytes]
+
 
 def main() -> None:
     """Serve rank 0 until its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a whole container: rank 0 drains first
     connection = Connection(os.dup(sys.stdin.fileno()))
+    inbox: Inbox = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(connection, inbox), name="rank 0", daemon=True).start()
     try:
-        task = connection.recv()
-    except (EOFError, OSError):
-        return
-    assert isinstance(task, Task)
-    inbox: queue.SimpleQueue[Start | Step] = queue.SimpleQueue()
-    reading = threading.Thread(
-        target=_read, args=(connection, inbox, Path(task.folder)), name="rank 0", daemon=True
-    )
-    reading.start()
-    try:
+        task = pickle.loads(inbox.get())
+        assert isinstance(task, Task)
+        _Folder.path = task.folder
         _serve(task, connection, inbox)
     except BaseException as error:
         known = isinstance(error, SortserveError)
-        logging.getLogger(__name__).error("rank %d", task.rank, exc_info=not known)
+        if not known:
+            logger.exception("this rank cannot go on")
         with suppress(OSError):
             connection.send(Failed(str(error) if known else f"{type(error).__name__}: {error}"))
     os._exit(1)
 
 
-def _read(connection: Connection, inbox: queue.SimpleQueue[Start | Step], folder: Path) -> None:
-    """A thread of its own, so that the end of rank 0 ends this process in the midst of a step."""
+class _Folder:
+    """Where the ranks meet, once it is known."""
+
+    path: str | None = None
+
+
+def _read(connection: Connection, inbox: Inbox) -> None:
+    """A thread of its own: the end of rank 0 ends this process whatever it is doing.
+
+    What comes is unpickled by the other thread: that of the first message takes torch.
+    """
     while True:
         try:
-            inbox.put(connection.recv())
+            inbox.put(connection.recv_bytes())
         except (EOFError, OSError):
-            shutil.rmtree(folder, ignore_errors=True)
+            if _Folder.path is not None:
+                shutil.rmtree(_Folder.path, ignore_errors=True)
             os._exit(0)
 
 
-def _serve(task: Task, connection: Connection, inbox: queue.SimpleQueue[Start | Step]) -> None:
+def _serve(task: Task, connection: Connection, inbox: Inbox) -> None:
+    # Here, so that rank 0 is listened to while all that loads.
+    import torch
+
+    from sortserve.checkpoint.load import load_share
+    from sortserve.engine.assemble import context_length, make_cache, make_decoder, start_threads
+    from sortserve.engine.runner import ModelRunner
+    from sortserve.engine.tensor_parallel.collectives import Group
+
     start_threads(task.num_threads, num_ranks=task.num_ranks)
     model = load_share(task.source, rank=task.rank, num_ranks=task.num_ranks, **task.loading)
     device = model.weights.device
@@ -87,14 +100,14 @@ def _serve(task: Task, connection: Connection, inbox: queue.SimpleQueue[Start | 
     cache = make_cache(decoder, task.options, max_model_len, num_ranks=task.num_ranks)
     connection.send(LoadedShare(cache.num_pages))
 
-    start = inbox.get()
+    start = pickle.loads(inbox.get())
     assert isinstance(start, Start)
     runner = ModelRunner(decoder, num_pages=start.num_pages, block_size=cache.block_size)
     group.meet(Path(task.folder))
     connection.send(Ready())
     logging.getLogger().handlers = [_Forward(connection)]
     while True:
-        step = inbox.get()
+        step = pickle.loads(inbox.get())
         assert isinstance(step, Step)
         error = None
         try:

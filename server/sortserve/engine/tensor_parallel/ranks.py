@@ -34,6 +34,7 @@ from sortserve.engine.tensor_parallel.messages import (
     without_words,
 )
 from sortserve.engine.tensor_parallel.watch import StepWatch
+from sortserve.telemetry.logs import fields
 
 if TYPE_CHECKING:
     from sortserve.engine.assemble import EngineOptions
@@ -119,6 +120,7 @@ class Ranks:
         self._changed = threading.Condition()
         self._is_closing = False
         self._on_lost: list[Callable[[str], None]] = []
+        self._listening = threading.Thread(target=self._listen, name="ranks", daemon=True)
         self._watch = StepWatch(range(1, num_ranks), timeout_s, POLL_S)
         self._processes: dict[int, _Process] = {}
         try:
@@ -171,7 +173,8 @@ class Ranks:
             raise self._refusal(f"the ranks do not find each other: {error}") from error
         for process in self._processes.values():
             self._receive(process, Ready)
-        threading.Thread(target=self._listen, name="ranks", daemon=True).start()
+        self._listening.start()
+        logger.info("ranks", extra=fields(num_ranks=self.num_ranks, process_ids=self.process_ids))
         return num_pages
 
     def _receive(self, process: _Process, kind: type[Result]) -> Result:
