@@ -53,6 +53,8 @@ class ParallelBackend:
         collectives: of its group.
     """
 
+    supports_graphs = False
+
     def __init__(
         self, backend: Backend, config: ModelConfig, shape: LocalShape, collectives: Collectives
     ) -> None:

@@ -285,3 +285,20 @@ def test_a_step_of_one_rank_alone_is_a_mistake_and_no_hang(tmp_path: Path) -> No
 
     with pytest.raises(AssertionError, match="run a plan with the runner"):
         run_chunks(decoder, decoder.allocate_kv_cache(200, BLOCK_SIZE), chunks)
+
+
+def test_a_rank_can_run_a_step_alone_to_see_what_it_takes(tmp_path: Path) -> None:
+    model = make_tiny_checkpoint(tmp_path / "model", "llama-tied", EXITS)
+    ranks = Threads(tmp_path, model, 2)
+    decoders = ranks.decoders("reference")
+    [chunks, *_] = mixed_steps(decoders[0].num_slabs)
+
+    def run_alone(rank: int) -> Tensor:
+        with ranks.groups[rank].alone():
+            cache = decoders[rank].allocate_kv_cache(200, BLOCK_SIZE)
+            return run_chunks(decoders[rank], cache, chunks)
+
+    logits = [run_alone(rank) for rank in range(2)]
+
+    num_rows = sum(chunk.samples for chunk in chunks)
+    assert [list(each.shape) for each in logits] == [[num_rows, 288], [num_rows, 144]]

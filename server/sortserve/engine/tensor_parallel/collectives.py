@@ -2,7 +2,7 @@
 
 The group is made directly, not as the process's default group of ``torch.distributed``, which
 belongs to whoever uses this library. Ranks find each other through a file in a private folder, and
-gloo listens on the loopback interface: nothing of it can be reached from another machine.
+both listen on the loopback interface: nothing of it can be reached from another machine.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Group:
         self._num_ranks = num_ranks
         self._device = device
         self._is_in_step = False
+        self._is_alone = False
         self._backend: Any = None  # torch's stubs know neither gloo's options nor its methods
 
     def meet(self, folder: Path) -> None:
@@ -68,9 +69,22 @@ class Group:
         finally:
             self._is_in_step = False
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """What is inside runs on this rank alone: it takes the time and the memory of a step, and
+        what it computes means nothing.
+        """
+        self._is_alone = True
+        try:
+            yield
+        finally:
+            self._is_alone = False
+
     def sum(self, x: Tensor) -> Tensor:
         """See Collectives."""
         x = x.contiguous()
+        if self._is_alone:
+            return x
         self._entered().allreduce([x]).wait()
         return x
 
@@ -78,6 +92,8 @@ class Group:
         """See Collectives."""
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self._num_ranks)] if self._rank == 0 else None
+        if self._is_alone:
+            return parts
         options = _torch.GatherOptions()
         options.rootRank = 0
         self._entered().gather([] if parts is None else [parts], [x], options).wait()
@@ -111,6 +127,7 @@ def _gloo(store: Any, rank: int, num_ranks: int) -> Any:
 def _nccl(store: Any, rank: int, num_ranks: int) -> Any:
     options = _torch.ProcessGroupNCCL.Options()
     options._timeout = FOREVER
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # all ranks are on this machine
     # Else its watchdog would end the process before anybody is answered: ``watch`` does it all.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     return _torch.ProcessGroupNCCL(store, rank, num_ranks, options)
