@@ -19,7 +19,12 @@ from torch import Tensor
 from sortserve.checkpoint import load as checkpoint_module
 from sortserve.checkpoint import weight_cache
 from sortserve.checkpoint.adapter import merge_adapter
-from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
+from sortserve.checkpoint.load import (
+    LoadedCheckpoint,
+    LoadedModel,
+    load_checkpoint,
+    load_share,
+)
 from sortserve.checkpoint.quantize import QUANTIZERS, Quantizer
 from sortserve.core.errors import ConfigError
 from sortserve.model.backends import choose_backend
@@ -107,7 +112,7 @@ def kept(cache: Path) -> list[Path]:
     return sorted(cache.glob("weights-*"))
 
 
-def assert_equal(a: LoadedCheckpoint, b: LoadedCheckpoint) -> None:
+def assert_equal(a: LoadedModel, b: LoadedModel) -> None:
     """Every tensor of the two, bit for bit."""
     assert a.config == b.config
     pairs = [(a.weights.embed, b.weights.embed), (a.weights.final_norm, b.weights.final_norm)]
@@ -131,6 +136,28 @@ def assert_equal(a: LoadedCheckpoint, b: LoadedCheckpoint) -> None:
     for first, second in pairs:
         assert first.dtype == second.dtype
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_each_rank_keeps_its_own_share(
+    folder_adapter: Path, quantize: str, cache: Path, merges: list[Path]
+) -> None:
+    """The head of this model is a part of the embedding: a file has either once."""
+
+    def load_all() -> list[LoadedModel]:
+        arguments = {"exits": None, "dtype": "float32", "device": "cpu", "revision": None}
+        return [
+            load_share(str(folder_adapter), rank=rank, num_ranks=2, quantize=quantize, **arguments)
+            for rank in range(2)
+        ]
+
+    cold, warm = load_all(), load_all()
+
+    for first, second in zip(cold, warm, strict=True):
+        assert_equal(first, second)
+    assert not torch.equal(cold[0].weights.layers[0].o.values, cold[1].weights.layers[0].o.values)
+    assert len(kept(cache)) == 2
+    assert len(merges) == 2
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
