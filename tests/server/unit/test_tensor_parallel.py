@@ -252,6 +252,22 @@ def test_ranks_give_the_logits_of_one_process(
     assert [c.pages.shape[3] for c in caches] == [num_heads] * num_ranks
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_ranks_in_bfloat16_are_as_close_as_its_digits(backend: str, tmp_path: Path) -> None:
+    """Terms of a sum are rounded before they are added: 8 bits, through six layers."""
+    model = make_tiny_checkpoint(tmp_path / "model", "llama-tied", EXITS, KINDS)
+    whole = whole_decoder(model, "reference", dtype="float32")
+    ranks = Threads(tmp_path, model, 2, dtype="bfloat16")
+    decoders = ranks.decoders(backend)
+    cache = whole.allocate_kv_cache(200, BLOCK_SIZE)
+    caches = [decoder.allocate_kv_cache(200, BLOCK_SIZE) for decoder in decoders]
+
+    for chunks in mixed_steps(whole.num_slabs):
+        expected = run_chunks(whole, cache, chunks)
+        got = ranks.run(decoders, caches, chunks)
+        assert (got - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
 def test_weights_are_divided_first_and_made_smaller_then(tmp_path: Path) -> None:
     """Blocks of 32 inputs end where shares do here, so int8 is the same int8."""
     model = make_tiny_checkpoint(tmp_path / "model", "llama-tied", EXITS, intermediate_size=128)
