@@ -283,12 +283,15 @@ def test_a_rank_that_alone_fails_is_lost_once_the_others_had_time_to_fail() -> N
     assert fault == "rank 2 failed in a step that others have not left, or not at the same place"
 
 
-def test_a_rank_that_fails_where_rank_0_did_not_is_lost_at_once() -> None:
+@pytest.mark.parametrize("has_begun_another", [False, True])
+def test_a_rank_that_fails_where_rank_0_did_not_is_lost_at_once(has_begun_another: bool) -> None:
     case = watching()
     case.watch.end(5, failed=False)
+    if has_begun_another:
+        case.watch.begin()
     case.watch.note(2, Done(1, 5, "ScriptedError"))
 
-    assert case.watch.fault(0.0) == ("rank 2 failed in a step that rank 0 did not: ScriptedError")
+    assert case.watch.fault(0.0) == "rank 2 failed in a step that rank 0 did not: ScriptedError"
 
 
 def test_ranks_that_fail_at_one_place_are_together() -> None:

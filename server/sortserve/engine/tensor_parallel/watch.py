@@ -44,6 +44,7 @@ class StepWatch:
         self._timeout_s = timeout_s
         self._detector = None if timeout_s is None else StallDetector(timeout_s, poll_s)
         self._failed_s: float | None = None
+        self._failed_alone: str | None = None
 
     def begin(self) -> int:
         """Rank 0 sends a step; returns its number."""
@@ -62,6 +63,9 @@ class StepWatch:
     def note(self, rank: int, done: Done) -> None:
         """Another rank has left a step."""
         self._done[rank] = done
+        if done.error is not None and done.number < self._begun:
+            # Rank 0 has begun another: where a step fails it waits for all ranks first.
+            self._failed_alone = self._failed_alone or _failed_alone(rank, done.error)
 
     @property
     def is_together(self) -> bool:
@@ -77,7 +81,7 @@ class StepWatch:
         Args:
             now: any monotonic clock, in seconds.
         """
-        return self._failure(now) or self._stall(now)
+        return self._failed_alone or self._failure(now) or self._stall(now)
 
     def _failure(self, now: float) -> str | None:
         errors = {
@@ -92,7 +96,7 @@ class StepWatch:
             return None
         if has_left and not self._ended.failed:
             rank, error = next(iter(errors.items()))
-            return f"rank {rank} failed in a step that rank 0 did not: {error}"
+            return _failed_alone(rank, error)
         if self.is_together:
             self._failed_s = None
             return None
@@ -110,3 +114,7 @@ class StepWatch:
         if not self._detector.look(self._begun if behind else None, now):
             return None
         return f"rank {behind[0]} has been at one step for {self._timeout_s:g} s"
+
+
+def _failed_alone(rank: int, error: str | None) -> str:
+    return f"rank {rank} failed in a step that rank 0 did not: {error}"
