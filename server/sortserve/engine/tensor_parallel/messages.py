@@ -31,8 +31,6 @@ class Task:
 
     rank: int
     num_ranks: int
-    folder: str
-    """Where the ranks meet; whoever of them is left over removes it."""
     source: str
     loading: Mapping[str, Any]
     """Further arguments of ``load_share``."""

@@ -1,4 +1,5 @@
-"""The main module of every rank but the first, which starts it: a socket is its standard input.
+"""The main module of every rank but the first, which starts it: a socket is its standard input,
+its argument the folder in which the ranks meet.
 
 It loads its share, says how many pages it has room for, and then runs the steps that it is sent.
 It ends when the socket closes, whatever it is doing: a rank does not outlive rank 0.
@@ -43,12 +44,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a whole container: rank 0 drains first
     connection = Connection(os.dup(sys.stdin.fileno()))
     inbox: Inbox = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(connection, inbox), name="rank 0", daemon=True).start()
+    folder = Path(sys.argv[1])
+    threading.Thread(
+        target=_read, args=(connection, inbox, folder), name="rank 0", daemon=True
+    ).start()
     try:
         task = pickle.loads(inbox.get())
         assert isinstance(task, Task)
-        _Folder.path = task.folder
-        _serve(task, connection, inbox)
+        _serve(task, folder, connection, inbox)
     except BaseException as error:
         known = isinstance(error, SortserveError)
         if not known:
@@ -58,13 +61,7 @@ def main() -> None:
     os._exit(1)
 
 
-class _Folder:
-    """Where the ranks meet, once it is known."""
-
-    path: str | None = None
-
-
-def _read(connection: Connection, inbox: Inbox) -> None:
+def _read(connection: Connection, inbox: Inbox, folder: Path) -> None:
     """A thread of its own: the end of rank 0 ends this process whatever it is doing.
 
     What comes is unpickled by the other thread: that of the first message takes torch.
@@ -73,12 +70,11 @@ def _read(connection: Connection, inbox: Inbox) -> None:
         try:
             inbox.put(connection.recv_bytes())
         except (EOFError, OSError):
-            if _Folder.path is not None:
-                shutil.rmtree(_Folder.path, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
             os._exit(0)
 
 
-def _serve(task: Task, connection: Connection, inbox: Inbox) -> None:
+def _serve(task: Task, folder: Path, connection: Connection, inbox: Inbox) -> None:
     # Here, so that rank 0 is listened to while all that loads.
     import torch
 
@@ -103,7 +99,7 @@ def _serve(task: Task, connection: Connection, inbox: Inbox) -> None:
     start = pickle.loads(inbox.get())
     assert isinstance(start, Start)
     runner = ModelRunner(decoder, num_pages=start.num_pages, block_size=cache.block_size)
-    group.meet(Path(task.folder))
+    group.meet(folder)
     connection.send(Ready())
     logging.getLogger().handlers = [_Forward(connection)]
     while True:

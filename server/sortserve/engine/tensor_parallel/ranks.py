@@ -125,11 +125,10 @@ class Ranks:
         self._processes: dict[int, _Process] = {}
         try:
             for rank in range(1, num_ranks):
-                self._processes[rank] = _Process(rank)
+                self._processes[rank] = _Process(rank, self._folder)
                 task = Task(
                     rank=rank,
                     num_ranks=num_ranks,
-                    folder=str(self._folder),
                     source=source,
                     loading=loading,
                     options=options,
@@ -331,13 +330,13 @@ class _Process:
     So a rank that dies is noticed at once, and one whose parent dies, however that happens, ends.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, folder: Path) -> None:
         self.rank = rank
         self._socket, theirs = socket.socketpair()
         self.connection = Connection(os.dup(self._socket.fileno()))
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", MAIN],
+                [sys.executable, "-m", MAIN, str(folder)],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
