@@ -347,7 +347,7 @@ def test_an_error_in_mid_stream_is_shown_beside_what_came(browser: Browser, serv
     visit.ask("a")
     runner.permits.release()
     visit.page.wait_for_selector(".run")
-    site.service.worker._fail("the test says so")
+    site.service.worker.fail("the test says so")
     runner.open()
     visit.wait_until_over()
 

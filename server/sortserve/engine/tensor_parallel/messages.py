@@ -94,11 +94,13 @@ class Log:
 
 def without_words(plan: StepPlan) -> StepPlan:
     """A plan as the other ranks need it: which rows sample, but not how, nor after what."""
+    assert all(row.token_from is None for row in plan.rows), "only rank 0 knows what was sampled"
     rows = (
         replace(
             row,
             token_ids=tuple(row.token_ids),
             sampling=None if row.sampling is None else _SAMPLES,
+            num_output_tokens=None,
         )
         for row in plan.rows
     )
