@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sortserve.core.plan import StepPlan
-from sortserve.model.batch import Batch
+from sortserve.engine.transfers import upload
+from sortserve.model.batch import Batch, last_tokens, single_rows
 
 __all__ = ["build_batch"]
 
@@ -51,26 +52,41 @@ def build_batch(
     pages_ST = tables_SRB[:, row_T, positions_T // block_size].astype(np.int64)
     slots_ST = np.where(pages_ST >= 0, pages_ST * block_size + positions_T % block_size, -1)
 
-    def to_device(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
-
-    ids_T = to_device(token_ids_T)
+    samples = tuple(row.sampling is not None for row in rows)
+    starts_tuple = tuple(query_starts.tolist())
     taken = [(r, row.token_from) for r, row in enumerate(rows) if row.token_from is not None]
+    token_ids, positions, slots, singles, lasts, taken_tokens, taken_from, *others = upload(
+        [
+            token_ids_T,
+            positions_T,
+            slots_ST,
+            np.array(single_rows(starts_tuple), dtype=np.int64),
+            np.array(last_tokens(starts_tuple, samples), dtype=np.int64),
+            query_starts[1:][np.array([r for r, _ in taken], dtype=np.int64)] - 1,
+            np.array([n for _, n in taken], dtype=np.int64),
+            query_starts.astype(np.int32),
+            context_lens.astype(np.int32),
+            tables_SRB,
+        ],
+        torch.device(device),
+    )
+    starts_R1, lens_R, tables = others
     if taken:
         assert last_ids_R is not None
         assert max(n for _, n in taken) < len(last_ids_R), "the plan before has not sampled it"
-        last_T = to_device(query_starts[1:][[r for r, _ in taken]] - 1)
-        ids_T[last_T] = last_ids_R[to_device(np.array([n for _, n in taken], dtype=np.int64))]
+        token_ids = token_ids.index_copy(0, taken_tokens, last_ids_R.index_select(0, taken_from))
     return Batch(
-        token_ids_T=ids_T,
-        positions_T=to_device(positions_T),
-        query_starts=tuple(query_starts.tolist()),
+        token_ids_T=token_ids,
+        positions_T=positions,
+        query_starts=starts_tuple,
         context_lens=tuple(context_lens.tolist()),
         exit_layers=tuple(row.exit_layer for row in rows),
-        samples=tuple(row.sampling is not None for row in rows),
-        query_starts_R1=to_device(query_starts.astype(np.int32)),
-        context_lens_R=to_device(context_lens.astype(np.int32)),
-        block_tables_SRB=to_device(tables_SRB),
-        slots_ST=to_device(slots_ST),
+        samples=samples,
+        query_starts_R1=starts_R1,
+        context_lens_R=lens_R,
+        block_tables_SRB=tables,
+        slots_ST=slots,
         num_prompt_tokens=tuple(row.num_prompt_tokens for row in rows),
+        last_tokens_N=lasts,
+        single_rows_N=singles,
     )

@@ -113,6 +113,14 @@ class Backend(Protocol):
     ops: Ops
     sampling: RowSampling | None
     """None: there is nothing faster than the plain way."""
+    supports_graphs: bool
+    """Whether its stack may be recorded for steps in which every row has one token, and run again
+    on other contents of the same tensors (``Batch.is_recorded``, ``sortserve.model.graphs``). It
+    may then launch nothing that depends on a value of a tensor, nor make tensors of host values;
+    sizes of launches may depend on the number of rows, and on upper bounds: ``context_lens`` of the
+    batch and the width of ``block_tables_SRB``. Rows that are no more than padding read and write
+    pages as any other row. It pays only if time goes with ``context_lens_R``, not with the
+    bounds."""
 
     def linear(self, weight: Weight, bias_O: Tensor | None = None) -> LinearOp:
         """``x W^T + b`` in the dtype of x."""

@@ -9,7 +9,6 @@ Shape legend: T tokens, R rows that sample, D hidden, V vocabulary, F intermedia
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 
 import torch
@@ -104,46 +103,54 @@ class Decoder:
             batch, its exit's module and norm applied.
         """
         assert kv_cache.slab_size == self.slab_size
-        h_TD = embedding(batch.token_ids_T, self._embed)
-        delta_TD = torch.zeros_like(h_TD)
+        h_TD, delta_TD = self.embed(batch.token_ids_T)
         left: list[Tensor] = []
         depth = 0
         for exit_layer in sorted(set(batch.exit_layers)):
-            num_rows = _num_rows_deeper_than(batch, depth)
-            num_tokens = batch.query_starts[num_rows]
-            h_TD, delta_TD = self._stack.run(
-                batch,
-                range(depth // self.slab_size, exit_layer // self.slab_size),
-                num_rows,
-                h_TD[:num_tokens],
-                delta_TD[:num_tokens],
-                kv_cache,
-            )
-            left.append(self._leave(batch, exit_layer, h_TD, delta_TD))
+            layers = range(depth, exit_layer)
+            h_TD, delta_TD = self.run_layers(batch, layers, h_TD, delta_TD, kv_cache)
+            left.append(self.leave(batch, exit_layer, h_TD, delta_TD))
             depth = exit_layer
         # Shallow rows left first; in the batch they come last.
         return torch.cat(left[::-1])
 
-    def _leave(self, batch: Batch, exit_layer: int, h_TD: Tensor, delta_TD: Tensor) -> Tensor:
-        """[rows that sample at this exit, D], through the exit's module."""
-        rows = range(
-            _num_rows_deeper_than(batch, exit_layer), _num_rows_deeper_than(batch, exit_layer - 1)
+    def embed(self, token_ids_T: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first layer reads: ``h`` and ``delta``, [T, D] both."""
+        h_TD = embedding(token_ids_T, self._embed)
+        return h_TD, torch.zeros_like(h_TD)
+
+    def run_layers(
+        self, batch: Batch, layers: range, h_TD: Tensor, delta_TD: Tensor, kv_cache: KVCache
+    ) -> tuple[Tensor, Tensor]:
+        """Run the rows that go deeper than ``layers.start`` through whole slabs.
+
+        Args:
+            batch: the step.
+            layers: no row leaves between two of them.
+            h_TD: as in ``LayerStack``, of these rows or of more; may be overwritten.
+            delta_TD: the same.
+            kv_cache: new keys and values are written to it.
+        """
+        num_rows = batch.num_rows_deeper_than(layers.start)
+        num_tokens = batch.query_starts[num_rows]
+        slabs = range(layers.start // self.slab_size, layers.stop // self.slab_size)
+        return self._stack.run(
+            batch, slabs, num_rows, h_TD[:num_tokens], delta_TD[:num_tokens], kv_cache
         )
-        last = [batch.query_starts[row + 1] - 1 for row in rows if batch.samples[row]]
-        if not last:
+
+    def leave(self, batch: Batch, exit_layer: int, h_TD: Tensor, delta_TD: Tensor) -> Tensor:
+        """[rows that sample at this exit, D], through the exit's module."""
+        first, end = (batch.num_rows_deeper_than(layer) for layer in (exit_layer, exit_layer - 1))
+        start = sum(batch.samples[:first])
+        last_N = batch.last_tokens_N[start : start + sum(batch.samples[first:end])]
+        if not len(last_N):
             return h_TD[:0]
-        last_R = torch.tensor(last, device=self.device)
-        return self._exits[exit_layer](h_TD[last_R] + delta_TD[last_R])
+        return self._exits[exit_layer](h_TD[last_N] + delta_TD[last_N])
 
     @torch.inference_mode()
     def logits(self, h_RD: Tensor) -> Tensor:
         """[R, D] to fp32 [R, V]."""
         return self._lm_head(h_RD)
-
-
-def _num_rows_deeper_than(batch: Batch, layer: int) -> int:
-    """Rows whose exit is above ``layer``: a prefix, as exits descend."""
-    return bisect_left(batch.exit_layers, -layer, key=lambda exit_layer: -exit_layer)
 
 
 _NO_MODULE = ExitModuleWeights(kind=SharedNorm, tensors={})

@@ -48,25 +48,20 @@ class _ReferenceSlab:
         tables_RB = batch.block_tables_SRB[slab, :num_rows].long()
         self._tables_RB = torch.where(tables_RB < 0, tables_RB[:, :1], tables_RB)
 
-        self._decode_rows = [r for r in range(num_rows) if self._row_tokens(r) == 1]
-        if self._decode_rows:
-            self._prepare_decode(batch)
+        num_single = sum(self._row_tokens(r) == 1 for r in range(num_rows))
+        self._decode_rows = batch.single_rows_N[:num_single]
+        self._decode_tokens = batch.query_starts_R1.long()[self._decode_rows]
+        self._decode_tables = self._tables_RB[self._decode_rows]
+        self._decode_lens = batch.context_lens_R[self._decode_rows]
 
     def _row_tokens(self, row: int) -> int:
         return self._query_starts[row + 1] - self._query_starts[row]
-
-    def _prepare_decode(self, batch: Batch) -> None:
-        device = self._tables_RB.device
-        rows = torch.tensor(self._decode_rows, device=device)
-        self._decode_tokens = batch.query_starts_R1.long()[rows]
-        self._decode_tables = self._tables_RB[rows]
-        self._decode_lens = batch.context_lens_R[rows]
 
     def __call__(self, qkv_TX: Tensor, norms: HeadNorms | None, layer_pages: Tensor) -> Tensor:
         """See SlabAttention."""
         q_TNH = self._heads(qkv_TX, norms, layer_pages)
         out_TNH = torch.empty_like(q_TNH)
-        if self._decode_rows:
+        if len(self._decode_rows):
             out_TNH[self._decode_tokens] = self._decode(q_TNH[self._decode_tokens], layer_pages)
         for row, tokens in self._chunks():
             out_TNH[tokens] = attend_chunk(

@@ -23,6 +23,8 @@ class ReferenceBackend:
     name = "reference"
     detail = ""
     sampling: RowSampling | None = None
+    supports_graphs = False
+    """It could be recorded, but would then gather as many pages for every row as a row may have."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
