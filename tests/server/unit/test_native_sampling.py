@@ -112,6 +112,18 @@ def test_every_row_samples_what_it_samples_in_torch(isa: str, vocab_size: int) -
 
 
 @each_isa
+def test_huge_logits_whose_largest_is_masked_sample_what_they_do_in_torch(isa: str) -> None:
+    """What is left may be minus infinity at a low temperature: the kernel is not asked."""
+    logits_RV = torch.randn(40, 200, generator=torch.Generator().manual_seed(0)) * 1e30
+    rows = []
+    for r, logits_V in enumerate(logits_RV):
+        params = SamplingParams(max_tokens=9, min_tokens=9, temperature=[1e-40, 1.0][r % 2])
+        rows.append(SamplingRow(params, r, (1,), (), frozenset({int(logits_V.argmax())})))
+    tokens, expected = both(isa, logits_RV, rows)
+    assert tokens == expected
+
+
+@each_isa
 def test_noise_at_the_border_of_two_tokens_is_left_open_or_decided_as_in_torch(isa: str) -> None:
     rng = random.Random(0)
     logits_RV = random_logits(rng, 200, 500).clamp(-50.0, 50.0) / 0.7

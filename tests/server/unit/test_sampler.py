@@ -421,6 +421,17 @@ def test_no_mix_of_extreme_settings_and_logits_gives_a_failure_or_moves_a_neighb
         assert beside == SampledToken(expected[0])
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 1e-12, 1.0])
+@pytest.mark.parametrize("filters_of", [{}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}])
+def test_huge_logits_whose_largest_is_masked_sample_from_what_is_left(
+    temperature: float, filters_of: dict[str, object]
+) -> None:
+    """It lies far below 0, and a low temperature would carry it out of float32."""
+    logits_V = torch.tensor([[3e30, 1e30, 2e30, -5e30, 2e30]])
+    row = make_row(seed=1, temperature=temperature, min_tokens=1, stop_ids=(0,), **filters_of)  # type: ignore[arg-type]
+    assert sample(logits_V, row)[0] in (2, 4)
+
+
 def test_a_repetition_penalty_near_zero_prefers_seen_tokens_by_their_logits() -> None:
     logits_V = torch.tensor([[1.0, 2.0, 3.0, 9.0, -1.0]])
     seen: dict[str, object] = {"prompt": (0, 1), "output": (2, 4), "repetition_penalty": 1e-40}

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -20,7 +22,16 @@ from torch import Tensor
 
 from sortserve.core.sampling_params import SamplingParams, SamplingRow
 
-__all__ = ["HUGE_LOGIT", "Editor", "RowEdits", "is_below_min_tokens", "is_edited"]
+__all__ = [
+    "HUGE_LOGIT",
+    "Editor",
+    "Edits",
+    "RowEdits",
+    "apply_edits",
+    "is_below_min_tokens",
+    "is_edited",
+    "is_plain",
+]
 
 _LOWEST_PENALTY = 1e-12
 """0 in all but name."""
@@ -38,6 +49,11 @@ def is_edited(row: SamplingRow) -> bool:
 def is_below_min_tokens(row: SamplingRow) -> bool:
     """Whether the tokens that would end the request are masked."""
     return len(row.output_token_ids) < row.params.min_tokens
+
+
+def is_plain(row: SamplingRow) -> bool:
+    """Whether the row's token is the first of its largest logits, and nothing else is wanted."""
+    return row.params.greedy and row.params.logprobs is None and not is_edited(row)
 
 
 class RowEdits:
@@ -108,14 +124,46 @@ class RowEdits:
         self._additions = np.pad(self._additions, padding)
 
 
+@dataclass(frozen=True)
+class Edits:
+    """What is to be done to the logits of a batch; places are those of its flat [R * V]."""
+
+    at_P: NDArray[np.int64]
+    """The touched logits, each once."""
+    penalty_P: NDArray[np.float32]
+    added_P: NDArray[np.float32]
+    masked_M: NDArray[np.int64]
+    """Those that min_tokens masks."""
+
+
 class Editor:
     """Edits logits in place. Remembers the edits of each ``SamplingRow`` as long as that lives."""
 
     def __init__(self) -> None:
         self._edits: WeakKeyDictionary[SamplingRow, RowEdits] = WeakKeyDictionary()
 
+    def edits(self, rows: Mapping[int, SamplingRow], vocab_size: int) -> Edits:
+        """Penalties, bias and the min_tokens mask of these rows, by their index in the batch."""
+        touched = {r: self._edits_of(row) for r, row in rows.items() if _touches_some(row.params)}
+        for edits in touched.values():
+            ids = edits.token_ids
+            assert not ids.size or ids.max() < vocab_size, f"token {ids.max()} of {vocab_size}"
+        masked = [
+            r * vocab_size + token_id
+            for r, row in rows.items()
+            if is_below_min_tokens(row)
+            for token_id in row.stop_token_ids
+            if token_id < vocab_size
+        ]
+        return Edits(
+            _joined([edits.token_ids + r * vocab_size for r, edits in touched.items()], np.int64),
+            _joined([edits.penalties for edits in touched.values()], np.float32),
+            _joined([edits.additions for edits in touched.values()], np.float32),
+            np.array(masked, dtype=np.int64),
+        )
+
     def edit(self, logits_RV: Tensor, rows: Mapping[int, SamplingRow]) -> Callable[[], object]:
-        """Apply penalties, bias and the min_tokens mask.
+        """Apply penalties, bias and the min_tokens mask, on the CPU.
 
         Returns:
             What takes penalties and bias back, as long as nothing else was written there.
@@ -124,20 +172,16 @@ class Editor:
             logits_RV: contiguous; only the rows named are touched.
             rows: those to edit, by their index in the batch.
         """
-        vocab_size = logits_RV.shape[1]
-        touched = {r: self._edits_of(row) for r, row in rows.items() if _touches_some(row.params)}
-        take_back = _penalise_and_add(logits_RV, touched) if touched else _do_nothing
-        masked = [
-            r * vocab_size + token_id
-            for r, row in rows.items()
-            if is_below_min_tokens(row)
-            for token_id in row.stop_token_ids
-            if token_id < vocab_size
-        ]
-        if masked:
-            at = torch.tensor(masked, device=logits_RV.device)
-            logits_RV.view(-1).index_fill_(0, at, -math.inf)
-        return take_back
+        if not rows:
+            return lambda: None
+        edits = self.edits(rows, logits_RV.shape[1])
+        at_P = torch.from_numpy(edits.at_P)
+        old_P = apply_edits(
+            logits_RV,
+            at_P,
+            *map(torch.from_numpy, (edits.penalty_P, edits.added_P, edits.masked_M)),
+        )
+        return lambda: logits_RV.view(-1).index_copy_(0, at_P, old_P)
 
     def _edits_of(self, row: SamplingRow) -> RowEdits:
         edits = self._edits.get(row)
@@ -147,27 +191,26 @@ class Editor:
         return edits
 
 
+def apply_edits(
+    logits_RV: Tensor, at_P: Tensor, penalty_P: Tensor, added_P: Tensor, masked_M: Tensor
+) -> Tensor:
+    """Do what ``Edits`` say, in place, on any device; returns the old logits [P]."""
+    flat = logits_RV.view(-1)
+    old_P = flat.index_select(0, at_P)
+    if len(at_P):
+        new_P = torch.where(old_P < 0, old_P * penalty_P, old_P / penalty_P).clamp_(max=HUGE_LOGIT)
+        flat.index_copy_(0, at_P, new_P.add_(added_P))
+    if len(masked_M):
+        flat.index_fill_(0, masked_M, -math.inf)
+    return old_P
+
+
 def _touches_some(params: SamplingParams) -> bool:
     return params.has_penalties or bool(params.logit_bias)
 
 
-def _do_nothing() -> None:
-    pass
+_Number = TypeVar("_Number", np.int64, np.float32)
 
 
-def _penalise_and_add(logits_RV: Tensor, touched: Mapping[int, RowEdits]) -> Callable[[], object]:
-    vocab_size = logits_RV.shape[1]
-    for edits in touched.values():
-        ids = edits.token_ids
-        assert not ids.size or ids.max() < vocab_size, f"token {ids.max()} of {vocab_size}"
-    at_P = _joined([edits.token_ids + r * vocab_size for r, edits in touched.items()], logits_RV)
-    penalty_P = _joined([edits.penalties for edits in touched.values()], logits_RV)
-    added_P = _joined([edits.additions for edits in touched.values()], logits_RV)
-    old_P = logits_RV.view(-1).index_select(0, at_P)
-    new_P = torch.where(old_P < 0, old_P * penalty_P, old_P / penalty_P).clamp_(max=HUGE_LOGIT)
-    logits_RV.view(-1).index_copy_(0, at_P, new_P.add_(added_P))
-    return lambda: logits_RV.view(-1).index_copy_(0, at_P, old_P)
-
-
-def _joined(parts: list[NDArray[np.int64]] | list[NDArray[np.float32]], like: Tensor) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts)).to(like.device, non_blocking=True)
+def _joined(parts: list[NDArray[_Number]], dtype: type[_Number]) -> NDArray[_Number]:
+    return np.concatenate([np.empty(0, dtype=dtype), *parts])

@@ -28,13 +28,13 @@ from sortserve.engine.sampling.vocab_ops import (
     take_rows,
 )
 
-__all__ = ["draw_filtered", "has_filter"]
+__all__ = ["SLACK", "draw_filtered", "has_filter"]
 
 _NARROW = 256
 """So few candidates are sorted as they are."""
 _WIDE = 4096
 """A row with more candidates is finished alone: padding the others to its width costs more."""
-_SLACK = 0.01
+SLACK = 0.01
 """How far, in natural logs, the floor lies under the exact bound. Hides its rounding."""
 
 
@@ -173,7 +173,7 @@ def _find_candidates(
     by_rank = [n for n, p in enumerate(params) if p.top_k > 0]
     by_mass = [n for n, p in enumerate(params) if p.top_k <= 0 and p.top_p < 1.0]
     largest_N1 = largest_NK.amax(-1, keepdim=True)
-    floor_N1 = largest_N1 + _column([p.min_p for p in params], scores_NV).log() - _SLACK
+    floor_N1 = largest_N1 + _column([p.min_p for p in params], scores_NV).log() - SLACK
     if by_rank:
         ks = [params[n].top_k for n in by_rank]
         floor_N1[by_rank] = kth_largest(
@@ -182,7 +182,7 @@ def _find_candidates(
     if by_mass:
         spare_M1 = _column([1.0 - params[n].top_p for n in by_mass], scores_NV)
         ratio_M1 = spare_M1 / (scores_NV.shape[1] * whole_MV.amax(-1, keepdim=True))
-        floor_N1[by_mass] = largest_N1[by_mass] + ratio_M1.log() - _SLACK
+        floor_N1[by_mass] = largest_N1[by_mass] + ratio_M1.log() - SLACK
     floor_N1.clamp_(min=torch.finfo(scores_NV.dtype).min)  # -inf has no weight
 
     ids_NC, count_N = at_least(scores_NV, floor_N1, largest_NK)
@@ -219,7 +219,7 @@ def _tighten_once(
 ) -> _Candidates:
     mass_NC = candidates.mass_NC
     spare_N1 = _column([1.0 - p.top_p for p in params], mass_NC) - candidates.below_N[:, None]
-    floor_N1 = spare_N1.clamp(min=0.0) / candidates.count_N[:, None] * (1.0 - _SLACK)
+    floor_N1 = spare_N1.clamp(min=0.0) / candidates.count_N[:, None] * (1.0 - SLACK)
     floor_N1.masked_fill_(~active_N[:, None], 0.0)
     floor_N1.clamp_(min=torch.finfo(mass_NC.dtype).tiny)  # not the padding
     kept_NC, count_N = at_least(mass_NC, floor_N1)

@@ -8,8 +8,11 @@ every row to those classes.
 A sampled token is the inverse of the cumulative distribution, in vocabulary order, at one number
 ``uniform(seed, position)``. That number depends on nothing else, so a seeded request gives the same
 tokens alone, in any batch, chunked, or preempted and resumed, and ten lines offline reproduce it.
-Sums along a row do not depend on the number of rows. What is here defines the token; a backend
-(``RowSampling``) may be faster, and answers only where it cannot be another one.
+Sums along a row do not depend on the number of rows. ``sampling.batched`` defines the token, and is
+what a GPU does. On a CPU, where ordering a vocabulary costs as much as a hundred passes over it and
+a look at a number costs nothing, ``sampling.filters`` searches for the few candidates and comes to
+the same; a backend (``RowSampling``) may be faster still, and answers only where it cannot be
+another token.
 
 Shapes: R rows of the batch, N the rows that one function works on, V vocabulary, C candidates.
 """
@@ -23,9 +26,24 @@ import torch
 from torch import Tensor
 
 from sortserve.core.sampling_params import RowFailure, SampledToken, SamplingRow
-from sortserve.engine.sampling.edits import HUGE_LOGIT, Editor, is_below_min_tokens, is_edited
+from sortserve.engine.sampling.batched import BatchedSampler
+from sortserve.engine.sampling.edits import (
+    HUGE_LOGIT,
+    Editor,
+    is_below_min_tokens,
+    is_edited,
+    is_plain,
+)
 from sortserve.engine.sampling.filters import draw_filtered, has_filter
 from sortserve.engine.sampling.logprobs import Report, log_sums
+from sortserve.engine.sampling.row import (
+    ALL_MASKED,
+    NOT_FINITE,
+    noise_of,
+    temperature_of,
+    uniform,
+)
+from sortserve.engine.sampling.samples import KnownSamples, Samples
 from sortserve.engine.sampling.vocab_ops import (
     argmax,
     block_maxima,
@@ -36,35 +54,6 @@ from sortserve.model.backend import RowSampling
 
 __all__ = ["Sampler", "uniform"]
 
-_MASK_64 = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, the increment of SplitMix64
-
-_LOWEST_TEMPERATURE = 1e-20
-"""Greedy in all but name."""
-
-_NOT_FINITE = RowFailure("non_finite", "its logits are not finite numbers")
-_ALL_MASKED = RowFailure("non_finite", "min_tokens masks every token of the vocabulary")
-
-
-def uniform(seed: int, position: int) -> float:
-    """The noise of the token at ``position``: a float64 in [0, 1), the same everywhere.
-
-    ``mix(mix(seed) + (position + 1) * golden)``, its top 53 bits over 2**53, all modulo 2**64.
-    ``mix`` is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
-
-    Args:
-        seed: any integer; its lowest 64 bits count.
-        position: how many tokens the request has generated before this one.
-    """
-    state = _mix(_mix(seed & _MASK_64) + (position + 1) * _GOLDEN & _MASK_64)
-    return (state >> 11) * 2.0**-53
-
-
-def _mix(value: int) -> int:
-    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK_64
-    value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK_64
-    return value ^ value >> 31
-
 
 class Sampler:
     """Chooses one token per row.
@@ -73,14 +62,16 @@ class Sampler:
     served faster, because its tokens need not be counted again; no token depends on that.
 
     Args:
-        fast: a backend's way to the same tokens, asked first; None: there is none.
+        fast: a backend's way to the same tokens on a CPU, asked first; None: there is none.
+        batched: whether to sample on a CPU as on a GPU.
     """
 
-    def __init__(self, fast: RowSampling | None = None) -> None:
+    def __init__(self, fast: RowSampling | None = None, *, batched: bool = False) -> None:
         self._fast = fast
         self._editor = Editor()
+        self._batched = BatchedSampler(self._editor)
+        self._always_batched = batched
 
-    @torch.inference_mode()
     def sample(
         self, logits_RV: Tensor, rows: Sequence[SamplingRow]
     ) -> list[SampledToken | RowFailure]:
@@ -94,11 +85,24 @@ class Sampler:
             logits_RV: float32, on any device. Consumed: what is in it afterwards is left open.
             rows: what each row asks for. Ids in ``logit_bias`` must be below V.
         """
+        return self.start(logits_RV, rows).results()
+
+    @torch.inference_mode()
+    def start(self, logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Samples:
+        """The same, but the host waits for a device no sooner than it asks for the results."""
         assert logits_RV.dtype == torch.float32, "logits are float32"
         assert logits_RV.shape[0] == len(rows), "one row of logits per row"
-        if not rows:
-            return []
         logits_RV = logits_RV.contiguous()
+        if not rows:
+            return KnownSamples([])
+        if self._always_batched or logits_RV.device.type != "cpu":
+            return self._batched.start(logits_RV, rows)
+        return KnownSamples(self._search(logits_RV, rows))
+
+    def _search(
+        self, logits_RV: Tensor, rows: Sequence[SamplingRow]
+    ) -> list[SampledToken | RowFailure]:
+        """The way of a CPU, where looking is cheap and passes over the vocabulary are dear."""
         maxima_RK = block_maxima(logits_RV)
         token_ids, largest = argmax(logits_RV, maxima_RK)
         healthy = [r for r, value in enumerate(largest) if math.isfinite(value)]
@@ -113,7 +117,7 @@ class Sampler:
             [token_ids[r] for r in healthy],
         )
         by_row = dict(zip(healthy, chosen, strict=True))
-        return [by_row.get(r, _NOT_FINITE) for r in range(len(rows))]
+        return [by_row.get(r, NOT_FINITE) for r in range(len(rows))]
 
     def _choose(
         self,
@@ -130,7 +134,7 @@ class Sampler:
             rows: what each row asks for.
             token_ids: each row's argmax.
         """
-        if all(_is_plain(row) for row in rows):
+        if all(is_plain(row) for row in rows):
             return [SampledToken(token_id) for token_id in token_ids]
 
         reported = [r for r, row in enumerate(rows) if row.params.logprobs is not None]
@@ -147,7 +151,7 @@ class Sampler:
             chosen = report.describe(logits_RV, [sampled[r].token_id for r in reported])
             for r, token in zip(reported, chosen, strict=True):
                 sampled[r] = token
-        return [_ALL_MASKED if r in masked else token for r, token in enumerate(sampled)]
+        return [ALL_MASKED if r in masked else token for r, token in enumerate(sampled)]
 
     def _edit(
         self, logits_RV: Tensor, maxima_RK: Tensor, edited: Mapping[int, SamplingRow]
@@ -193,21 +197,19 @@ class Sampler:
         """The sampled token of every row in ``rows``."""
         if self._fast is None or not rows:
             return _draw(logits_RV, maxima_RK, rows)
+        is_low = _is_low(maxima_RK).tolist()
+        asked = {r: row for r, row in rows.items() if not is_low[r]}
         tokens = self._fast.draw_tokens(
             logits_RV,
             maxima_RK,
-            list(rows),
-            [_temperature(row) for row in rows.values()],
-            [row.params for row in rows.values()],
-            [_noise(row) for row in rows.values()],
+            list(asked),
+            [temperature_of(row) for row in asked.values()],
+            [row.params for row in asked.values()],
+            [noise_of(row) for row in asked.values()],
         )
-        drawn = {r: token for r, token in zip(rows, tokens, strict=True) if token is not None}
+        drawn = {r: token for r, token in zip(asked, tokens, strict=True) if token is not None}
         left = {r: row for r, row in rows.items() if r not in drawn}
         return drawn | _draw(logits_RV, maxima_RK, left)
-
-
-def _is_plain(row: SamplingRow) -> bool:
-    return row.params.greedy and row.params.logprobs is None and not is_edited(row)
 
 
 # ---- drawing ----------------------------------------------------------------------------------
@@ -234,23 +236,24 @@ def _scores(
     logits_RV: Tensor, maxima_RK: Tensor, rows: Mapping[int, SamplingRow]
 ) -> tuple[Tensor, Tensor]:
     """Logits over temperature [N, V], and their block maxima: division keeps the order."""
-    temperatures = [_temperature(row) for row in rows.values()]
+    temperatures = [temperature_of(row) for row in rows.values()]
     scores_NV, maxima_NK = take_rows(logits_RV, list(rows)), take_rows(maxima_RK, list(rows))
     if all(temperature == 1.0 for temperature in temperatures):
         return scores_NV, maxima_NK
-    temperature_N = torch.tensor(temperatures, dtype=torch.float32, device=logits_RV.device)
-    return scores_NV / temperature_N[:, None], maxima_NK / temperature_N[:, None]
+    temperature_N1 = torch.tensor(temperatures, dtype=torch.float32)[:, None]
+    is_low_N = _is_low(maxima_NK)
+    if bool(is_low_N.any()):
+        shift_N1 = torch.where(is_low_N, maxima_NK.amax(-1), 0.0)[:, None]
+        scores_NV, maxima_NK = scores_NV - shift_N1, maxima_NK - shift_N1
+    return scores_NV / temperature_N1, maxima_NK / temperature_N1
 
 
-def _temperature(row: SamplingRow) -> float:
-    return max(row.params.temperature, _LOWEST_TEMPERATURE)
-
-
-def _noise(row: SamplingRow) -> float:
-    return uniform(row.seed, len(row.output_token_ids))
+def _is_low(maxima_NK: Tensor) -> Tensor:
+    """Whether the edits took so much from a row that a low temperature may leave nothing finite."""
+    return maxima_NK.amax(-1) < -HUGE_LOGIT
 
 
 def _noises(like: Tensor, rows: Mapping[int, SamplingRow]) -> Tensor:
     """Each row's noise, float64 [N]."""
-    noise = [_noise(row) for row in rows.values()]
+    noise = [noise_of(row) for row in rows.values()]
     return torch.tensor(noise, dtype=torch.float64, device=like.device)

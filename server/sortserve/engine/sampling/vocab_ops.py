@@ -19,6 +19,7 @@ __all__ = [
     "draw",
     "draw_in_order",
     "kth_largest",
+    "never_falling",
     "padded_lists",
     "pick",
     "row_sums",
@@ -149,9 +150,9 @@ def draw(weights_NV: Tensor, uniform_N: Tensor) -> Tensor:
     in float64. An index of weight zero is never drawn.
     """
     blocks_NKB = _blocks(weights_NV)
-    cumulative_NK = blocks_NKB.sum(-1).cumsum(-1, dtype=torch.float64)
+    cumulative_NK = _cumulative(blocks_NKB.sum(-1))
     block_N, rest_N = _invert(cumulative_NK, uniform_N * cumulative_NK[:, -1])
-    cumulative_NB = pick(blocks_NKB, block_N).cumsum(-1, dtype=torch.float64)
+    cumulative_NB = _cumulative(pick(blocks_NKB, block_N))
     return block_N * blocks_NKB.shape[-1] + _invert(cumulative_NB, rest_N)[0]
 
 
@@ -179,16 +180,29 @@ class BlockDraw:
 
     def draw(self, uniform_N: Tensor) -> Tensor:
         """One index of each row; one of weight zero is never drawn."""
-        cumulative_NK = self._sums_NK.cumsum(-1)
+        cumulative_NK = _cumulative(self._sums_NK)
         block_N, rest_N = _invert(cumulative_NK, uniform_N * cumulative_NK[:, -1])
-        cumulative_NB = pick(self._blocks_NKB, block_N).cumsum(-1, dtype=torch.float64)
+        cumulative_NB = _cumulative(pick(self._blocks_NKB, block_N))
         return block_N * self._blocks_NKB.shape[-1] + _invert(cumulative_NB, rest_N)[0]
 
 
 def draw_in_order(weights_NC: Tensor, uniform_N: Tensor) -> Tensor:
     """The same for few float64 weights, added up one by one: zeros between them change nothing."""
-    cumulative_NC = weights_NC.cumsum(-1)
+    cumulative_NC = _cumulative(weights_NC)
     return _invert(cumulative_NC, uniform_N * cumulative_NC[:, -1])[0]
+
+
+def _cumulative(weights_NC: Tensor) -> Tensor:
+    """The float64 sums up to each weight; they stand still at zeros, and fall nowhere."""
+    cumulative_NC = weights_NC.cumsum(-1, dtype=torch.float64)
+    if weights_NC.device.type == "cpu":  # added up one by one
+        return cumulative_NC
+    return never_falling(cumulative_NC, weights_NC)
+
+
+def never_falling(cumulative_NC: Tensor, weights_NC: Tensor) -> Tensor:
+    """The sums of a device that adds up in a tree, and rounds each one on its own way there."""
+    return cumulative_NC.masked_fill(weights_NC == 0.0, 0.0).cummax(-1).values
 
 
 def _invert(cumulative_NC: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
