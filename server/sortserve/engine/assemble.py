@@ -30,6 +30,7 @@ from sortserve.engine.tensor_parallel.runner import TensorParallelRunner
 from sortserve.engine.threads import StepThreads, limit_threads
 from sortserve.model.backends import AUTO, check_backend_name, choose_backend
 from sortserve.model.decoder import Decoder
+from sortserve.model.graphs import make_graph_maker
 from sortserve.model.tensor_parallel import Collectives, ParallelBackend
 from sortserve.scheduling.objective import DEFAULT_OBJECTIVE
 from sortserve.text.tokenizer import TextStream, Tokenizer
@@ -58,6 +59,7 @@ class EngineOptions:
     max_model_len: int | None = None
     """None: what the checkpoint allows."""
     backend: str = AUTO
+    enforce_eager: bool = False
     policy: str = "deadline"
     objective: str = DEFAULT_OBJECTIVE
     min_quality: float = DEFAULT_MIN_QUALITY
@@ -114,6 +116,7 @@ class EngineParts:
                 calibration had. PyTorch's number of threads is the process's, so this is for a
                 process that does nothing else.
         """
+        self.runner.record_graphs()
         self.engine.costs.learn_from(CostLearner(self.calibrator.samples()))
         if adapt_threads:
             self.runner.adapt_threads(StepThreads(self.engine.costs))
@@ -161,7 +164,7 @@ def assemble(
     cache = make_cache(decoder, options, max_model_len, num_ranks=checkpoint.shape.num_ranks)
     if ranks is not None:
         cache = replace(cache, num_pages=ranks.start(cache.num_pages))
-    runner = _make_runner(decoder, cache, ranks)
+    runner = _make_runner(decoder, cache, ranks, options)
     on_gpu = decoder.device.type != "cpu"
     overlaps = on_gpu if options.async_scheduling is None else options.async_scheduling
     # Only rank 0 samples, so the others cannot take its tokens on their devices.
@@ -252,10 +255,18 @@ def make_cache(
     )
 
 
-def _make_runner(decoder: Decoder, cache: CacheShape, ranks: Ranks | None) -> ModelRunner:
+def _make_runner(
+    decoder: Decoder, cache: CacheShape, ranks: Ranks | None, options: EngineOptions
+) -> ModelRunner:
     num_pages, block_size = cache.num_pages, cache.block_size
     if ranks is None:
-        return ModelRunner(decoder, num_pages=num_pages, block_size=block_size)
+        return ModelRunner(
+            decoder,
+            num_pages=num_pages,
+            block_size=block_size,
+            graph_maker=None if options.enforce_eager else make_graph_maker(decoder),
+            max_num_seqs=options.max_num_seqs,
+        )
     return TensorParallelRunner(decoder, num_pages=num_pages, block_size=block_size, ranks=ranks)
 
 

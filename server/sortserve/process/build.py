@@ -120,6 +120,7 @@ def _build(
     parts.watch(worker.fail)
 
     def prepare() -> None:
+        parts.runner.record_graphs()
         if settings.calibrate:
             parts.calibrate(adapt_threads=settings.num_threads is None)
 

@@ -107,6 +107,8 @@ class ServeSettings(BaseSettings):
     backend: Text = "auto"
     """What the model computes with: reference (plain PyTorch), triton (our kernels for CUDA),
     cpu (our C++ kernels), flashinfer. auto: the fastest that works here, never flashinfer."""
+    enforce_eager: bool = False
+    """On a GPU, launch the operations of decode steps one by one, not as CUDA graphs."""
     num_threads: Annotated[Annotated[int, Field(ge=1, le=MAX_THREADS), Number] | None, Auto] = None
     """CPU threads of each rank, at most 1024 and one a core. auto, the default: the ranks share the
     cores that the process may use (affinity, CPU quota, no second hardware thread), and steps use

@@ -1,0 +1,125 @@
+"""Laws 1, 2, 7 and 15 through recorded graphs, and with the sampler of a GPU, in fp32 on the CPU.
+
+Decode steps are replayed by the stand-in of ``support.recorded_graphs``: what the engine serves
+must still be what transformers gives for each request alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sortserve.core.sampling_params import SamplingParams
+from sortserve.engine.assemble import make_engine
+from sortserve.engine.engine import Engine, EngineConfig
+from sortserve.engine.runner import ModelRunner
+from sortserve.engine.sampling.sampler import Sampler
+from support.recorded_graphs import RecordingMaker
+from support.scripted import Collected, FakeClock, add, collect, go_shallower, make_request, run
+from support.serving import Served, offline_tokens, serve
+from support.tiny_models import EXIT_KINDS, make_tiny_checkpoint
+
+EXITS = (1, 2, 4, 5, 6)
+PROMPT = list(range(40, 75))
+NUM_TOKENS = 6
+SAMPLING: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "seed": 11},
+    {"temperature": 0.7, "min_p": 0.02, "repetition_penalty": 1.2, "seed": 5},
+)
+
+
+@pytest.fixture(name="served", scope="module", params=["llama-tied", "qwen3-untied"])
+def _served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    kinds = dict(zip(EXITS[:-1], EXIT_KINDS, strict=True))
+    path: Path = tmp_path_factory.mktemp("graph-laws") / request.param
+    make_tiny_checkpoint(
+        path, request.param, exits=EXITS, exit_kinds=kinds, max_position_embeddings=64
+    )
+    return serve(path, backend="reference")
+
+
+@pytest.fixture(name="recorded", scope="module")
+def _recorded(served: Served) -> tuple[Engine, RecordingMaker]:
+    """One engine for several laws: to record takes longer than to serve."""
+    return engine_of(served)
+
+
+def engine_of(served: Served, *, overlap: bool = False) -> tuple[Engine, RecordingMaker]:
+    maker = RecordingMaker()
+    runner = ModelRunner(
+        served.decoder,
+        num_pages=600,
+        block_size=4,
+        sampler=Sampler(batched=True),
+        graph_maker=maker,
+        max_num_seqs=8,
+    )
+    config = EngineConfig(
+        max_model_len=64, max_num_seqs=8, seed=0, policy="fair", async_scheduling=overlap
+    )
+    engine = make_engine(runner, served.checkpoint, served.tokenizer, config, clock=FakeClock())
+    return engine, maker
+
+
+def offline(
+    served: Served, prompt: list[int], exits: list[int], sampling: dict[str, Any]
+) -> list[int]:
+    params = SamplingParams(max_tokens=len(exits), **sampling)
+    return offline_tokens(
+        served.path, prompt, params, exits, eos_token_ids=served.tokenizer.eos_token_ids
+    )
+
+
+def assert_every_row_is_what_it_is_alone(served: Served, engine: Engine) -> None:
+    requests = [
+        (PROMPT[: 5 + 4 * i], EXITS[i % len(EXITS)], SAMPLING[i % len(SAMPLING)]) for i in range(8)
+    ]
+    for i, (prompt, exit_layer, sampling) in enumerate(requests):
+        add(engine, make_request(str(i), prompt, max_tokens=NUM_TOKENS, **sampling), exit_layer)
+
+    results = run(engine)
+
+    for i, (prompt, exit_layer, sampling) in enumerate(requests):
+        expected = offline(served, prompt, [exit_layer] * NUM_TOKENS, sampling)
+        assert results[str(i)].token_ids == expected
+
+
+def test_laws_1_and_2_every_row_of_a_batch_of_all_depths_is_what_it_is_alone(
+    served: Served, recorded: tuple[Engine, RecordingMaker]
+) -> None:
+    engine, maker = recorded
+    assert_every_row_is_what_it_is_alone(served, engine)
+    assert maker.num_graphs == len(EXITS) * 4  # for 1, 2, 4 and 8 rows
+
+
+def test_law_15_so_it_is_where_a_step_reads_the_tokens_that_the_last_one_has_left_on_the_device(
+    served: Served,
+) -> None:
+    engine, maker = engine_of(served, overlap=True)
+    assert_every_row_is_what_it_is_alone(served, engine)
+    assert maker.num_graphs == len(EXITS) * 4
+
+
+@pytest.mark.parametrize("sampling", SAMPLING[:2], ids=["greedy", "seeded"])
+def test_law_7_going_shallower_continues_on_the_same_kv(
+    served: Served, recorded: tuple[Engine, RecordingMaker], sampling: dict[str, Any]
+) -> None:
+    engine, _ = recorded
+    add(engine, make_request("deep", PROMPT[:20], max_tokens=9, **sampling), 6)
+    add(engine, make_request("r", PROMPT, max_tokens=9, **sampling), 5)
+    results: dict[str, Collected] = {}
+    for _ in range(4):
+        collect(engine.step(), results)
+    done = len(results["r"].token_ids)
+
+    go_shallower(engine, "r", 1)
+    while engine.has_work:
+        collect(engine.step(), results)
+        engine.check_invariants()
+
+    exits = [5] * done + [1] * (9 - done)
+    assert results["r"].token_ids == offline(served, PROMPT, exits, sampling)
+    assert results["deep"].token_ids == offline(served, PROMPT[:20], [6] * 9, sampling)
