@@ -91,7 +91,10 @@ async def test_a_failed_engine_is_neither_ready_nor_alive(
 
 
 async def test_version(shared: HttpService) -> None:
-    assert (await shared.get("/version")).json() == {"version": sortserve.__version__}
+    assert (await shared.get("/version")).json() == {
+        "version": sortserve.__version__,
+        "backend": "scripted",
+    }
 
 
 GET_ROUTES = [

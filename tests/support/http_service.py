@@ -188,7 +188,7 @@ def make_service(
     observer = Observers([ended, totals])
     engine = make_engine(exits=EXITS, runner=runner, observer=observer, **(engine_options or {}))
     worker = EngineWorker(engine, **(worker_options or {}))
-    api = ApiSettings(**{"served_model_name": MODEL, **settings})
+    api = ApiSettings(**{"served_model_name": MODEL, "backend": "scripted", **settings})
     metrics.watch(worker.stats, partial(worker.admission_stats, api.default_budget))
     app = create_app(worker, tokenizer, api, metrics, totals)
     if start:

@@ -29,6 +29,8 @@ class ApiSettings:
 
     served_model_name: str
     """The model's name in requests and replies; ``NAME@E`` is exit E of it."""
+    backend: str | None = None
+    """Name of what the model computes with, for ``/version``."""
     api_keys: tuple[str, ...] = ()
     """Accepted bearer tokens. Empty: everyone may ask."""
     key_weights: Mapping[str, KeyWeights] = field(default_factory=dict)

@@ -9,6 +9,7 @@ What can be refused is refused before any weights are read: the source, the fami
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -36,6 +37,7 @@ from sortserve.core.budget import ExitTable
 from sortserve.core.errors import CheckpointError, ConfigError
 from sortserve.model.backends.kernels import start_compiling
 from sortserve.model.config import ModelConfig
+from sortserve.model.device_memory import device_memory, refusing_too_much
 from sortserve.model.local_shape import LocalShape
 from sortserve.model.rope import rope_frequencies
 from sortserve.model.weight import Weight
@@ -192,7 +194,13 @@ def _load(
                 check_model(hf_config, layout)
             trunk, config = stack.enter_context(open_trunk(layout.model, config))
         table = exit_table(config, layout.sorted_info, served)
-        weights = _load_weights(layout, config, trunk, rope, served, target)
+        with refusing_too_much(
+            device_memory(target.device),
+            "the weights",
+            _plain_bytes(config, target.dtype) if quantize == NO_QUANTIZER else None,
+            "Give --quantize int8 or nf4, or a smaller model.",
+        ):
+            weights = _load_weights(layout, config, trunk, rope, served, target)
     limit = config.max_position_embeddings
     model = LoadedModel(
         name=layout.name,
@@ -286,6 +294,11 @@ class _Target:
     quantize: Callable[[torch.Tensor], Weight]
     shape: LocalShape
     cache: WeightCache | None
+
+
+def _plain_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Of all weights of a model that nothing makes smaller."""
+    return sum(map(math.prod, tensor_shapes(config).values())) * dtype.itemsize
 
 
 def _look_for_weights(target: _Target, stack: ExitStack) -> Future[KeptWeights | None] | None:

@@ -13,26 +13,21 @@ from dataclasses import dataclass, replace
 import torch
 
 from sortserve.checkpoint.load import LoadedCheckpoint, LoadedModel
-from sortserve.core.budget import DEFAULT_MIN_QUALITY
 from sortserve.core.errors import ConfigError
 from sortserve.core.plan import Runner
-from sortserve.core.ranges import numbers
 from sortserve.core.request import Observer, Request
 from sortserve.cost.learner import CostLearner
 from sortserve.engine.calibrator import Calibrator
 from sortserve.engine.cores import num_usable_cores
 from sortserve.engine.engine import Engine, EngineConfig
-from sortserve.engine.memory import CacheShape, cache_shape, return_freed_memory
+from sortserve.engine.memory import CacheShape
+from sortserve.engine.model_parts import make_cache, make_decoder, make_runner
+from sortserve.engine.options import EngineOptions, check_count
 from sortserve.engine.runner import ModelRunner
 from sortserve.engine.step_thread import StepThread
 from sortserve.engine.tensor_parallel.ranks import Ranks
-from sortserve.engine.tensor_parallel.runner import TensorParallelRunner
 from sortserve.engine.threads import StepThreads, limit_threads
-from sortserve.model.backends import AUTO, check_backend_name, choose_backend
 from sortserve.model.decoder import Decoder
-from sortserve.model.graphs import make_graph_maker
-from sortserve.model.tensor_parallel import Collectives, ParallelBackend
-from sortserve.scheduling.objective import DEFAULT_OBJECTIVE
 from sortserve.text.tokenizer import TextStream, Tokenizer
 
 __all__ = [
@@ -40,54 +35,10 @@ __all__ = [
     "EngineParts",
     "assemble",
     "context_length",
-    "make_cache",
-    "make_decoder",
     "make_engine",
     "make_tokenizer",
     "start_threads",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """What may be chosen of an engine; names and defaults are those of ``sortserve serve``.
-
-    Raises:
-        ConfigError: a name or a number is not allowed.
-    """
-
-    max_model_len: int | None = None
-    """None: what the checkpoint allows."""
-    backend: str = AUTO
-    enforce_eager: bool = False
-    policy: str = "deadline"
-    objective: str = DEFAULT_OBJECTIVE
-    min_quality: float = DEFAULT_MIN_QUALITY
-    overload_degrade: bool = False
-    overload_delay: float = 2.0
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 1024
-    async_scheduling: bool | None = None
-    """None: on a GPU."""
-    kv_cache_memory: int | None = None
-    """Bytes; None: a share of what is free."""
-    block_size: int = 16
-    enable_prefix_caching: bool = True
-    max_failed_steps: int = 3
-    step_timeout: float = 300.0
-    """Seconds; a rank that is longer at one step is lost. 0: never."""
-    tensor_parallel_size: int = 1
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        check_backend_name(self.backend)
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_failed_steps"):
-            _check_count(name, getattr(self, name))
-        _check_count("tensor_parallel_size", self.tensor_parallel_size)
-        _check_share("min_quality", self.min_quality)
-        for name, least in (("max_model_len", 2), ("kv_cache_memory", 1)):
-            if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name), least)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +51,8 @@ class EngineParts:
     decoder: Decoder
     cache: CacheShape
     calibrator: Calibrator
+    failed_backends: tuple[str, ...] = ()
+    """Those that were to be used before the one that is, and failed their check."""
     ranks: Ranks | None = None
     """The others, if there are any."""
 
@@ -158,13 +111,14 @@ def assemble(
     assert checkpoint.shape.num_ranks == (1 if ranks is None else ranks.num_ranks)
     max_model_len = context_length(checkpoint, options.max_model_len)
     group = None if ranks is None else ranks.group(checkpoint.weights.device)
-    decoder = make_decoder(
-        checkpoint, options, max_model_len, collectives=group, release_weights=release_weights
+    made = make_decoder(
+        checkpoint, options, max_model_len, group=group, release_weights=release_weights
     )
-    cache = make_cache(decoder, options, max_model_len, num_ranks=checkpoint.shape.num_ranks)
+    decoder = made.decoder
+    cache = make_cache(made, options, max_model_len, num_ranks=checkpoint.shape.num_ranks)
     if ranks is not None:
         cache = replace(cache, num_pages=ranks.start(cache.num_pages))
-    runner = _make_runner(decoder, cache, ranks, options)
+    runner = make_runner(decoder, cache, ranks, options)
     on_gpu = decoder.device.type != "cpu"
     overlaps = on_gpu if options.async_scheduling is None else options.async_scheduling
     # Only rank 0 samples, so the others cannot take its tokens on their devices.
@@ -195,79 +149,9 @@ def assemble(
         decoder=decoder,
         cache=cache,
         calibrator=Calibrator(engine, launcher, decoder),
+        failed_backends=made.failed_backends,
         ranks=ranks,
     )
-
-
-def make_decoder(
-    model: LoadedModel,
-    options: EngineOptions,
-    max_model_len: int,
-    *,
-    collectives: Collectives | None = None,
-    release_weights: bool = False,
-) -> Decoder:
-    """The decoder of a model, or of a rank's share of one.
-
-    Args:
-        model: what it runs.
-        options: choices and limits.
-        max_model_len: ``context_length``.
-        collectives: of the rank's group; None: there is one rank.
-        release_weights: see ``Decoder``.
-
-    Raises:
-        ConfigError: the backend does not work here.
-    """
-    weights, shape = model.weights, model.shape
-    backend = choose_backend(
-        shape.config(model.config), weights.dtype, weights.device, options.backend
-    )
-    if collectives is not None:
-        backend = ParallelBackend(backend, model.config, shape, collectives)
-    return Decoder(
-        model.config,
-        weights,
-        exits=model.exits.layers,
-        max_model_len=max_model_len,
-        backend=backend,
-        shape=shape,
-        release_weights=release_weights,
-    )
-
-
-def make_cache(
-    decoder: Decoder, options: EngineOptions, max_model_len: int, *, num_ranks: int = 1
-) -> CacheShape:
-    """The KV cache that fits beside a decoder.
-
-    Raises:
-        ConfigError: see ``cache_shape``.
-    """
-    return_freed_memory()
-    return cache_shape(
-        decoder,
-        max_model_len=max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        block_size=options.block_size,
-        kv_cache_memory=options.kv_cache_memory,
-        num_sharing=num_ranks if decoder.device.type == "cpu" else 1,
-    )
-
-
-def _make_runner(
-    decoder: Decoder, cache: CacheShape, ranks: Ranks | None, options: EngineOptions
-) -> ModelRunner:
-    num_pages, block_size = cache.num_pages, cache.block_size
-    if ranks is None:
-        return ModelRunner(
-            decoder,
-            num_pages=num_pages,
-            block_size=block_size,
-            graph_maker=None if options.enforce_eager else make_graph_maker(decoder),
-            max_num_seqs=options.max_num_seqs,
-        )
-    return TensorParallelRunner(decoder, num_pages=num_pages, block_size=block_size, ranks=ranks)
 
 
 def make_engine(
@@ -328,20 +212,7 @@ def start_threads(wanted: int | None, *, num_ranks: int = 1) -> None:
     Ranks share the cores: unless told, each has as many as any other.
     """
     if wanted is not None:
-        _check_count("num_threads", wanted)
+        check_count("num_threads", wanted)
     elif num_ranks > 1:
         wanted = max(1, min(torch.get_num_threads(), num_usable_cores()) // num_ranks)
     limit_threads(wanted)
-
-
-def _check_count(name: str, value: object, least: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        flag = name.replace("_", "-")
-        raise ConfigError(f"--{flag}={value!r} is not allowed: an integer >= {least}.", param=flag)
-
-
-def _check_share(name: str, value: object) -> None:
-    share = numbers(0, 1)
-    if value not in share:
-        flag = name.replace("_", "-")
-        raise ConfigError(f"--{flag}={value!r} is not allowed: {share.allowed}.", param=flag)

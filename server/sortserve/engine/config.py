@@ -9,7 +9,10 @@ from sortserve.scheduling.kv_cache import KVCacheManager
 from sortserve.scheduling.objective import DEFAULT_OBJECTIVE
 from sortserve.scheduling.policies.table import DEFAULT_POLICY
 
-__all__ = ["EngineConfig"]
+__all__ = ["GPU_MEMORY_UTILIZATION", "EngineConfig"]
+
+GPU_MEMORY_UTILIZATION = 0.9
+"""Share of a GPU's memory that may be in use unless told; vLLM's default."""
 
 
 @dataclass(frozen=True, kw_only=True)

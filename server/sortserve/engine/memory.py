@@ -13,6 +13,7 @@ import torch
 from sortserve.core.errors import ConfigError
 from sortserve.model.attention import KVCache
 from sortserve.model.decoder import Decoder
+from sortserve.model.device_memory import MemoryUse, gib
 
 __all__ = [
     "CacheShape",
@@ -48,6 +49,7 @@ def cache_shape(
     max_num_seqs: int,
     block_size: int,
     kv_cache_memory: int | None,
+    use: MemoryUse | None = None,
     num_sharing: int = 1,
 ) -> CacheShape:
     """The cache that an engine gets.
@@ -57,7 +59,8 @@ def cache_shape(
         max_model_len: most tokens of a sequence.
         max_num_seqs: no more sequences than so many can ever use the cache at once.
         block_size: tokens of a page.
-        kv_cache_memory: bytes; None: a share of what is free.
+        kv_cache_memory: bytes; None: what ``use`` leaves, or on a CPU a share of what is free.
+        use: of the device's own memory, if it was measured.
         num_sharing: processes that take as much of the same memory.
 
     Raises:
@@ -66,14 +69,18 @@ def cache_shape(
     page_bytes = KVCache.page_bytes(
         decoder.local_config, decoder.slab_size, block_size, decoder.dtype
     )
+    pages_per_seq = -(-max_model_len // block_size) * decoder.num_slabs
     if kv_cache_memory is not None:
         memory_bytes = int(kv_cache_memory)
+    elif use is not None:
+        memory_bytes = use.kv_cache
+        _check_room(use, pages_per_seq * page_bytes)
     else:
         memory_bytes = int(MEMORY_SHARE * available_memory_bytes(decoder.device) / num_sharing)
     num_pages = num_kv_pages(
         memory_bytes=memory_bytes,
         page_bytes=page_bytes,
-        pages_per_seq=-(-max_model_len // block_size) * decoder.num_slabs,
+        pages_per_seq=pages_per_seq,
         max_num_seqs=max_num_seqs,
     )
     cache = CacheShape(num_pages, block_size, decoder.slab_size, page_bytes)
@@ -85,6 +92,16 @@ def cache_shape(
             param="kv-cache-memory",
         )
     return cache
+
+
+def _check_room(use: MemoryUse, bytes_per_seq: int) -> None:
+    if use.kv_cache < bytes_per_seq:
+        raise ConfigError(
+            f"the KV cache does not fit: {use}, which leaves {gib(max(0, use.kv_cache))}, and one "
+            f"sequence of full length needs {gib(bytes_per_seq)}. Give a smaller --max-model-len "
+            "or --max-num-batched-tokens, a larger --gpu-memory-utilization, or --quantize.",
+            param="gpu-memory-utilization",
+        )
 
 
 def num_kv_pages(

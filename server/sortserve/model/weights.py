@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -80,6 +80,18 @@ class ModelWeights:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.embed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it; a head that is the embedding counts once."""
+        parts: list[Tensor | Weight | None] = [self.final_norm, self.inv_freq, self.lm_head]
+        if self.lm_head.values is not self.embed:
+            parts.append(self.embed)
+        for layer in self.layers:
+            parts += [getattr(layer, field.name) for field in fields(layer)]
+        for module in self.exit_modules.values():
+            parts += module.tensors.values()
+        return sum(part.nbytes for part in parts if part is not None)
 
     @property
     def formats(self) -> Mapping[str, int]:

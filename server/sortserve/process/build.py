@@ -59,7 +59,8 @@ class Serving:
     close: Callable[[], None]
     """End what is not of this process, after the worker's end."""
     computed_in: Mapping[str, str]
-    """``dtype``, ``quantization``, ``backend``, ``isa`` and ``threads``: what each auto became."""
+    """``dtype``, ``quantization``, ``backend``, ``isa`` and ``threads``: what each auto became; and
+    ``failed_backends``, those that failed their check and so are not the backend."""
 
 
 def build(settings: ServeSettings) -> Serving:
@@ -130,6 +131,7 @@ def _build(
         "quantization": quantization_of(decoder.formats),
         "backend": decoder.backend.name,
         "isa": decoder.backend.detail or "none",
+        "failed_backends": ",".join(parts.failed_backends) or "none",
         "threads": str(parts.num_threads),
     }
     metrics.watch(worker.stats, partial(worker.admission_stats, settings.budget_by_default))

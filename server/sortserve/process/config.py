@@ -20,12 +20,12 @@ from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
     PydanticBaseSettingsSource,
-    SettingsConfigDict,
 )
 
 from sortserve.core.budget import DEFAULT_MIN_QUALITY, Budget
 from sortserve.core.weights import TIER_WEIGHTS, KeyWeights, WeightRules
 from sortserve.process.config_errors import config_error
+from sortserve.process.device_settings import DeviceSettings
 from sortserve.process.keys import read_keys
 from sortserve.process.sources import (
     key_name,
@@ -35,7 +35,6 @@ from sortserve.process.sources import (
 )
 from sortserve.process.values import (
     MAX_COUNT,
-    MAX_THREADS,
     Auto,
     BudgetText,
     Count,
@@ -73,16 +72,8 @@ else:  # one of those in the tables
     ObjectiveName = Literal[tuple(OBJECTIVES)]
 
 
-class ServeSettings(BaseSettings):
+class ServeSettings(DeviceSettings):
     """What a server is started with. Reads the environment and the file unless given by keyword."""
-
-    model_config = SettingsConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-        validate_default=False,
-    )
 
     # Model
     model: Text = "sorted-smollm2-135m"
@@ -94,8 +85,6 @@ class ServeSettings(BaseSettings):
     """Exit layers to open, separated by commas. Default: those of the checkpoint's sorted.json."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of weights and KV cache. auto: the checkpoint's where the device is fast at it."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs."""
     quantize: Text = "none"
     """Make the weights smaller at load: int8 (8 bits, for our own kernels), or nf4 (4 bits) and
     int8-bnb (8 bits), both by bitsandbytes. none: as they are."""
@@ -104,17 +93,6 @@ class ServeSettings(BaseSettings):
     max_model_len: Annotated[Annotated[int, Field(ge=2, le=MAX_COUNT), Number] | None, Auto] = None
     """Most tokens of prompt and answer together, 2 or more. auto, the default: what the checkpoint
     allows."""
-    backend: Text = "auto"
-    """What the model computes with: reference (plain PyTorch), triton (our kernels for CUDA),
-    cpu (our C++ kernels), flashinfer. auto: the fastest that works here, never flashinfer."""
-    enforce_eager: bool = False
-    """On a GPU, launch the operations of decode steps one by one, not as CUDA graphs."""
-    num_threads: Annotated[Annotated[int, Field(ge=1, le=MAX_THREADS), Number] | None, Auto] = None
-    """CPU threads of each rank, at most 1024 and one a core. auto, the default: the ranks share the
-    cores that the process may use (affinity, CPU quota, no second hardware thread), and steps use
-    fewer while that is faster, because other programs keep the cores busy."""
-    tensor_parallel_size: Count = 1
-    """Ranks that the model is divided among: CUDA devices, or processes on a CPU."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), Number] | None = None
     """Makes requests without a seed of their own repeatable, in their order of arrival."""
 

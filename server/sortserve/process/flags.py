@@ -17,6 +17,7 @@ __all__ = ["add_flags", "configuration_markdown"]
 
 GROUPS = {
     "model": "Model",
+    "device": "Device",
     "host": "Network",
     "api_key": "Security",
     "policy": "Scheduling",
@@ -32,15 +33,13 @@ GROUPS = {
 def _groups(
     settings: type[BaseModel], groups: Mapping[str, str]
 ) -> Iterator[tuple[str, list[tuple[str, FieldInfo]]]]:
-    fields: list[tuple[str, FieldInfo]] = []
+    """In the order of ``groups``: fields that are inherited come first in the model."""
+    fields: dict[str, list[tuple[str, FieldInfo]]] = {title: [] for title in groups.values()}
     title = ""
     for name, field in settings.model_fields.items():
-        if name in groups and fields:
-            yield title, fields
-            fields = []
         title = groups.get(name, title)
-        fields.append((name, field))
-    yield title, fields
+        fields[title].append((name, field))
+    yield from fields.items()
 
 
 def add_flags(

@@ -83,6 +83,7 @@ async def answer(checkpoint: Path, backend: str) -> str:
     """What a server with this backend says to one request."""
     flags = {"backend": backend, "calibrate": False}
     serving = build(load_settings({"model": str(checkpoint), "max_num_seqs": 2, **flags}))
+    CALLS.clear()  # the check of the backend
     app = create_app(serving.worker, serving.tokenizer, ApiSettings(served_model_name="m"))
     serving.worker.start()
     try:
@@ -120,8 +121,6 @@ def _counting(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_backend_from_outside_the_package_serves_after_one_line_in_the_table(
     checkpoint: Path,
 ) -> None:
-    CALLS.clear()
-
     text = await answer(checkpoint, "counting")
 
     # Five steps; each multiplies by four matrices of six layers and by the head.

@@ -257,7 +257,9 @@ def test_unless_told_no_more_threads_are_started_than_can_run_at_full_speed(
 def test_what_every_auto_became_is_known(tiny: Path) -> None:
     serving = build(load_settings({"model": str(tiny), "calibrate": False, "num_threads": 1}))
 
-    assert set(serving.computed_in) == {"dtype", "quantization", "backend", "isa", "threads"}
+    auto = {"dtype", "quantization", "backend", "isa", "threads"}
+    assert set(serving.computed_in) == {*auto, "failed_backends"}
+    assert serving.computed_in["failed_backends"] == "none"
     assert serving.computed_in["threads"] == "1"
     assert serving.computed_in["backend"] in {"cpu", "reference"}
     is_native = serving.computed_in["backend"] == "cpu"

@@ -20,7 +20,8 @@ from torch import Tensor
 from sortserve.checkpoint.load import LoadedModel, load_share
 from sortserve.checkpoint.shards import shard
 from sortserve.core.errors import CheckpointError, ConfigError
-from sortserve.engine.assemble import EngineOptions, make_decoder
+from sortserve.engine.model_parts import make_decoder
+from sortserve.engine.options import EngineOptions
 from sortserve.engine.tensor_parallel.collectives import Group
 from sortserve.model.attention import KVCache
 from sortserve.model.config import ModelConfig
@@ -184,7 +185,7 @@ class Threads:
         self.each(lambda rank: self.groups[rank].meet(self.folder))
         models = [self.load(rank) for rank in range(self.num_ranks)]
         return [
-            make_decoder(model, options, 256, collectives=group, release_weights=True)
+            make_decoder(model, options, 256, group=group, release_weights=True).decoder
             for model, group in zip(models, self.groups, strict=True)
         ]
 
@@ -201,7 +202,7 @@ class Threads:
 
 def whole_decoder(model: Path, backend: str, **loading: Any) -> Decoder:
     loaded = load_share(str(model), rank=0, num_ranks=1, **{**LOADING, **loading})
-    return make_decoder(loaded, EngineOptions(backend=backend), 256)
+    return make_decoder(loaded, EngineOptions(backend=backend), 256).decoder
 
 
 def mixed_steps(num_slabs: int) -> list[list[Chunk]]:

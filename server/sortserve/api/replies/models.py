@@ -202,6 +202,8 @@ class VersionResponse(BaseModel):
     """Reply of `GET /version`."""
 
     version: str
+    backend: str | None = None
+    """What the model computes with."""
 
 
 class ErrorDetails(BaseModel):

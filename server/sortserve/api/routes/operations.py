@@ -36,9 +36,9 @@ async def livez(service: Serving) -> StatusResponse | Response:
 
 
 @router.get("/version", responses=errors(401))
-async def version() -> VersionResponse:
-    """The server's version."""
-    return VersionResponse(version=__version__)
+async def version(service: Serving) -> VersionResponse:
+    """The server's version, and what its model computes with."""
+    return VersionResponse(version=__version__, backend=service.settings.backend)
 
 
 @router.get("/metrics", response_class=Response)

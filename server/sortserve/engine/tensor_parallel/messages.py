@@ -10,7 +10,7 @@ from sortserve.core.plan import StepPlan
 from sortserve.core.sampling_params import SamplingParams, SamplingRow
 
 if TYPE_CHECKING:
-    from sortserve.engine.assemble import EngineOptions
+    from sortserve.engine.options import EngineOptions
 
 __all__ = [
     "Done",

@@ -79,7 +79,8 @@ def _serve(task: Task, folder: Path, connection: Connection, inbox: Inbox) -> No
     import torch
 
     from sortserve.checkpoint.load import load_share
-    from sortserve.engine.assemble import context_length, make_cache, make_decoder, start_threads
+    from sortserve.engine.assemble import context_length, start_threads
+    from sortserve.engine.model_parts import make_cache, make_decoder
     from sortserve.engine.runner import ModelRunner
     from sortserve.engine.tensor_parallel.collectives import Group
 
@@ -90,15 +91,13 @@ def _serve(task: Task, folder: Path, connection: Connection, inbox: Inbox) -> No
         torch.cuda.set_device(device)
     group = Group(task.rank, task.num_ranks, device)
     max_model_len = context_length(model, task.options.max_model_len)
-    decoder = make_decoder(
-        model, task.options, max_model_len, collectives=group, release_weights=True
-    )
-    cache = make_cache(decoder, task.options, max_model_len, num_ranks=task.num_ranks)
+    made = make_decoder(model, task.options, max_model_len, group=group, release_weights=True)
+    cache = make_cache(made, task.options, max_model_len, num_ranks=task.num_ranks)
     connection.send(LoadedShare(cache.num_pages))
 
     start = pickle.loads(inbox.get())
     assert isinstance(start, Start)
-    runner = ModelRunner(decoder, num_pages=start.num_pages, block_size=cache.block_size)
+    runner = ModelRunner(made.decoder, num_pages=start.num_pages, block_size=cache.block_size)
     group.meet(folder)
     connection.send(Ready())
     logging.getLogger().handlers = [_Forward(connection)]

@@ -37,7 +37,7 @@ from sortserve.engine.tensor_parallel.watch import StepWatch
 from sortserve.telemetry.logs import fields
 
 if TYPE_CHECKING:
-    from sortserve.engine.assemble import EngineOptions
+    from sortserve.engine.options import EngineOptions
 
 __all__ = ["Ranks", "other_ranks"]
 

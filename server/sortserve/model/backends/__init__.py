@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -18,14 +18,18 @@ __all__ = [
     "AUTO",
     "BACKENDS",
     "ONLY_BY_NAME",
+    "REFERENCE",
     "backend_names",
     "check_backend_name",
     "choose_backend",
+    "usable_backends",
 ]
 
 AUTO = "auto"
+REFERENCE = "reference"
+"""What works everywhere, and what the others are checked against."""
 BACKENDS: dict[str, Callable[[Target], Backend | Unusable]] = {
-    "reference": ReferenceBackend,
+    REFERENCE: ReferenceBackend,
     "flashinfer": make_flashinfer_backend,
     "triton": make_triton_backend,
     "cpu": make_cpu_backend,
@@ -49,32 +53,54 @@ def choose_backend(
     Raises:
         ConfigError: a backend asked for by name does not exist or does not work here.
     """
-    target = Target(config, dtype, device)
-    reason = "there is none of that name"
+    return next(usable_backends(Target(config, dtype, device), name))
+
+
+def usable_backends(target: Target, name: str = AUTO) -> Iterator[Backend]:
+    """Those that work for a target on this machine, made one by one, in the order of choice: the
+    one of that name ("auto": the last of the table), then those before it in the table. The last
+    is the reference.
+
+    Args:
+        target: what is to be computed and where.
+        name: one of ``backend_names()``.
+
+    Raises:
+        ConfigError: a backend asked for by name does not exist or does not work here.
+    """
+    has_begun, reason = name == AUTO, "there is none of that name"
     for offered, make in reversed(BACKENDS.items()):
-        if name == offered or (name == AUTO and offered not in ONLY_BY_NAME):
-            answer = make(target)
-            if not isinstance(answer, Unusable):
-                return answer
+        if offered != name and (not has_begun or offered in ONLY_BY_NAME):
+            continue
+        answer = make(target)
+        if not isinstance(answer, Unusable):
+            yield answer
+        elif not has_begun:
             reason = answer.reason
-    raise ConfigError(
-        f"--backend={name} cannot be used for {str(dtype).removeprefix('torch.')} on "
-        f"{device.type} on this machine: {reason}. Use {AUTO} "
-        f"(there are: {', '.join(backend_names())}).",
-        param="backend",
-    )
+            break
+        has_begun = True
+    if not has_begun:
+        raise ConfigError(
+            f"--backend={name} cannot be used for {str(target.dtype).removeprefix('torch.')} on "
+            f"{target.device.type} on this machine: {reason}. Use {AUTO} "
+            f"(there are: {', '.join(backend_names())}).",
+            param="backend",
+        )
 
 
-def check_backend_name(name: str) -> None:
+def check_backend_name(name: str, flag: str = "backend") -> None:
     """Refuse what is the name of no backend, before anything is loaded.
+
+    Args:
+        name: as given.
+        flag: that gives it; only ``backend`` may be "auto".
 
     Raises:
         ConfigError: it is none.
     """
-    if name not in backend_names():
-        raise ConfigError(
-            f"--backend={name!r} is not one of {', '.join(backend_names())}.", param="backend"
-        )
+    names = backend_names() if flag == "backend" else list(BACKENDS)
+    if name not in names:
+        raise ConfigError(f"--{flag}={name!r} is not one of {', '.join(names)}.", param=flag)
 
 
 def backend_names() -> list[str]:

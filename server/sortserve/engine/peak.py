@@ -1,0 +1,80 @@
+"""The largest step that an engine can be asked for, so that its memory can be measured."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sortserve.core.plan import RowPlan, Runner, StepPlan
+from sortserve.core.sampling_params import SamplingParams, SamplingRow
+
+__all__ = ["largest_steps", "num_pages_of_largest_steps", "run_largest_steps"]
+
+DECODE_CONTEXT = 1024
+"""Tokens of the rows that decode. More take more memory where a backend gathers them; but so many
+rows of so many tokens fill most caches."""
+
+
+def num_pages_of_largest_steps(
+    *, max_model_len: int, max_num_batched_tokens: int, block_size: int
+) -> int:
+    """Pages that ``largest_steps`` are written to."""
+    longest = min(max_model_len, max(max_num_batched_tokens, DECODE_CONTEXT))
+    return -(-longest // block_size)
+
+
+def run_largest_steps(
+    runner: Runner,
+    *,
+    depth: int,
+    max_model_len: int,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+) -> None:
+    """Run them; what they write and sample means nothing."""
+    for plan in largest_steps(
+        depth=depth,
+        slab_size=runner.slab_size,
+        block_size=runner.block_size,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+    ):
+        runner.execute(plan)
+
+
+def largest_steps(
+    *,
+    depth: int,
+    slab_size: int,
+    block_size: int,
+    max_model_len: int,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+) -> list[StepPlan]:
+    """One of prompts alone and one in which all rows decode; all rows sample, at full depth.
+
+    All rows and slabs share the same few pages: it is the step's memory that counts, and no cache
+    has room for all of them yet.
+    """
+    num_slabs = depth // slab_size
+    sampling = SamplingRow(
+        SamplingParams(temperature=1.0, top_p=0.9), 0, (0,), (), stop_token_ids=frozenset()
+    )
+
+    def row(index: int, start: int, num_tokens: int) -> RowPlan:
+        pages = np.arange(-(-(start + num_tokens) // block_size), dtype=np.int32)
+        return RowPlan(
+            request_id=f"largest-step-{index}",
+            exit_layer=depth,
+            start=start,
+            token_ids=(0,) * num_tokens,
+            block_table_SB=np.tile(pages, (num_slabs, 1)),
+            sampling=sampling,
+        )
+
+    full, rest = divmod(max_num_batched_tokens, max_model_len)
+    lengths = [max_model_len] * full + [rest] * (rest > 0)
+    prompts = [row(i, 0, length) for i, length in enumerate(lengths[:max_num_seqs])]
+    context = min(max_model_len, DECODE_CONTEXT)
+    decoding = [row(i, context - 1, 1) for i in range(min(max_num_seqs, max_num_batched_tokens))]
+    return [StepPlan(rows=tuple(rows), depth_cap=depth) for rows in (prompts, decoding)]
