@@ -6,6 +6,9 @@ integers; scales make them fp32, in which blocks are summed. Inputs that are no 
 filled up with zeros. The C++ kernels (``backends/cpu/kernels/linear_int8.cpp``) quantise
 activations to the same bits and are tested against ``Int8Format.linear``.
 
+On other devices than a CPU only the weights are int8 (``multiply_weight_only``): a GPU has nothing
+of ours that multiplies in blocks, and rounding activations would cost precision and save nothing.
+
 Shape legend: T tokens, I inputs, O outputs, B blocks of 32 inputs.
 """
 
@@ -21,6 +24,7 @@ __all__ = [
     "BLOCK_SIZE",
     "INT8",
     "Int8Format",
+    "multiply_weight_only",
     "quantize_activations",
     "quantize_int8",
     "restore_int8",
@@ -46,10 +50,14 @@ class Int8Format(WeightFormat):
     def dequantize(self, weight: Weight, dtype: torch.dtype) -> Tensor:
         """See WeightFormat."""
         assert weight.scales is not None
-        return _dequantize(weight.values, weight.scales.float()).to(dtype)
+        # In bf16 as good as in fp32: a product of an integer below 128 and a bf16 is rounded once.
+        exact = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        return _dequantize(weight.values, weight.scales.to(exact)).to(dtype)
 
     def linear(self, weight: Weight, bias_O: Tensor | None) -> LinearOp:
-        """See WeightFormat; in fp32, rounded once."""
+        """See WeightFormat; on a CPU in fp32, rounded once."""
+        if weight.values.device.type != "cpu":
+            return lambda x_TI: multiply_weight_only(x_TI, weight, bias_O)
         return lambda x_TI: self._multiply(x_TI, weight, bias_O)
 
     def _multiply(self, x_TI: Tensor, weight: Weight, bias_O: Tensor | None) -> Tensor:
@@ -59,6 +67,14 @@ class Int8Format(WeightFormat):
 
 
 INT8 = Int8Format()
+
+
+def multiply_weight_only(x_TI: Tensor, weight: Weight, bias_O: Tensor | None) -> Tensor:
+    """``x W^T + b`` with activations as they are, in the dtype of x.
+
+    The matrix is made whole for the product.
+    """
+    return linear(x_TI, weight.format.dequantize(weight, x_TI.dtype), bias_O)
 
 
 def quantize_int8(weight_OI: Tensor) -> Weight:
@@ -97,14 +113,16 @@ def quantize_activations(x_TI: Tensor) -> tuple[Tensor, Tensor]:
     return values_TB32.to(torch.int8).flatten(1)[:, : x_TI.shape[1]], scales_TB
 
 
-def _blocks(x_NI: Tensor) -> Tensor:
-    """[N, I] to fp32 [N, B, 32]."""
+def _blocks(x_NI: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[N, I] to [N, B, 32] in ``dtype``."""
     num_rows, num_inputs = x_NI.shape
     num_blocks = -(-num_inputs // BLOCK_SIZE)
-    padded = pad(x_NI.float(), (0, num_blocks * BLOCK_SIZE - num_inputs))
+    padded = pad(x_NI.to(dtype), (0, num_blocks * BLOCK_SIZE - num_inputs))
     return padded.view(num_rows, num_blocks, BLOCK_SIZE)
 
 
 def _dequantize(values_NI: Tensor, scales_NB: Tensor) -> Tensor:
-    """fp32 [N, I]."""
-    return (_blocks(values_NI) * scales_NB[..., None]).flatten(1)[:, : values_NI.shape[1]]
+    """[N, I] in the dtype of the scales."""
+    return (_blocks(values_NI, scales_NB.dtype) * scales_NB[..., None]).flatten(1)[
+        :, : values_NI.shape[1]
+    ]

@@ -13,6 +13,7 @@ from sortserve.model.backends.cpu.linear_int8 import NativeInt8Linear
 from sortserve.model.quantization import (
     BLOCK_SIZE,
     INT8,
+    multiply_weight_only,
     quantize_activations,
     quantize_int8,
 )
@@ -170,3 +171,33 @@ def test_an_activation_that_is_no_number_shows_in_its_own_row_alone(
     got = linear(x)
     assert not got[1].isfinite().any()
     assert torch.equal(got[::2], expected[::2])
+
+
+# ---- where only the weights are int8
+
+
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), SHAPES)
+def test_a_matrix_made_whole_in_bf16_is_that_of_fp32_rounded(
+    num_outputs: int, num_inputs: int
+) -> None:
+    weight = quantize_int8(random(num_outputs, num_inputs) * 10 ** random(num_outputs, 1, seed=1))
+
+    assert torch.equal(
+        weight.dequantize(torch.bfloat16), weight.dequantize(torch.float32).bfloat16()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_activations_stay_as_they_are_where_only_weights_are_int8(dtype: torch.dtype) -> None:
+    """Outliers beside small inputs, which blocks of int8 would lose, keep all their digits."""
+    weight, bias = quantize_int8(random(40, 96)), random(40, seed=3).to(dtype)
+    x = random(5, 96, seed=2).to(dtype)
+    x[:, ::BLOCK_SIZE] = 300.0
+
+    out = multiply_weight_only(x, weight, bias)
+
+    exact = torch.nn.functional.linear(x.double(), weight.dequantize(torch.float32).double())
+    assert out.dtype == dtype
+    error = (out.double() - exact - bias.double()).norm() / exact.norm()
+    assert error < {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
+    assert not torch.equal(out, INT8.linear(weight, bias)(x))
