@@ -31,11 +31,11 @@ from sortserve.core.errors import CheckpointError, ConfigError
 from sortserve.model.config import ModelConfig
 from sortserve.model.weight import Weight
 from sortserve_trainer.model.exit_modules import ExitModules
+from sortserve_trainer.model.load_settings import ModelSettings
 from sortserve_trainer.model.lora import merge_in_forward
 from sortserve_trainer.model.quantized import quantize_layers
 from sortserve_trainer.model.sorted_model import SortedModel
 from sortserve_trainer.run.methods import Method
-from sortserve_trainer.run.settings import TrainSettings
 
 __all__ = ["EXIT_HEADS", "LoadedModel", "choose_exits", "load_for_evaluation", "load_for_training"]
 
@@ -67,7 +67,7 @@ class LoadedModel:
     """What makes the weight of a head that is evaluated; the linear layers have theirs."""
 
 
-def load_for_training(settings: TrainSettings, method: Method) -> LoadedModel:
+def load_for_training(settings: ModelSettings, method: Method) -> LoadedModel:
     """The base with everything ready to train that the settings ask for.
 
     Raises:
@@ -221,7 +221,7 @@ def _load_trunk(layout: CheckpointLayout, dtype: torch.dtype, quantize: str = "n
 
 
 def _with_adapter(
-    trunk: Any, layout: CheckpointLayout, settings: TrainSettings, method: Method
+    trunk: Any, layout: CheckpointLayout, settings: ModelSettings, method: Method
 ) -> Any:
     """``trunk`` with the LoRA adapter to train or to keep: a new one, or the base's own."""
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -260,7 +260,7 @@ def _with_adapter(
         raise ConfigError(f"--lora-targets: {error}", param="lora-targets") from error
 
 
-def _check_rank(model: Any, settings: TrainSettings, layout: CheckpointLayout) -> None:
+def _check_rank(model: Any, settings: ModelSettings, layout: CheckpointLayout) -> None:
     rank = model.active_peft_config.r
     if settings.lora_rank is not None and settings.lora_rank != rank:
         raise ConfigError(
