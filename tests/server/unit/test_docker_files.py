@@ -125,6 +125,17 @@ def test_checkpoints_and_converted_weights_outlive_the_container(path: Path) -> 
         assert environment(stage)[variable].startswith(f"{volume}/")
 
 
+def test_the_cuda_image_has_what_triton_compiles_with_and_keeps_what_it_compiled() -> None:
+    path = next(path for path in DOCKERFILES if path.name == "Dockerfile.cuda")
+    stage = final_stage(path)
+
+    assert 'python -c "import triton"' in [
+        rest for name, rest in instructions(path) if name == "RUN"
+    ]
+    assert any("g++" in run and "python3-dev" in run for run in stage["RUN"])
+    assert environment(stage)["TRITON_CACHE_DIR"].startswith("/data/")
+
+
 def test_the_cpu_image_has_kernels_for_every_processor_and_no_compiler() -> None:
     path = next(path for path in DOCKERFILES if path.name == "Dockerfile.cpu")
     compiles = [rest for name, rest in instructions(path) if "sortserve kernels --isa all" in rest]
