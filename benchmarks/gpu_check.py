@@ -1,8 +1,13 @@
-"""Everything that only a CUDA device can show, in one command: the ``gpu`` tests, then speed.
+"""Everything that only a CUDA device can show, in one command of at most eight minutes.
 
-Runs the tests marked ``gpu``, then ``benchmarks.offline`` on a random model of Llama 3.2 1B's shape
-(or on ``--model``), and writes one JSON document, which is also the last line. Needs torch with
-CUDA, transformers, tokenizers, safetensors, pytest and hypothesis, and nothing from a network.
+Runs all tests marked ``gpu``, then ``benchmarks.offline`` (decode, prefill and exits, beside the
+card's measured bandwidth and matrix rate) on a random model of Llama 3.2 1B's shape, with the
+backend that ``auto`` takes and with the reference, and on ``--smollm2`` if that is given. Each part
+is a process of its own with a time limit; one that fails costs itself alone. One JSON document is
+written after each part, and is the last line.
+
+Needs Python 3.12, torch with CUDA, transformers, tokenizers, safetensors, pytest and hypothesis,
+and nothing from a network. ``--device cpu`` is a rehearsal: the same parts with a tiny model.
 
     make gpu-check RESULT=benchmarks/results/2026-11-26-gpu-check.json
 """
@@ -10,93 +15,87 @@ CUDA, transformers, tokenizers, safetensors, pytest and hypothesis, and nothing 
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
+from benchmarks.lib.gpu_run import add_run_arguments, run_benchmark
+from benchmarks.lib.parts import Part
+from benchmarks.lib.shapes import exits_of
 
-from benchmarks.lib.common import environment
-from support.tiny_models import tiny_tokenizer
-
-__all__ = ["main"]
+__all__ = ["find_gpu_tests", "main"]
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPE_OF_1B: dict[str, Any] = {
-    "vocab_size": 128_256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-}
-"""Llama 3.2 1B's."""
+TOTAL_S = 470.0
+TESTS_S, MODEL_S, OFFLINE_S = 240.0, 60.0, 110.0
+MARK = re.compile(r"\bpytest\.mark\.gpu\b")
 TEST_SUMMARY = re.compile(r"(\d+) (passed|failed|skipped|error)")
 
 
-def make_random_llama(folder: Path, shape: dict[str, Any] = SHAPE_OF_1B) -> None:
-    """A checkpoint of random weights in bf16, with the tokenizer of the tests."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    with torch.device("cuda"):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+def find_gpu_tests(root: Path = ROOT) -> list[str]:
+    """The files that have tests marked ``gpu``: others may need what this machine has not."""
+    files = sorted((root / "tests").rglob("test_*.py"))
+    return [str(f.relative_to(root)) for f in files if MARK.search(f.read_text(encoding="utf-8"))]
 
 
-def run_tests() -> dict[str, Any]:
-    """The ``gpu`` tests in a process of their own: counts, and the end of what they printed."""
-    command = [
-        sys.executable,
-        "-m",
+def read_summary(output: str) -> dict[str, int]:
+    """Counts of tests by what became of them.
+
+    Raises:
+        ValueError: pytest printed none.
+    """
+    counts = {what: int(n) for n, what in TEST_SUMMARY.findall(output.strip().rpartition("\n")[2])}
+    if not counts:
+        raise ValueError("no summary of tests")
+    return counts
+
+
+def parts_of(arguments: argparse.Namespace, folder: Path) -> list[Part]:
+    """All there is to do; models are made in ``folder``."""
+    python = (sys.executable, "-W", "ignore", "-m")
+    is_rehearsal = arguments.device == "cpu"
+    shape = "tiny" if is_rehearsal else "1b"
+    random_model = str(folder / shape)
+    tests = [
+        *python,
         "pytest",
         "-q",
         "-m",
         "gpu",
-        "tests/gpu",
         "-p",
         "no:cacheprovider",
+        "-o",
+        "filterwarnings=",
     ]
-    done = subprocess.run(
-        [*command, "-o", "addopts=--import-mode=importlib", "-o", "filterwarnings="],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    print(done.stdout[-8000:], done.stderr[-2000:])
-    counts = {what: int(n) for n, what in TEST_SUMMARY.findall(done.stdout.splitlines()[-1])}
-    return {"returncode": done.returncode, **counts}
+    tests += ["-o", "addopts=--import-mode=importlib", *find_gpu_tests()]
 
+    def offline(model: str, exits: str, *more: str) -> list[str]:
+        dtype = "float32" if is_rehearsal else "bfloat16"
+        command = [*python, "benchmarks.offline", "--device", arguments.device, "--dtype", dtype]
+        command += ["--model", model, "--exits", exits, "--rounds", "1" if is_rehearsal else "2"]
+        command += ["--context", "8", "--prefill-tokens", "16"] if is_rehearsal else []
+        return [*command, "--steps", str(arguments.steps), *more]
 
-def run_offline(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """``benchmarks.offline`` in a process of its own: its JSON."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.offline",
-        "--device",
-        "cuda",
-        "--dtype",
-        "bfloat16",
+    rows = ("--rows", *map(str, arguments.rows))
+    make = [*python, "benchmarks.lib.shapes", shape, random_model, "--device", arguments.device]
+    parts = [
+        Part("model", make, MODEL_S),
+        Part("tests", tests, TESTS_S, read=read_summary),
+        Part(
+            f"offline {shape}",
+            offline(random_model, exits_of(shape), *rows),
+            OFFLINE_S,
+            needs="model",
+        ),
     ]
-    command += ["--model", model, "--exits", arguments.exits, "--steps", str(arguments.steps)]
-    command += ["--rounds", "2", "--rows", *map(str, arguments.rows)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    print(done.stdout)
-    document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return document
+    if arguments.smollm2 is not None:
+        command = offline(arguments.smollm2, exits_of("smollm2-135m"), *rows)
+        parts.append(Part("offline smollm2", command, OFFLINE_S))
+    few = ("--rows", *map(str, arguments.rows[:3:2]), "--backend", "reference")
+    command = offline(random_model, exits_of(shape), *few)
+    parts.append(Part(f"offline {shape}, reference", command, OFFLINE_S, needs="model"))
+    return parts
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -106,31 +105,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", type=Path, required=True, help="where the JSON goes")
-    parser.add_argument("--model", help="a checkpoint; default: random, of Llama 3.2 1B's shape")
-    parser.add_argument("--exits", default="8,16")
+    add_run_arguments(parser, TOTAL_S)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--steps", type=int, default=15)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Checks, measures, writes; 2 without a CUDA device, 1 if a test failed."""
-    arguments = parse_arguments(argv)
-    if not torch.cuda.is_available():
-        print("gpu-check needs a CUDA device and a build of torch that finds it.", file=sys.stderr)
-        return 2
-    results: dict[str, Any] = {"tests": run_tests()}
-    with tempfile.TemporaryDirectory() as folder:
-        if arguments.model is None:
-            make_random_llama(Path(folder))
-        results["offline"] = run_offline(arguments.model or folder, arguments)
-    device = {"name": torch.cuda.get_device_name(), "torch": torch.__version__}
-    document = {"benchmark": "gpu_check", "environment": environment(), "device": device} | results
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document))
-    return 1 if results["tests"]["returncode"] else 0
+    """Checks, measures, writes; 2 without a CUDA device, 1 if a part did not go well."""
+    return run_benchmark("gpu_check", parse_arguments(argv), parts_of)
 
 
 if __name__ == "__main__":

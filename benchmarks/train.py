@@ -2,7 +2,8 @@
 
 Every measurement is a process of its own: it loads the model, runs a warm-up step and then
 ``--steps`` optimiser steps on packed rows of random tokens (examples of 100 to 300), and reports
-the median tokens per second and its peak resident memory. Methods run in turns, ``--rounds`` times.
+the median tokens per second and its peak memory (resident, or the GPU's). Methods run in turns,
+``--rounds`` times.
 
 ``naive`` is the loop one writes first, with the loss of ours: LoRA by peft, SDPA over padded rows
 of 512, hidden states of all layers, whole logits, float32 AdamW under bf16 autocast.
@@ -28,18 +29,18 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from benchmarks.lib.common import environment, print_json, print_table
-from benchmarks.lib.floors import measure_machine
+from benchmarks.lib.floors import measure_machine, synchronize
 from sortserve.checkpoint.families import count_layer_parameters
 from sortserve_trainer.data import IGNORED
 from sortserve_trainer.model.load import LoadedModel, load_for_training
 from sortserve_trainer.model.loss import VocabSample
-from sortserve_trainer.run.methods import Method
-from sortserve_trainer.run.settings import load_train_settings
+from sortserve_trainer.run.methods import METHODS, Method
 
 __all__ = ["main"]
 
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(_measure(arguments.measure, arguments)))
         return 0
     described = environment()
-    machine = measure_machine(torch.device("cpu"), torch.bfloat16)
+    machine = measure_machine(torch.device(arguments.device), torch.bfloat16)
     runs: dict[str, list[dict[str, float]]] = defaultdict(list)
     for _ in range(arguments.rounds):
         for method in arguments.methods:
@@ -82,6 +83,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--lora-rank", type=int, help="for all methods; default: the method's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -90,11 +92,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _in_a_process(method: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Peak memory is a process's, so each measurement has one."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.train", "--measure", method]
-    for name in ("model", "exits", "tokens", "steps", "seed", "lora_rank"):
+    for name in ("model", "exits", "tokens", "steps", "device", "seed", "lora_rank"):
         value = getattr(arguments, name)
         if value is not None:
             command += [f"--{name.replace('_', '-')}", str(value)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -110,34 +112,65 @@ def _summary(found: Sequence[dict[str, float]], flops_per_s: float) -> dict[str,
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """``ModelSettings`` of a run on random tokens."""
+
+    base: str
+    exits: tuple[int, ...]
+    device: str
+    seed: int
+    lora_rank: int
+    revision: None = None
+    dtype: str = "bfloat16"
+    quantize: str = "none"
+    lora_alpha: None = None
+    lora_targets: tuple[str, ...] = ()
+    lora_dropout: float = 0.0
+
+    @property
+    def trains_weights(self) -> bool:
+        """As the trainer decides it."""
+        return self.lora_rank == 0
+
+    @property
+    def trains_adapter(self) -> bool:
+        """As the trainer decides it."""
+        return self.lora_rank > 0
+
+
 def _measure(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Tokens per second and peak memory of one method, here and now."""
     overrides = {} if arguments.lora_rank is None else {"lora_rank": arguments.lora_rank}
-    settings = load_train_settings(
-        {
-            "base": arguments.model,
-            "data": "unused",
-            "output": "unused",
-            "exits": arguments.exits,
-            "method": "soft+kd" if name == NAIVE else name,
-            "dtype": "bfloat16",
-            **overrides,
-        }
+    method = replace(METHODS["soft+kd" if name == NAIVE else name], **overrides)
+    settings = _Settings(
+        base=arguments.model,
+        exits=tuple(int(part) for part in arguments.exits.split(",")),
+        device=arguments.device,
+        seed=arguments.seed,
+        lora_rank=method.lora_rank,
     )
-    method = settings.resolved
     loaded = load_for_training(settings, method)
     step = _NaiveStep(loaded, method) if name == NAIVE else _Step(loaded, method, arguments.seed)
     rates = []
     for index in range(arguments.steps + 1):
         batch = _batch(arguments.tokens, loaded.config.vocab_size, arguments.seed + index)
+        synchronize(loaded.device)
         started_s = time.perf_counter()
-        step(batch)
+        step({name: tensor.to(loaded.device) for name, tensor in batch.items()})
+        synchronize(loaded.device)
         rates.append(arguments.tokens / (time.perf_counter() - started_s))
     return {
         "tokens_per_s": statistics.median(rates[1:]),
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": _peak_bytes(loaded.device) / 2**30,
         "flops_per_token": _flops_per_token(loaded, method),
     }
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _batch(num_tokens: int, vocab_size: int, seed: int) -> dict[str, Tensor]:
@@ -162,7 +195,7 @@ class _Step:
     """One optimiser step as the trainer takes it."""
 
     def __init__(self, loaded: LoadedModel, method: Method, seed: int) -> None:
-        self._model, self._method = loaded.model, method
+        self._model, self._method, self._device = loaded.model, method, loaded.device
         self._model.train()
         self._trained = [p for p in loaded.model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
@@ -171,7 +204,7 @@ class _Step:
         self._sample = VocabSample.of(method.vocab_sample, seed)
 
     def __call__(self, batch: dict[str, Tensor]) -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(self._device.type, dtype=torch.bfloat16):
             loss, _ = self._model(
                 **batch, terms=self._method.terms(self._model.exits, 0, 0), sample=self._sample
             )
@@ -186,6 +219,7 @@ class _NaiveStep:
 
     def __init__(self, loaded: LoadedModel, method: Method) -> None:
         self._loaded, self._terms = loaded, method.terms(loaded.model.exits, 0, 0)
+        self._device = loaded.device
         model = loaded.model
         model.train()
         model.base.config._attn_implementation = "sdpa"
@@ -201,10 +235,10 @@ class _NaiveStep:
         rows = batch["input_ids"].view(-1, NAIVE_LENGTH)
         labels = batch["labels"].reshape(-1)
         model = self._loaded.model
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(self._device.type, dtype=torch.bfloat16):
             out = model.trunk(input_ids=rows, output_hidden_states=True)
             teacher = out.logits.detach().float().log_softmax(-1).flatten(0, 1)
-            loss = torch.zeros(())
+            loss = torch.zeros((), device=self._device)
             for exit_layer, term in self._terms.items():
                 logits = out.logits
                 if exit_layer != model.exits[-1]:

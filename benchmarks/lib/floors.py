@@ -20,11 +20,12 @@ from sortserve.model.config import ModelConfig
 from sortserve.model.weight import Weight
 from sortserve.model.weights import ModelWeights
 
-__all__ = ["Machine", "ModelCost", "Work", "figure", "measure_machine", "speedups"]
+__all__ = ["Machine", "ModelCost", "Work", "figure", "measure_machine", "speedups", "synchronize"]
 
-BUFFER_BYTES = 256 << 20
-"""Well above any last-level cache of the machines we run on."""
-GEMM_SIZE = 2048
+BUFFER_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+"""By the type of the device: well above any last-level cache of the machines we run on, and so much
+that a launch on a GPU is nothing beside it."""
+GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 REPEATS = 5
 
 
@@ -64,18 +65,18 @@ class Machine:
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Measures the rates; takes a second or two and 512 MiB."""
-    source = torch.ones(BUFFER_BYTES // 4, dtype=torch.float32, device=device)
+    """Measures the rates; takes a second or two, and memory for two buffers."""
+    buffer_bytes, gemm_size = BUFFER_BYTES[device.type], GEMM_SIZE[device.type]
+    source = torch.ones(buffer_bytes // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     copy_s = _best_s(lambda: target.copy_(source), device)
     read_s = _best_s(source.sum, device)
-    a = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype)
-    b = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype)
+    a, b = (torch.randn(gemm_size, gemm_size, device=device).to(dtype) for _ in range(2))
     gemm_s = _best_s(lambda: a @ b, device)
     return Machine(
-        copy_bytes_per_s=2 * BUFFER_BYTES / copy_s,
-        read_bytes_per_s=BUFFER_BYTES / read_s,
-        gemm_flops_per_s=2 * GEMM_SIZE**3 / gemm_s,
+        copy_bytes_per_s=2 * buffer_bytes / copy_s,
+        read_bytes_per_s=buffer_bytes / read_s,
+        gemm_flops_per_s=2 * gemm_size**3 / gemm_s,
     )
 
 
@@ -83,15 +84,16 @@ def _best_s(run: Callable[[], Tensor], device: torch.device) -> float:
     """The shortest of a few runs, after one that is not counted: a floor is a best case."""
     times = []
     for _ in range(REPEATS + 1):
-        _synchronize(device)
+        synchronize(device)
         started_s = time.perf_counter()
         run()
-        _synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - started_s)
     return min(times[1:])
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -117,13 +117,14 @@ def _measure(isa: str) -> dict[str, Any]:
     machine = measure_machine(torch.device("cpu"), torch.bfloat16 if has_bf16 else torch.float32)
     flops = {16: machine.gemm_flops_per_s, 8: machine.gemm_flops_per_s}
     if "avx512_vnni" in flags:
-        a = torch.randint(-100, 100, (GEMM_SIZE, GEMM_SIZE), dtype=torch.int8)
+        size = GEMM_SIZE["cpu"]
+        a = torch.randint(-100, 100, (size, size), dtype=torch.int8)
         times = []
         for _ in range(REPEATS + 1):
             started_s = time.perf_counter()
             torch._int_mm(a, a)
             times.append(time.perf_counter() - started_s)
-        flops[8] = max(flops[8], 2 * GEMM_SIZE**3 / min(times[1:]))
+        flops[8] = max(flops[8], 2 * size**3 / min(times[1:]))
     return {
         "bytes_per_s": machine.bytes_per_s,
         "flops_per_s": flops | {4: flops[8]},
