@@ -55,7 +55,7 @@ class LLM:
         exits: exit layers to open in place of the checkpoint's own.
         dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
         device: ``auto``, ``cpu`` or ``cuda``.
-        quantize: make the weights smaller at load: ``none``, ``nf4`` or ``int8-bnb``.
+        quantize: make the weights smaller at load: ``none``, ``int8``, ``nf4`` or ``int8-bnb``.
         revision: branch, tag or commit of a Hugging Face id.
         num_threads: CPU threads of PyTorch, in the whole process; None: its own choice, but no more
             than there are cores for.
