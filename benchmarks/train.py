@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(_measure(arguments.measure, arguments)))
         return 0
     described = environment()
-    machine = measure_machine(torch.device(arguments.device), torch.bfloat16)
+    machine = measure_machine(
+        torch.device(arguments.device), torch.bfloat16, gemm_size=arguments.gemm_size
+    )
     runs: dict[str, list[dict[str, float]]] = defaultdict(list)
     for _ in range(arguments.rounds):
         for method in arguments.methods:
@@ -82,6 +84,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048, help="of a step")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--gemm-size", type=int, help="of the product that the floor is made of")
     parser.add_argument("--lora-rank", type=int, help="for all methods; default: the method's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seed", type=int, default=0)

@@ -64,9 +64,17 @@ class Machine:
         return max(self.memory_floor_s(work), self.compute_floor_s(work))
 
 
-def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Measures the rates; takes a second or two, and memory for two buffers."""
-    buffer_bytes, gemm_size = BUFFER_BYTES[device.type], GEMM_SIZE[device.type]
+def measure_machine(
+    device: torch.device, dtype: torch.dtype, *, gemm_size: int | None = None
+) -> Machine:
+    """Measures the rates; takes a second or two, and memory for two buffers.
+
+    Args:
+        device: of which.
+        dtype: of the matrix product.
+        gemm_size: rows and columns of its matrices; None: enough to fill the device.
+    """
+    buffer_bytes, gemm_size = BUFFER_BYTES[device.type], gemm_size or GEMM_SIZE[device.type]
     source = torch.ones(buffer_bytes // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     copy_s = _best_s(lambda: target.copy_(source), device)

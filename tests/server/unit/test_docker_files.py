@@ -330,6 +330,7 @@ def exposed() -> tuple[Series, ...]:
     """What Prometheus knows of a server that has done a little of everything."""
     metrics = Metrics("tiny", [9, 30], version="0")
     metrics.watch(lambda: EngineStats(running_by_exit={9: 1}, kv_pages_total=8))
+    metrics.set_model_config({"backend": "reference", "failed_backends": "triton"})
     metrics.on_step(step_record())
     metrics.on_finished(report())
     metrics.on_rejected("queue_full", Budget(latency_ms=5))
