@@ -47,7 +47,7 @@ def parts_of(arguments: argparse.Namespace, folder: Path) -> list[Part]:
         train = [*python, "benchmarks.train", "--device", arguments.device, "--model", model]
         train += ["--exits", exits_of(shape), "--tokens", str(64 if is_rehearsal else 8192)]
         needs = None if is_given else f"model {name}"
-        train += ["--rounds", "1", "--steps", str(arguments.steps)]
+        train += ["--in-process", "--rounds", "1", "--steps", str(arguments.steps)]
         train += ["--gemm-size", "128"] if is_rehearsal else []
         for method in METHODS:
             command = [*train, "--methods", method]

@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs: dict[str, list[dict[str, float]]] = defaultdict(list)
     for _ in range(arguments.rounds):
         for method in arguments.methods:
-            runs[method].append(_in_a_process(method, arguments))
+            run = _measure if arguments.in_process else _in_a_process
+            runs[method].append(run(method, arguments))
     results = {m: _summary(found, machine.gemm_flops_per_s) for m, found in runs.items()}
     columns = list(next(iter(results.values())))
     print(f"large bf16 products: {machine.gemm_flops_per_s / 1e9:.0f} GFLOP/s")
@@ -84,6 +85,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048, help="of a step")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--in-process", action="store_true", help="measure here: for one method and one round"
+    )
     parser.add_argument("--gemm-size", type=int, help="of the product that the floor is made of")
     parser.add_argument("--lora-rank", type=int, help="for all methods; default: the method's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -144,6 +148,9 @@ class _Settings:
 
 def _measure(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Tokens per second and peak memory of one method, here and now."""
+    if arguments.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     overrides = {} if arguments.lora_rank is None else {"lora_rank": arguments.lora_rank}
     method = replace(METHODS["soft+kd" if name == NAIVE else name], **overrides)
     settings = _Settings(

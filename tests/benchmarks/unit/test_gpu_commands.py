@@ -18,7 +18,7 @@ from benchmarks.gpu_check import find_gpu_tests, read_summary
 from benchmarks.lib import floors
 from benchmarks.lib.parts import Part, last_json, run_parts, write_document
 
-from benchmarks import gpu_check, gpu_train, train
+from benchmarks import gpu_check, gpu_train
 from support.bare_machine import MISSING, bare_environment
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -244,9 +244,8 @@ def test_every_measurement_of_the_check_works_on_a_tiny_model(
 
 @pytest.mark.usefixtures("small_floors")
 def test_every_measurement_of_training_works_on_a_tiny_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "_in_a_process", train._measure)
     arguments = ["--output", "out.json", "--device", "cpu", "--steps", "1"]
     parts = gpu_train.parts_of(gpu_train.parse_arguments(arguments), tmp_path)
 
