@@ -19,7 +19,7 @@ from sortserve.engine.assemble import EngineOptions, assemble
 from sortserve.engine.backend_check import largest_difference
 from sortserve.engine.backend_choice import choose_checked_backend
 from sortserve.llm.llm import LLM
-from sortserve.model.backend import Target
+from sortserve.model.backend import Target, Unusable
 from sortserve.model.backends import BACKENDS, REFERENCE, choose_backend
 from sortserve.model.device_memory import device_memory
 from sortserve.model.quantization import multiply_weight_only, quantize_int8
@@ -61,7 +61,7 @@ def test_every_backend_that_works_here_is_right(
     found = {
         name: largest_difference(backend, reference, config, weights, block_size=block_size)
         for name, make in BACKENDS.items()
-        if (backend := make(target)) is not None
+        if not isinstance(backend := make(target), Unusable)
     }
 
     assert {name: str(each) for name, each in found.items() if not each.is_tolerable} == {}
