@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from sortserve.core.errors import InvalidRequestError
+from sortserve.core.grammar import Constraint
 from sortserve.core.ranges import Range, integers, numbers
 
 __all__ = ["RowFailure", "SampledToken", "SamplingParams", "SamplingRow", "TokenLogprob"]
@@ -158,6 +159,16 @@ class SamplingRow:
     """Tokens generated so far; their number is the position that the noise is drawn from."""
     stop_token_ids: frozenset[int]
     """Every id that ends this request (EOS included unless ignored): masked below min_tokens."""
+    constraint: Constraint | None = None
+    """What the answer must look like; None: anything."""
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether what may come next, or how likely, depends on every token before it.
+
+        Such a row cannot be prepared while the token before is still unknown.
+        """
+        return self.constraint is not None or self.params.has_penalties
 
 
 @dataclass(frozen=True)
@@ -183,7 +194,7 @@ class RowFailure:
     """A row that gave no token: its request ends with an error, its neighbours go on."""
 
     reason: str
-    """``exception``, ``non_finite`` (the model's scores were NaN or infinite) or ``text``: a label
-    of the metrics, so never a client's words."""
+    """``exception``, ``non_finite`` (the model's scores were NaN or infinite), ``text`` or
+    ``grammar``: a label of the metrics, so never a client's words."""
     detail: str = ""
     """What the client is told beside it."""

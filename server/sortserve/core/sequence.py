@@ -17,10 +17,14 @@ from dataclasses import dataclass
 from enum import Enum
 
 from sortserve.core.budget import Deadlines
+from sortserve.core.grammar import Constraint
 from sortserve.core.request import Estimate, Request
 from sortserve.core.sampling_params import SamplingRow
 
 __all__ = ["Promise", "Sequence", "Status"]
+
+MAX_FORCED_IN_DECODE = 31
+"""A longer run of forced tokens is read like a part of a prompt, when there is time for it."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Sequence:
         estimate: Estimate | None = None,
         floor_layer: int | None = None,
         promise: Promise | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         self.request = request
         # Asked for many times a step: as attributes they cost no calls.
@@ -81,6 +86,8 @@ class Sequence:
         self.schedule = request.budget.schedule
         self.deadlines: Deadlines = request.budget.deadlines(request.arrival_s)
 
+        self.constraint = constraint
+
         self.output_token_ids: list[int] = []
         self._sampling_row = SamplingRow(
             params=request.sampling,
@@ -88,8 +95,11 @@ class Sequence:
             prompt_token_ids=request.prompt_token_ids,
             output_token_ids=self.output_token_ids,
             stop_token_ids=stop_token_ids,
+            constraint=constraint,
         )
         self.num_computed_tokens = 0
+        self.num_forced_tokens = 0
+        self._num_forced_last = 0  # of them, after the last sampled one
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.expected_tokens: int | None = None
@@ -128,6 +138,21 @@ class Sequence:
         """Known tokens without KV: the work left before the next sample."""
         return self.num_prompt_tokens + len(self.output_token_ids) - self.num_computed_tokens
 
+    @property
+    def num_sampled_tokens(self) -> int:
+        """Output tokens that took a step of their own: all that its grammar did not force."""
+        return len(self.output_token_ids) - self.num_forced_tokens
+
+    @property
+    def num_ready_tokens(self) -> int:
+        """Tokens of one decode step: the last sampled one, and those that were forced after it."""
+        return 1 + min(self._num_forced_last, MAX_FORCED_IN_DECODE)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether what is pending is no prompt, but what the last step brought."""
+        return self.num_pending_tokens <= self.num_ready_tokens
+
     def tokens(self, start: int, stop: int) -> list[int]:
         """Known tokens at positions ``start`` to ``stop``."""
         prompt = self.request.prompt_token_ids
@@ -139,10 +164,19 @@ class Sequence:
             head += self.output_token_ids[: stop - num_prompt]
         return head
 
-    def append_token(self, token_id: int) -> None:
-        """Add a sampled token, made at the depth now in use."""
+    def append_token(self, token_id: int, *, forced: bool = False) -> None:
+        """Add a token, made at the depth now in use.
+
+        A forced one is read by the next step, so a schedule's depth for it counts.
+        """
+        exit_layer = self.exit_layer
+        if forced:
+            self.num_forced_tokens += 1
+            if self.schedule is not None:
+                exit_layer = min(exit_layer, self.schedule.exit_at(self.num_output_tokens))
+        self._num_forced_last = self._num_forced_last + 1 if forced else 0
         self.output_token_ids.append(token_id)
-        self.tokens_by_exit[self.exit_layer] = self.tokens_by_exit.get(self.exit_layer, 0) + 1
+        self.tokens_by_exit[exit_layer] = self.tokens_by_exit.get(exit_layer, 0) + 1
 
     def sampling_row(self) -> SamplingRow:
         """What the sampler needs to choose the next token: always the same object."""

@@ -7,6 +7,7 @@ import torch
 from sortserve.core.plan import StepPlan
 from sortserve.core.sampling_params import RowFailure, SampledToken
 from sortserve.engine.inputs import build_batch
+from sortserve.engine.sampling.bitmask import MaskMaker
 from sortserve.engine.sampling.sampler import Sampler
 from sortserve.engine.threads import StepThreads
 from sortserve.model.decoder import Decoder
@@ -27,6 +28,7 @@ class ModelRunner:
         self._sampler = sampler or Sampler(decoder.backend.sampling)
         self._kv_cache = decoder.allocate_kv_cache(num_pages, block_size)
         self._threads: StepThreads | None = None
+        self._masks = MaskMaker()
 
     def adapt_threads(self, threads: StepThreads) -> None:
         """From now on, let steps use as many threads as ``threads`` finds best."""
@@ -47,8 +49,10 @@ class ModelRunner:
             num_slabs=self._decoder.num_slabs,
             device=self._decoder.device,
         )
-        h_RD = self._decoder.forward(batch, self._kv_cache)
         sampling = [row.sampling for row in plan.rows if row.sampling is not None]
+        masks = self._masks.start(sampling, self._decoder.config.vocab_size)
+        h_RD = self._decoder.forward(batch, self._kv_cache)
         if not sampling:
             return []
-        return self._sampler.sample(self._decoder.logits(h_RD), sampling)
+        logits_RV = self._decoder.logits(h_RD)
+        return self._sampler.sample(logits_RV, sampling, {} if masks is None else masks.result())

@@ -1,0 +1,83 @@
+"""A sampled token joins its request, with those that its grammar forces after it (no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sortserve.core.grammar import GrammarError
+from sortserve.core.request import FinishReason
+from sortserve.core.sampling_params import RowFailure, SampledToken
+from sortserve.engine.finish import would_overrun
+from sortserve.engine.live import Live, TextError, push
+
+__all__ = ["Accepted", "accept", "row_failure"]
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What a step brought one request."""
+
+    text: str
+    tokens: tuple[SampledToken, ...]
+    """The sampled one first."""
+    reason: FinishReason | None
+    """Why the request ends with the last of them; None: it goes on."""
+
+
+def accept(live: Live, token: SampledToken, now: float) -> Accepted:
+    """Add a token, and what is forced after it, up to the first that ends the request.
+
+    Raises:
+        TextError: its text cannot be made.
+        GrammarError: its grammar cannot go on.
+    """
+    sequence = live.sequence
+    previous_s = sequence.last_token_s
+    sequence.last_token_s = now
+    if sequence.first_token_s is None:
+        sequence.first_token_s = now
+    texts, reason = _take(live, token.token_id, forced=False)
+    if sequence.constraint is None:
+        tokens = (token,)
+    else:
+        tokens, texts, reason = _take_forced(live, (token,), texts, reason)
+    if reason is None and would_overrun(sequence, previous_s, now):
+        reason = FinishReason.DEADLINE
+    return Accepted(texts, tokens, reason)
+
+
+def _take_forced(
+    live: Live, tokens: tuple[SampledToken, ...], text: str, reason: FinishReason | None
+) -> tuple[tuple[SampledToken, ...], str, FinishReason | None]:
+    constraint = live.sequence.constraint
+    assert constraint is not None
+    while reason is None and (token_id := constraint.next_forced()) is not None:
+        more, reason = _take(live, token_id, forced=True)
+        tokens, text = (*tokens, SampledToken(token_id)), text + more
+    return tokens, text, reason
+
+
+def _take(live: Live, token_id: int, *, forced: bool) -> tuple[str, FinishReason | None]:
+    """Add one token: its text, and whether the request ends with it."""
+    sequence = live.sequence
+    sequence.append_token(token_id, forced=forced)
+    if token_id in sequence.stop_token_ids:
+        return "", FinishReason.STOP
+    text, stopped = push(live, token_id)
+    if stopped:
+        return text, FinishReason.STOP
+    constraint = sequence.constraint
+    if constraint is not None:
+        constraint.accept(token_id)
+        if constraint.is_complete:
+            return text, FinishReason.STOP
+    if sequence.num_output_tokens >= sequence.request.sampling.max_tokens:
+        return text, FinishReason.LENGTH
+    return text, None
+
+
+def row_failure(error: TextError | GrammarError) -> RowFailure:
+    """Why a request ends that ``accept`` could not serve."""
+    if isinstance(error, TextError):
+        return RowFailure("text", error.detail)
+    return RowFailure("grammar", str(error))

@@ -1,0 +1,87 @@
+"""Masks of tokens that may not come, made beside the step and applied to its logits.
+
+Shapes: R rows of the batch, N those with a mask, V vocabulary, W words of 32 tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sortserve.core.grammar import GrammarError, num_words
+from sortserve.core.sampling_params import RowFailure, SamplingRow
+
+__all__ = ["MaskMaker", "Masks", "apply_bitmask", "make_masks"]
+
+Masks = Mapping[SamplingRow, NDArray[np.int32] | RowFailure]
+"""Of each constrained row the words of its mask [W], or why there is none."""
+
+
+def make_masks(rows: Sequence[SamplingRow], vocab_size: int) -> Masks:
+    """The masks of the rows that are constrained; nothing of a row changes.
+
+    Below ``min_tokens`` the tokens that end the request are left out, unless no other may come.
+    """
+    masks: dict[SamplingRow, NDArray[np.int32] | RowFailure] = {}
+    for row in rows:
+        if row.constraint is None:
+            continue
+        mask_W = np.zeros(num_words(vocab_size), dtype=np.int32)
+        is_early = len(row.output_token_ids) < row.params.min_tokens
+        try:
+            row.constraint.fill_mask(mask_W, without=row.stop_token_ids if is_early else ())
+        except GrammarError as error:
+            masks[row] = RowFailure("grammar", str(error))
+        else:
+            masks[row] = mask_W
+    return masks
+
+
+class MaskMaker:
+    """Makes masks on a thread of its own, while the model runs.
+
+    It is one thread: two steps never ask one matcher at the same time.
+    """
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+
+    def start(self, rows: Sequence[SamplingRow], vocab_size: int) -> Future[Masks] | None:
+        """Begin with the masks of a step; None: no row is constrained."""
+        if all(row.constraint is None for row in rows):
+            return None
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="masks")
+        return self._pool.submit(make_masks, rows, vocab_size)
+
+
+def apply_bitmask(logits_RV: Tensor, rows: Sequence[int], mask_NW: NDArray[np.int32]) -> None:
+    """Set the logits of tokens whose bit is clear to -inf, in place.
+
+    Args:
+        logits_RV: on any device.
+        rows: which of them have a mask, each once.
+        mask_NW: their masks; token t is bit ``t % 32`` of word ``t // 32``.
+    """
+    vocab_size = logits_RV.shape[1]
+    assert mask_NW.shape == (len(rows), num_words(vocab_size))
+    if logits_RV.device.type == "cpu":
+        # By bytes, lowest bit first: tens of microseconds a row, where shifts take milliseconds.
+        as_bytes = (~mask_NW).astype("<i4", copy=False).view(np.uint8)
+        blocked = np.unpackbits(as_bytes, axis=1, count=vocab_size, bitorder="little")
+        blocked_NV = torch.from_numpy(blocked.view(np.bool_))
+        for n, r in enumerate(rows):
+            logits_RV[r].masked_fill_(blocked_NV[n], -math.inf)
+        return
+    device = logits_RV.device
+    mask_NW1 = torch.from_numpy(mask_NW).to(device, non_blocking=True)[:, :, None]
+    bits_NWB = (mask_NW1 >> torch.arange(32, dtype=torch.int32, device=device)) & 1
+    allowed_NV = bits_NWB.reshape(len(rows), -1)[:, :vocab_size].bool()
+    at_N = torch.tensor(rows, device=device)
+    logits_RV[at_N] = logits_RV[at_N].masked_fill_(~allowed_NV, -math.inf)
