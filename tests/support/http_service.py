@@ -24,6 +24,7 @@ from sortserve.api.replies.streaming import COMMENT
 from sortserve.api.settings import ApiSettings
 from sortserve.core.budget import Budget
 from sortserve.core.errors import InvalidRequestError
+from sortserve.core.grammar import OutputFormat
 from sortserve.core.plan import StepPlan
 from sortserve.core.request import RequestReport, StepRecord
 from sortserve.core.sampling_params import SampledToken
@@ -32,6 +33,7 @@ from sortserve.engine.worker import EngineWorker
 from sortserve.telemetry.metrics import Metrics
 from sortserve_client._sse import SSEDecoder
 from support.scripted import VOCAB_SIZE, Rule, ScriptedRunner, make_engine, next_letter
+from support.scripted_grammar import Form
 
 EXITS = (2, 4, 6)
 MODEL = "tiny"
@@ -54,6 +56,10 @@ class AsciiTokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return "".join(map(chr, token_ids))
+
+    def compile_grammar(self, format_: OutputFormat) -> Form:
+        """Whatever its kind, a form to fill in (``support.scripted_grammar``)."""
+        return Form(format_.text)
 
     def apply_chat_template(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from sortserve.core.grammar import Grammar, OutputFormat
+
 __all__ = ["HttpMetrics", "Tokenizer"]
 
 
@@ -25,6 +27,9 @@ class Tokenizer(Protocol):
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
     ) -> list[int]:
         """Messages to token ids."""
+
+    def compile_grammar(self, format_: OutputFormat) -> Grammar:
+        """What an answer in that format must match."""
 
     def convert_id_to_token_text(self, token_id: int) -> tuple[str, bytes]:
         """One token as text (which may be half a character, replaced) and as its bytes."""

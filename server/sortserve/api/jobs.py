@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -99,6 +99,8 @@ def make_job(
         )
     except InvalidRequestError as error:
         raise renamed(error, names) from None
+    if sampling.output_format is not None:
+        budget = _with_floor(budget, settings.structured_min_quality)
     key = settings.weights_of(getattr(request.state, "key_digest", ""))
     worth = settings.weight_rules.weigh(body.service_tier, body.priority or 0, key)
     return Job(
@@ -121,6 +123,12 @@ def make_job(
 def tier_of(job: Job) -> dict[str, str]:
     """The field of a reply that names the service tier, if the client did."""
     return {} if job.service_tier is None else {"service_tier": job.service_tier}
+
+
+def _with_floor(budget: Budget, min_quality: float | None) -> Budget:
+    """The budget of a request whose answer must have a form, where it says nothing of its depth."""
+    is_said = budget.names_floor or budget.exit_layer is not None or budget.schedule is not None
+    return budget if is_said or min_quality is None else replace(budget, min_quality=min_quality)
 
 
 def _cache_salt(request: Request, salt: str) -> str:

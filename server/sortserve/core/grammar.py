@@ -18,7 +18,16 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Constraint", "Grammar", "GrammarError", "Matcher", "OutputFormat", "clear", "num_words"]
+__all__ = [
+    "Constraint",
+    "Grammar",
+    "GrammarError",
+    "Matcher",
+    "OutputFormat",
+    "clear",
+    "length_class_of",
+    "num_words",
+]
 
 Words = NDArray[np.int32]
 """A bit for each token of the vocabulary: token t is bit ``t % 32`` of word ``t // 32``."""
@@ -135,6 +144,11 @@ class Constraint:
     def is_complete(self) -> bool:
         """Whether the answer is whole and nothing can be added."""
         return not self._forced and self._matcher.is_complete
+
+
+def length_class_of(length_class: tuple[str, ...], grammar: Grammar | None) -> tuple[str, ...]:
+    """Whose answers are about as long, where they must match the same grammar."""
+    return length_class if grammar is None else (*length_class, grammar.key)
 
 
 def num_words(vocab_size: int) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from sortserve.core.errors import InvalidRequestError
-from sortserve.core.grammar import Constraint
+from sortserve.core.formats import read_format
+from sortserve.core.grammar import Constraint, OutputFormat
 from sortserve.core.ranges import Range, integers, numbers
 
 __all__ = ["RowFailure", "SampledToken", "SamplingParams", "SamplingRow", "TokenLogprob"]
@@ -95,8 +97,12 @@ class SamplingParams:
     logprobs: int | None = None
     """None: no logprobs. k >= 0: the sampled token's and those of the k most likely tokens,
     from the model's distribution before penalties and temperature."""
+    format: OutputFormat | Mapping[str, Any] | None = None
+    """What the answer must look like: ``{"json": schema}``, ``{"regex": ...}``,
+    ``{"choice": [...]}``, ``{"grammar": ...}`` or OpenAI's ``response_format``."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "format", read_format(self.format, "format"))
         self._check("max_tokens", RANGES["max_tokens"])
         allowed = f"an integer from 0 to max_tokens={self.max_tokens}"
         self._check("min_tokens", replace(integers(0, self.max_tokens), allowed=allowed))
@@ -127,6 +133,12 @@ class SamplingParams:
         _require(isinstance(ids, tuple | list), "stop_token_ids", ids, "a list of token ids")
         for i, token_id in enumerate(ids):
             _require(token_id in _TOKEN_ID, f"stop_token_ids.{i}", token_id, "a token id >= 0")
+
+    @property
+    def output_format(self) -> OutputFormat | None:
+        """``format`` as it was read; None: anything."""
+        assert not isinstance(self.format, Mapping)
+        return self.format
 
     @property
     def greedy(self) -> bool:

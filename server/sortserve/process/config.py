@@ -113,8 +113,7 @@ class ServeSettings(BaseSettings):
     num_threads: Annotated[Annotated[int, Field(ge=1, le=MAX_THREADS), Number] | None, Auto] = None
     """CPU threads of the model, at most 1024; more than there are cores are not started. auto, the
     default: one for each core that the process may use (affinity, CPU quota, no second hardware
-    thread), of which steps use fewer while that is faster, because other programs keep the cores
-    busy."""
+    thread), of which steps use fewer while other programs keep the cores busy."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), Number] | None = None
     """Makes requests without a seed of their own repeatable, in their order of arrival."""
 
@@ -158,6 +157,8 @@ class ServeSettings(BaseSettings):
     min_quality: Share = DEFAULT_MIN_QUALITY
     """Exits of a lower score (unmeasured: share of layers) are for requests that name the exit,
     min_exit_layer or min_quality. 0: no floor."""
+    structured_min_quality: Share | None = None
+    """Floor of requests with a schema or a grammar that name none. Default: --min-quality."""
     default_budget: BudgetText | None = None
     """Budget of requests that give none, as JSON: `{"min_quality": 0.8}`. Default: no bound."""
     overload_degrade: bool = False

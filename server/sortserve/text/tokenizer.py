@@ -22,8 +22,10 @@ from tokenizers.decoders import Decoder
 from transformers import PreTrainedTokenizerFast
 
 from sortserve.core.errors import InvalidRequestError
+from sortserve.core.grammar import Grammar, OutputFormat
 from sortserve.core.sampling_params import SamplingParams
 from sortserve.text.chat_template import ChatTemplate
+from sortserve.text.grammars import Grammars
 from sortserve.text.stop_strings import StopMatcher
 
 __all__ = ["TextStream", "Tokenizer"]
@@ -66,6 +68,12 @@ class Tokenizer:
         self.vocab_size: int = min(num_ids, model_vocab_size or num_ids)
         """One above the largest id that tokenizer and model both know. Either may know more: a
         model's vocabulary may be padded, and tokens may have been added without new embeddings."""
+        self._grammars = Grammars(
+            self._backend,
+            vocab_size=model_vocab_size or num_ids,
+            num_token_ids=num_ids,
+            eos_token_ids=eos_token_ids,
+        )
         self.max_token_chars: int = max(map(len, vocabulary))
         """No token stands for more characters. A byte of a byte-level token counts as one."""
         self._max_tokens = max_tokens
@@ -177,6 +185,14 @@ class Tokenizer:
             messages, add_generation_prompt=add_generation_prompt, variables=template_kwargs
         )
         return self.encode(text, add_special_tokens=False, param="messages")
+
+    def compile_grammar(self, format_: OutputFormat) -> Grammar:
+        """What an answer in that format must match; takes up to some hundred milliseconds.
+
+        Raises:
+            InvalidRequestError: it cannot be compiled, or the library for it is not installed.
+        """
+        return self._grammars.compile(format_)
 
     def convert_id_to_token_text(self, token_id: int) -> tuple[str, bytes]:
         """One token as text and as bytes, as logprobs need it.

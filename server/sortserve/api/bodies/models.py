@@ -60,6 +60,10 @@ _BUDGET_SCHEMA: dict[str, Any] = {
     },
     "example": {"latency_ms": 800, "min_quality": 0.9},
 }
+_FORMAT_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "example": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}},
+}
 _LOGIT_BIAS_SCHEMA = {"type": "object", "additionalProperties": LOGIT_BIAS.json_schema}
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer"}}
 _ONE_PROMPT_SCHEMA = {"anyOf": [{"type": "string"}, _TOKEN_IDS], "example": "Once upon a time"}
@@ -106,6 +110,9 @@ LogitBias = Annotated[
     dict[str, Any],
     Field(max_length=limits.MAX_LOGIT_BIAS),
     WithJsonSchema(_LOGIT_BIAS_SCHEMA),
+]
+FormatObject = Annotated[
+    dict[str, Any], Field(max_length=limits.MAX_FORMAT_FIELDS), WithJsonSchema(_FORMAT_SCHEMA)
 ]
 RequestId = Annotated[str, Field(pattern=f"^{REQUEST_ID_PATTERN}$")]
 BudgetObject = Annotated[
@@ -189,6 +196,10 @@ class GenerationFields(_Body):
 class GenerateBody(GenerationFields):
     """Body of `POST /generate`."""
 
+    format: FormatObject | None = None
+    """What the answer must look like: one of `json` (a schema), `regex`, `choice`, `grammar`, or
+    OpenAI's `response_format`."""
+
     prompt: Annotated[Any, WithJsonSchema(_ONE_PROMPT_SCHEMA)] = None
     """Text or token ids. Give this or `messages`."""
     messages: Messages | None = None
@@ -207,6 +218,16 @@ class _OpenAIFields(GenerationFields):
 
     user: str | None = None
     """Accepted for compatibility; not used."""
+    response_format: FormatObject | None = None
+    """`{"type": "json_schema", "json_schema": {"name", "schema"}}`, `{"type": "json_object"}` or
+    `{"type": "text"}`."""
+    structured_outputs: FormatObject | None = None
+    """vLLM's: one of `json` (a schema), `regex`, `choice`, `grammar`."""
+    guided_json: dict[str, Any] | str | None = None
+    """vLLM's older name of `structured_outputs.json`; likewise the three below."""
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
 
 class CompletionBody(_OpenAIFields):
