@@ -26,7 +26,7 @@ CHOICES = ["yes", "no", "perhaps"]
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     path = make_tiny_checkpoint(tmp_path_factory.mktemp("structured"), exits=(2, 4, 6))
     checkpoint = load_checkpoint(str(path), dtype="float32", device="cpu")
-    parts = assemble(checkpoint, EngineOptions(block_size=4, seed=0))
+    parts = assemble(checkpoint, EngineOptions(block_size=4, seed=0, min_quality=0.0))
     worker = EngineWorker(parts.engine, debug=True)
     worker.start()
     settings = ApiSettings(served_model_name="tiny", structured_min_quality=0.5)
