@@ -244,7 +244,7 @@ WRONG_PROMPTS: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"tools": [{"type": "function"}]}, "tools"),
     (CHAT, {"functions": [{"name": "f"}]}, "functions"),
     (CHAT, {"tool_choice": "required"}, "tool_choice"),
-    (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
+    (CHAT, {"response_format": {"type": "xml"}}, "response_format.type"),
     (CHAT, {"modalities": ["audio"]}, "modalities"),
     (CHAT, {"logprobs": 1}, "logprobs"),
     (CHAT, {"top_logprobs": 2}, "top_logprobs"),

@@ -104,5 +104,8 @@ def learn_length(lengths: LengthEstimator, sequence: Sequence, *, cut: bool) -> 
     try:
         key = LengthKey.of(sequence.request)
         lengths.observe(sequence.num_sampled_tokens, cut=cut, key=key)
+        grammar, num_tokens = sequence.request.grammar, sequence.num_output_tokens
+        if grammar is not None:
+            lengths.observe_forced(sequence.num_sampled_tokens, num_tokens, grammar.key)
     except Exception:
         logger.exception("nothing was learned of the length of an answer")

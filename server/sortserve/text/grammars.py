@@ -30,7 +30,7 @@ MAX_KEPT = 128
 MAX_FORCED_AT_START = 16_384
 MAX_PLACES = 256
 """Compilations that look for the place of an error."""
-_JSON_OPTIONS = {
+_JSON_OPTIONS: Any = {
     "item_separator": ", ",
     "key_separator": ": ",
     "whitespace_flexible": False,
@@ -191,27 +191,33 @@ class Grammars:
         self._compiler: GrammarCompiler | None = None
         self._lock = threading.Lock()
 
+    def prepare(self) -> bool:
+        """Read the vocabulary now, which stops all threads for a second; False: no library."""
+        with self._lock:
+            try:
+                self._compiler = self._compiler or GrammarCompiler(
+                    self._backend.to_str(),
+                    vocab_size=self._vocab_size,
+                    num_token_ids=self._num_token_ids,
+                    eos_token_ids=self._eos_token_ids,
+                )
+            except ImportError:
+                return False
+        return True
+
     def compile(self, format_: OutputFormat) -> Grammar:
         """The grammar of a format. Any thread may ask.
 
         Raises:
             InvalidRequestError: it cannot be compiled, or llguidance is not installed.
         """
-        with self._lock:
-            if self._compiler is None:
-                try:
-                    self._compiler = GrammarCompiler(
-                        self._backend.to_str(),
-                        vocab_size=self._vocab_size,
-                        num_token_ids=self._num_token_ids,
-                        eos_token_ids=self._eos_token_ids,
-                    )
-                except ImportError:
-                    raise InvalidRequestError(
-                        f"{format_.param} needs the package llguidance, which is not installed: "
-                        "pip install 'sortserve[server]'.",
-                        param=format_.param,
-                    ) from None
+        if self._compiler is None and not self.prepare():
+            raise InvalidRequestError(
+                f"{format_.param} needs the package llguidance, which is not installed: "
+                "pip install 'sortserve[server]'.",
+                param=format_.param,
+            )
+        assert self._compiler is not None
         return self._compiler.compile(format_)
 
 

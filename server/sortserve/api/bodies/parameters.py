@@ -195,7 +195,7 @@ def read_output_format(body: GenerationFields) -> OutputFormat | None:
     """
     given: dict[str, OutputFormat] = {}
     for name in FORMAT_FIELDS:
-        value = getattr(body, name, None)
+        value = getattr(body, name) if name in type(body).model_fields else None
         if value is None:
             continue
         is_guided = name.startswith(_GUIDED)
