@@ -55,7 +55,7 @@ def main() -> None:
     parts = assemble(load_checkpoint(options.model, dtype=options.dtype), EngineOptions())
     schema = json.loads(options.schema.read_text()) if options.schema else SCHEMA
     started_s = time.perf_counter()
-    grammar = parts.tokenizer.compile_grammar(OutputFormat("json", json.dumps(schema)))
+    grammar = parts.tokenizer.grammars.compile(OutputFormat("json", json.dumps(schema)))
     print(f"tokenizer read and schema compiled in {1e3 * (time.perf_counter() - started_s):.0f} ms")
     report(parts, grammar, options.rows, options.steps)
 

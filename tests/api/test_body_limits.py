@@ -44,6 +44,7 @@ ROWS = {
     "characters of a schema, a grammar or an expression": "MAX_FORMAT_CHARS",
     "strings, lists, objects and names in a schema": "MAX_FORMAT_VALUES",
     "depth of a schema, with what is around it": "MAX_FORMAT_DEPTH",
+    "`tools`": "MAX_TOOLS",
     "characters of `model`, and of `cache_salt`": "MAX_NAME_CHARS",
     "fields of the body": "MAX_FIELDS",
     "bytes of a name, at any depth": "MAX_KEY_CHARS",

@@ -232,7 +232,7 @@ WRONG_PROMPTS: list[tuple[str, dict[str, Any], str]] = [
     (
         CHAT,
         {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
-        "messages.0.tool_calls",
+        "messages.0.tool_calls.0",
     ),
     (CHAT, {"messages": [{"role": "alien", "content": "x"}]}, "messages"),
     (CHAT, {"messages": [{"role": "user", "content": "a" * 256}]}, "messages"),
@@ -241,7 +241,7 @@ WRONG_PROMPTS: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs.self"),
     (CHAT, {"priority": 101}, "priority"),
     (CHAT, {"priority": 1.5}, "priority"),
-    (CHAT, {"tools": [{"type": "function"}]}, "tools"),
+    (CHAT, {"tools": [{"type": "function"}]}, "tools.0.function"),
     (CHAT, {"functions": [{"name": "f"}]}, "functions"),
     (CHAT, {"tool_choice": "required"}, "tool_choice"),
     (CHAT, {"response_format": {"type": "xml"}}, "response_format.type"),

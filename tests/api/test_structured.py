@@ -232,3 +232,35 @@ async def test_a_structured_request_has_a_floor_of_its_own(client: httpx.AsyncCl
     assert "leaves no exit" in (await exit_of(cheap, **form))["message"]
     assert (await exit_of({**cheap, "min_quality": 0}, **form))["exit_layer"] == 2
     assert (await exit_of({"exit_layer": 2}, **form))["exit_layer"] == 2
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": "clock"}},
+    {"type": "function", "function": {"name": "person", "parameters": FIVE_FIELDS}},
+]
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "person"}}]
+)
+async def test_a_call_that_must_come_is_valid_and_streams_the_same(
+    client: httpx.AsyncClient, choice: Any
+) -> None:
+    tools = TOOLS[1:] if choice == "required" else TOOLS
+    fields = {"tools": tools, "tool_choice": choice, "parallel_tool_calls": False}
+    body = asking(CHAT, **fields)
+    [whole] = (await client.post(CHAT, json=body)).json()["choices"]
+
+    reply = await client.post(CHAT, json={**body, "stream": True})
+
+    assert whole["finish_reason"] == "tool_calls"
+    assert whole["message"]["content"] is None
+    [call] = whole["message"]["tool_calls"]
+    assert call["function"]["name"] == "person"
+    check_document(call["function"]["arguments"], FIVE_FIELDS)
+    events = [json.loads(line[6:]) for line in reply.text.splitlines() if line[:7] == "data: {"]
+    choices = [choice for event in events for choice in event["choices"]]
+    calls = [call for c in choices for call in c["delta"].get("tool_calls", [])]
+    assert calls[0]["function"]["name"] == "person"
+    assert "".join(c["function"]["arguments"] for c in calls) == call["function"]["arguments"]
+    assert choices[-1]["finish_reason"] == "tool_calls"

@@ -30,7 +30,7 @@ def request_of(served: Served, request_id: str, format_: Any = SCHEMA, **samplin
     params = SamplingParams(format=format_, **{"max_tokens": 120, "seed": 3, **sampling})
     grammar = None
     if params.output_format is not None:
-        grammar = served.tokenizer.compile_grammar(params.output_format)
+        grammar = served.tokenizer.grammars.compile(params.output_format)
     return Request(
         request_id=request_id,
         prompt_token_ids=tuple(served.tokenizer.encode("in the rain")),

@@ -40,6 +40,13 @@ MODEL = "tiny"
 WAIT_S = 30
 
 
+class FormCompiler:
+    """Formats of any kind are forms to fill in (``support.scripted_grammar``)."""
+
+    def compile(self, format_: OutputFormat) -> Form:
+        return Form(format_.text)
+
+
 class AsciiTokenizer:
     """Each character is its number; a conversation is its contents, one after the other."""
 
@@ -47,6 +54,7 @@ class AsciiTokenizer:
     max_token_chars = 1
 
     def __init__(self) -> None:
+        self.grammars = FormCompiler()
         self.threads: set[str] = set()
         """Names of the threads that encoded something."""
 
@@ -57,9 +65,7 @@ class AsciiTokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return "".join(map(chr, token_ids))
 
-    def compile_grammar(self, format_: OutputFormat) -> Form:
-        """Whatever its kind, a form to fill in (``support.scripted_grammar``)."""
-        return Form(format_.text)
+    tool_dialect: str | None = None
 
     def apply_chat_template(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any

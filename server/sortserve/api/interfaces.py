@@ -7,7 +7,14 @@ from typing import Any, Protocol
 
 from sortserve.core.grammar import Grammar, OutputFormat
 
-__all__ = ["HttpMetrics", "Tokenizer"]
+__all__ = ["Grammars", "HttpMetrics", "Tokenizer"]
+
+
+class Grammars(Protocol):
+    """The part of ``sortserve.text.grammars.Grammars`` that requests need."""
+
+    def compile(self, format_: OutputFormat) -> Grammar:
+        """What an answer in that format must match."""
 
 
 class Tokenizer(Protocol):
@@ -28,8 +35,13 @@ class Tokenizer(Protocol):
     ) -> list[int]:
         """Messages to token ids."""
 
-    def compile_grammar(self, format_: OutputFormat) -> Grammar:
-        """What an answer in that format must match."""
+    @property
+    def tool_dialect(self) -> str | None:
+        """The form in which the chat template has tools called; None: it knows none."""
+
+    @property
+    def grammars(self) -> Grammars:
+        """Compiles what answers must look like."""
 
     def convert_id_to_token_text(self, token_id: int) -> tuple[str, bytes]:
         """One token as text (which may be half a character, replaced) and as its bytes."""

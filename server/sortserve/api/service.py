@@ -95,7 +95,7 @@ class Service:
         format_ = job.sampling.output_format
         if format_ is None:
             return None
-        return await self.threads.run(partial(self.tokenizer.compile_grammar, format_))
+        return await self.threads.run(partial(self.tokenizer.grammars.compile, format_))
 
     def _log_texts(self, job: Job, prompts: list[list[int]], generation: Generation) -> None:
         """Write what was asked and answered, for operators who switched it on."""

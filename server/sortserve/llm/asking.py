@@ -177,7 +177,7 @@ class Asking:
             sampling = replace(sampling, max_tokens=room)
             expected_tokens = min(room, EXPECTED_TOKENS)
         format_ = sampling.output_format
-        grammar = None if format_ is None else self.tokenizer.compile_grammar(format_)
+        grammar = None if format_ is None else self.tokenizer.grammars.compile(format_)
         return Request(
             request_id="",
             prompt_token_ids=prompt.token_ids,

@@ -22,7 +22,6 @@ from tokenizers.decoders import Decoder
 from transformers import PreTrainedTokenizerFast
 
 from sortserve.core.errors import InvalidRequestError
-from sortserve.core.grammar import Grammar, OutputFormat
 from sortserve.core.sampling_params import SamplingParams
 from sortserve.text.chat_template import ChatTemplate
 from sortserve.text.grammars import Grammars
@@ -68,12 +67,10 @@ class Tokenizer:
         self.vocab_size: int = min(num_ids, model_vocab_size or num_ids)
         """One above the largest id that tokenizer and model both know. Either may know more: a
         model's vocabulary may be padded, and tokens may have been added without new embeddings."""
-        self._grammars = Grammars(
-            self._backend,
-            vocab_size=model_vocab_size or num_ids,
-            num_token_ids=num_ids,
-            eos_token_ids=eos_token_ids,
-        )
+        self.grammars = Grammars(self._backend, model_vocab_size or num_ids, num_ids, eos_token_ids)
+        """Compiles what answers must look like."""
+        self.tool_dialect = self._chat_template.tool_dialect
+        """The form in which the template has tools called; None: it knows none."""
         self.max_token_chars: int = max(map(len, vocabulary))
         """No token stands for more characters. A byte of a byte-level token counts as one."""
         self._max_tokens = max_tokens
@@ -185,21 +182,6 @@ class Tokenizer:
             messages, add_generation_prompt=add_generation_prompt, variables=template_kwargs
         )
         return self.encode(text, add_special_tokens=False, param="messages")
-
-    def prepare_grammars(self) -> None:
-        """Let the first ``compile_grammar`` find everything ready; does nothing without its library.
-
-        Takes half a second of one core for a vocabulary of 50,000, in which no thread gets on.
-        """
-        self._grammars.prepare()
-
-    def compile_grammar(self, format_: OutputFormat) -> Grammar:
-        """What an answer in that format must match; takes up to some hundred milliseconds.
-
-        Raises:
-            InvalidRequestError: it cannot be compiled, or the library for it is not installed.
-        """
-        return self._grammars.compile(format_)
 
     def convert_id_to_token_text(self, token_id: int) -> tuple[str, bytes]:
         """One token as text and as bytes, as logprobs need it.

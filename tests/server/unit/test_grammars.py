@@ -242,7 +242,7 @@ def test_both_kinds_of_tokenizer_write_what_they_say(make: Any) -> None:
     tokenizer = Tokenizer(hf_tokenizer, frozenset({eos}))
     schema = {"enum": ["the hello world", "é 你好"]}
 
-    grammar = tokenizer.compile_grammar(format_of(schema))
+    grammar = tokenizer.grammars.compile(format_of(schema))
     matcher = grammar.start()
     tokens: list[int] = []
 

@@ -62,6 +62,8 @@ MAX_FORMAT_CHARS = 131_072
 MAX_FORMAT_VALUES = 16_384
 MAX_FORMAT_DEPTH = 64
 
+MAX_TOOLS = 128
+
 MAX_OTHER_VALUES = 4096
 """Strings, lists and objects in all other fields together, names too."""
 MAX_OTHER_NUMBERS = 8192
@@ -74,7 +76,7 @@ FORMAT_FIELDS = (
     *("format", "response_format", "structured_outputs"),
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
 )
-"""Fields that may hold a schema or a grammar."""
+"""Fields that may hold a schema or a grammar; ``tools`` may, too."""
 
 
 def max_encoded_tokens(max_model_len: int) -> int:
@@ -173,7 +175,7 @@ class BodyLimits:
             max_depth=MAX_FORMAT_DEPTH,
         )
         return {
-            **dict.fromkeys(FORMAT_FIELDS, format_),
+            **dict.fromkeys((*FORMAT_FIELDS, "tools"), format_),
             "prompt": prompt,
             "messages": messages,
             "tokens": tokens,

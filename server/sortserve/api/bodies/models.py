@@ -259,6 +259,12 @@ class ChatCompletionBody(_OpenAIFields):
     """And of this many rivals, 0 to 20. Needs `logprobs`."""
     add_generation_prompt: bool | None = None
     chat_template_kwargs: TemplateVariables | None = None
+    tools: Annotated[list[Any], Field(max_length=limits.MAX_TOOLS)] | None = None
+    """Functions that the model may call, as OpenAI has them."""
+    tool_choice: str | dict[str, Any] | None = None
+    """`none`, `auto`, `required` or `{"type": "function", "function": {"name"}}`."""
+    parallel_tool_calls: bool | None = None
+    """False: one call at most in an answer that must have one."""
 
 
 class TokenizeBody(_Body):
