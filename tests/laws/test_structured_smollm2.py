@@ -40,6 +40,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_two_hundred_documents_of_the_shipped_checkpoint_are_valid() -> None:
     counts: Counter[str] = Counter()
     with LLM("sorted-smollm2-135m", min_quality=0.0, max_num_seqs=32) as llm:
