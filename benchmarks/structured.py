@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -66,7 +67,7 @@ def report(parts: EngineParts, grammar: Grammar, num_rows: int, num_steps: int) 
     times: dict[str, list[float]] = {kind: [] for kind in rows}
     for step in range(num_steps + 3):
         for kind in ("free", "held"):
-            seconds, results = timed(lambda kind=kind: parts.runner.execute(plans[kind]()))
+            seconds, results = timed(partial(parts.runner.execute, plans[kind]()))
             advance(rows[kind], results, grammar)
             if step >= 3:
                 times[kind].append(seconds)

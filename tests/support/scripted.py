@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +79,7 @@ class ScriptedRunner:
         self.fail_next = False
         self._pages = np.full((num_pages, block_size), -1)
 
-    def execute(self, plan: StepPlan) -> list[SampledToken | RowFailure]:
+    def execute(self, plan: StepPlan) -> list[SampledToken]:
         self.plans.append(plan)
         if self.fail_next:
             self.fail_next = False
@@ -88,7 +89,7 @@ class ScriptedRunner:
             for i, token_id in enumerate(row.token_ids):
                 block, offset = divmod(row.start + i, self.block_size)
                 self._pages[row.block_table_SB[:, block], offset] = token_id
-        sampled: list[SampledToken | RowFailure] = []
+        sampled: list[Any] = []  # a row whose grammar fails has a failure
         for row in plan.rows:
             if row.sampling is None:
                 continue

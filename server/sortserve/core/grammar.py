@@ -77,8 +77,9 @@ class Matcher(Protocol):
 class Grammar(Protocol):
     """Compiled, and shared by all answers that must match it."""
 
-    key: str
-    """As of its ``OutputFormat``."""
+    @property
+    def key(self) -> str:
+        """As of its ``OutputFormat``."""
 
     def start(self) -> Matcher:
         """The place of an answer that has not begun."""

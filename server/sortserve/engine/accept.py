@@ -36,25 +36,16 @@ def accept(live: Live, token: SampledToken, now: float) -> Accepted:
     sequence.last_token_s = now
     if sequence.first_token_s is None:
         sequence.first_token_s = now
-    texts, reason = _take(live, token.token_id, forced=False)
-    if sequence.constraint is None:
-        tokens = (token,)
-    else:
-        tokens, texts, reason = _take_forced(live, (token,), texts, reason)
+    text, reason = _take(live, token.token_id, forced=False)
+    tokens: tuple[SampledToken, ...] = (token,)
+    constraint = sequence.constraint
+    if constraint is not None:
+        while reason is None and (token_id := constraint.next_forced()) is not None:
+            more, reason = _take(live, token_id, forced=True)
+            tokens, text = (*tokens, SampledToken(token_id)), text + more
     if reason is None and would_overrun(sequence, previous_s, now):
         reason = FinishReason.DEADLINE
-    return Accepted(texts, tokens, reason)
-
-
-def _take_forced(
-    live: Live, tokens: tuple[SampledToken, ...], text: str, reason: FinishReason | None
-) -> tuple[tuple[SampledToken, ...], str, FinishReason | None]:
-    constraint = live.sequence.constraint
-    assert constraint is not None
-    while reason is None and (token_id := constraint.next_forced()) is not None:
-        more, reason = _take(live, token_id, forced=True)
-        tokens, text = (*tokens, SampledToken(token_id)), text + more
-    return tokens, text, reason
+    return Accepted(text, tokens, reason)
 
 
 def _take(live: Live, token_id: int, *, forced: bool) -> tuple[str, FinishReason | None]:

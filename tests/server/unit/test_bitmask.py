@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from sortserve.core.grammar import Constraint, clear, num_words
 from sortserve.core.sampling_params import RowFailure, SamplingParams, SamplingRow
@@ -19,7 +20,7 @@ from support.scripted_grammar import Form
 LETTER = {ord(c) for c in "abcdefghijklmnopqrstuvwxyz"}
 
 
-def words_of(token_ids: set[int], vocab_size: int) -> np.ndarray:
+def words_of(token_ids: set[int], vocab_size: int) -> NDArray[np.int32]:
     bits = np.zeros(32 * num_words(vocab_size), dtype=np.uint8)
     bits[list(token_ids)] = 1
     return np.packbits(bits, bitorder="little").view(np.int32)
@@ -86,6 +87,7 @@ def test_a_forced_token_is_the_only_one_allowed_and_asking_changes_nothing() -> 
 
     for _ in range(2):
         [mask_W] = make_masks([row], 128).values()
+        assert not isinstance(mask_W, RowFailure)
         assert (mask_W == words_of({ord("x")}, 128)).all()
 
 
