@@ -81,7 +81,6 @@ ASKING: list[tuple[str, Any]] = [
     ("template", "{{ .Prompt }}"),
     ("think", True),
     # OpenAI
-    ("tools", [{"type": "function", "function": {"name": "f"}}]),
     ("text", {"format": {"type": "json_schema", "schema": SCHEMA}}),
     ("reasoning_effort", "low"),
     ("verbosity", "low"),
@@ -167,6 +166,15 @@ async def test_values_that_ask_for_nothing_are_served(
     reply = await shared.post(path, {**BASE[path], **fields})
 
     assert reply.status_code == 200, reply.text
+
+
+async def test_tools_are_refused_on_the_route_that_has_no_messages(shared: HttpService) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+
+    reply = await shared.post(COMPLETIONS, {**BASE[COMPLETIONS], "tools": tools})
+
+    error = reply.json()["error"]
+    assert (error["param"], error["code"]) == ("tools", "unsupported_field")
 
 
 async def test_an_answer_that_is_to_be_continued_is_refused(shared: HttpService) -> None:
