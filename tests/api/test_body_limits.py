@@ -180,7 +180,7 @@ OVER_THE_LIMIT: list[tuple[str, dict[str, Any], str]] = [
     (GENERATE, {"prompt": "a", "request_id": "i" * 129}, "request_id"),
     (COMPLETIONS, {"prompt": "a", **{f"x{i}": i for i in range(256)}}, "x255"),
     (COMPLETIONS, {"prompt": "a", "user": "u" * 65_537}, "user"),
-    (COMPLETIONS, {"prompt": "a", "tools": [{"x": "y"}] * 2000}, "tools"),
+    (COMPLETIONS, {"prompt": "a", "tools": [{"x": "y"}] * 6000}, "tools"),
     (COMPLETIONS, {"prompt": "a", "suffix": "u" * 65_537}, "suffix"),
     (COMPLETIONS, {"prompt": ["a"] * 129}, "prompt"),
     ("/detokenize", {"tokens": [97] * 16_385}, "tokens"),

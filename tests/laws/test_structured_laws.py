@@ -72,7 +72,7 @@ def num_steps(served: Served, **sampling: Any) -> tuple[int, int]:
     return steps, len(results["r"].token_ids)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_five_fields_take_three_tenths_fewer_steps(served: Served, seed: int) -> None:
     slow, num_tokens = num_steps(served, seed=seed, logprobs=0)
     fast, same = num_steps(served, seed=seed)
@@ -81,15 +81,14 @@ def test_five_fields_take_three_tenths_fewer_steps(served: Served, seed: int) ->
     assert fast <= 0.7 * slow
 
 
-@pytest.mark.parametrize("chunk", [7, 256])
-def test_any_mix_of_depths_and_formats_equals_each_alone(served: Served, chunk: int) -> None:
+def test_any_mix_of_depths_and_formats_equals_each_alone(served: Served) -> None:
     formats = [SCHEMA, {"regex": "[a-z]{3,9}"}, {"choice": ["yes", "no"]}, None]
     cases = [
-        (f"{e}-{i}", e, {"format_": format_, "seed": e + i, "max_tokens": 60, "top_p": 0.9})
+        (f"{e}-{i}", e, {"format_": format_, "seed": e + i, "max_tokens": 30, "top_p": 0.9})
         for e in EXITS
         for i, format_ in enumerate(formats)
     ]
-    engine = served.engine(max_num_batched_tokens=chunk)
+    engine = served.engine(max_num_batched_tokens=7)
     for name, exit_layer, fields in cases:
         add(engine, request_of(served, name, **fields), exit_layer)
 
@@ -112,7 +111,7 @@ def disturbed(served: Served, disturb: Any, at_step: int) -> Collected:
     return results["r"]
 
 
-@pytest.mark.parametrize("at_step", [2, 5, 9])
+@pytest.mark.parametrize("at_step", [2, 9])
 def test_preempted_and_resumed_equals_undisturbed(served: Served, at_step: int) -> None:
     def preempt(engine: Engine) -> None:
         [sequence] = engine.scheduler.sequences()

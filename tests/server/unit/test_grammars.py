@@ -50,6 +50,7 @@ def test_a_schema_gives_only_valid_documents_or_is_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_two_thousand_random_documents_are_valid() -> None:
     """With the figures printed: run it with ``-s``."""
     counts = {"schemas": 0, "refused": 0, "ended": 0, "cut": 0}

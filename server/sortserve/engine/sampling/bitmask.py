@@ -19,6 +19,13 @@ from sortserve.core.sampling_params import RowFailure, SamplingRow
 
 __all__ = ["MaskMaker", "Masks", "apply_bitmask", "make_masks"]
 
+_ADDED = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") > 0,
+    np.float32(0.0),
+    np.float32(-math.inf),
+)
+"""What each value of a byte of a mask adds to the logits of its eight tokens."""
+
 Masks = Mapping[SamplingRow, NDArray[np.int32] | RowFailure]
 """Of each constrained row the words of its mask [W], or why there is none."""
 
@@ -65,19 +72,20 @@ def apply_bitmask(logits_RV: Tensor, rows: Sequence[int], mask_NW: NDArray[np.in
     """Set the logits of tokens whose bit is clear to -inf, in place.
 
     Args:
-        logits_RV: on any device.
+        logits_RV: on any device, none of them plus infinity.
         rows: which of them have a mask, each once.
         mask_NW: their masks; token t is bit ``t % 32`` of word ``t // 32``.
     """
     vocab_size = logits_RV.shape[1]
     assert mask_NW.shape == (len(rows), num_words(vocab_size))
     if logits_RV.device.type == "cpu":
-        # By bytes, lowest bit first: tens of microseconds a row, where shifts take milliseconds.
-        as_bytes = (~mask_NW).astype("<i4", copy=False).view(np.uint8)
-        blocked = np.unpackbits(as_bytes, axis=1, count=vocab_size, bitorder="little")
-        blocked_NV = torch.from_numpy(blocked.view(np.bool_))
-        for n, r in enumerate(rows):
-            logits_RV[r].masked_fill_(blocked_NV[n], -math.inf)
+        # Eight tokens a byte are looked up and added, on this thread alone: 35 microseconds a row
+        # of 49,152, where shifts or choosing one by one take hundreds.
+        logits, as_bytes = logits_RV.numpy(), mask_NW.astype("<i4", copy=False).view(np.uint8)
+        added = np.empty((as_bytes.shape[1], 8), dtype=np.float32)
+        for r, row in zip(rows, as_bytes, strict=True):
+            np.take(_ADDED, row, axis=0, out=added, mode="clip")
+            logits[r] += added.reshape(-1)[:vocab_size]
         return
     device = logits_RV.device
     mask_NW1 = torch.from_numpy(mask_NW).to(device, non_blocking=True)[:, :, None]
