@@ -174,14 +174,15 @@ def _combined(children: st.SearchStrategy[Schema]) -> st.SearchStrategy[Schema]:
     return st.one_of(
         options.map(lambda some: {"anyOf": some}),
         children.map(lambda one: {"allOf": [one, {"title": "a note"}]}),
-        children.map(lambda one: {"$defs": {"T": one}, "$ref": "#/$defs/T"}),
     )
 
 
 def schemas() -> st.SearchStrategy[Schema]:
     """Schemas of every supported keyword, some levels deep."""
-    return st.recursive(
+    plain = st.recursive(
         _LEAVES,
         lambda children: st.one_of(_objects(children), _arrays(children), _combined(children)),
         max_leaves=5,
     )
+    referring = plain.map(lambda one: {"$defs": {"T": one}, "$ref": "#/$defs/T"})
+    return st.one_of(plain, plain, referring)
