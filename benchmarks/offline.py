@@ -50,6 +50,7 @@ class EngineBench:
             max_num_seqs=max_rows,
             max_num_batched_tokens=max(arguments.prefill_tokens, max_rows * arguments.context),
             enable_prefix_caching=False,
+            async_scheduling=False,  # a step is timed from its plan to its own tokens
         )
         parts = assemble(checkpoint, options)
         self._engine = parts.engine

@@ -145,13 +145,20 @@ class Collector:
             self._choices.setdefault(choice.index, _OpenChoice()).add(choice)
         if not choices and (usage or budget):
             return [StreamEvent(budget=budget, usage=usage)]
-        return [_event(choice, budget, usage) for choice in choices]
+        exits = [choice.get("exit_layer") for choice in message["choices"]]
+        return [
+            _event(choice, exit_layer, budget, usage)
+            for choice, exit_layer in zip(choices, exits, strict=True)
+        ]
 
 
-def _event(choice: Choice, budget: BudgetReport | None, usage: Usage | None) -> StreamEvent:
+def _event(
+    choice: Choice, exit_layer: int | None, budget: BudgetReport | None, usage: Usage | None
+) -> StreamEvent:
     return StreamEvent(
         text=choice.text,
         index=choice.index,
+        exit_layer=exit_layer,
         finish_reason=choice.finish_reason,
         logprobs=choice.logprobs,
         token_ids=choice.token_ids,

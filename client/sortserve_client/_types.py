@@ -184,6 +184,8 @@ class StreamEvent:
     text: str = ""
     index: int = 0
     """Which of the ``n`` choices."""
+    exit_layer: int | None = None
+    """The exit that made the token of this event."""
     finish_reason: str | None = None
     """Set on the last event of a choice."""
     logprobs: tuple[TokenLogprob, ...] | None = None

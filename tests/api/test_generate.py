@@ -208,15 +208,28 @@ async def test_a_stream_has_one_event_per_token_and_ends_with_the_whole_story(
 
     events = await shared.events("/generate", body)
 
-    assert events[:2] == [
-        {"id": "s1", "model": MODEL, "choices": [{"index": 0, "text": t, "finish_reason": None}]}
-        for t in "bc"
-    ]
+    choices = [{"index": 0, "exit_layer": 6, "text": t, "finish_reason": None} for t in "bc"]
+    assert events[:2] == [{"id": "s1", "model": MODEL, "choices": [choice]} for choice in choices]
     last = events[2]
-    assert last["choices"] == [{"index": 0, "text": "d", "finish_reason": "length"}]
+    assert last["choices"] == [
+        {"index": 0, "exit_layer": 6, "text": "d", "finish_reason": "length"}
+    ]
     assert last["budget"]["tokens_by_exit"] == {"6": 3}
     assert last["usage"]["completion_tokens"] == 3
     assert len(events) == 3
+
+
+@pytest.mark.parametrize("extra", [{}, {"return_token_ids": True}])
+async def test_each_event_of_a_stream_names_the_exit_that_made_its_token(
+    shared: HttpService, extra: dict[str, Any]
+) -> None:
+    schedule = [[0, 6], [2, 4], [3, 2]]
+    body = {"prompt": "a", "max_tokens": 5, "budget": {"schedule": schedule}, **extra}
+
+    events = await shared.events("/generate", body)
+
+    assert [event["choices"][0]["exit_layer"] for event in events] == [6, 6, 4, 2, 2]
+    assert events[-1]["budget"]["tokens_by_exit"] == {"6": 2, "4": 1, "2": 2}
 
 
 async def test_a_stream_of_several_answers_merges_them_by_index(shared: HttpService) -> None:

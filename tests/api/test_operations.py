@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 
 import sortserve
 from sortserve.api.routes import native, openai, operations
+from sortserve.api.routes import status as status_route
 from sortserve.api.settings import ApiSettings
 from sortserve.core import budget, sampling_params
 from sortserve.core.errors import InvalidRequestError
@@ -95,7 +96,7 @@ async def test_version(shared: HttpService) -> None:
 
 GET_ROUTES = [
     *("/health", "/readyz", "/livez", "/version", "/metrics", "/exits"),
-    *("/v1/models", "/v1/models/tiny@2", "/docs", "/openapi.json"),
+    *("/v1/models", "/v1/models/tiny@2", "/status", "/docs", "/openapi.json"),
 ]
 
 
@@ -387,7 +388,7 @@ async def test_the_openapi_document_knows_every_route_and_every_reference_resolv
 ) -> None:
     document = (await shared.get("/openapi.json")).json()
 
-    routers = (native.router, openai.router, operations.router)
+    routers = (native.router, openai.router, operations.router, status_route.router)
     routes = {r.path for router in routers for r in router.routes if isinstance(r, APIRoute)}
     documented = {path.replace("{model_id}", "{model_id:path}") for path in document["paths"]}
     assert len(routes) >= 13
@@ -477,13 +478,65 @@ async def test_the_documentation_page_needs_nothing_but_this_server(shared: Http
     assert reply.headers["content-type"] == "text/html; charset=utf-8"
     assert "default-src 'none'" in reply.headers["content-security-policy"]
     assert not re.search(r"https?://", reply.text)
-    assert "openapi.json" in reply.text
+    assert "openapi.json" in (await shared.get("/docs/docs.js")).text
     addresses = re.findall(r'(?:src|href)="(?!data:)([^"]+)"', reply.text)
-    assert len(addresses) == 2
+    assert len(addresses) == 4
     for address in addresses:
         file = await shared.get(f"/{address}")
         assert file.status_code == 200
         assert re.match("text/(css|javascript)", file.headers["content-type"])
+
+
+async def test_the_documentation_page_needs_no_key_and_what_it_asks_for_does(
+    make: Callable[..., HttpService],
+) -> None:
+    service = make(api_keys=("k",))
+    files = ("/docs", "/docs/docs.js", "/docs/docs.css", "/docs/swagger-ui.js")
+
+    replies = [(await service.get(path)).status_code for path in (*files, "/openapi.json")]
+
+    assert replies == [200, 200, 200, 200, 401]
+    assert 'type="password"' in (await service.get("/docs")).text
+
+
+@pytest.mark.parametrize("api_keys", [(), ("k",)])
+def test_the_document_is_valid_openapi(
+    make: Callable[..., HttpService], api_keys: tuple[str, ...]
+) -> None:
+    from openapi_spec_validator import OpenAPIV31SpecValidator
+
+    document = make(api_keys=api_keys, start=False).app.openapi()
+
+    assert [error.message for error in OpenAPIV31SpecValidator(document).iter_errors()] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "exit_layer"),
+    [("/generate", 6), ("/v1/completions", 6), ("/v1/chat/completions", 6)],
+)
+async def test_what_the_documentation_fills_in_is_answered_at_full_depth(
+    shared: HttpService, path: str, exit_layer: int
+) -> None:
+    example = example_of(shared, path)
+
+    reply = await shared.post(path, example)
+
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["budget"]["exit_layer"] == exit_layer
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
+async def test_what_the_documentation_fills_in_is_answered(shared: HttpService, path: str) -> None:
+    assert (await shared.post(path, example_of(shared, path))).status_code == 200
+
+
+def example_of(service: HttpService, path: str) -> dict[str, Any]:
+    """The body that Swagger UI puts into the field of a route."""
+    document = service.app.openapi()
+    content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    name = content["schema"]["$ref"].rsplit("/", 1)[1]
+    example: dict[str, Any] = document["components"]["schemas"][name]["example"]
+    return example
 
 
 async def test_documentation_can_be_switched_off(make: Callable[..., HttpService]) -> None:

@@ -26,7 +26,7 @@ GUARDED = [
     ("POST", "/detokenize"),
     ("GET", "/version"),
     ("GET", "/openapi.json"),
-    ("GET", "/docs"),
+    ("GET", "/status"),
     ("GET", "/nothing"),
     ("GET", "/health/../generate"),
     ("GET", "/metrics/x"),

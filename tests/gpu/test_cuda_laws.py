@@ -82,6 +82,22 @@ def test_laws_3_to_5_chunks_prefix_hits_and_preemptions_change_nothing(root: Pat
         assert results[str(i)].token_ids == expected
 
 
+def test_law_15_with_a_step_under_way_every_token_is_the_offline_one(root: Path) -> None:
+    """The sampled token feeds the next step on the device."""
+    path = folder_of(root, "llama-tied")
+    engine = serve(path, device="cuda").engine(
+        num_pages=90, max_num_batched_tokens=16, policy="fair", launcher="own"
+    )
+    for i in range(6):
+        add(engine, make_request(str(i), PROMPT[: 12 + 3 * i], **GREEDY), EXITS[i % len(EXITS)])
+
+    results = run(engine)
+
+    for i in range(6):
+        expected = offline(path, PROMPT[: 12 + 3 * i], [EXITS[i % len(EXITS)]] * NUM_TOKENS)
+        assert results[str(i)].token_ids == expected
+
+
 def test_law_7_going_shallower_is_the_shallower_exit_on_the_same_kv(root: Path) -> None:
     path = folder_of(root, "llama-tied")
     engine = serve(path, device="cuda").engine()

@@ -171,6 +171,7 @@ def test_law_12_every_token_under_deadline_is_the_offline_one_at_its_exit(
         caching=st.booleans(),
         overload_degrade=st.booleans(),
         policy=st.sampled_from(["deadline", restless]),
+        launcher=st.sampled_from([None, "early", "late"]),
     )
     @settings(max_examples=20, deadline=None)
     def check(
@@ -181,6 +182,7 @@ def test_law_12_every_token_under_deadline_is_the_offline_one_at_its_exit(
         caching: bool,
         overload_degrade: bool,
         policy: str,
+        launcher: str | None,
     ) -> None:
         believed, workload = asked
         timed = served.timed(
@@ -188,6 +190,7 @@ def test_law_12_every_token_under_deadline_is_the_offline_one_at_its_exit(
             believed=believed,
             num_pages=num_pages,
             policy=policy,
+            launcher=launcher,
             max_num_batched_tokens=chunk,
             max_num_seqs=5,
             enable_prefix_caching=caching,

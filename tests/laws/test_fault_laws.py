@@ -26,6 +26,7 @@ from sortserve.core.request import FinishReason, Request, RequestOutput, Request
 from sortserve.core.sampling_params import RowFailure
 from sortserve.engine.engine import Engine
 from sortserve.simulation import Clock, Simulation, TimedRunner
+from support.launchers import LAUNCHERS
 from support.scripted import (
     AsciiText,
     ScriptedRunner,
@@ -130,7 +131,9 @@ class Observed:
 class Storm:
     """One engine, what has been asked of it, and what came back."""
 
-    def __init__(self, seed: int, policy: str, num_pages: int, caching: bool) -> None:
+    def __init__(
+        self, seed: int, policy: str, num_pages: int, caching: bool, launcher: str | None
+    ) -> None:
         self.chaos = Chaos(seed)
         self.rng = self.chaos.rng
         self.clock = Clock()
@@ -142,7 +145,8 @@ class Storm:
         self.ends: dict[str, RequestOutput] = {}
         self.engine: Engine = make_engine(
             exits=EXITS,
-            runner=self.runner,
+            runner=self.runner if launcher is None else LAUNCHERS[launcher](self.runner),
+            async_scheduling=launcher is not None,
             clock=self.clock,
             observer=self.observed,
             policy=policy,
@@ -202,7 +206,7 @@ class Storm:
             self.take([output])
         elif kind == 1 and sequence in self.engine.scheduler._running:
             self.engine.scheduler.preempt(sequence)
-        elif kind == 2 and sequence.exit_layer > EXITS[0]:
+        elif kind == 2 and sequence.exit_layer > EXITS[0] and not sequence.num_unknown_tokens:
             go_shallower(self.engine, sequence.request_id, EXITS[0])
         elif kind == 3:
             self.clock.now += self.rng.choice([0.001, 0.05])
@@ -229,18 +233,24 @@ class Storm:
         raise AssertionError("work is left")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.integers(0, 2**32),
     st.sampled_from(["deadline", "deadline", "fair"]),
     st.sampled_from([30, 45, 600]),
     st.booleans(),
     st.integers(1, 12),
+    st.sampled_from([None, "early", "late"]),
 )
 def test_whatever_fails_every_request_ends_once_and_nothing_is_held(
-    seed: int, policy: str, num_pages: int, caching: bool, num_requests: int
+    seed: int,
+    policy: str,
+    num_pages: int,
+    caching: bool,
+    num_requests: int,
+    launcher: str | None,
 ) -> None:
-    storm = Storm(seed, policy, num_pages, caching)
+    storm = Storm(seed, policy, num_pages, caching, launcher)
 
     storm.blow(num_requests)
 

@@ -30,7 +30,9 @@ from sortserve.core.request import RequestReport, StepRecord
 from sortserve.core.sampling_params import SampledToken
 from sortserve.engine.engine import Engine
 from sortserve.engine.worker import EngineWorker
+from sortserve.telemetry.logs import Observers
 from sortserve.telemetry.metrics import Metrics
+from sortserve.telemetry.totals import Totals
 from sortserve_client._sse import SSEDecoder
 from support.scripted import VOCAB_SIZE, Rule, ScriptedRunner, make_engine, next_letter
 from support.scripted_grammar import Form
@@ -194,12 +196,13 @@ def make_service(
     """A service over a scripted engine; the caller stops the worker."""
     runner, tokenizer = GatedRunner(rule=rule), AsciiTokenizer()
     metrics = Metrics(MODEL, EXITS, version=sortserve.__version__)
-    ended = Ended(metrics)
-    engine = make_engine(exits=EXITS, runner=runner, observer=ended, **(engine_options or {}))
+    ended, totals = Ended(metrics), Totals()
+    observer = Observers([ended, totals])
+    engine = make_engine(exits=EXITS, runner=runner, observer=observer, **(engine_options or {}))
     worker = EngineWorker(engine, **(worker_options or {}))
     api = ApiSettings(**{"served_model_name": MODEL, **settings})
     metrics.watch(worker.stats, partial(worker.admission_stats, api.default_budget))
-    app = create_app(worker, tokenizer, api, metrics)
+    app = create_app(worker, tokenizer, api, metrics, totals)
     if start:
         worker.start()
     return HttpService(app, worker, engine, runner, tokenizer, ended)

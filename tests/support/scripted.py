@@ -85,6 +85,7 @@ class ScriptedRunner:
             self.fail_next = False
             raise RuntimeError("scripted failure")
         assert all(row.exit_layer <= plan.depth_cap for row in plan.rows)
+        assert all(row.token_from is None for row in plan.rows)
         for row in plan.rows:  # all rows write before any reads, as in a layer
             for i, token_id in enumerate(row.token_ids):
                 block, offset = divmod(row.start + i, self.block_size)
@@ -94,6 +95,8 @@ class ScriptedRunner:
             if row.sampling is None:
                 continue
             known = [*row.sampling.prompt_token_ids, *row.sampling.output_token_ids]
+            if len(known) == row.context_len - 1:  # the host does not know it yet
+                known.append(row.token_ids[-1])
             assert len(known) == row.context_len
             assert row.block_table_SB.shape[0] == row.exit_layer // self.slab_size
             for position, token_id in enumerate(known):
@@ -224,6 +227,7 @@ class Collected:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    tokens: list[SampledToken] = field(default_factory=list)
     exits: list[int] = field(default_factory=list)
     last: RequestOutput | None = None
 
@@ -244,6 +248,7 @@ def collect(outputs: list[RequestOutput], results: dict[str, Collected]) -> None
     for output in outputs:
         result = results.setdefault(output.request_id, Collected())
         result.text += output.text
+        result.tokens += output.tokens
         result.token_ids += [token.token_id for token in output.tokens]
         result.exits += [output.exit_layer] * len(output.tokens)
         result.last = output

@@ -29,6 +29,7 @@ from sortserve.engine.worker import EngineWorker
 from sortserve.process import http_server, serve
 from sortserve.process.config import ServeSettings
 from sortserve.telemetry.metrics import Metrics
+from sortserve.telemetry.totals import Totals
 from support.http_service import EXITS, AsciiTokenizer
 from support.scripted import ScriptedRunner, make_engine
 
@@ -104,6 +105,7 @@ def build(settings: ServeSettings) -> Any:
         worker=worker,
         prepare=prepare,
         metrics=Metrics("tiny", EXITS, version=sortserve.__version__),
+        totals=Totals(),
         cache=SimpleNamespace(num_pages=1, num_bytes=1, block_size=4, slab_size=2),
         computed_in={
             name: "scripted" for name in ("dtype", "quantization", "backend", "isa", "threads")

@@ -19,6 +19,7 @@ from sortserve.model.backends import choose_backend
 from sortserve.model.decoder import Decoder
 from sortserve.simulation import Clock
 from sortserve.text.tokenizer import Tokenizer
+from support.launchers import LAUNCHERS
 from support.reference_sampling import sample_reference
 from support.scripted import FakeClock
 from support.timed import RecordingRunner, Timed
@@ -34,10 +35,17 @@ class Served:
     decoder: Decoder
     tokenizer: Tokenizer
 
-    def engine(self, *, num_pages: int = 600, block_size: int = 4, **config: Any) -> Engine:
-        """A fresh engine with an empty cache."""
+    def engine(
+        self,
+        *,
+        num_pages: int = 600,
+        block_size: int = 4,
+        launcher: str | None = None,
+        **config: Any,
+    ) -> Engine:
+        """A fresh engine with an empty cache; with a launcher it overlaps its steps."""
         runner = ModelRunner(self.decoder, num_pages=num_pages, block_size=block_size)
-        return self._engine_of(runner, FakeClock(), config)
+        return self._engine_of(runner, FakeClock(), launcher, config)
 
     def timed(
         self,
@@ -46,19 +54,26 @@ class Served:
         believed: CostModel,
         num_pages: int = 600,
         block_size: int = 4,
+        launcher: str | None = None,
         **config: Any,
     ) -> Timed:
         """A server whose steps take the time of one cost model, and that reckons with another."""
         clock = Clock()
         model = ModelRunner(self.decoder, num_pages=num_pages, block_size=block_size)
         runner = RecordingRunner(model, clock, truth)
-        engine = self._engine_of(runner, clock, config)
+        engine = self._engine_of(runner, clock, launcher, config)
         engine.costs.use(believed)
         return Timed(engine, runner, clock)
 
     def _engine_of(
-        self, runner: Runner, clock: Callable[[], float], config: dict[str, Any]
+        self,
+        runner: Runner,
+        clock: Callable[[], float],
+        launcher: str | None,
+        config: dict[str, Any],
     ) -> Engine:
+        if launcher is not None:
+            runner, config = LAUNCHERS[launcher](runner), {**config, "async_scheduling": True}
         settings = {
             "max_num_seqs": 64,
             "seed": 0,

@@ -126,7 +126,7 @@ class AdmissionDesk:
         Raises:
             BudgetUnattainableError: none fits and the budget says reject.
         """
-        allowed = self.objective.open_to(allowed)
+        allowed = self._open_to(allowed, request.budget)
         starts = allowed if exit_layer is None else (exit_layer,)
         deepest = ExitChoice(starts[-1], None, fits=True)
         unpromised = replace(deepest, fits=not request.budget.has_latency)
@@ -258,9 +258,8 @@ class AdmissionDesk:
         def predict(model: CostModel) -> float | None:
             load = self.load()
             others = [d for d in load.demands if d.request_id != request.request_id]
-            exit_layer = self.objective.open_to(self.exits.allowed(request.budget))[0]
-            again = replace(request, arrival_s=load.now)
-            newcomer = self._newcomer(again, exit_layer)
+            exit_layer = self._open_to(self.exits.allowed(request.budget), request.budget)[0]
+            newcomer = self._newcomer(replace(request, arrival_s=load.now), exit_layer)
             return predicted_drain_s(exit_layer, newcomer, load.with_demands(others), model)
 
         return self._ask(predict, unknown=None, failed=None)
@@ -279,7 +278,7 @@ class AdmissionDesk:
         Args:
             budget: of requests that give none.
         """
-        allowed = self.objective.open_to(self.exits.allowed(budget))
+        allowed = self._open_to(self.exits.allowed(budget), budget)
         known = AdmissionStats(min_quality=self.exits.min_quality, default_exit_layer=allowed[-1])
         return self._ask(
             lambda model: self._stats(budget, allowed, known, model), unknown=known, failed=known
@@ -288,9 +287,8 @@ class AdmissionDesk:
     def _stats(
         self, budget: Budget, allowed: tuple[int, ...], known: AdmissionStats, model: CostModel
     ) -> AdmissionStats:
-        load = self.load()
+        load, request = self.load(), _typical(budget, self.clock())
         level = self._next_level(load, model)
-        request = _typical(budget, load.now)
         num_decoding = sum(d.is_decoding for d in load.demands)
         costs = StepCosts(model, num_rows=num_decoding, chunk=load.max_num_batched_tokens)
         choice = self._judge(_Question(request, allowed, allowed), load, level, model)
@@ -300,6 +298,9 @@ class AdmissionDesk:
             overload_level=level.num_down,
             default_exit_layer=choice.exit_layer,
         )
+
+    def _open_to(self, allowed: tuple[int, ...], budget: Budget) -> tuple[int, ...]:
+        return self.objective.open_to(allowed, self.exits, budget)
 
     def _may_start_shallower(self, request: Request) -> bool:
         return may_start_shallower(request, overload_degrade=self.overload_degrade)

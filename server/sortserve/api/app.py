@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from functools import partial
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sortserve import __version__
 from sortserve.api.http.middleware import outer_layers
-from sortserve.api.http.security import ApiKeyMiddleware, BodyLimitMiddleware
+from sortserve.api.http.security import (
+    OPEN_PATHS,
+    ApiKeyMiddleware,
+    BodyLimitMiddleware,
+    route_path,
+)
 from sortserve.api.interfaces import HttpMetrics, Tokenizer
 from sortserve.api.openapi import install_openapi
 from sortserve.api.problems import (
@@ -22,11 +30,12 @@ from sortserve.api.problems import (
     unavailable_response,
     validation_response,
 )
-from sortserve.api.routes import docs, native, openai, operations
+from sortserve.api.routes import docs, native, openai, operations, playground, status
 from sortserve.api.service import Service
 from sortserve.api.settings import ApiSettings
 from sortserve.core.errors import SortserveError
 from sortserve.engine.worker import EngineWorker
+from sortserve.telemetry.totals import Totals
 
 __all__ = ["create_app", "create_loading_app"]
 
@@ -36,6 +45,7 @@ def create_app(
     tokenizer: Tokenizer,
     settings: ApiSettings,
     metrics: HttpMetrics | None = None,
+    totals: Totals | None = None,
 ) -> FastAPI:
     """The application over a worker.
 
@@ -46,6 +56,7 @@ def create_app(
         tokenizer: of the served checkpoint.
         settings: names, limits, keys.
         metrics: told about requests, and rendered at ``/metrics``.
+        totals: an observer of the worker's engine, for ``/status``.
     """
     app = FastAPI(
         title="sortserve",
@@ -56,30 +67,41 @@ def create_app(
         redirect_slashes=False,
         middleware=_layers(settings, metrics),
     )
-    app.state.service = Service(worker, tokenizer, settings, metrics)
-    routers = (native.router, openai.router, operations.router)
+    app.state.service = Service(worker, tokenizer, settings, metrics, totals or Totals())
+    routers = (native.router, openai.router, operations.router, status.router)
     for router in routers:
         app.include_router(router)
     if settings.enable_docs:
         app.include_router(docs.router)
         install_openapi(app, routers, settings)
+    if settings.playground:
+        app.include_router(playground.router)
     app.add_exception_handler(SortserveError, sortserve_error_response)
     app.add_exception_handler(RequestValidationError, validation_response)
     app.add_exception_handler(HTTPException, http_exception_response)
     return app
 
 
-def create_loading_app(*, cors_allow_origins: Sequence[str] = ()) -> ASGIApp:
-    """What answers while the model loads: alive, not ready, and nothing else yet."""
-    app: ASGIApp = _answer_while_loading
-    for layer in reversed(outer_layers(cors_allow_origins=cors_allow_origins)):
+def create_loading_app(
+    *, cors_allow_origins: Sequence[str] = (), root_path: str = "", with_playground: bool = False
+) -> ASGIApp:
+    """What answers while the model loads: alive, not ready, and a page that waits for more."""
+    pages = playground.PATHS if with_playground else frozenset[str]()
+    app: ASGIApp = partial(_answer_while_loading, pages)
+    layers = outer_layers(cors_allow_origins=cors_allow_origins, root_path=root_path)
+    for layer in reversed(layers):
         app = layer.cls(app, *layer.args, **layer.kwargs)
     return app
 
 
-async def _answer_while_loading(scope: Scope, receive: Receive, send: Send) -> None:
+async def _answer_while_loading(
+    pages: AbstractSet[str], scope: Scope, receive: Receive, send: Send
+) -> None:
     response: Response
-    if scope["path"].endswith("/livez"):  # a proxy's prefix may stand before it
+    path = route_path(scope)
+    if path in pages and scope["method"] == "GET":
+        response = await playground.page_at(Request(scope), path)
+    elif path.endswith("/livez"):  # a proxy's prefix may stand before it
         response = JSONResponse({"status": "alive"})
     else:
         response = unavailable_response("loading", "The model is still loading. Come back soon.")
@@ -94,5 +116,10 @@ def _layers(settings: ApiSettings, metrics: HttpMetrics | None) -> list[Middlewa
         cors_allow_origins=settings.cors_allow_origins,
     )
     if settings.api_keys:
-        layers.append(Middleware(ApiKeyMiddleware, api_keys=settings.api_keys))
+        pages = (docs.PATHS if settings.enable_docs else frozenset()) | (
+            playground.PATHS if settings.playground else frozenset()
+        )
+        layers.append(
+            Middleware(ApiKeyMiddleware, api_keys=settings.api_keys, open_paths=OPEN_PATHS | pages)
+        )
     return [*layers, Middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes)]

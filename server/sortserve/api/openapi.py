@@ -57,6 +57,11 @@ def _add_bodies(document: dict[str, Any], routers: Sequence[APIRouter]) -> None:
     _, schemas = models_json_schema(
         [(model, "validation") for model in bodies.values()], ref_template=_SCHEMA_REF
     )
+    for schema in schemas["$defs"].values():
+        for field in schema.get("properties", {}).values():
+            # Null means absent. As a default it would have to be of the field's type, and is not.
+            if field.get("default", ...) is None:
+                del field["default"]
     document["components"]["schemas"] |= schemas["$defs"]
 
 

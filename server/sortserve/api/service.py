@@ -27,6 +27,7 @@ from sortserve.core.grammar import Grammar, length_class_of
 from sortserve.core.request import EXPECTED_TOKENS, Request
 from sortserve.engine.worker import EngineWorker, RequestStream
 from sortserve.telemetry.logs import fields
+from sortserve.telemetry.totals import Totals
 
 __all__ = ["Service"]
 
@@ -43,6 +44,8 @@ class Service:
     tokenizer: Tokenizer
     settings: ApiSettings
     metrics: HttpMetrics | None = None
+    totals: Totals = field(default_factory=Totals)
+    """What the engine has done so far."""
     threads: TextThreads = field(default_factory=TextThreads)
     created_s: int = field(default_factory=lambda: int(time.time()))
     """When the service came up, in seconds of the epoch."""

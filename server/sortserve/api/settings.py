@@ -42,6 +42,8 @@ class ApiSettings:
     """Path prefix that a reverse proxy strips."""
     enable_docs: bool = True
     """Serve ``/docs`` and ``/openapi.json``."""
+    playground: bool = True
+    """Serve the page at ``/``."""
     max_n: int = 128
     """Most sequences of one request: prompts times ``n``."""
     max_token_chars: int = 128

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sortserve.core.sampling_params import RowFailure, SampledToken, SamplingRow
 
-__all__ = ["RowPlan", "Runner", "StepPlan"]
+__all__ = ["Launcher", "Pending", "RowPlan", "Runner", "StepPlan"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,14 @@ class RowPlan:
     prompt_len: int | None = None
     """Tokens of the prompt, the first of the sequence. None: a single token was generated, several
     are of the prompt."""
+    token_from: int | None = None
+    """The last of ``token_ids`` is not known yet, and what stands there means nothing: it is what
+    the plan launched before this one samples for its row of this number, counting only the rows
+    that sample. None: all are known."""
+    num_output_tokens: int | None = None
+    """Generated before the token to sample: the position that its noise is drawn from.
+    ``sampling.output_token_ids`` may hold one less, whose value is not known yet. None: as many as
+    it holds."""
 
     @property
     def num_tokens(self) -> int:
@@ -81,3 +89,22 @@ class Runner(Protocol):
 
     def execute(self, plan: StepPlan) -> Sequence[SampledToken | RowFailure]:
         """Run the plan; one result for each row that samples, in the plan's order."""
+
+
+class Pending(Protocol):
+    """A plan that has been launched."""
+
+    def result(self) -> Sequence[SampledToken | RowFailure]:
+        """What ``Runner.execute`` gives, or raises, once it is there."""
+
+
+class Launcher(Runner, Protocol):
+    """A runner that runs a plan while its caller does something else."""
+
+    def launch(self, plan: StepPlan) -> Pending:
+        """Run the plan after all that were launched before it, and do not wait for it.
+
+        Its rows may take tokens from the plan launched before (``token_from``); a row of that one
+        that failed gives any token that the model can read. What the plan only shows
+        (``block_table_SB``) has been read when this returns. ``execute`` is this and its result.
+        """

@@ -227,7 +227,7 @@ class StepRecord:
     failed_rows: Mapping[str, int] = field(default_factory=dict)
     """Rows that gave no token, by reason. A step with no other row has failed as a whole."""
     was_retried: bool = False
-    """It failed with all its rows and was run row by row."""
+    """It failed with all its rows and was run again."""
     policy_failed: bool = False
     """The policy failed, and a plain rule stood in for it."""
 

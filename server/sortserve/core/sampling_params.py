@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, overload
 
 from sortserve.core.errors import InvalidRequestError
 from sortserve.core.formats import read_format
@@ -155,6 +155,28 @@ class SamplingParams:
         )
 
 
+class _Counted(Sequence[int]):
+    """Tokens whose last one is not known: all may be counted, and the others read."""
+
+    def __init__(self, tokens: Sequence[int], count: int) -> None:
+        assert count == len(tokens) + 1, "one token is on its way at most"
+        self._tokens, self._count = tokens, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        wanted = range(self._count)[index]
+        places = [wanted] if isinstance(wanted, int) else wanted
+        assert max(places, default=-1) < self._count - 1, "this token is not known yet"
+        known = [self._tokens[place] for place in places]
+        return known[0] if isinstance(wanted, int) else known
+
+
 @dataclass(frozen=True, eq=False)
 class SamplingRow:
     """What the sampler needs to know of one row: plain values, nothing of the batch around it.
@@ -176,11 +198,21 @@ class SamplingRow:
 
     @property
     def needs_history(self) -> bool:
-        """Whether what may come next, or how likely, depends on every token before it.
+        """Whether the next token depends on the values of those generated so far, in the sampler.
 
-        Such a row cannot be prepared while the token before is still unknown.
+        Their number is all that other rows need.
         """
         return self.constraint is not None or self.params.has_penalties
+
+    def at(self, num_output_tokens: int | None) -> SamplingRow:
+        """The row when so many tokens are out, of which the last may not be known here.
+
+        Args:
+            num_output_tokens: as many as are known, or one more; None: as many as are known.
+        """
+        if num_output_tokens is None or num_output_tokens == len(self.output_token_ids):
+            return self
+        return replace(self, output_token_ids=_Counted(self.output_token_ids, num_output_tokens))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,10 @@ WAITING ───────▶ RUNNING ───────────▶ FI
 
 There is no prefill phase and no decode phase, only counts: ``num_tokens - num_computed_tokens`` is
 the work left, and a row samples when a step brings it to zero.
+
+A step counts from the moment it is launched: what it computes counts as computed, and the token
+that it samples as one of the sequence, though nobody here knows its value before the step is over
+(``num_unknown_tokens``). So the next step can be planned meanwhile.
 """
 
 from __future__ import annotations
@@ -100,6 +104,10 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_forced_tokens = 0
         self._num_forced_last = 0  # of them, after the last sampled one
+        # Tokens of steps under way: the latest, after those of ``output_token_ids``.
+        self.num_unknown_tokens = 0
+        # Where the plan launched last samples the latest of them: see ``RowPlan.token_from``.
+        self.sampled_at = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.expected_tokens: int | None = None
@@ -125,18 +133,39 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens generated so far."""
-        return len(self.output_token_ids)
+        """Tokens generated so far, those of steps under way included."""
+        return len(self.output_token_ids) + self.num_unknown_tokens
 
     @property
     def num_tokens(self) -> int:
-        """Tokens known so far: prompt and output."""
-        return self.num_prompt_tokens + len(self.output_token_ids)
+        """Tokens so far: prompt and output."""
+        return self.num_prompt_tokens + len(self.output_token_ids) + self.num_unknown_tokens
 
     @property
     def num_pending_tokens(self) -> int:
-        """Known tokens without KV: the work left before the next sample."""
-        return self.num_prompt_tokens + len(self.output_token_ids) - self.num_computed_tokens
+        """Tokens without KV: the work left before the next sample."""
+        num_output = len(self.output_token_ids) + self.num_unknown_tokens
+        return self.num_prompt_tokens + num_output - self.num_computed_tokens
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has all the tokens that it may have: no further step is for it."""
+        return self.num_output_tokens >= self.request.sampling.max_tokens
+
+    @property
+    def must_be_known(self) -> bool:
+        """Whether its next step can only be planned when all its tokens are known.
+
+        Penalties count the tokens themselves. A scheduled change of depth gives pages back that a
+        step under way would need again if it failed.
+        """
+        if self.num_unknown_tokens == 0 or self.is_complete:
+            return False
+        changes_depth = (
+            self.schedule is not None
+            and self.schedule.exit_at(self.num_output_tokens) < self.exit_layer
+        )
+        return changes_depth or self._sampling_row.needs_history
 
     @property
     def num_sampled_tokens(self) -> int:
@@ -154,7 +183,7 @@ class Sequence:
         return self.num_pending_tokens <= self.num_ready_tokens
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Known tokens at positions ``start`` to ``stop``."""
+        """Tokens at positions ``start`` to ``stop``, as far as they are known."""
         prompt = self.request.prompt_token_ids
         num_prompt = len(prompt)
         if start >= num_prompt:
@@ -164,16 +193,18 @@ class Sequence:
             head += self.output_token_ids[: stop - num_prompt]
         return head
 
-    def append_token(self, token_id: int, *, forced: bool = False) -> None:
-        """Add a token, made at the depth now in use.
+    def append_token(self, token_id: int, exit_layer: int, *, forced: bool = False) -> None:
+        """The oldest token of a step under way is known; ``exit_layer`` is where it was made.
 
-        A forced one is read by the next step, so a schedule's depth for it counts.
+        A forced one is of no step yet: the next one reads it, so a schedule's depth for it counts.
         """
-        exit_layer = self.exit_layer
         if forced:
             self.num_forced_tokens += 1
             if self.schedule is not None:
                 exit_layer = min(exit_layer, self.schedule.exit_at(self.num_output_tokens))
+        else:
+            assert self.num_unknown_tokens > 0, "no step under way has sampled for it"
+            self.num_unknown_tokens -= 1
         self._num_forced_last = self._num_forced_last + 1 if forced else 0
         self.output_token_ids.append(token_id)
         self.tokens_by_exit[exit_layer] = self.tokens_by_exit.get(exit_layer, 0) + 1
@@ -185,5 +216,6 @@ class Sequence:
     def __repr__(self) -> str:
         return (
             f"Sequence({self.request_id}, {self._status.value}, exit {self.exit_layer}, "
-            f"{self.num_computed_tokens}/{self.num_tokens} tokens)"
+            f"{self.num_computed_tokens}/{self.num_tokens} tokens, "
+            f"{self.num_unknown_tokens} of them unknown)"
         )

@@ -1,4 +1,4 @@
-"""Schedule, execute, commit: what turns requests into tokens.
+"""Schedule, launch, commit: what turns requests into tokens.
 
 What two threads touch, and what makes it safe:
 
@@ -10,6 +10,8 @@ What two threads touch, and what makes it safe:
 * places in the queue: the lock of ``QueueLimits``;
 * the learned lengths of answers: one frozen value in ``LengthEstimator``;
 * how far the engine has come (``Engine.num_calls``): an integer that one thread writes;
+* a plan on the thread of steps, if there is one: it has page tables of its own, and reads of a
+  request's tokens only as many as the plan says (``SamplingRow.at``);
 * a stream's outputs: its own event loop alone, reached through ``call_soon_threadsafe``;
 * metrics and logs: their libraries' locks. The tokenizer: see ``sortserve.text.tokenizer``.
 

@@ -24,7 +24,7 @@ class Accepted:
     """Why the request ends with the last of them; None: it goes on."""
 
 
-def accept(live: Live, token: SampledToken, now: float) -> Accepted:
+def accept(live: Live, token: SampledToken, exit_layer: int, now: float) -> Accepted:
     """Add a token, and what is forced after it, up to the first that ends the request.
 
     Raises:
@@ -36,22 +36,24 @@ def accept(live: Live, token: SampledToken, now: float) -> Accepted:
     sequence.last_token_s = now
     if sequence.first_token_s is None:
         sequence.first_token_s = now
-    text, reason = _take(live, token.token_id, forced=False)
+    text, reason = _take(live, token.token_id, exit_layer, forced=False)
     tokens: tuple[SampledToken, ...] = (token,)
     constraint = sequence.constraint
     if constraint is not None:
         while reason is None and (token_id := constraint.next_forced()) is not None:
-            more, reason = _take(live, token_id, forced=True)
+            more, reason = _take(live, token_id, exit_layer, forced=True)
             tokens, text = (*tokens, SampledToken(token_id)), text + more
     if reason is None and would_overrun(sequence, previous_s, now):
         reason = FinishReason.DEADLINE
     return Accepted(text, tokens, reason)
 
 
-def _take(live: Live, token_id: int, *, forced: bool) -> tuple[str, FinishReason | None]:
+def _take(
+    live: Live, token_id: int, exit_layer: int, *, forced: bool
+) -> tuple[str, FinishReason | None]:
     """Add one token: its text, and whether the request ends with it."""
     sequence = live.sequence
-    sequence.append_token(token_id, forced=forced)
+    sequence.append_token(token_id, exit_layer, forced=forced)
     if token_id in sequence.stop_token_ids:
         return "", FinishReason.STOP
     text, stopped = push(live, token_id)
@@ -62,7 +64,7 @@ def _take(live: Live, token_id: int, *, forced: bool) -> tuple[str, FinishReason
         constraint.accept(token_id)
         if constraint.is_complete:
             return text, FinishReason.STOP
-    if sequence.num_output_tokens >= sequence.request.sampling.max_tokens:
+    if len(sequence.output_token_ids) >= sequence.request.sampling.max_tokens:
         return text, FinishReason.LENGTH
     return text, None
 

@@ -23,6 +23,7 @@ from sortserve.engine.calibrator import Calibrator
 from sortserve.engine.engine import Engine, EngineConfig
 from sortserve.engine.memory import CacheShape, cache_shape, return_freed_memory
 from sortserve.engine.runner import ModelRunner
+from sortserve.engine.step_thread import StepThread
 from sortserve.engine.threads import StepThreads, limit_threads
 from sortserve.model.backends import AUTO, check_backend_name, choose_backend
 from sortserve.model.decoder import Decoder
@@ -58,6 +59,8 @@ class EngineOptions:
     overload_delay: float = 2.0
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 1024
+    async_scheduling: bool | None = None
+    """None: on a GPU."""
     kv_cache_memory: int | None = None
     """Bytes; None: a share of what is free."""
     block_size: int = 16
@@ -149,6 +152,9 @@ def assemble(
         kv_cache_memory=options.kv_cache_memory,
     )
     runner = ModelRunner(decoder, num_pages=cache.num_pages, block_size=cache.block_size)
+    on_gpu = decoder.device.type != "cpu"
+    overlaps = on_gpu if options.async_scheduling is None else options.async_scheduling
+    launcher: Runner = StepThread(runner) if overlaps and not on_gpu else runner
     tokenizer = tokenizer or make_tokenizer(checkpoint)
     config = EngineConfig(
         max_model_len=max_model_len,
@@ -160,19 +166,20 @@ def assemble(
         overload_delay_s=options.overload_delay,
         overload_degrade=options.overload_degrade,
         enable_prefix_caching=options.enable_prefix_caching,
-        pages_are_resident=decoder.device.type != "cpu",
+        pages_are_resident=on_gpu,
+        async_scheduling=overlaps,
         max_failed_steps=options.max_failed_steps,
         seed=options.seed,
         vocab_size=checkpoint.config.vocab_size,
     )
-    engine = make_engine(runner, checkpoint, tokenizer, config, observer=observer)
+    engine = make_engine(launcher, checkpoint, tokenizer, config, observer=observer)
     return EngineParts(
         engine=engine,
         runner=runner,
         tokenizer=tokenizer,
         decoder=decoder,
         cache=cache,
-        calibrator=Calibrator(engine, runner, decoder),
+        calibrator=Calibrator(engine, launcher, decoder),
     )
 
 

@@ -9,12 +9,12 @@ from typing import TypedDict
 import torch
 
 from sortserve import __version__
+from sortserve.core.plan import Runner
 from sortserve.core.user_cache import open_user_cache
 from sortserve.cost.cache import cache_path, machine_name, read_samples, write_samples
 from sortserve.cost.calibration import calibrate, fault_of, slowed, spot_check, survey
 from sortserve.cost.model import CostModel, Samples, StepShape
 from sortserve.engine.engine import Engine
-from sortserve.engine.runner import ModelRunner
 from sortserve.model.decoder import Decoder
 
 __all__ = ["Calibrator"]
@@ -35,7 +35,7 @@ class Calibrator:
         decoder: the runner's.
     """
 
-    def __init__(self, engine: Engine, runner: ModelRunner, decoder: Decoder) -> None:
+    def __init__(self, engine: Engine, runner: Runner, decoder: Decoder) -> None:
         self._runner = runner
         self._clock = engine.clock
         self._shapes = _Shapes(
@@ -104,7 +104,7 @@ class _Shapes(TypedDict):
     max_num_seqs: int
 
 
-def _calibration_key(engine: Engine, runner: ModelRunner, decoder: Decoder) -> dict[str, object]:
+def _calibration_key(engine: Engine, runner: Runner, decoder: Decoder) -> dict[str, object]:
     """All that step times depend on."""
     device = decoder.device
     return {

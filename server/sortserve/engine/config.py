@@ -33,6 +33,8 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     pages_are_resident: bool = False
     """Every page of the KV cache takes memory from the start, as on a GPU: see ``BlockPool``."""
+    async_scheduling: bool = False
+    """Plan a step while the one before it runs, on a runner that can ``launch``."""
     max_failed_steps: int = 3
     """So many steps that fail and give no token, nor their self-tests, end the engine."""
     seed: int | None = None

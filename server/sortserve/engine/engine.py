@@ -1,4 +1,4 @@
-"""The engine: schedule, execute, commit. Read this first."""
+"""The engine: schedule, launch, commit. Read this first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sortserve.admission.lengths import LengthEstimator, expected_tokens
 from sortserve.core.budget import ExitTable, OnMiss
 from sortserve.core.errors import BudgetUnattainableError, SortserveError
 from sortserve.core.grammar import GrammarError
-from sortserve.core.plan import Runner, StepPlan
+from sortserve.core.plan import Runner
 from sortserve.core.request import EngineStats, FinishReason, Observer, Request, RequestOutput
 from sortserve.core.sampling_params import RowFailure, SampledToken
 from sortserve.core.sequence import Sequence
@@ -22,7 +22,6 @@ from sortserve.cost.costs import Costs
 from sortserve.cost.model import step_shape
 from sortserve.engine.accept import accept, row_failure
 from sortserve.engine.config import EngineConfig
-from sortserve.engine.execution import Execution, execute
 from sortserve.engine.finish import (
     expired_in_queue,
     failure_error,
@@ -31,6 +30,7 @@ from sortserve.engine.finish import (
 )
 from sortserve.engine.health import Health
 from sortserve.engine.live import Live, TextError, TextStream, learn_length, rest, sequence_of
+from sortserve.engine.pipeline import Landed, Pipeline
 from sortserve.engine.steps import engine_stats, step_record
 from sortserve.engine.validation import check_lengths, check_vocabulary, exits_that_fit
 from sortserve.scheduling.demand import Demand
@@ -99,6 +99,13 @@ class Engine:
         self._live: dict[str, Live] = {}
         # Sequences whose budget may end them while they wait or run.
         self._timed: dict[str, Sequence] = {}
+        self._pipeline = Pipeline(
+            runner,
+            self.scheduler,
+            overlap=config.async_scheduling,
+            sequence_of=lambda request_id: self._live[request_id].sequence,
+            on_start=self.count_call,
+        )
         # When the last step ended, if it left work: the next one's time counts from there.
         self._busy_since_s: float | None = None
         self._health = Health(
@@ -112,21 +119,22 @@ class Engine:
     # ---- the main loop's body ----
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; returns what it added to each request, and the requests it ended."""
+        """Run one step; with overlap launch one, and wait for the one before.
+
+        Returns what it added to each request, and the requests it ended.
+        """
         now = self.clock()
         outputs = self._expire(now)
-        plan = self.scheduler.schedule(now)
-        if plan is None:
-            return outputs
-        execution = execute(self.runner, plan, on_start=self.count_call)
-        outputs += self._commit(plan, execution, now)
-        self._health.note(execution)
+        plan = None if self._pipeline.must_land else self.scheduler.schedule(now)
+        for landed in self._pipeline.push(plan, now):
+            outputs += self._commit(landed)
+            self._health.note(landed.execution)
         return outputs
 
     @property
     def has_work(self) -> bool:
         """Whether a step would have something to do."""
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._pipeline.is_under_way
 
     # ---- requests come and go ----
 
@@ -188,43 +196,36 @@ class Engine:
             return self._fail(live, RowFailure("text", error.detail), now)
         return self._finish(live, FinishReason.DEADLINE, now, text=text)
 
-    def _commit(self, plan: StepPlan, execution: Execution, started: float) -> list[RequestOutput]:
-        """Count what ran, hand out tokens, end what failed, tell the observer.
-
-        Args:
-            plan: what the scheduler proposed.
-            execution: what became of it.
-            started: when the step began.
-        """
+    def _commit(self, landed: Landed) -> list[RequestOutput]:
+        """Count what ran, hand out tokens, end what failed, tell the observer."""
         now = self.clock()
-        ran, tokens = execution.plan, iter(execution.tokens)
-        sequences = {row.request_id: self._live[row.request_id].sequence for row in plan.rows}
-        previous = {id_: s.last_token_s for id_, s in sequences.items()}
-        self.scheduler.commit(ran, sequences)
+        launch, execution = landed.launch, landed.execution
+        ran, tokens, failures = execution.plan, landed.tokens(), landed.failures()
+        previous = {id_: s.last_token_s for id_, s in launch.sequences.items()}
+        self.scheduler.land(launch, ran)
         shape, model = step_shape(ran), self.costs.model  # what the step was planned with
+        # Between two steps of a busy engine no time is lost from sight, and none counts twice.
+        begun_s = landed.started_s if self._busy_since_s is None else self._busy_since_s
         if not (execution.was_retried or execution.failures):
-            # Between two steps of a busy engine no time is lost from sight.
-            begun_s = started if self._busy_since_s is None else self._busy_since_s
             self.costs.observe(shape, now - begun_s, now)
-        failures = dict(execution.failures)
         outputs = []
-        for row in ran.rows:
-            if row.sampling is not None:
-                live = self._live[row.request_id]
-                try:
-                    outputs.append(self._accept(live, next(tokens), now))
-                except (TextError, GrammarError) as error:
-                    failures[row.request_id] = row_failure(error)
+        for row, token in tokens:
+            live = self._live[row.request_id]
+            try:
+                outputs.append(self._accept(live, token, row.exit_layer, now))
+            except (TextError, GrammarError) as error:
+                failures[row.request_id] = row_failure(error)
         outputs += [self._fail(self._live[id_], failure, now) for id_, failure in failures.items()]
         self.tell(
             lambda observer: observer.on_step(
                 step_record(
                     ran,
-                    sequences,
+                    launch.sequences,
+                    sampled=[row for row, _ in tokens],
                     full_depth=self.exits.full,
                     previous_token_s=previous,
                     num_tokens={output.request_id: len(output.tokens) for output in outputs},
-                    started_s=started,
+                    started_s=max(landed.started_s, begun_s),
                     now=now,
                     predicted_s=None if model is None else model.step_s(shape),
                     failed_rows=Counter(failure.reason for failure in failures.values()),
@@ -235,19 +236,20 @@ class Engine:
         self._busy_since_s = now if self.has_work else None
         return outputs
 
-    def _accept(self, live: Live, token: SampledToken, now: float) -> RequestOutput:
-        """Add one token to its request, and see whether it ends there."""
-        sequence = live.sequence
-        added = accept(live, token, now)
-        if added.reason is None:
-            return RequestOutput(
-                request_id=sequence.request_id,
-                text=added.text,
-                tokens=added.tokens,
-                exit_layer=sequence.exit_layer,
-            )
-        text = added.text + rest(live)
-        return self._finish(live, added.reason, now, text=text, tokens=added.tokens)
+    def _accept(
+        self, live: Live, token: SampledToken, exit_layer: int, now: float
+    ) -> RequestOutput:
+        """Add one token, made at an exit, to its request and see whether it ends there."""
+        added = accept(live, token, exit_layer, now)
+        if added.reason is not None:
+            text = added.text + rest(live)
+            return self._finish(live, added.reason, now, text=text, tokens=added.tokens)
+        return RequestOutput(
+            request_id=live.sequence.request_id,
+            text=added.text,
+            tokens=added.tokens,
+            exit_layer=exit_layer,
+        )
 
     def _finish(
         self,
@@ -293,7 +295,8 @@ class Engine:
 
     def check_health(self) -> None:
         """See whether a step that gave nothing was the engine's fault; call it after each step."""
-        self._health.check()
+        if not self._pipeline.is_under_way:
+            self._health.check()
 
     @property
     def failure(self) -> str | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from sortserve.core.plan import RowPlan, Runner, StepPlan
 from sortserve.core.sampling_params import RowFailure, SampledToken
 
-__all__ = ["Execution", "execute"]
+__all__ = ["Execution", "execute", "outcome"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Execution:
     failures: dict[str, RowFailure] = field(default_factory=dict)
     """Why the others did not, by request."""
     was_retried: bool = False
-    """The rows ran one by one, after the step as a whole had failed."""
+    """It ran again, row by row unless it had failed under way, after it had failed as a whole."""
 
 
 def execute(
@@ -70,7 +70,16 @@ def _run_alone(runner: Runner, row: RowPlan, on_start: Callable[[], None]) -> Ex
 
 def _run(runner: Runner, plan: StepPlan, on_start: Callable[[], None]) -> Execution:
     on_start()
-    results = runner.execute(plan)
+    return outcome(plan, runner.execute(plan))
+
+
+def outcome(plan: StepPlan, results: Sequence[SampledToken | RowFailure]) -> Execution:
+    """What became of a plan that ran as a whole.
+
+    Args:
+        plan: what ran.
+        results: what the runner gave.
+    """
     sampling = [row for row in plan.rows if row.sampling is not None]
     assert len(results) == len(sampling), f"{len(results)} results for {len(sampling)} rows"
     tokens = tuple(result for result in results if not isinstance(result, RowFailure))

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sortserve.core.plan import StepPlan
 from sortserve.model.batch import Batch
@@ -14,7 +15,12 @@ __all__ = ["build_batch"]
 
 
 def build_batch(
-    plan: StepPlan, *, block_size: int, num_slabs: int, device: torch.device | str = "cpu"
+    plan: StepPlan,
+    *,
+    block_size: int,
+    num_slabs: int,
+    device: torch.device | str = "cpu",
+    last_ids_R: Tensor | None = None,
 ) -> Batch:
     """The batch of a plan.
 
@@ -23,6 +29,8 @@ def build_batch(
         block_size: tokens of a page.
         num_slabs: slabs of the full model.
         device: where the tensors go.
+        last_ids_R: on that device, what the plan before sampled: int64, one for each row that did.
+            None: no row takes its token from there (``RowPlan.token_from``).
     """
     rows = plan.rows
     assert all(a.exit_layer >= b.exit_layer for a, b in itertools.pairwise(rows))
@@ -46,8 +54,15 @@ def build_batch(
     def to_device(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
+    ids_T = to_device(token_ids_T)
+    taken = [(r, row.token_from) for r, row in enumerate(rows) if row.token_from is not None]
+    if taken:
+        assert last_ids_R is not None
+        assert max(n for _, n in taken) < len(last_ids_R), "the plan before has not sampled it"
+        last_T = to_device(query_starts[1:][[r for r, _ in taken]] - 1)
+        ids_T[last_T] = last_ids_R[to_device(np.array([n for _, n in taken], dtype=np.int64))]
     return Batch(
-        token_ids_T=to_device(token_ids_T),
+        token_ids_T=ids_T,
         positions_T=to_device(positions_T),
         query_starts=tuple(query_starts.tolist()),
         context_lens=tuple(context_lens.tolist()),

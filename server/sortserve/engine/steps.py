@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
-from sortserve.core.plan import StepPlan
+from sortserve.core.plan import RowPlan, StepPlan
 from sortserve.core.request import EngineStats, StepRecord
 from sortserve.core.sequence import Sequence
 from sortserve.scheduling.scheduler import Scheduler
@@ -18,6 +18,7 @@ def step_record(
     plan: StepPlan,
     sequences: Mapping[str, Sequence],
     *,
+    sampled: Collection[RowPlan],
     full_depth: int,
     previous_token_s: Mapping[str, float | None],
     num_tokens: Mapping[str, int],
@@ -32,6 +33,7 @@ def step_record(
     Args:
         plan: what ran, without the rows that failed.
         sequences: its sequences, after the tokens were handed out.
+        sampled: its rows that gave a token to somebody.
         full_depth: layers of the full model.
         previous_token_s: when each sequence's token before this step's came; None: this is its
             first.
@@ -43,9 +45,7 @@ def step_record(
         was_retried: it was run row by row after it had failed.
     """
     ttfts, itls = [], []
-    for row in plan.rows:
-        if row.sampling is None:
-            continue
+    for row in sampled:
         before = previous_token_s[row.request_id]
         if before is None:
             arrival = sequences[row.request_id].request.arrival_s
@@ -53,9 +53,8 @@ def step_record(
         else:
             itls.append((row.exit_layer, now - before))
     tokens_by_exit: Counter[int] = Counter()
-    for row in plan.rows:
-        if row.sampling is not None:
-            tokens_by_exit[row.exit_layer] += num_tokens.get(row.request_id, 1)
+    for row in sampled:
+        tokens_by_exit[row.exit_layer] += num_tokens.get(row.request_id, 1)
     first = [sequences[request_id] for request_id in plan.first_scheduled]
     return StepRecord(
         duration_s=now - started_s,

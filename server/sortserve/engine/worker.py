@@ -276,6 +276,8 @@ class EngineWorker:
         self._drain_inbox(wait=False)
         aborted = [self._engine.abort(request_id) for request_id in self._ledger.live_ids()]
         self._publish([output for output in aborted if output is not None])
+        if self._engine.has_work:  # a step under way, for nobody
+            self._engine.step()
 
     def _drain_inbox(self, *, wait: bool) -> None:
         idle_s = min(IDLE_POLL_S, max(0.0, self._prober.due_s() - self.clock()))

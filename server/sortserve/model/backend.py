@@ -23,7 +23,7 @@ from sortserve.model.config import ModelConfig
 from sortserve.model.weight import LinearOp, Weight
 from sortserve.model.weights import LayerWeights
 
-__all__ = ["Backend", "LayerStack", "Ops", "RowSampling", "Target"]
+__all__ = ["Backend", "LayerStack", "Ops", "RowSampling", "Target", "Unusable"]
 
 
 class Ops(Protocol):
@@ -154,3 +154,11 @@ class Target:
     config: ModelConfig
     dtype: torch.dtype
     device: torch.device
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """What is given for a backend that cannot compute a target on this machine."""
+
+    reason: str
+    """The end of a sentence about the backend."""

@@ -30,8 +30,11 @@ def banner(settings: ServeSettings, serving: Serving, port: int | None) -> str:
         f"  KV cache  {cache.num_pages} pages of {cache.block_size} tokens x {cache.slab_size} "
         f"layers, {cache.num_bytes / 2**20:.0f} MiB",
     ]
-    if settings.enable_docs and settings.uds is None:
-        lines.append(f"  docs      {url}/docs")
+    if settings.uds is None:
+        if settings.enable_docs:
+            lines.append(f"  docs      {url}/docs")
+        if settings.playground:
+            lines.append(f"  try it    {url}/  (in a browser)")
     return "\n".join([*lines, "", "Try:", "", f"  {curl(settings, url)}", ""])
 
 

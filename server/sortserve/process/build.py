@@ -29,6 +29,7 @@ from sortserve.process.notices import tell_of_exits
 from sortserve.telemetry.logs import Observers, RequestLogger
 from sortserve.telemetry.logs import fields as log_fields
 from sortserve.telemetry.metrics import Metrics
+from sortserve.telemetry.totals import Totals
 from sortserve.text.tokenizer import Tokenizer
 
 __all__ = ["Serving", "build"]
@@ -51,6 +52,7 @@ class Serving:
     survey: Callable[[], list[tuple[StepShape, float]]]
     """Time many steps, for a simulation; likewise."""
     metrics: Metrics
+    totals: Totals
     cache: CacheShape
     computed_in: Mapping[str, str]
     """``dtype``, ``quantization``, ``backend``, ``isa`` and ``threads``: what each auto became."""
@@ -80,11 +82,12 @@ def build(settings: ServeSettings) -> Serving:
     tokenizer.grammars.prepare()
     model_name = settings.served_model_name or checkpoint.name
     metrics = Metrics(model_name, checkpoint.exits.layers, version=__version__)
+    totals = Totals()
     parts = assemble(
         checkpoint,
         options,
         tokenizer=tokenizer,
-        observer=Observers([metrics, RequestLogger()]),
+        observer=Observers([metrics, totals, RequestLogger()]),
         release_weights=True,
     )
     logger.info(
@@ -135,6 +138,7 @@ def build(settings: ServeSettings) -> Serving:
         measure=parts.calibrator.measure,
         survey=parts.calibrator.survey,
         metrics=metrics,
+        totals=totals,
         cache=cache,
         computed_in=computed_in,
     )

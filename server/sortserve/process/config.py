@@ -24,16 +24,14 @@ from pydantic_settings import (
 )
 
 from sortserve.core.budget import DEFAULT_MIN_QUALITY, Budget
-from sortserve.core.errors import ConfigError
 from sortserve.core.weights import TIER_WEIGHTS, KeyWeights, WeightRules
+from sortserve.process.config_errors import config_error
 from sortserve.process.keys import read_keys
 from sortserve.process.sources import (
-    flag_name,
     key_name,
     read_environment,
     read_file,
     read_small_file,
-    variable_name,
 )
 from sortserve.process.values import (
     MAX_COUNT,
@@ -55,7 +53,6 @@ from sortserve.process.values import (
     TierWeights,
     budget_of,
     is_network,
-    shown,
     tier_weights_of,
 )
 from sortserve.scheduling.objective import DEFAULT_OBJECTIVE, OBJECTIVES
@@ -108,8 +105,8 @@ class ServeSettings(BaseSettings):
     """Most tokens of prompt and answer together, 2 or more. auto, the default: what the checkpoint
     allows."""
     backend: Text = "auto"
-    """What the model computes with: reference (plain PyTorch) or cpu (our C++ kernels). auto: the
-    fastest that works here."""
+    """What the model computes with: reference (plain PyTorch), triton (our kernels for CUDA),
+    cpu (our C++ kernels), flashinfer. auto: the fastest that works here, never flashinfer."""
     num_threads: Annotated[Annotated[int, Field(ge=1, le=MAX_THREADS), Number] | None, Auto] = None
     """CPU threads of the model, at most 1024; more than there are cores are not started. auto, the
     default: one for each core that the process may use (affinity, CPU quota, no second hardware
@@ -134,6 +131,8 @@ class ServeSettings(BaseSettings):
     """Origins that browsers may call from, separated by commas. Default: none."""
     enable_docs: bool = True
     """Serve /docs and /openapi.json."""
+    playground: bool = True
+    """Serve a page at / on which people can try the model and its budgets."""
     forwarded_allow_ips: Strings = ()
     """Addresses or networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed,
     separated by commas; `*` is everybody. Default: none, the log shows who is connected."""
@@ -174,6 +173,8 @@ class ServeSettings(BaseSettings):
     """Most sequences that run at once."""
     max_num_batched_tokens: Count = 1024
     """Most tokens of one step; longer prompts are prefilled in chunks."""
+    async_scheduling: Annotated[bool | None, Auto] = None
+    """Plan a step while the one before it runs. auto, the default: on a GPU."""
     calibrate: bool = True
     """Measure step times at start-up, so that latency budgets can be judged."""
 
@@ -311,7 +312,7 @@ def load_settings(flags: Mapping[str, Any] | None = None) -> ServeSettings:
     try:
         return ServeSettings(**flags)
     except ValidationError as error:
-        raise _config_error(error, flags) from None
+        raise config_error(error, flags, ServeSettings.model_fields) from None
 
 
 def settings_yaml(settings: ServeSettings) -> str:
@@ -323,28 +324,3 @@ def settings_yaml(settings: ServeSettings) -> str:
     }
     keys = f"# api-key: {len(settings.api_key)} not shown\n" if settings.api_key else ""
     return str(yaml.safe_dump(values, sort_keys=False)) + keys
-
-
-def _config_error(error: ValidationError, flags: Mapping[str, Any]) -> ConfigError:
-    first = error.errors(include_url=False)[0]
-    message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    message = message.rstrip(".")
-    if first["type"] in ("too_short", "string_too_short"):
-        message = "it must not be empty"
-    if not first["loc"]:
-        return ConfigError(f"{message}.")
-    name = str(first["loc"][0])
-    given = "'***'" if name == "api_key" else shown(first["input"])
-    return ConfigError(
-        f"{_origin(name, flags)}: {given} is not allowed: {message}.", param=key_name(name)
-    )
-
-
-def _origin(name: str, flags: Mapping[str, Any]) -> str:
-    """Where a value came from, in the words the user typed."""
-    if name in flags:
-        return flag_name(name)
-    environment = read_environment(os.environ, ServeSettings.model_fields)
-    if name in environment:
-        return f"environment variable {variable_name(name)}"
-    return f"key {key_name(name)!r} in {flags.get('config') or environment.get('config')}"

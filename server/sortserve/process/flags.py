@@ -73,7 +73,7 @@ def add_flags(
                     metavar=flag_name(name, positional),
                     help=help_,
                 )
-            elif field.annotation is bool:
+            elif _is_switch(field):
                 group.add_argument(
                     flag_name(name, positional),
                     action=argparse.BooleanOptionalAction,
@@ -97,7 +97,7 @@ def configuration_markdown() -> str:
         lines += ["", f"## {title}", "", "| setting | values | default |", "|---|---|---|"]
         for name, field in fields:
             names = f"`{flag_name(name)}`<br>`{variable_name(name)}`"
-            if field.annotation is bool:
+            if _is_switch(field):
                 names = f"`{flag_name(name)}`, `--no-{key_name(name)}`<br>`{variable_name(name)}`"
             lines.append(f"| {names} | {_describe(field)}{_choices(field)} | {_default(field)} |")
     return "\n".join(lines) + "\n"
@@ -131,6 +131,10 @@ def _choices(field: FieldInfo) -> str:
     if get_origin(field.annotation) is not Literal:
         return ""
     return f" One of {', '.join(f'`{choice}`' for choice in get_args(field.annotation))}."
+
+
+def _is_switch(field: FieldInfo) -> bool:
+    return field.annotation is bool or field.annotation == bool | None
 
 
 def _is_list(field: FieldInfo) -> bool:

@@ -79,10 +79,22 @@ class FrontDoor:
 
     Args:
         cors_allow_origins: may read even that the model is still loading.
+        root_path: path prefix that a reverse proxy strips.
+        with_playground: show the page at ``/``, which waits for the model.
     """
 
-    def __init__(self, cors_allow_origins: Sequence[str] = ()) -> None:
-        self.app = create_loading_app(cors_allow_origins=cors_allow_origins)
+    def __init__(
+        self,
+        cors_allow_origins: Sequence[str] = (),
+        *,
+        root_path: str = "",
+        with_playground: bool = False,
+    ) -> None:
+        self.app = create_loading_app(
+            cors_allow_origins=cors_allow_origins,
+            root_path=root_path,
+            with_playground=with_playground,
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI connection."""
@@ -98,7 +110,11 @@ class ServerProcess:
         """Whether no thread of ours is left that may be stuck."""
         self._log = log
         self._signals: list[int] = []
-        self._door = FrontDoor(settings.cors_allow_origins)
+        self._door = FrontDoor(
+            settings.cors_allow_origins,
+            root_path=settings.root_path,
+            with_playground=settings.playground,
+        )
         self._guard = SignalGuard(self._hear, last_words=self._say_last_words)
 
     def run(self) -> int:
@@ -132,7 +148,7 @@ class ServerProcess:
             return _report_http(serving_http) if serving_http.done() else 0
         worker = serving.worker
         api = _api_settings(self.settings, serving)
-        self._door.app = create_app(worker, serving.tokenizer, api, serving.metrics)
+        self._door.app = create_app(worker, serving.tokenizer, api, serving.metrics, serving.totals)
         calm_garbage_collector()
         self._announce(serving, listener)
         while not (self._signalled.is_set() or serving_http.done() or worker.state == "failed"):
@@ -267,6 +283,7 @@ def _api_settings(settings: ServeSettings, serving: Serving) -> ApiSettings:
         cors_allow_origins=settings.cors_allow_origins,
         root_path=settings.root_path,
         enable_docs=settings.enable_docs,
+        playground=settings.playground,
         max_token_chars=serving.tokenizer.max_token_chars,
         generation_defaults=serving.checkpoint.generation_defaults,
         default_budget=settings.budget_by_default,

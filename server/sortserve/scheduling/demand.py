@@ -229,7 +229,7 @@ def demand_of(
     num_left = max(1, expect(sequence) - sequence.num_sampled_tokens)
     next_share = _next_share(sequence, num_left, costs) if promised else 1.0
     if promised:
-        due_s, gap_s, end_s = _due_times(sequence, num_left, next_share)
+        due_s, gap_s, end_s = _due_times(sequence, num_left, next_share, now)
         gap_s = max(gap_s, costs.decode_s(sequence.floor_layer, sequence.num_tokens))
         promised = math.isfinite(end_s) and not _is_hopeless(sequence, num_left, end_s, now, costs)
     if not promised:
@@ -272,12 +272,22 @@ def _next_share(sequence: Sequence, num_left: int, costs: StepCosts) -> float:
     return max(decode_s(sequence.exit_layer), NO_GAP_S) / max(mean_s, NO_GAP_S)
 
 
-def _due_times(sequence: Sequence, num_left: int, next_share: float) -> tuple[float, float, float]:
+def _token_times(sequence: Sequence, now: float) -> tuple[float | None, float | None]:
+    """When its first and its latest token came; one of a step under way counts as coming now."""
+    first_s, last_s = sequence.first_token_s, sequence.last_token_s
+    if sequence.num_unknown_tokens:
+        return now if first_s is None else first_s, now
+    return first_s, last_s
+
+
+def _due_times(
+    sequence: Sequence, num_left: int, next_share: float, now: float
+) -> tuple[float, float, float]:
     """When the next token, each token after it, and the end are due; infinite where nothing is.
 
     ``next_share`` of the mean gap goes to the next token.
     """
-    promise, first_s, last_s = sequence.promise, sequence.first_token_s, sequence.last_token_s
+    promise, (first_s, last_s) = sequence.promise, _token_times(sequence, now)
     assert promise is not None
     if first_s is None or last_s is None:
         end_s = promise.first_due_s
@@ -302,7 +312,7 @@ def _is_hopeless(
     Such a request is relegated: it costs others their promises and can no longer keep its own.
     """
     deadlines, floor = sequence.deadlines, sequence.floor_layer
-    if sequence.first_token_s is None:
+    if sequence.num_output_tokens == 0:
         ready_s = now + costs.prefill_s(floor, sequence.num_pending_tokens)
         if deadlines.ttft_s is not None and ready_s > deadlines.ttft_s:
             return True

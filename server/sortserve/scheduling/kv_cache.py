@@ -139,8 +139,8 @@ class KVCacheManager:
         while table.num_blocks * self.block_size < num_tokens:
             table.append_block(self.pool.allocate(table.num_slabs))
 
-    def publish(self, sequence: Sequence) -> None:
-        """Make the full blocks that have been computed known to the prefix cache.
+    def publish(self, sequence: Sequence, num_tokens: int) -> None:
+        """Make the full blocks of the first ``num_tokens`` known: they have been computed.
 
         Where the cache already holds a block (two requests computed it side by side), the sequence
         moves over to the cached pages: one copy, and whoever holds a block's deep pages also holds
@@ -149,7 +149,7 @@ class KVCacheManager:
         if not self.enable_prefix_caching:
             return
         table = self._tables[sequence.request_id]
-        num_full = sequence.num_computed_tokens // self.block_size
+        num_full = num_tokens // self.block_size
         for block in range(len(table.digests), num_full):
             start = block * self.block_size
             parent = table.digests[-1] if table.digests else table.root

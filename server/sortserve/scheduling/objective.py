@@ -7,10 +7,12 @@ weight, or, if it refuses the newcomer, what is at stake for it.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sortserve.core.budget import ExitTable
+from sortserve.core.budget import Budget, ExitTable
 from sortserve.core.errors import ConfigError
 
 __all__ = [
@@ -48,10 +50,24 @@ class Objective:
     worth: Callable[[ExitTable], Worth]
     keeps_depth: bool = False
     """Whether every request has the deepest exit that it may have, late if need be, and stays."""
+    weighs_scores: bool = False
+    """Whether of two exits with the same score the deeper one is worth no time."""
 
-    def open_to(self, allowed: tuple[int, ...]) -> tuple[int, ...]:
-        """The exits that a request may get, of those that its budget allows; both ascending."""
-        return allowed[-1:] if self.keeps_depth else allowed
+    def open_to(
+        self, allowed: tuple[int, ...], exits: ExitTable, budget: Budget
+    ) -> tuple[int, ...]:
+        """The exits that a request may get, of those that its budget allows; both ascending.
+
+        A request without a budget of time, or that names its exits, gets depth for its own sake.
+        """
+        if self.keeps_depth:
+            return allowed[-1:]
+        is_free = budget.has_latency and not budget.fixes_depth
+        if not (self.weighs_scores and is_free and exits.is_measured):
+            return allowed
+        best = itertools.accumulate((exits.scores[e] for e in allowed), max)
+        pairs = itertools.pairwise([-math.inf, *best])
+        return tuple(e for e, (below, own) in zip(allowed, pairs, strict=True) if own > below)
 
 
 def share_of_layers(layers: Sequence[int]) -> Worth:
@@ -78,6 +94,7 @@ OBJECTIVES: dict[str, Objective] = {
             name="quality",
             about="makes the most of answers in time, times their quality",
             worth=quality,
+            weighs_scores=True,
         ),
         Objective(
             name="attainment",

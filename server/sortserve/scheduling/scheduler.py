@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from itertools import chain
 
-from sortserve.core.plan import RowPlan, StepPlan
+from sortserve.core.plan import StepPlan
 from sortserve.core.sequence import Sequence, Status
 from sortserve.cost.costs import Costs
 from sortserve.scheduling.decisions import Decisions
 from sortserve.scheduling.demand import Demand
 from sortserve.scheduling.kv_cache import KVCacheManager
+from sortserve.scheduling.launch import Launch, News
 from sortserve.scheduling.objective import Worth, share_of_layers
 from sortserve.scheduling.policy import Policy, StepChoice
+from sortserve.scheduling.rows import row_of
 
 __all__ = ["Scheduler"]
 
@@ -25,6 +28,7 @@ class Scheduler:
       is the policy's choice where it knows times, else first come, first served.
     * ``running``: in order of admission. The first one's pages are never taken away, so it always
       gets on: nobody starves.
+    * ``ending``: they hold pages until the step under way has given their last token.
 
     Args:
         kv_cache: all pages.
@@ -58,6 +62,7 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
+        self._ending: list[Sequence] = []
         self._decisions = Decisions(
             policy,
             running=self._running,
@@ -69,16 +74,14 @@ class Scheduler:
             expect=expect,
             worth=share_of_layers(exits) if worth is None else worth,
         )
-        # What has happened since the last plan; the next one carries it.
-        self._num_preemptions = 0
-        self._exit_changes: list[tuple[int, int, str]] = []
+        self._news = News()
 
     # ---- views ----
 
     @property
     def has_work(self) -> bool:
         """Whether any sequence waits or runs."""
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self._running or self._ending)
 
     @property
     def num_waiting(self) -> int:
@@ -87,17 +90,16 @@ class Scheduler:
 
     @property
     def num_waiting_tokens(self) -> int:
-        """Known tokens of the sequences without pages."""
+        """Tokens of the sequences without pages."""
         return sum(sequence.num_tokens for sequence in self._waiting)
 
     def running_by_exit(self) -> dict[int, int]:
         """How many sequences run at each exit."""
-        return dict(Counter(sequence.exit_layer for sequence in self._running))
+        return dict(Counter(s.exit_layer for s in chain(self._running, self._ending)))
 
     def sequences(self) -> Iterator[Sequence]:
         """All live sequences, running ones first."""
-        yield from self._running
-        yield from self._waiting
+        yield from chain(self._running, self._ending, self._waiting)
 
     # ---- events ----
 
@@ -113,18 +115,20 @@ class Scheduler:
             keep_prefix: whether others may reuse the blocks that it has computed.
         """
         if sequence.status is Status.RUNNING:
-            self._running.remove(sequence)
+            self._running_or_ending(sequence).remove(sequence)
             if not keep_prefix:
                 self.kv_cache.distrust(sequence)
             self.kv_cache.free(sequence)
         elif sequence.status is Status.WAITING:
             self._waiting.remove(sequence)
+        sequence.num_unknown_tokens = 0  # what is on its way comes too late
         sequence.move_to(Status.FINISHED)
 
     def go_shallower(self, sequence: Sequence, exit_layer: int, reason: str) -> None:
         """Continue a sequence at a shallower exit; its deep pages are free at once."""
         assert exit_layer < sequence.exit_layer
-        self._exit_changes.append((sequence.exit_layer, exit_layer, reason))
+        assert not sequence.num_unknown_tokens, "a step under way needs its pages"
+        self._news.exit_changes.append((sequence.exit_layer, exit_layer, reason))
         if sequence.status is Status.RUNNING:
             self.kv_cache.go_shallower(sequence, exit_layer)
         sequence.exit_layer = exit_layer
@@ -133,7 +137,7 @@ class Scheduler:
     # ---- one step ----
 
     def schedule(self, now: float) -> StepPlan | None:
-        """The next step's plan; None if there is nothing to run.
+        """The next step's plan; None if there is nothing to run, or not before this one lands.
 
         Args:
             now: the engine's clock, in seconds.
@@ -142,7 +146,8 @@ class Scheduler:
             if sequence.schedule is not None:
                 self._follow_schedule(sequence)
         self._decisions.see(now)
-        self._lower(now)
+        if not self._lower(now):
+            return None
         self._admit(now)
         while self._running:
             choice, rows = self._decisions.choose(now)
@@ -151,6 +156,8 @@ class Scheduler:
                 rank = {request_id: i for i, request_id in enumerate(choice.request_ids)}
                 rows.sort(key=lambda s: rank[s.request_id])
                 return self._plan(rows, choice, now)
+            if self._ending:
+                break
             # All rows of the step gave up their pages: others have room now.
         return None
 
@@ -165,22 +172,70 @@ class Scheduler:
         if exit_layer < sequence.exit_layer:
             self.go_shallower(sequence, exit_layer, "schedule")
 
-    def _lower(self, now: float) -> None:
-        """Let the policy take sequences to shallower exits, so that the promises can be kept."""
+    def _lower(self, now: float) -> bool:
+        """Let the policy take sequences to shallower exits, so that the promises can be kept.
+
+        False if it wants that of one whose step is under way: its pages are needed till that lands.
+        """
         lowerings = self._decisions.lowerings(now)
+        if any(sequence.num_unknown_tokens for sequence, _ in lowerings):
+            return False
         for sequence, exit_layer in lowerings:
             reason = "unpromised" if sequence.promise is None else "behind"
             self.go_shallower(sequence, exit_layer, reason)
         if lowerings:
             self._decisions.look_again([sequence for sequence, _ in lowerings], now)
+        return True
 
-    def commit(self, plan: StepPlan, sequences: dict[str, Sequence]) -> None:
-        """The plan has run: its tokens have KV now. Call before appending the sampled tokens."""
+    def launch(self, plan: StepPlan, sequences: Mapping[str, Sequence]) -> Launch:
+        """The plan runs from now on; what it computes and samples counts for the next one.
+
+        Args:
+            plan: what ``schedule`` gave last.
+            sequences: of its rows, by request.
+        """
+        launch, num_sampling = Launch.of(plan, sequences), 0
         for row in plan.rows:
             sequence = sequences[row.request_id]
             sequence.num_computed_tokens += row.num_tokens
-            self.kv_cache.publish(sequence)
+            if row.sampling is not None:
+                sequence.num_unknown_tokens += 1
+                sequence.sampled_at, num_sampling = num_sampling, num_sampling + 1
+                if sequence.is_complete:
+                    self._running.remove(sequence)
+                    self._ending.append(sequence)
         self._decisions.ran({row.exit_layer for row in plan.rows})
+        return launch
+
+    def land(self, launch: Launch, ran: StepPlan) -> None:
+        """A plan has run. Call before its tokens are appended.
+
+        Args:
+            launch: the oldest one under way.
+            ran: the plan with the rows that did not fail.
+        """
+        for row, sequence in launch.live(ran.rows):
+            if launch.has_pages_of(sequence):
+                self.kv_cache.publish(sequence, row.context_len)
+
+    def undo(self, launch: Launch) -> None:
+        """A plan has given nothing: its rows are to be run again, but for those that have ended.
+
+        Args:
+            launch: the latest one under way.
+        """
+        plan = launch.plan
+        for row, sequence in launch.live(plan.rows):
+            if launch.has_pages_of(sequence):
+                sequence.num_computed_tokens -= row.num_tokens
+            if row.sampling is not None:
+                sequence.num_unknown_tokens -= 1
+                if sequence in self._ending:
+                    self._ending.remove(sequence)
+                    self._running.insert(0, sequence)
+            if row.request_id in plan.first_scheduled:
+                sequence.first_scheduled_s = None
+        self._news.take_from(plan)
 
     def _admit(self, now: float) -> None:
         if len(self._running) < self._max_num_seqs:
@@ -188,11 +243,14 @@ class Scheduler:
                 if len(self._running) == self._max_num_seqs or not self._try_admit(sequence):
                     break
                 self._decisions.entered(sequence, now)
-        assert self._running or not self._waiting, "the engine admits only what fits the pool alone"
+        if not (self._running or self._ending or any(s.num_unknown_tokens for s in self._waiting)):
+            assert not self._waiting, "the engine admits only what fits the pool alone"
 
     def _try_admit(self, sequence: Sequence) -> bool:
         # Leave every running sequence room to grow by a block, or a newcomer would be
         # preempted as soon as it is admitted.
+        if sequence.num_unknown_tokens:
+            return False  # it lost its pages to the step before: its token comes first
         if sequence.schedule is not None:
             self._follow_schedule(sequence)
         spare = sum(self.kv_cache.num_pages_needed(1, s.exit_layer) for s in self._running)
@@ -218,6 +276,8 @@ class Scheduler:
                     self.kv_cache.grow(sequence, sequence.num_tokens)
                     kept.append(sequence)
                     break
+                if self._ending:
+                    break  # it waits for their pages, and takes nobody's
                 victim = self._victim(sequence, kept, now)
                 self.preempt(victim)
                 if victim is sequence:
@@ -231,13 +291,16 @@ class Scheduler:
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's pages; it recomputes them when it is admitted again."""
-        self._running.remove(sequence)
+        self._running_or_ending(sequence).remove(sequence)
         self.kv_cache.free(sequence)
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
         sequence.move_to(Status.WAITING)
         self._waiting.appendleft(sequence)
-        self._num_preemptions += 1
+        self._news.num_preemptions += 1
+
+    def _running_or_ending(self, sequence: Sequence) -> list[Sequence]:
+        return self._ending if sequence in self._ending else self._running
 
     def _plan(self, rows: list[Sequence], choice: StepChoice, now: float) -> StepPlan:
         """Share the token budget in the order of the rows; prompts share what they were allowed."""
@@ -252,49 +315,33 @@ class Scheduler:
             if num_tokens == 0:
                 continue
             left -= num_tokens
-            plans.append(self._row(sequence, num_tokens))
+            table = self.kv_cache.block_table(sequence)
+            plans.append(row_of(sequence, num_tokens, table))
             sequence.last_scheduled_s = now
             if sequence.first_scheduled_s is None:
                 sequence.first_scheduled_s = now
                 first_scheduled.append(sequence.request_id)
         assert plans, "a step has at least one row"
         plans.sort(key=lambda row: -row.exit_layer)
+        self._news.policy_failed |= self._decisions.take_failed()
         plan = StepPlan(
-            rows=tuple(plans),
-            depth_cap=choice.cap,
-            first_scheduled=tuple(first_scheduled),
-            num_preemptions=self._num_preemptions,
-            exit_changes=tuple(self._exit_changes),
-            policy_failed=self._decisions.take_failed(),
+            rows=tuple(plans), depth_cap=choice.cap, first_scheduled=tuple(first_scheduled)
         )
-        self._num_preemptions, self._exit_changes = 0, []
-        return plan
-
-    def _row(self, sequence: Sequence, num_tokens: int) -> RowPlan:
-        start = sequence.num_computed_tokens
-        return RowPlan(
-            request_id=sequence.request_id,
-            exit_layer=sequence.exit_layer,
-            start=start,
-            token_ids=sequence.tokens(start, start + num_tokens),
-            block_table_SB=self.kv_cache.block_table(sequence),
-            sampling=(
-                sequence.sampling_row() if num_tokens == sequence.num_pending_tokens else None
-            ),
-            prompt_len=sequence.num_prompt_tokens,
-        )
+        return self._news.give_to(plan)
 
     def check_invariants(self) -> None:
         """Assert that queues, states and pages agree."""
         self.kv_cache.check_invariants()
-        assert all(s.status is Status.RUNNING for s in self._running)
+        assert all(s.status is Status.RUNNING for s in chain(self._running, self._ending))
+        assert all(s.is_complete and s.num_unknown_tokens for s in self._ending)
+        assert all(0 <= s.num_unknown_tokens <= 2 for s in self.sequences())
         assert all(s.status is Status.WAITING for s in self._waiting)
-        for sequence in self._running:
+        for sequence in chain(self._running, self._ending):
             table = self.kv_cache.block_table(sequence)
             assert table.shape[0] == sequence.exit_layer // self.kv_cache.slab_size
             assert table.shape[1] * self.kv_cache.block_size >= sequence.num_computed_tokens
             assert sequence.num_computed_tokens < sequence.num_tokens
         for sequence in self._waiting:
             assert sequence.num_computed_tokens == 0
-        if not self._running:
+        if not (self._running or self._ending):
             assert self.kv_cache.pool.num_used == 0

@@ -19,7 +19,7 @@ from sortserve.core.errors import ConfigError
 from sortserve.engine.assemble import EngineOptions
 from sortserve.model import backends
 from sortserve.model.attention import RopeTables
-from sortserve.model.backend import LayerStack, Target
+from sortserve.model.backend import LayerStack, Target, Unusable
 from sortserve.model.backends import backend_names, choose_backend
 from sortserve.model.backends.reference.backend import ReferenceBackend
 from sortserve.model.config import ModelConfig
@@ -70,8 +70,8 @@ class CountingStack:
         return self._stack.run(*arguments)
 
 
-def on_cpus(target: Target) -> CountingBackend | None:
-    return CountingBackend(target) if target.device.type == "cpu" else None
+def on_cpus(target: Target) -> CountingBackend | Unusable:
+    return CountingBackend(target) if target.device.type == "cpu" else Unusable("it counts on CPUs")
 
 
 @pytest.fixture(name="checkpoint", scope="module")
@@ -130,7 +130,7 @@ async def test_a_backend_from_outside_the_package_serves_after_one_line_in_the_t
 
 
 def test_the_names_are_those_that_the_flag_documents() -> None:
-    assert backend_names() == ["auto", "reference", "cpu"]
+    assert backend_names() == ["auto", "reference", "flashinfer", "triton", "cpu"]
 
 
 @pytest.mark.usefixtures("counting")
@@ -139,22 +139,32 @@ def test_auto_takes_the_last_backend_of_the_table_that_works_for_the_target() ->
     assert chosen == {CPU: "counting", META: "reference"}
 
 
+def test_auto_passes_over_what_is_only_to_be_had_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends.BACKENDS, "flashinfer", CountingBackend)
+
+    assert choose_backend(CONFIG, torch.float32, META).name == "reference"
+    assert choose_backend(CONFIG, torch.float32, META, "flashinfer").name == "counting"
+
+
 @pytest.mark.usefixtures("counting")
 def test_a_backend_that_does_not_work_here_is_refused_with_the_names_of_all() -> None:
     with pytest.raises(ConfigError) as caught:
         choose_backend(CONFIG, torch.float32, META, "counting")
 
     assert str(caught.value) == (
-        "--backend=counting cannot be used for float32 on meta on this machine: use auto "
-        "(there are: auto, reference, cpu, counting)."
+        "--backend=counting cannot be used for float32 on meta on this machine: it counts on "
+        "CPUs. Use auto (there are: auto, reference, flashinfer, triton, cpu, counting)."
     )
     assert caught.value.param == "backend"
 
 
-@pytest.mark.parametrize("name", ["triton", "", "CPU"])
+@pytest.mark.parametrize("name", ["tritium", "", "CPU"])
 def test_a_name_of_no_backend_is_refused_before_anything_is_loaded(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         EngineOptions(backend=name)
 
-    assert str(caught.value) == f"--backend={name!r} is not one of auto, reference, cpu."
+    assert (
+        str(caught.value)
+        == f"--backend={name!r} is not one of auto, reference, flashinfer, triton, cpu."
+    )
     assert caught.value.param == "backend"

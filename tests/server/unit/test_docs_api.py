@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from sortserve.api.bodies import models, parameters, unsupported
 from sortserve.api.replies import models as replies
+from sortserve.api.replies.status import ServerStatus
 from sortserve.core.budget import Budget, OnMiss
 from sortserve.core.errors import SortserveError
 from sortserve.core.request import FinishReason
@@ -70,6 +71,7 @@ def test_every_route_is_on_the_page() -> None:
         models.StreamOptions,
         replies.BudgetReport,
         replies.ExitEntry,
+        ServerStatus,
         replies.ModelResponse,
         replies.TokenizeResponse,
         replies.ErrorDetails,
@@ -179,6 +181,14 @@ async def test_an_example_is_what_the_server_answers(path: str, body: dict[str, 
 async def test_the_example_of_exits_is_what_the_server_answers() -> None:
     with example_service() as service:
         reply = await service.get("/exits")
+
+    assert reply.json() in examples_on_page()
+
+
+async def test_the_example_of_the_status_is_what_the_server_answers() -> None:
+    with example_service() as service:
+        await service.post("/generate", {**LINE, "budget": {"latency_ms": 50}})
+        reply = await service.get("/status")
 
     assert reply.json() in examples_on_page()
 

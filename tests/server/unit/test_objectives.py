@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 
@@ -79,6 +80,30 @@ def test_for_depth_a_refusal_names_the_exit_that_would_have_been_served() -> Non
 
     assert isinstance(refusal, BudgetUnattainableError)
     assert ": exit 6 needs " in str(refusal)
+
+
+@pytest.mark.parametrize(
+    ("objective", "budget", "expected"),
+    [
+        ("quality", {"latency_ms": 60_000}, 4),
+        ("quality", {"tpot_ms": 60_000, "min_exit_layer": 4}, 4),
+        ("quality", {"latency_ms": 60_000, "min_exit_layer": 6}, 6),
+        ("quality", {"latency_ms": 60_000, "exit_layer": 6}, 6),
+        ("quality", {"latency_ms": 60_000, "schedule": [[0, 6]]}, 6),
+        ("quality", {}, 6),
+        ("attainment", {"latency_ms": 60_000}, 6),
+        ("depth", {"latency_ms": 60_000}, 6),
+    ],
+)
+def test_depth_that_has_no_better_score_takes_no_time_from_others(
+    objective: str, budget: dict[str, Any], expected: int
+) -> None:
+    """The exit at 80 % of the layers ties the full depth, and an idle machine serves it too."""
+    timed = make_timed(objective=objective, scores=(0.5, 1.0, 1.0))
+
+    timed.run([timed_request("r", 20, max_tokens=5, **budget)])
+
+    assert timed.reports["r"].tokens_by_exit == {expected: 5}
 
 
 def test_attainment_meets_most_budgets_and_quality_has_most_quality() -> None:

@@ -59,6 +59,21 @@ async def test_a_loading_server_echoes_request_ids_and_answers_head() -> None:
     assert (health.status_code, health.content) == (503, b"")
 
 
+async def test_the_playground_is_there_while_the_model_loads() -> None:
+    door = FrontDoor(root_path="/llm", with_playground=True)
+    async with client_of(door) as client:
+        replies = [await client.get(path) for path in ("/", "/llm/", "/playground/app.js")]
+        refused = [await client.get("/exits"), await client.post("/"), await client.get("/x/")]
+
+    assert [reply.status_code for reply in replies] == [200] * 3
+    assert [reply.json()["error"]["code"] for reply in refused] == ["loading"] * 3
+
+
+async def test_a_playground_that_is_off_is_off_while_the_model_loads() -> None:
+    async with client_of(FrontDoor()) as client:
+        assert (await client.get("/")).status_code == 503
+
+
 async def test_a_loaded_server_answers_itself() -> None:
     door = FrontDoor()
     door.app = PlainTextResponse("here")

@@ -123,7 +123,7 @@ async def test_an_abort_that_fails_ends_the_engine_but_nobody_waits(
         assert set(await outcomes(streams)) == {"error"}
 
 
-@pytest.mark.parametrize("part", ["schedule", "commit", "finish", "add"])
+@pytest.mark.parametrize("part", ["schedule", "launch", "land", "finish", "add"])
 async def test_a_scheduler_that_raises_leaves_nobody_waiting(
     part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,8 @@ _FORMAT_SCHEMA: dict[str, Any] = {
     "type": "object",
     "example": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}},
 }
+_QUESTION = [{"role": "user", "content": "What is gravity?"}]
+_SHORT = {"max_tokens": 48, "temperature": 0, "budget": {"latency_ms": 2000}}
 _LOGIT_BIAS_SCHEMA = {"type": "object", "additionalProperties": LOGIT_BIAS.json_schema}
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer"}}
 _ONE_PROMPT_SCHEMA = {"anyOf": [{"type": "string"}, _TOKEN_IDS], "example": "Once upon a time"}
@@ -90,6 +92,11 @@ _MESSAGES_SCHEMA = {
 def _as_list(value: object) -> object:
     """One stop string as a list of one."""
     return [value] if isinstance(value, str) else value
+
+
+def _example(body: dict[str, Any]) -> ConfigDict:
+    """What a page fills in for the reader: one that was made of the fields would name them all."""
+    return ConfigDict(json_schema_extra={"example": body})
 
 
 def _ranged(name: str) -> WithJsonSchema:
@@ -196,6 +203,8 @@ class GenerationFields(_Body):
 class GenerateBody(GenerationFields):
     """Body of `POST /generate`."""
 
+    model_config = _example({"messages": _QUESTION, **_SHORT})
+
     format: FormatObject | None = None
     """What the answer must look like: one of `json` (a schema), `regex`, `choice`, `grammar`, or
     OpenAI's `response_format`."""
@@ -233,6 +242,8 @@ class _OpenAIFields(GenerationFields):
 class CompletionBody(_OpenAIFields):
     """Body of `POST /v1/completions`."""
 
+    model_config = _example({"prompt": "Once upon a time", **_SHORT})
+
     prompt: Annotated[Any, WithJsonSchema(_PROMPTS_SCHEMA)] = None
     """A text, a list of texts, token ids, or a list of lists of token ids."""
     logprobs: Annotated[int, _ranged("logprobs")] | None = None
@@ -248,6 +259,8 @@ class CompletionBody(_OpenAIFields):
 
 class ChatCompletionBody(_OpenAIFields):
     """Body of `POST /v1/chat/completions`."""
+
+    model_config = _example({"messages": _QUESTION, **_SHORT})
 
     messages: Messages
     """The conversation. Content is a text, or a list of parts of type `text`."""
@@ -270,6 +283,8 @@ class ChatCompletionBody(_OpenAIFields):
 class TokenizeBody(_Body):
     """Body of `POST /tokenize`."""
 
+    model_config = _example({"prompt": "What is gravity?"})
+
     model: Name | None = None
     prompt: str | None = None
     """Text. Give this or `messages`."""
@@ -283,6 +298,8 @@ class TokenizeBody(_Body):
 
 class DetokenizeBody(_Body):
     """Body of `POST /detokenize`."""
+
+    model_config = _example({"tokens": [1, 2, 3]})
 
     model: Name | None = None
     tokens: Annotated[list[int], Field(fail_fast=True)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sortserve.api.problems import error_response
 from sortserve.core.errors import AuthenticationError, PayloadTooLargeError
 
-__all__ = ["OPEN_PATHS", "ApiKeyMiddleware", "BodyLimitMiddleware", "key_digest"]
+__all__ = ["OPEN_PATHS", "ApiKeyMiddleware", "BodyLimitMiddleware", "key_digest", "route_path"]
 
 OPEN_PATHS = frozenset({"/health", "/readyz", "/livez", "/metrics"})
 """What probes and Prometheus ask for without a key."""
@@ -30,16 +31,24 @@ class ApiKeyMiddleware:
     """Lets requests pass that carry one of the keys as ``Authorization: Bearer KEY``.
 
     Routes find the key's digest in ``scope["state"]["key_digest"]``.
+
+    Args:
+        app: what to guard.
+        api_keys: the keys.
+        open_paths: answered without one, such as pages that ask for the key themselves.
     """
 
-    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, *, api_keys: Sequence[str], open_paths: AbstractSet[str] = OPEN_PATHS
+    ) -> None:
         self._app = app
+        self._open_paths = open_paths
         self._keys = [key.encode() for key in api_keys]
         self._digests = [key_digest(key) for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401, or pass on."""
-        if scope["type"] != "http" or _route_path(scope) in OPEN_PATHS:
+        if scope["type"] != "http" or route_path(scope) in self._open_paths:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("authorization", "")
@@ -93,7 +102,7 @@ class BodyLimitMiddleware:
         return PayloadTooLargeError(f"The body is over the limit of {self._max_body_bytes} bytes.")
 
 
-def _route_path(scope: Scope) -> str:
+def route_path(scope: Scope) -> str:
     """The path below the prefix that a reverse proxy may have left in place."""
     path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
     return path[len(root) :] if root and path.startswith(root + "/") else path

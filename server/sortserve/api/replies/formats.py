@@ -37,6 +37,8 @@ class GenerateFormat:
     """Add the usage so far to every event."""
 
     text_key: ClassVar[str] = '"text":'
+    with_exit: ClassVar[bool] = True
+    """Whether each event names the exit that made its token."""
     text_end: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
@@ -57,8 +59,9 @@ class GenerateFormat:
         if starts is None:
             head = json.dumps(self.head_at(exit_layer), separators=(",", ":"))[1:-1]
             num_choices = len(self.generation.choices)
+            depth = f'"exit_layer":{exit_layer},' if self.with_exit else ""
             starts = self._starts_at[exit_layer] = [
-                f'data: {{{head},"choices":[{{"index":{i},{self.text_key}'
+                f'data: {{{head},"choices":[{{"index":{i},{depth}{self.text_key}'
                 for i in range(num_choices)
             ]
         return starts
@@ -74,7 +77,9 @@ class GenerateFormat:
         return event(self._full_chunk(index, output))
 
     def _full_chunk(self, index: int, output: RequestOutput) -> dict[str, Any]:
-        choice = {"index": index, **self._delta(output), "finish_reason": output.finish_reason}
+        depth = {"exit_layer": output.exit_layer} if self.with_exit else {}
+        choice = {"index": index, **depth, **self._delta(output)}
+        choice["finish_reason"] = output.finish_reason
         choice |= self._extras(index, output.tokens)
         message = {**self.head_at(output.exit_layer), "choices": [choice]}
         if output.report is not None:
@@ -140,6 +145,8 @@ class GenerateFormat:
 
 class _OpenAIFormat(GenerateFormat):
     """The usage comes in an event of its own, without choices, and only if asked for."""
+
+    with_exit = False
 
     @property
     def _usage_in_last_chunk(self) -> bool:

@@ -7,20 +7,32 @@ from collections.abc import Callable
 import torch
 
 from sortserve.core.errors import ConfigError
-from sortserve.model.backend import Backend, Target
+from sortserve.model.backend import Backend, Target, Unusable
 from sortserve.model.backends.cpu.backend import make_cpu_backend
+from sortserve.model.backends.flashinfer.backend import make_flashinfer_backend
 from sortserve.model.backends.reference.backend import ReferenceBackend
+from sortserve.model.backends.triton.choice import make_triton_backend
 from sortserve.model.config import ModelConfig
 
-__all__ = ["AUTO", "BACKENDS", "backend_names", "check_backend_name", "choose_backend"]
+__all__ = [
+    "AUTO",
+    "BACKENDS",
+    "ONLY_BY_NAME",
+    "backend_names",
+    "check_backend_name",
+    "choose_backend",
+]
 
 AUTO = "auto"
-BACKENDS: dict[str, Callable[[Target], Backend | None]] = {
+BACKENDS: dict[str, Callable[[Target], Backend | Unusable]] = {
     "reference": ReferenceBackend,
+    "flashinfer": make_flashinfer_backend,
+    "triton": make_triton_backend,
     "cpu": make_cpu_backend,
 }
-"""All there are, by name. Each answers None for a target that it cannot compute on this machine;
-under "auto" the last one that can is taken."""
+"""All there are, by name. Under "auto" the last one that can compute the target is taken."""
+ONLY_BY_NAME = frozenset({"flashinfer"})
+"""Those that "auto" passes over."""
 
 
 def choose_backend(
@@ -38,14 +50,17 @@ def choose_backend(
         ConfigError: a backend asked for by name does not exist or does not work here.
     """
     target = Target(config, dtype, device)
+    reason = "there is none of that name"
     for offered, make in reversed(BACKENDS.items()):
-        if name in (AUTO, offered):
-            backend = make(target)
-            if backend is not None:
-                return backend
+        if name == offered or (name == AUTO and offered not in ONLY_BY_NAME):
+            answer = make(target)
+            if not isinstance(answer, Unusable):
+                return answer
+            reason = answer.reason
     raise ConfigError(
         f"--backend={name} cannot be used for {str(dtype).removeprefix('torch.')} on "
-        f"{device.type} on this machine: use {AUTO} (there are: {', '.join(backend_names())}).",
+        f"{device.type} on this machine: {reason}. Use {AUTO} "
+        f"(there are: {', '.join(backend_names())}).",
         param="backend",
     )
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sortserve.model.attention import RopeTables
-from sortserve.model.backend import LayerStack, Ops, Target
+from sortserve.model.backend import LayerStack, Ops, Target, Unusable
 from sortserve.model.backends.cpu.attention import NativeAttention
 from sortserve.model.backends.cpu.library import DTYPE_CODES, NativeLibrary, load_native
 from sortserve.model.backends.cpu.linear import NativeLinear, Output, PackedLinear
@@ -75,9 +75,14 @@ class CpuBackend(ReferenceBackend):
         return StepwiseStack(packed, attention, self.ops, self.target.config.rms_norm_eps)
 
 
-def make_cpu_backend(target: Target) -> CpuBackend | None:
-    """None: not a CPU, a dtype that the kernels do not know, or no kernels to be had."""
-    if target.device.type != "cpu" or target.dtype not in DTYPE_CODES:
-        return None
+def make_cpu_backend(target: Target) -> CpuBackend | Unusable:
+    """The kernels, where there are any for this CPU."""
+    if target.device.type != "cpu":
+        return Unusable("its kernels are for CPUs")
+    if target.dtype not in DTYPE_CODES:
+        names = sorted(str(dtype).removeprefix("torch.") for dtype in DTYPE_CODES)
+        return Unusable(f"its dtypes are {', '.join(names)}")
     library = load_native()
-    return None if library is None else CpuBackend(target, library)
+    if library is None:
+        return Unusable("there is no compiler and no prebuilt library")
+    return CpuBackend(target, library)

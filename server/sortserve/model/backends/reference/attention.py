@@ -1,12 +1,12 @@
 """Attention in plain torch: the definition that faster versions are tested against.
 
 Shape legend: T tokens, R rows, S slabs, B blocks of the longest row, N query heads, K key/value
-heads, G = N / K, H head_dim, X = (N + 2K) * H, P pages, C cached tokens.
+heads, G = N / K, H head_dim
+X = (N + 2K) * H, C cached tokens.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sortserve.model.attention import HeadNorms, RopeTables, SlabAttention
-from sortserve.model.backends.reference.ops import ReferenceOps
+from sortserve.model.backends.reference.heads import ReferenceHeads
 from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
 
@@ -41,11 +41,7 @@ class _ReferenceSlab:
         self, config: ModelConfig, rope: RopeTables, batch: Batch, slab: int, num_rows: int
     ) -> None:
         self._config = config
-        num_tokens = batch.query_starts[num_rows]
-        positions_T = batch.positions_T[:num_tokens]
-        self._cos_T1H = rope.cos[positions_T][:, None]
-        self._sin_T1H = rope.sin[positions_T][:, None]
-        self._slots_T = batch.slots_ST[slab, :num_tokens]
+        self._heads = ReferenceHeads(config, rope, batch, slab, num_rows)
         self._query_starts = batch.query_starts[: num_rows + 1]
         self._context_lens = batch.context_lens[:num_rows]
         # A row's padding points at the row's own first page, so that no row ever reads another's.
@@ -68,12 +64,7 @@ class _ReferenceSlab:
 
     def __call__(self, qkv_TX: Tensor, norms: HeadNorms | None, layer_pages: Tensor) -> Tensor:
         """See SlabAttention."""
-        q_TNH, k_TKH, v_TKH = self._split(qkv_TX)
-        if norms is not None:
-            q_TNH = self._norm(q_TNH, norms.query)
-            k_TKH = self._norm(k_TKH, norms.key)
-        q_TNH, k_TKH = self._rotate(q_TNH), self._rotate(k_TKH)
-        self._write(layer_pages, k_TKH, v_TKH)
+        q_TNH = self._heads(qkv_TX, norms, layer_pages)
         out_TNH = torch.empty_like(q_TNH)
         if self._decode_rows:
             out_TNH[self._decode_tokens] = self._decode(q_TNH[self._decode_tokens], layer_pages)
@@ -82,28 +73,6 @@ class _ReferenceSlab:
                 q_TNH[tokens], self._tables_RB[row], self._context_lens[row], layer_pages
             )
         return out_TNH.flatten(1)
-
-    def _split(self, qkv_TX: Tensor) -> tuple[Tensor, ...]:
-        config = self._config
-        heads_TXH = qkv_TX.view(qkv_TX.shape[0], -1, config.head_dim)
-        num_heads, num_keys = config.num_heads, config.num_kv_heads
-        bounds = (0, num_heads, num_heads + num_keys, num_heads + 2 * num_keys)
-        return tuple(heads_TXH[:, a:b] for a, b in itertools.pairwise(bounds))
-
-    def _norm(self, x_TNH: Tensor, weight_H: Tensor) -> Tensor:
-        return ReferenceOps().rms_norm(x_TNH, weight_H, self._config.rms_norm_eps)
-
-    def _rotate(self, x_TNH: Tensor) -> Tensor:
-        first, second = x_TNH.float().chunk(2, dim=-1)
-        cos, sin = self._cos_T1H, self._sin_T1H
-        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return rotated.to(x_TNH.dtype)
-
-    def _write(self, layer_pages: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:
-        block_size = layer_pages.shape[3]
-        pages_T, offsets_T = self._slots_T // block_size, self._slots_T % block_size
-        layer_pages[0][pages_T, :, offsets_T] = k_TKH
-        layer_pages[1][pages_T, :, offsets_T] = v_TKH
 
     def _chunks(self) -> Iterator[tuple[int, slice]]:
         for row in range(len(self._context_lens)):
