@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from sortserve.core.budget import Budget
 from sortserve.scheduling.policies.table import POLICIES
+from support.launchers import LAUNCHERS
 from support.scripted import (
     Collected,
     ScriptedRunner,
@@ -53,17 +54,21 @@ FORMS = st.text(alphabet="?ab{:", min_size=1, max_size=24)
     policy=st.sampled_from(sorted(POLICIES)),
     num_pages=st.sampled_from([48, 512]),
     chunk=st.sampled_from([5, 16, 256]),
+    launcher=st.sampled_from([None, "early", "late"]),
 )
 @settings(max_examples=80, deadline=None)
 def test_forced_tokens_in_a_chunk_equal_one_by_one_in_any_batch(
-    forms: list[tuple[str, int]], policy: str, num_pages: int, chunk: int
+    forms: list[tuple[str, int]], policy: str, num_pages: int, chunk: int, launcher: str | None
 ) -> None:
+    runner = ScriptedRunner(num_pages=num_pages, rule=depth_letter)
     engine = make_engine(
-        runner=ScriptedRunner(num_pages=num_pages, rule=depth_letter),
+        runner=runner if launcher is None else LAUNCHERS[launcher](runner),
+        async_scheduling=launcher is not None,
         policy=policy,
         max_num_batched_tokens=chunk,
         max_num_seqs=4,
     )
+    add(engine, make_request("free", "abc", max_tokens=30), 4)
     for i, (form, exit_layer) in enumerate(forms):
         request = make_request(str(i), "abc", max_tokens=100, grammar=Form(form))
         add(engine, request, exit_layer)
