@@ -34,6 +34,7 @@ from sortserve.core.plan import RowPlan, StepPlan
 from sortserve.core.sampling_params import SampledToken, SamplingParams, SamplingRow
 from sortserve.engine.assemble import make_tokenizer
 from sortserve.engine.runner import ModelRunner
+from sortserve.engine.sampling.bitmask import Masks
 from sortserve.engine.sampling.sampler import Sampler
 from sortserve.model.backend import RowSampling
 
@@ -73,7 +74,9 @@ class Recorder(Sampler):
         super().__init__()
         self.logits_RV = torch.empty(0)
 
-    def sample(self, logits_RV: Tensor, rows: Sequence[SamplingRow]) -> list[Any]:
+    def sample(
+        self, logits_RV: Tensor, rows: Sequence[SamplingRow], masks: Masks | None = None
+    ) -> list[Any]:
         self.logits_RV = logits_RV.clone()
         return [SampledToken(0)] * len(rows)
 

@@ -28,6 +28,7 @@ from sortserve_client import (
     NotFoundError,
     SamplingOptions,
 )
+from support.http_service import FormCompiler
 from support.scripted import VOCAB_SIZE, ScriptedRunner, make_engine
 
 API_KEY = "s3cret"
@@ -39,6 +40,8 @@ class AsciiTokenizer:
     """Each character is its number. A conversation is its contents, one after the other."""
 
     vocab_size = VOCAB_SIZE
+    grammars = FormCompiler()
+    tool_dialect = None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [ord(character) for character in text]

@@ -40,15 +40,10 @@ ASKING: list[tuple[str, Any]] = [
     ("repeat_penalty", 1.1),
     ("lora", [{"id": 0, "scale": 0.5}]),
     # vLLM
-    ("guided_json", SCHEMA),
-    ("guided_regex", "[0-9]+"),
-    ("guided_choice", ["yes", "no"]),
-    ("guided_grammar", "start: 'a'"),
     ("guided_json_object", True),
     ("guided_decoding_backend", "xgrammar"),
     ("guided_whitespace_pattern", "[ ]*"),
     ("guided_something_new", "x"),
-    ("structured_outputs", {"regex": "a+"}),
     ("structural_tag", {"type": "structural_tag"}),
     ("bad_words", ["no"]),
     ("allowed_token_ids", [1]),
@@ -86,10 +81,6 @@ ASKING: list[tuple[str, Any]] = [
     ("template", "{{ .Prompt }}"),
     ("think", True),
     # OpenAI
-    ("tools", [{"type": "function", "function": {"name": "f"}}]),
-    ("response_format", {"type": "json_object"}),
-    ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}),
-    ("response_format", {"type": "grammar", "grammar": "x"}),
     ("text", {"format": {"type": "json_schema", "schema": SCHEMA}}),
     ("reasoning_effort", "low"),
     ("verbosity", "low"),
@@ -175,6 +166,15 @@ async def test_values_that_ask_for_nothing_are_served(
     reply = await shared.post(path, {**BASE[path], **fields})
 
     assert reply.status_code == 200, reply.text
+
+
+async def test_tools_are_refused_on_the_route_that_has_no_messages(shared: HttpService) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+
+    reply = await shared.post(COMPLETIONS, {**BASE[COMPLETIONS], "tools": tools})
+
+    error = reply.json()["error"]
+    assert (error["param"], error["code"]) == ("tools", "unsupported_field")
 
 
 async def test_an_answer_that_is_to_be_continued_is_refused(shared: HttpService) -> None:

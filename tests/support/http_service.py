@@ -24,6 +24,7 @@ from sortserve.api.replies.streaming import COMMENT
 from sortserve.api.settings import ApiSettings
 from sortserve.core.budget import Budget
 from sortserve.core.errors import InvalidRequestError
+from sortserve.core.grammar import OutputFormat
 from sortserve.core.plan import StepPlan
 from sortserve.core.request import RequestReport, StepRecord
 from sortserve.core.sampling_params import SampledToken
@@ -34,10 +35,18 @@ from sortserve.telemetry.metrics import Metrics
 from sortserve.telemetry.totals import Totals
 from sortserve_client._sse import SSEDecoder
 from support.scripted import VOCAB_SIZE, Rule, ScriptedRunner, make_engine, next_letter
+from support.scripted_grammar import Form
 
 EXITS = (2, 4, 6)
 MODEL = "tiny"
 WAIT_S = 30
+
+
+class FormCompiler:
+    """Formats of any kind are forms to fill in (``support.scripted_grammar``)."""
+
+    def compile(self, format_: OutputFormat) -> Form:
+        return Form(format_.text)
 
 
 class AsciiTokenizer:
@@ -47,6 +56,7 @@ class AsciiTokenizer:
     max_token_chars = 1
 
     def __init__(self) -> None:
+        self.grammars = FormCompiler()
         self.threads: set[str] = set()
         """Names of the threads that encoded something."""
 
@@ -56,6 +66,8 @@ class AsciiTokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return "".join(map(chr, token_ids))
+
+    tool_dialect: str | None = None
 
     def apply_chat_template(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from sortserve.core.grammar import Constraint, GrammarError
 from sortserve.core.sampling_params import SamplingParams, SamplingRow
 
-__all__ = ["any_logits", "any_row"]
+__all__ = ["any_constrained_row", "any_logits", "any_row"]
 
 _SETTINGS: dict[str, list[object]] = {
     "temperature": [0.0, 0.0, 1e-300, 1e-40, 0.1, 0.8, 1.0, 1.0, 1.7, 100.0],
@@ -40,6 +44,38 @@ def any_row(rng: random.Random, vocab_size: int) -> SamplingRow:
         tuple(tokens[cut:]),
         _stop_ids(rng, vocab_size),
     )
+
+
+@dataclass
+class _Mask:
+    """A place in a grammar at which these tokens may come; None: it cannot go on."""
+
+    allowed: frozenset[int] | None
+    is_complete = False
+
+    def fill_mask(self, mask_W: NDArray[np.int32]) -> None:
+        if self.allowed is None:
+            raise GrammarError("scripted failure")
+        bits = np.zeros(32 * len(mask_W), dtype=np.uint8)
+        bits[list(self.allowed)] = 1
+        mask_W[:] = np.packbits(bits, bitorder="little").view("<i4")
+
+    def accept(self, token_id: int) -> None:
+        raise AssertionError("the sampler takes no token")
+
+    def forced_tokens(self) -> list[int]:
+        return []
+
+
+def any_constrained_row(rng: random.Random, vocab_size: int) -> SamplingRow:
+    """One in four may have some tokens only, few or many; one in fifty of these none."""
+    row = any_row(rng, vocab_size)
+    if rng.random() < 0.75:
+        return row
+    share = rng.choice([0.0, 0.05, 0.5, 0.99])
+    some = {t for t in range(vocab_size) if rng.random() < share} | {rng.randrange(vocab_size)}
+    mask = _Mask(None if rng.random() < 0.02 else frozenset(some))
+    return replace(row, constraint=Constraint(mask))
 
 
 def _stop_ids(rng: random.Random, vocab_size: int) -> frozenset[int]:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from sortserve.admission.choose import ExitChoice
 from sortserve.core.budget import Budget, ExitInfo, ExitTable
+from sortserve.core.grammar import Grammar
 from sortserve.core.plan import Runner, StepPlan
 from sortserve.core.request import Observer, Request, RequestOutput
-from sortserve.core.sampling_params import SampledToken, SamplingParams, TokenLogprob
+from sortserve.core.sampling_params import (
+    RowFailure,
+    SampledToken,
+    SamplingParams,
+    SamplingRow,
+    TokenLogprob,
+)
 from sortserve.engine.engine import Engine, EngineConfig, TextStream
+from sortserve.engine.sampling.bitmask import make_masks
 
 EOS = 0
 VOCAB_SIZE = 128
@@ -81,7 +90,7 @@ class ScriptedRunner:
             for i, token_id in enumerate(row.token_ids):
                 block, offset = divmod(row.start + i, self.block_size)
                 self._pages[row.block_table_SB[:, block], offset] = token_id
-        sampled = []
+        sampled: list[Any] = []  # a row whose grammar fails has a failure
         for row in plan.rows:
             if row.sampling is None:
                 continue
@@ -94,13 +103,21 @@ class ScriptedRunner:
                 block, offset = divmod(position, self.block_size)
                 held = self._pages[row.block_table_SB[:, block], offset]
                 assert (held == token_id).all(), f"{row.request_id} position {position}: {held}"
-            sampled.append(self._sample(row.sampling.params, known, row.exit_layer))
+            sampled.append(self._sample(row.sampling, known, row.exit_layer))
         return sampled
 
     def _sample(
-        self, params: SamplingParams, known: Sequence[int], exit_layer: int
-    ) -> SampledToken:
+        self, row: SamplingRow, known: Sequence[int], exit_layer: int
+    ) -> SampledToken | RowFailure:
+        params = row.params
         token_id = self.rule(known, exit_layer)
+        if row.constraint is not None:
+            [mask_W] = make_masks([row], VOCAB_SIZE).values()
+            if isinstance(mask_W, RowFailure):
+                return mask_W
+            # The rule's token where the mask allows it, else the next that is allowed.
+            allowed = [t for t in range(VOCAB_SIZE) if mask_W[t // 32] >> (t % 32) & 1]
+            token_id = min(allowed, key=lambda t: (t - token_id) % VOCAB_SIZE)
         if params.logprobs is None:
             return SampledToken(token_id)
         others = tuple(
@@ -154,6 +171,7 @@ def make_request(
     arrival_s: float = 1000.0,
     cache_salt: str = "",
     sample_index: int = 0,
+    grammar: Grammar | None = None,
     **sampling: object,
 ) -> Request:
     tokens = tuple(map(ord, prompt)) if isinstance(prompt, str) else tuple(prompt)
@@ -165,6 +183,7 @@ def make_request(
         arrival_s=arrival_s,
         cache_salt=cache_salt,
         sample_index=sample_index,
+        grammar=grammar,
     )
 
 

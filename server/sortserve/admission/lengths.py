@@ -67,14 +67,19 @@ def _bounds() -> tuple[int, ...]:
 
 
 def expected_tokens(request: Request, num_so_far: int, lengths: LengthEstimator) -> int:
-    """The output tokens to plan a request for, given how many it has."""
+    """The output tokens to plan a request for, given how many it has.
+
+    Those that a grammar forces are left out: they take no step of their own, and next to no time.
+    """
     limit = request.sampling.max_tokens
-    if request.sampling.ignore_eos and not request.sampling.stop:
+    share = 1.0 if request.grammar is None else lengths.sampled_share(request.grammar.key)
+    if request.grammar is None and request.sampling.ignore_eos and not request.sampling.stop:
         return limit
     learned = lengths.expect(num_so_far, limit, LengthKey.of(request))
     if learned is not None:
         return learned
     guess = limit if request.expected_tokens is None else request.expected_tokens
+    guess = max(1, round(share * guess))
     if num_so_far >= guess:  # longer than thought: a quarter more, and again
         guess = num_so_far + max(1, num_so_far // 4)
     return min(guess, limit)
@@ -100,6 +105,8 @@ class LengthEstimator:
         # Of each table: its weight when it was last added to, and how many answers there had been.
         self._uses: dict[LengthKey, tuple[float, int]] = {}
         self._num_answers = 0
+        # Sampled and all tokens of the answers to each grammar, and to all of them ("").
+        self._sampled: dict[str, tuple[float, float]] = {}
 
     @property
     def num_tables(self) -> int:
@@ -124,6 +131,25 @@ class LengthEstimator:
         while len(self._tables) > MAX_TABLES:
             least = min((k for k in self._tables if k != EVERYBODY), key=self._usefulness)
             del self._tables[least], self._uses[least]
+
+    def observe_forced(self, num_sampled: int, num_tokens: int, key: str) -> None:
+        """Learn how much of an answer its grammar forced.
+
+        Args:
+            num_sampled: tokens that it did not force.
+            num_tokens: all of them.
+            key: of the grammar.
+        """
+        for known in (key, ""):
+            sampled, total = self._sampled.pop(known, (0.0, 0.0))
+            self._sampled[known] = (FORGET * sampled + num_sampled, FORGET * total + num_tokens)
+        while len(self._sampled) > MAX_TABLES:
+            del self._sampled[next(iter(self._sampled))]  # the one that is longest ago
+
+    def sampled_share(self, key: str) -> float:
+        """The share of tokens that a grammar does not force: its own, else that of all of them."""
+        sampled, total = self._sampled.get(key) or self._sampled.get("", (1.0, 1.0))
+        return sampled / total if total > 0.0 else 1.0
 
     def expect(self, num_so_far: int, max_tokens: int, key: LengthKey = EVERYBODY) -> int | None:
         """The total length to plan for: above what has come, at most ``max_tokens``.

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-__all__ = ["HttpMetrics", "Tokenizer"]
+from sortserve.core.grammar import Grammar, OutputFormat
+
+__all__ = ["Grammars", "HttpMetrics", "Tokenizer"]
+
+
+class Grammars(Protocol):
+    """The part of ``sortserve.text.grammars.Grammars`` that requests need."""
+
+    def compile(self, format_: OutputFormat) -> Grammar:
+        """What an answer in that format must match."""
 
 
 class Tokenizer(Protocol):
@@ -25,6 +34,14 @@ class Tokenizer(Protocol):
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
     ) -> list[int]:
         """Messages to token ids."""
+
+    @property
+    def tool_dialect(self) -> str | None:
+        """The form in which the chat template has tools called; None: it knows none."""
+
+    @property
+    def grammars(self) -> Grammars:
+        """Compiles what answers must look like."""
 
     def convert_id_to_token_text(self, token_id: int) -> tuple[str, bytes]:
         """One token as text (which may be half a character, replaced) and as its bytes."""

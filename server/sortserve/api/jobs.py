@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -21,6 +21,7 @@ from sortserve.api.problems import renamed
 from sortserve.api.settings import ApiSettings
 from sortserve.core.budget import Budget
 from sortserve.core.errors import InvalidRequestError
+from sortserve.core.grammar import OutputFormat
 from sortserve.core.sampling_params import SamplingParams
 
 __all__ = ["Job", "make_job", "tier_of"]
@@ -64,6 +65,7 @@ def make_job(
     settings: ApiSettings,
     vocab_size: int,
     field_names: Mapping[str, str] | None = None,
+    format_: OutputFormat | None = None,
 ) -> Job:
     """Check everything that can be checked without tokenising.
 
@@ -79,6 +81,7 @@ def make_job(
         settings: what counts for fields that the body does not give.
         vocab_size: token ids are below it.
         field_names: the engine's field names as this route spells them.
+        format_: what the answer must look like, where no field of the body says it.
 
     Raises:
         InvalidRequestError: ``param`` names the field.
@@ -99,6 +102,16 @@ def make_job(
         )
     except InvalidRequestError as error:
         raise renamed(error, names) from None
+    if format_ is not None:
+        if sampling.output_format is not None:
+            raise InvalidRequestError(
+                f"{sampling.output_format.param} cannot be given with a tool_choice that forces a "
+                "call. Drop one of the two.",
+                param="tool_choice",
+            )
+        sampling = replace(sampling, format=format_)
+    if sampling.output_format is not None:
+        budget = _with_floor(budget, settings.structured_min_quality)
     key = settings.weights_of(getattr(request.state, "key_digest", ""))
     worth = settings.weight_rules.weigh(body.service_tier, body.priority or 0, key)
     return Job(
@@ -121,6 +134,12 @@ def make_job(
 def tier_of(job: Job) -> dict[str, str]:
     """The field of a reply that names the service tier, if the client did."""
     return {} if job.service_tier is None else {"service_tier": job.service_tier}
+
+
+def _with_floor(budget: Budget, min_quality: float | None) -> Budget:
+    """The budget of a request whose answer must have a form, where it says nothing of its depth."""
+    is_said = budget.names_floor or budget.exit_layer is not None or budget.schedule is not None
+    return budget if is_said or min_quality is None else replace(budget, min_quality=min_quality)
 
 
 def _cache_salt(request: Request, salt: str) -> str:

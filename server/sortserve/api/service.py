@@ -23,6 +23,7 @@ from sortserve.api.problems import renamed
 from sortserve.api.settings import ApiSettings
 from sortserve.api.text_threads import TextThreads
 from sortserve.core.errors import InvalidRequestError, SortserveError
+from sortserve.core.grammar import Grammar, length_class_of
 from sortserve.core.request import EXPECTED_TOKENS, Request
 from sortserve.engine.worker import EngineWorker, RequestStream
 from sortserve.telemetry.logs import fields
@@ -79,7 +80,8 @@ class Service:
             token_ids = await encode_all(
                 job.prompts, self.tokenizer, self.threads, max_tokens=self.worker.max_model_len
             )
-            streams = await self._submit(job, token_ids, reservation)
+            grammar = await self._compile(job)
+            streams = await self._submit(job, token_ids, reservation, grammar)
         log_prompts = self.settings.log_prompts
         return Generation(
             streams,
@@ -90,6 +92,13 @@ class Service:
             keep=log_prompts or not job.stream,
             on_end=partial(self._log_texts, job, token_ids) if log_prompts else None,
         )
+
+    async def _compile(self, job: Job) -> Grammar | None:
+        """What its answers must match, compiled on a thread; None: anything."""
+        format_ = job.sampling.output_format
+        if format_ is None:
+            return None
+        return await self.threads.run(partial(self.tokenizer.grammars.compile, format_))
 
     def _log_texts(self, job: Job, prompts: list[list[int]], generation: Generation) -> None:
         """Write what was asked and answered, for operators who switched it on."""
@@ -123,7 +132,11 @@ class Service:
             )
 
     async def _submit(
-        self, job: Job, prompts: list[list[int]], reservation: Reservation
+        self,
+        job: Job,
+        prompts: list[list[int]],
+        reservation: Reservation,
+        grammar: Grammar | None,
     ) -> list[RequestStream]:
         streams: list[RequestStream] = []
         names = dict(job.field_names)
@@ -133,7 +146,7 @@ class Service:
                 names["prompt"] = f"prompt.{i}"
 
         try:
-            requests = [self._request(job, tuple(token_ids)) for token_ids in prompts]
+            requests = [self._request(job, tuple(token_ids), grammar) for token_ids in prompts]
             async with self._turns:
                 exit_layer = None
                 if len(requests) * job.n > 1:
@@ -158,7 +171,7 @@ class Service:
             raise
         return streams
 
-    def _request(self, job: Job, token_ids: tuple[int, ...]) -> Request:
+    def _request(self, job: Job, token_ids: tuple[int, ...], grammar: Grammar | None) -> Request:
         sampling, expected_tokens = job.sampling, None
         if job.limit_is_default:
             # An over-long prompt is the engine's to refuse: it says so in better words.
@@ -173,7 +186,8 @@ class Service:
             weight=job.weight,
             arrival_s=job.arrival_s,
             expected_tokens=expected_tokens,
-            length_class=job.length_class,
+            length_class=length_class_of(job.length_class, grammar),
+            grammar=grammar,
             cache_salt=job.cache_salt,
             is_one_of_several=job.n * len(job.prompts) > 1,
         )

@@ -54,6 +54,8 @@ class ApiSettings:
     """The checkpoint's ``generation_config.json``; only sampling fields are read."""
     default_budget: Budget = field(default_factory=Budget)
     """Of requests that give no budget of their own."""
+    structured_min_quality: float | None = None
+    """Floor of requests whose answer must have a form, and that name none. None: as all others."""
     request_timeout_s: float | None = None
     """Seconds after which a request is cut off with status 504. None: never."""
     log_prompts: bool = False

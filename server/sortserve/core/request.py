@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from sortserve.core.budget import Budget
 from sortserve.core.errors import SortserveError
+from sortserve.core.grammar import Grammar
 from sortserve.core.sampling_params import SampledToken, SamplingParams
 
 __all__ = [
@@ -77,6 +78,8 @@ class Request:
     class for all."""
     cache_salt: str = ""
     """Prefixes are shared only between requests of equal salt."""
+    grammar: Grammar | None = None
+    """What the answer must look like, compiled; None: anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +208,7 @@ class StepRecord:
     depth_cap: int
     rows_by_exit: Mapping[int, int]
     tokens_by_exit: Mapping[int, int]
-    """Output tokens sampled in this step."""
+    """Output tokens that this step brought, forced ones included."""
     layers_run: int
     """Token-layers run; ``layers_full`` is what full depth would have run."""
     layers_full: int

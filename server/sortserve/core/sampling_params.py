@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import overload
+from typing import Any, overload
 
 from sortserve.core.errors import InvalidRequestError
+from sortserve.core.formats import read_format
+from sortserve.core.grammar import Constraint, OutputFormat
 from sortserve.core.ranges import Range, integers, numbers
 
 __all__ = ["RowFailure", "SampledToken", "SamplingParams", "SamplingRow", "TokenLogprob"]
@@ -95,8 +97,12 @@ class SamplingParams:
     logprobs: int | None = None
     """None: no logprobs. k >= 0: the sampled token's and those of the k most likely tokens,
     from the model's distribution before penalties and temperature."""
+    format: OutputFormat | Mapping[str, Any] | None = None
+    """What the answer must look like: ``{"json": schema}``, ``{"regex": ...}``,
+    ``{"choice": [...]}``, ``{"grammar": ...}`` or OpenAI's ``response_format``."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "format", read_format(self.format, "format"))
         self._check("max_tokens", RANGES["max_tokens"])
         allowed = f"an integer from 0 to max_tokens={self.max_tokens}"
         self._check("min_tokens", replace(integers(0, self.max_tokens), allowed=allowed))
@@ -127,6 +133,12 @@ class SamplingParams:
         _require(isinstance(ids, tuple | list), "stop_token_ids", ids, "a list of token ids")
         for i, token_id in enumerate(ids):
             _require(token_id in _TOKEN_ID, f"stop_token_ids.{i}", token_id, "a token id >= 0")
+
+    @property
+    def output_format(self) -> OutputFormat | None:
+        """``format`` as it was read; None: anything."""
+        assert not isinstance(self.format, Mapping)
+        return self.format
 
     @property
     def greedy(self) -> bool:
@@ -181,6 +193,8 @@ class SamplingRow:
     """Tokens generated so far; their number is the position that the noise is drawn from."""
     stop_token_ids: frozenset[int]
     """Every id that ends this request (EOS included unless ignored): masked below min_tokens."""
+    constraint: Constraint | None = None
+    """What the answer must look like; None: anything."""
 
     @property
     def needs_history(self) -> bool:
@@ -188,7 +202,7 @@ class SamplingRow:
 
         Their number is all that other rows need.
         """
-        return self.params.has_penalties
+        return self.constraint is not None or self.params.has_penalties
 
     def at(self, num_output_tokens: int | None) -> SamplingRow:
         """The row when so many tokens are out, of which the last may not be known here.
@@ -224,7 +238,7 @@ class RowFailure:
     """A row that gave no token: its request ends with an error, its neighbours go on."""
 
     reason: str
-    """``exception``, ``non_finite`` (the model's scores were NaN or infinite) or ``text``: a label
-    of the metrics, so never a client's words."""
+    """``exception``, ``non_finite`` (the model's scores were NaN or infinite), ``text`` or
+    ``grammar``: a label of the metrics, so never a client's words."""
     detail: str = ""
     """What the client is told beside it."""

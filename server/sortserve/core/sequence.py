@@ -21,10 +21,14 @@ from dataclasses import dataclass
 from enum import Enum
 
 from sortserve.core.budget import Deadlines
+from sortserve.core.grammar import Constraint
 from sortserve.core.request import Estimate, Request
 from sortserve.core.sampling_params import SamplingRow
 
 __all__ = ["Promise", "Sequence", "Status"]
+
+MAX_FORCED_IN_DECODE = 31
+"""A longer run of forced tokens is read like a part of a prompt, when there is time for it."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Sequence:
         estimate: Estimate | None = None,
         floor_layer: int | None = None,
         promise: Promise | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         self.request = request
         # Asked for many times a step: as attributes they cost no calls.
@@ -85,6 +90,8 @@ class Sequence:
         self.schedule = request.budget.schedule
         self.deadlines: Deadlines = request.budget.deadlines(request.arrival_s)
 
+        self.constraint = constraint
+
         self.output_token_ids: list[int] = []
         self._sampling_row = SamplingRow(
             params=request.sampling,
@@ -92,8 +99,11 @@ class Sequence:
             prompt_token_ids=request.prompt_token_ids,
             output_token_ids=self.output_token_ids,
             stop_token_ids=stop_token_ids,
+            constraint=constraint,
         )
         self.num_computed_tokens = 0
+        self.num_forced_tokens = 0
+        self._num_forced_last = 0  # of them, after the last sampled one
         # Tokens of steps under way: the latest, after those of ``output_token_ids``.
         self.num_unknown_tokens = 0
         # Where the plan launched last samples the latest of them: see ``RowPlan.token_from``.
@@ -157,6 +167,21 @@ class Sequence:
         )
         return changes_depth or self._sampling_row.needs_history
 
+    @property
+    def num_sampled_tokens(self) -> int:
+        """Output tokens that took a step of their own: all that its grammar did not force."""
+        return len(self.output_token_ids) - self.num_forced_tokens
+
+    @property
+    def num_ready_tokens(self) -> int:
+        """Tokens of one decode step: the last sampled one, and those that were forced after it."""
+        return 1 + min(self._num_forced_last, MAX_FORCED_IN_DECODE)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether what is pending is no prompt, but what the last step brought."""
+        return self.num_pending_tokens <= self.num_ready_tokens
+
     def tokens(self, start: int, stop: int) -> list[int]:
         """Tokens at positions ``start`` to ``stop``, as far as they are known."""
         prompt = self.request.prompt_token_ids
@@ -168,10 +193,19 @@ class Sequence:
             head += self.output_token_ids[: stop - num_prompt]
         return head
 
-    def append_token(self, token_id: int, exit_layer: int) -> None:
-        """The oldest token of a step under way is known; ``exit_layer`` is where it was made."""
-        assert self.num_unknown_tokens > 0, "no step under way has sampled for it"
-        self.num_unknown_tokens -= 1
+    def append_token(self, token_id: int, exit_layer: int, *, forced: bool = False) -> None:
+        """The oldest token of a step under way is known; ``exit_layer`` is where it was made.
+
+        A forced one is of no step yet: the next one reads it, so a schedule's depth for it counts.
+        """
+        if forced:
+            self.num_forced_tokens += 1
+            if self.schedule is not None:
+                exit_layer = min(exit_layer, self.schedule.exit_at(self.num_output_tokens))
+        else:
+            assert self.num_unknown_tokens > 0, "no step under way has sampled for it"
+            self.num_unknown_tokens -= 1
+        self._num_forced_last = self._num_forced_last + 1 if forced else 0
         self.output_token_ids.append(token_id)
         self.tokens_by_exit[exit_layer] = self.tokens_by_exit.get(exit_layer, 0) + 1
 

@@ -13,22 +13,23 @@ from sortserve.admission.choose import ExitChoice
 from sortserve.admission.lengths import LengthEstimator, expected_tokens
 from sortserve.core.budget import ExitTable, OnMiss
 from sortserve.core.errors import BudgetUnattainableError, SortserveError
+from sortserve.core.grammar import GrammarError
 from sortserve.core.plan import Runner
 from sortserve.core.request import EngineStats, FinishReason, Observer, Request, RequestOutput
 from sortserve.core.sampling_params import RowFailure, SampledToken
 from sortserve.core.sequence import Sequence
 from sortserve.cost.costs import Costs
 from sortserve.cost.model import step_shape
+from sortserve.engine.accept import accept, row_failure
 from sortserve.engine.config import EngineConfig
 from sortserve.engine.finish import (
     expired_in_queue,
     failure_error,
     is_over,
     make_report,
-    would_overrun,
 )
 from sortserve.engine.health import Health
-from sortserve.engine.live import Live, TextError, TextStream, learn_length, push, rest, sequence_of
+from sortserve.engine.live import Live, TextError, TextStream, learn_length, rest, sequence_of
 from sortserve.engine.pipeline import Landed, Pipeline
 from sortserve.engine.steps import engine_stats, step_record
 from sortserve.engine.validation import check_lengths, check_vocabulary, exits_that_fit
@@ -92,7 +93,7 @@ class Engine:
             cost_of={info.exit_layer: info.compute for info in exits.exits}.__getitem__,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            expect=lambda s: expected_tokens(s.request, s.num_output_tokens, self.lengths),
+            expect=lambda s: expected_tokens(s.request, s.num_sampled_tokens, self.lengths),
             worth=self.objective.worth(exits),
         )
         self._live: dict[str, Live] = {}
@@ -212,8 +213,8 @@ class Engine:
             live = self._live[row.request_id]
             try:
                 outputs.append(self._accept(live, token, row.exit_layer, now))
-            except TextError as error:
-                failures[row.request_id] = RowFailure("text", error.detail)
+            except (TextError, GrammarError) as error:
+                failures[row.request_id] = row_failure(error)
         outputs += [self._fail(self._live[id_], failure, now) for id_, failure in failures.items()]
         self.tell(
             lambda observer: observer.on_step(
@@ -223,6 +224,7 @@ class Engine:
                     sampled=[row for row, _ in tokens],
                     full_depth=self.exits.full,
                     previous_token_s=previous,
+                    num_tokens={output.request_id: len(output.tokens) for output in outputs},
                     started_s=max(landed.started_s, begun_s),
                     now=now,
                     predicted_s=None if model is None else model.step_s(shape),
@@ -238,29 +240,15 @@ class Engine:
         self, live: Live, token: SampledToken, exit_layer: int, now: float
     ) -> RequestOutput:
         """Add one token, made at an exit, to its request and see whether it ends there."""
-        sequence = live.sequence
-        previous_s = sequence.last_token_s
-        sequence.append_token(token.token_id, exit_layer)
-        sequence.last_token_s = now
-        if sequence.first_token_s is None:
-            sequence.first_token_s = now
-
-        reason: FinishReason | None = None
-        text = ""
-        if token.token_id in sequence.stop_token_ids:
-            reason = FinishReason.STOP
-        else:
-            text, stopped = push(live, token.token_id)
-            if stopped:
-                reason = FinishReason.STOP
-            elif len(sequence.output_token_ids) >= sequence.request.sampling.max_tokens:
-                reason = FinishReason.LENGTH
-            elif would_overrun(sequence, previous_s, now):
-                reason = FinishReason.DEADLINE
-        if reason is not None:
-            return self._finish(live, reason, now, text=text + rest(live), tokens=(token,))
+        added = accept(live, token, exit_layer, now)
+        if added.reason is not None:
+            text = added.text + rest(live)
+            return self._finish(live, added.reason, now, text=text, tokens=added.tokens)
         return RequestOutput(
-            request_id=sequence.request_id, text=text, tokens=(token,), exit_layer=exit_layer
+            request_id=live.sequence.request_id,
+            text=added.text,
+            tokens=added.tokens,
+            exit_layer=exit_layer,
         )
 
     def _finish(

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from sortserve.admission.choose import ExitChoice
 from sortserve.admission.lengths import LengthEstimator, LengthKey
+from sortserve.core.grammar import Constraint
 from sortserve.core.request import Request
 from sortserve.core.sequence import Sequence
 
@@ -64,6 +65,19 @@ def sequence_of(
         estimate=choice.estimate,
         floor_layer=choice.floor_layer,
         promise=choice.promise,
+        constraint=_constraint_of(request, eos_token_ids),
+    )
+
+
+def _constraint_of(request: Request, eos_token_ids: frozenset[int]) -> Constraint | None:
+    """A grammar's first place. Log probabilities need a step for every token, forced or not."""
+    if request.grammar is None:
+        return None
+    sampling = request.sampling
+    return Constraint(
+        request.grammar.start(),
+        one_by_one=sampling.logprobs is not None,
+        no_ends=eos_token_ids - set(sampling.stop_token_ids) if sampling.ignore_eos else (),
     )
 
 
@@ -89,6 +103,9 @@ def learn_length(lengths: LengthEstimator, sequence: Sequence, *, cut: bool) -> 
     """Let the length of an answer be learned; if that fails, nothing else does."""
     try:
         key = LengthKey.of(sequence.request)
-        lengths.observe(sequence.num_output_tokens, cut=cut, key=key)
+        lengths.observe(sequence.num_sampled_tokens, cut=cut, key=key)
+        grammar, num_tokens = sequence.request.grammar, sequence.num_output_tokens
+        if grammar is not None:
+            lengths.observe_forced(sequence.num_sampled_tokens, num_tokens, grammar.key)
     except Exception:
         logger.exception("nothing was learned of the length of an answer")

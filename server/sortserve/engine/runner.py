@@ -12,6 +12,7 @@ from torch import Tensor
 from sortserve.core.plan import StepPlan
 from sortserve.core.sampling_params import RowFailure, SampledToken
 from sortserve.engine.inputs import build_batch
+from sortserve.engine.sampling.bitmask import MaskMaker
 from sortserve.engine.sampling.sampler import Sampler
 from sortserve.engine.sampling.samples import KnownSamples, Samples
 from sortserve.engine.threads import StepThreads
@@ -72,6 +73,7 @@ class ModelRunner:
                 max_rows=max_num_seqs,
             )
         self._threads: StepThreads | None = None
+        self._masks = MaskMaker()
         # What the last plan sampled, for rows of the next one that go on from there.
         self._last_ids_R = torch.empty(0, dtype=torch.int64)
 
@@ -118,13 +120,16 @@ class ModelRunner:
             last_ids_R=self._last_ids_R,
         )
         self._last_ids_R = self._last_ids_R[:0]  # if this plan fails, nobody goes on from it
-        h_RD = self._forward(batch)
         sampling = [
             row.sampling.at(row.num_output_tokens) for row in plan.rows if row.sampling is not None
         ]
+        masks = self._masks.start(sampling, self._decoder.config.vocab_size)
+        h_RD = self._forward(batch)
         if not sampling:
             return _Launched(KnownSamples([]))
-        samples = self._sampler.start(self._decoder.logits(h_RD), sampling)
+        logits_RV = self._decoder.logits(h_RD)
+        made = {} if masks is None else masks.result()
+        samples = self._sampler.start(logits_RV, sampling, made)
         self._last_ids_R = samples.token_ids_R
         return _Launched(samples)
 

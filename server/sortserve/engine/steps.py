@@ -21,6 +21,7 @@ def step_record(
     sampled: Collection[RowPlan],
     full_depth: int,
     previous_token_s: Mapping[str, float | None],
+    num_tokens: Mapping[str, int],
     started_s: float,
     now: float,
     predicted_s: float | None,
@@ -36,6 +37,7 @@ def step_record(
         full_depth: layers of the full model.
         previous_token_s: when each sequence's token before this step's came; None: this is its
             first.
+        num_tokens: that each sequence got, forced ones included.
         started_s: when the step began.
         now: when it ended.
         predicted_s: what the cost model had said.
@@ -50,13 +52,16 @@ def step_record(
             ttfts.append((row.exit_layer, now - arrival))
         else:
             itls.append((row.exit_layer, now - before))
+    tokens_by_exit: Counter[int] = Counter()
+    for row in sampled:
+        tokens_by_exit[row.exit_layer] += num_tokens.get(row.request_id, 1)
     first = [sequences[request_id] for request_id in plan.first_scheduled]
     return StepRecord(
         duration_s=now - started_s,
         predicted_s=None if was_retried else predicted_s,  # of one run, not of two
         depth_cap=plan.depth_cap,
         rows_by_exit=Counter(row.exit_layer for row in plan.rows),
-        tokens_by_exit=Counter(row.exit_layer for row in sampled),
+        tokens_by_exit=tokens_by_exit,
         layers_run=sum(row.exit_layer * row.num_tokens for row in plan.rows),
         layers_full=full_depth * plan.num_tokens,
         ttfts=tuple(ttfts),

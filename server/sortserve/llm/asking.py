@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from sortserve.api.bodies.prompts import read_messages, read_prompt
 from sortserve.core.budget import Budget
 from sortserve.core.errors import InvalidRequestError, SortserveError
+from sortserve.core.grammar import length_class_of
 from sortserve.core.request import EXPECTED_TOKENS, Request
 from sortserve.core.sampling_params import SamplingParams
 from sortserve.core.weights import PRIORITY, WeightRules
@@ -175,6 +176,8 @@ class Asking:
             room = max(1, most - len(prompt.token_ids))
             sampling = replace(sampling, max_tokens=room)
             expected_tokens = min(room, EXPECTED_TOKENS)
+        format_ = sampling.output_format
+        grammar = None if format_ is None else self.tokenizer.grammars.compile(format_)
         return Request(
             request_id="",
             prompt_token_ids=prompt.token_ids,
@@ -182,6 +185,8 @@ class Asking:
             budget=budget,
             arrival_s=arrival_s,
             expected_tokens=expected_tokens,
+            length_class=length_class_of((), grammar),
+            grammar=grammar,
         )
 
 

@@ -91,6 +91,7 @@ def _build(
     loaded_s = time.monotonic()
     max_model_len = context_length(checkpoint, settings.max_model_len)
     tokenizer = make_tokenizer(checkpoint, max_tokens=max_encoded_tokens(max_model_len))
+    tokenizer.grammars.prepare()
     model_name = settings.served_model_name or checkpoint.name
     metrics = Metrics(model_name, checkpoint.exits.layers, version=__version__)
     totals = Totals()

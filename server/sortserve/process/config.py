@@ -138,6 +138,8 @@ class ServeSettings(DeviceSettings):
     min_quality: Share = DEFAULT_MIN_QUALITY
     """Exits of a lower score (unmeasured: share of layers) are for requests that name the exit,
     min_exit_layer or min_quality. 0: no floor."""
+    structured_min_quality: Share | None = None
+    """Floor of requests with a schema or a grammar that name none. Default: --min-quality."""
     default_budget: BudgetText | None = None
     """Budget of requests that give none, as JSON: `{"min_quality": 0.8}`. Default: no bound."""
     overload_degrade: bool = False

@@ -289,6 +289,7 @@ def _api_settings(settings: ServeSettings, serving: Serving) -> ApiSettings:
         max_token_chars=serving.tokenizer.max_token_chars,
         generation_defaults=serving.checkpoint.generation_defaults,
         default_budget=settings.budget_by_default,
+        structured_min_quality=settings.structured_min_quality,
         request_timeout_s=settings.request_timeout,
         log_prompts=settings.log_prompts,
     )

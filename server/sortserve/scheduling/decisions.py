@@ -107,7 +107,7 @@ class Decisions:
         model = self._costs.model
         if model is None or not self.policy.uses_times:
             return
-        num_decoding = sum(s.num_pending_tokens == 1 for s in self._running)
+        num_decoding = sum(s.is_decoding for s in self._running)
         costs = StepCosts(model, num_rows=num_decoding, chunk=self._max_num_tokens)
         if self._look_at(chain(self._running, self._waiting), costs, now):
             self._step_costs = costs
@@ -254,7 +254,7 @@ class Decisions:
         assert rows, "a step has at least one row"
         assert max([s.exit_layer for s in rows]) <= choice.cap, "no row is deeper than the step"
         assert isinstance(choice.num_prompt_tokens, int), "tokens are whole"
-        assert choice.num_prompt_tokens > 0 or all(s.num_pending_tokens == 1 for s in rows)
+        assert choice.num_prompt_tokens > 0 or all(s.is_decoding for s in rows)
         return choice, rows
 
     def _with_rows(self, choice: StepChoice) -> tuple[StepChoice, list[Sequence]]:
@@ -265,7 +265,7 @@ class Decisions:
     def _all_up_to(self, cap: int) -> StepChoice:
         """All rows that a cap reaches: those one token from a sample first, then prompts."""
         rows = [s for s in self._running if s.exit_layer <= cap]
-        ids = tuple(s.request_id for s in sorted(rows, key=lambda s: s.num_pending_tokens > 1))
+        ids = tuple(s.request_id for s in sorted(rows, key=lambda s: not s.is_decoding))
         return StepChoice(cap, ids, self._max_num_tokens)
 
     def _depth_classes(self) -> list[DepthClass]:

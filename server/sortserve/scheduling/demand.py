@@ -100,7 +100,7 @@ class Demand:
     order: float
     """When it came."""
     num_pending: int
-    """Known tokens without KV; one means that it decodes."""
+    """Known tokens without KV; ``num_ready`` or fewer mean that it decodes."""
     context_len: int
     """Tokens whose KV exists."""
     is_waiting: bool
@@ -126,6 +126,9 @@ class Demand:
     """What its next token costs beside the mean of those left: above 1 only where a schedule will
     take it shallower. Its gaps are as much longer."""
 
+    num_ready: int = 1
+    """Tokens of one decode step: the last sampled one, and those that its grammar forced."""
+
     def at(self, exit_layer: int) -> Demand:
         """The same, if it goes shallower now."""
         gap_s = self.gap_s / self.next_share  # at least what its tokens need from there on
@@ -134,12 +137,13 @@ class Demand:
     @property
     def is_decoding(self) -> bool:
         """Whether one more step gives a token."""
-        return self.num_pending == 1 and self.context_len > 0
+        return self.num_pending <= self.num_ready and self.context_len > 0
 
     def work_s(self, costs: StepCosts) -> float:
         """Predicted seconds to its next token if it were alone."""
         if self.is_decoding:
-            return costs.decode_s(self.exit_layer, self.context_len)
+            more_s = (self.num_pending - 1) * costs.row_s(self.exit_layer, self.context_len)
+            return costs.decode_s(self.exit_layer, self.context_len) + more_s
         return costs.prefill_s(self.exit_layer, self.num_pending, self.context_len)
 
 
@@ -222,7 +226,7 @@ def demand_of(
     soft_due_s = sequence.last_scheduled_s + soft_gap_s
     due_s = gap_s = end_s = math.inf
     promised = sequence.promise is not None
-    num_left = max(1, expect(sequence) - sequence.num_output_tokens)
+    num_left = max(1, expect(sequence) - sequence.num_sampled_tokens)
     next_share = _next_share(sequence, num_left, costs) if promised else 1.0
     if promised:
         due_s, gap_s, end_s = _due_times(sequence, num_left, next_share, now)
@@ -246,9 +250,10 @@ def demand_of(
         end_s=end_s,
         weight=sequence.request.weight,
         num_left=num_left,
-        num_done=sequence.num_output_tokens,
+        num_done=sequence.num_sampled_tokens,
         is_lost=sequence.request.budget.has_latency and not promised,
         next_share=next_share,
+        num_ready=sequence.num_ready_tokens,
     )
 
 

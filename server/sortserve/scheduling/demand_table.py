@@ -30,7 +30,7 @@ Levels = NDArray[np.intp]
 _FIELDS = (
     *("exit_layer", "floor_layer", "num_pending", "context_len", "gap_s", "due_s"),
     *("is_hard", "is_promised", "is_waiting", "is_lost", "weight", "num_left", "num_done"),
-    "next_share",
+    *("next_share", "num_ready"),
 )
 _ROW = attrgetter(*_FIELDS)
 
@@ -63,7 +63,7 @@ class Columns:
         exit_layer, floor_layer, pending, context, gap_s, due_s, *rest = flat.reshape(
             -1, len(_FIELDS)
         ).T
-        hard, promised, waiting, lost, weight, num_left, num_done, next_share = rest
+        hard, promised, waiting, lost, weight, num_left, num_done, next_share, ready = rest
         return cls(
             exit_layer=exit_layer,
             floor_layer=floor_layer,
@@ -74,7 +74,7 @@ class Columns:
             is_hard=hard > 0,
             is_promised=promised > 0,
             is_waiting=waiting > 0,
-            is_decoding=(pending == 1) & (context > 0),
+            is_decoding=(pending <= ready) & (context > 0),
             weight=np.where(lost > 0, 0.0, weight),
             left_share=num_left / (num_left + num_done),
             next_share=next_share,

@@ -309,7 +309,7 @@ class Scheduler:
         for sequence in rows:
             pending = sequence.num_pending_tokens
             num_tokens = min(pending, left)
-            if pending > 1:
+            if not sequence.is_decoding:
                 num_tokens = min(num_tokens, left_for_prompts)
                 left_for_prompts -= num_tokens
             if num_tokens == 0:

@@ -72,7 +72,7 @@ class Metrics:
         self._build_info[(version, platform.python_version())].set(1)
         for reason in FinishReason:
             self._finished[reason.value]
-        for failure in ("exception", "non_finite", "text"):
+        for failure in ("exception", "non_finite", "text", "grammar"):
             self._failed_rows[failure]
         for kind in ("ttft", "tpot", "e2e"):
             self._violations[kind]

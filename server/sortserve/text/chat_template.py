@@ -26,6 +26,7 @@ from sortserve.text.template_renderer import (
     TemplateStopped,
     shared_renderer,
 )
+from sortserve.text.tool_dialects import dialect_of
 
 __all__ = ["ChatTemplate", "roles_of_parts"]
 
@@ -73,6 +74,11 @@ class ChatTemplate:
     def exists(self) -> bool:
         """Whether the checkpoint has any."""
         return bool(self._hf.chat_template)
+
+    @property
+    def tool_dialect(self) -> str | None:
+        """The form in which its model calls tools (``tool_dialects``); None: it knows none."""
+        return dialect_of(_named_templates(self._hf.chat_template).values() if self.exists else ())
 
     def prepare(self) -> None:
         """Compile every template, and find out what it reads; once is enough.

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from sortserve.core.errors import InvalidRequestError
 from sortserve.core.sampling_params import SamplingParams
 from sortserve.text.chat_template import ChatTemplate
+from sortserve.text.grammars import Grammars
 from sortserve.text.stop_strings import StopMatcher
 
 __all__ = ["TextStream", "Tokenizer"]
@@ -66,6 +67,10 @@ class Tokenizer:
         self.vocab_size: int = min(num_ids, model_vocab_size or num_ids)
         """One above the largest id that tokenizer and model both know. Either may know more: a
         model's vocabulary may be padded, and tokens may have been added without new embeddings."""
+        self.grammars = Grammars(self._backend, model_vocab_size or num_ids, num_ids, eos_token_ids)
+        """Compiles what answers must look like."""
+        self.tool_dialect = self._chat_template.tool_dialect
+        """The form in which the template has tools called; None: it knows none."""
         self.max_token_chars: int = max(map(len, vocabulary))
         """No token stands for more characters. A byte of a byte-level token counts as one."""
         self._max_tokens = max_tokens

@@ -13,14 +13,16 @@ from sortserve.core.sampling_params import RowFailure, SampledToken, SamplingPar
 from sortserve.engine import transfers
 from sortserve.engine.sampling import orders
 from sortserve.engine.sampling.batched import BatchedSampler
+from sortserve.engine.sampling.bitmask import make_masks
 from sortserve.engine.sampling.sampler import Sampler
 from sortserve.engine.sampling.vocab_ops import draw_in_order, never_falling
 from support.host_reads import refuse_host_reads
-from support.sampling_rows import any_logits, any_row
+from support.sampling_rows import any_constrained_row, any_logits, any_row
 
 
 def batched(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | RowFailure]:
-    return BatchedSampler().start(logits_RV.clone(), rows).results()
+    masks = make_masks(rows, logits_RV.shape[1])
+    return BatchedSampler().start(logits_RV.clone(), rows, masks).results()
 
 
 @pytest.mark.parametrize(
@@ -33,7 +35,7 @@ def test_all_of_10_000_random_rows_sample_what_the_search_finds(
     rng = random.Random(vocab_size)
     for _ in range(num_rows // 100):
         logits_RV = any_logits(rng, 100, vocab_size)
-        rows = [any_row(rng, vocab_size) for _ in range(100)]
+        rows = [any_constrained_row(rng, vocab_size) for _ in range(100)]
         expected = Sampler().sample(logits_RV.clone(), rows)
         tokens = batched(logits_RV, rows)
         wrong = [r for r in range(100) if tokens[r] != expected[r]]
@@ -43,12 +45,12 @@ def test_all_of_10_000_random_rows_sample_what_the_search_finds(
 def test_random_rows_are_of_all_kinds() -> None:
     """Or the test above would show less than it says."""
     rng = random.Random(0)
-    rows = [any_row(rng, 97) for _ in range(1000)]
+    rows = [any_constrained_row(rng, 97) for _ in range(1000)]
     results = batched(any_logits(rng, 1000, 97), rows)
 
     failures = [result.detail for result in results if isinstance(result, RowFailure)]
-    assert len(set(failures)) == 2
-    assert len(failures) < 100
+    assert len(set(failures)) == 4
+    assert len(failures) < 150
     assert sum(row.params.greedy for row in rows) > 100
     assert sum(row.params == SamplingParams(max_tokens=100) for row in rows) > 50
 

@@ -18,6 +18,7 @@ from sortserve.admission.lengths import (
 )
 from sortserve.admission.overload import CALM_S, HOLD_S, DepthLevel, next_level
 from support.scripted import make_request
+from support.scripted_grammar import Form
 
 
 def learned(lengths: list[int], quantile: float = 0.9, limit: int = 10_000) -> LengthEstimator:
@@ -224,3 +225,17 @@ def test_a_queue_that_hovers_changes_nothing() -> None:
 
 def test_a_limit_of_zero_switches_it_off() -> None:
     assert set(play([9.0] * 20, limit_s=0.0)) == {0}
+
+
+def test_forced_tokens_are_not_planned_for() -> None:
+    lengths = LengthEstimator()
+    form, other = (
+        make_request(max_tokens=100, grammar=Form(text)) for text in ("known", "unknown")
+    )
+    assert expected_tokens(form, 0, lengths) == 100
+
+    lengths.observe_forced(20, 80, "known")
+
+    assert expected_tokens(form, 0, lengths) == 25
+    assert expected_tokens(other, 0, lengths) == 25  # as far as is known of any grammar
+    assert expected_tokens(make_request(max_tokens=100), 0, lengths) == 100

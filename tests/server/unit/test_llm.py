@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import sys
 import threading
@@ -496,3 +497,35 @@ def test_the_package_exports_what_it_says() -> None:
     with pytest.raises(AttributeError):
         sortserve.Nothing  # noqa: B018
     assert issubclass(InvalidRequestError, SortserveError)
+
+
+# Structured outputs
+
+
+def test_an_answer_keeps_its_format(llm: LLM) -> None:
+    sampling = SamplingParams(format={"regex": "[a-f]{2}-[0-9]{3}"}, max_tokens=20, seed=1)
+
+    [result] = llm.generate("the", sampling, n=3)[:1]
+
+    assert all(re.fullmatch("[a-f]{2}-[0-9]{3}", output.text) for output in result.outputs)
+    assert all(output.finish_reason is FinishReason.STOP for output in result.outputs)
+
+
+def test_a_format_that_cannot_be_kept_is_refused_before_anything_runs(llm: LLM) -> None:
+    sampling = SamplingParams(format={"json": {"type": "array", "uniqueItems": True}})
+
+    with pytest.raises(InvalidRequestError, match="uniqueItems") as refused:
+        llm.generate("the", sampling)
+
+    assert refused.value.param == "format.json"
+
+
+def test_without_its_library_a_format_says_what_to_install(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with (
+        LLM(path, dtype="float32", block_size=4) as llm,
+        pytest.raises(InvalidRequestError, match=r"pip install 'sortserve\[server\]'"),
+    ):
+        llm.generate("the", SamplingParams(format={"regex": "a"}))

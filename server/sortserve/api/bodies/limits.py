@@ -55,12 +55,28 @@ MAX_LOGPROBS_PER_REPLY = 1_048_576
 MAX_NAME_CHARS = 256
 """Characters of ``model`` and of ``cache_salt``."""
 
+MAX_FORMAT_FIELDS = 16
+"""Fields of ``format``, ``response_format`` and ``structured_outputs``, at their top."""
+MAX_FORMAT_CHARS = 131_072
+"""Characters of a schema, a grammar or an expression, and of what is around it."""
+MAX_FORMAT_VALUES = 16_384
+MAX_FORMAT_DEPTH = 64
+
+MAX_TOOLS = 128
+
 MAX_OTHER_VALUES = 4096
 """Strings, lists and objects in all other fields together, names too."""
 MAX_OTHER_NUMBERS = 8192
 MAX_OTHER_CHARS = 65_536
 """Characters of all other fields together."""
 MAX_OTHER_DEPTH = 32
+
+
+FORMAT_FIELDS = (
+    *("format", "response_format", "structured_outputs"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+)
+"""Fields that may hold a schema or a grammar; ``tools`` may, too."""
 
 
 def max_encoded_tokens(max_model_len: int) -> int:
@@ -151,7 +167,15 @@ class BodyLimits:
             max_string_chars=text,
             max_depth=MAX_TEMPLATE_DEPTH,
         )
+        format_ = FieldLimit(
+            max_values=MAX_FORMAT_VALUES,
+            max_numbers=MAX_FORMAT_VALUES,
+            max_chars=MAX_FORMAT_CHARS,
+            max_string_chars=MAX_FORMAT_CHARS,
+            max_depth=MAX_FORMAT_DEPTH,
+        )
         return {
+            **dict.fromkeys((*FORMAT_FIELDS, "tools"), format_),
             "prompt": prompt,
             "messages": messages,
             "tokens": tokens,

@@ -60,6 +60,10 @@ _BUDGET_SCHEMA: dict[str, Any] = {
     },
     "example": {"latency_ms": 800, "min_quality": 0.9},
 }
+_FORMAT_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "example": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}},
+}
 _QUESTION = [{"role": "user", "content": "What is gravity?"}]
 _SHORT = {"max_tokens": 48, "temperature": 0, "budget": {"latency_ms": 2000}}
 _LOGIT_BIAS_SCHEMA = {"type": "object", "additionalProperties": LOGIT_BIAS.json_schema}
@@ -113,6 +117,9 @@ LogitBias = Annotated[
     dict[str, Any],
     Field(max_length=limits.MAX_LOGIT_BIAS),
     WithJsonSchema(_LOGIT_BIAS_SCHEMA),
+]
+FormatObject = Annotated[
+    dict[str, Any], Field(max_length=limits.MAX_FORMAT_FIELDS), WithJsonSchema(_FORMAT_SCHEMA)
 ]
 RequestId = Annotated[str, Field(pattern=f"^{REQUEST_ID_PATTERN}$")]
 BudgetObject = Annotated[
@@ -198,6 +205,10 @@ class GenerateBody(GenerationFields):
 
     model_config = _example({"messages": _QUESTION, **_SHORT})
 
+    format: FormatObject | None = None
+    """What the answer must look like: one of `json` (a schema), `regex`, `choice`, `grammar`, or
+    OpenAI's `response_format`."""
+
     prompt: Annotated[Any, WithJsonSchema(_ONE_PROMPT_SCHEMA)] = None
     """Text or token ids. Give this or `messages`."""
     messages: Messages | None = None
@@ -216,6 +227,16 @@ class _OpenAIFields(GenerationFields):
 
     user: str | None = None
     """Accepted for compatibility; not used."""
+    response_format: FormatObject | None = None
+    """`{"type": "json_schema", "json_schema": {"name", "schema"}}`, `{"type": "json_object"}` or
+    `{"type": "text"}`."""
+    structured_outputs: FormatObject | None = None
+    """vLLM's: one of `json` (a schema), `regex`, `choice`, `grammar`."""
+    guided_json: dict[str, Any] | str | None = None
+    """vLLM's older name of `structured_outputs.json`; likewise the three below."""
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
 
 class CompletionBody(_OpenAIFields):
@@ -251,6 +272,12 @@ class ChatCompletionBody(_OpenAIFields):
     """And of this many rivals, 0 to 20. Needs `logprobs`."""
     add_generation_prompt: bool | None = None
     chat_template_kwargs: TemplateVariables | None = None
+    tools: Annotated[list[Any], Field(max_length=limits.MAX_TOOLS)] | None = None
+    """Functions that the model may call, as OpenAI has them."""
+    tool_choice: str | dict[str, Any] | None = None
+    """`none`, `auto`, `required` or `{"type": "function", "function": {"name"}}`."""
+    parallel_tool_calls: bool | None = None
+    """False: one call at most in an answer that must have one."""
 
 
 class TokenizeBody(_Body):

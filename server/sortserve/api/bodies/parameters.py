@@ -7,10 +7,13 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, Field, WithJsonSchema
 
+from sortserve.api.bodies.limits import FORMAT_FIELDS
 from sortserve.api.bodies.models import GenerationFields
 from sortserve.api.problems import shortened
 from sortserve.core.budget import MILLISECONDS, Budget, ExitTable
 from sortserve.core.errors import InvalidRequestError, NotFoundError
+from sortserve.core.formats import read_format, read_kind
+from sortserve.core.grammar import OutputFormat
 from sortserve.core.sampling_params import SamplingParams
 
 __all__ = [
@@ -19,6 +22,7 @@ __all__ = [
     "ModelChoice",
     "read_budget",
     "read_model",
+    "read_output_format",
     "read_sampling",
 ]
 
@@ -50,6 +54,7 @@ class BudgetHeaders(BaseModel):
 
 BUDGET_HEADERS = {str(field.alias): name for name, field in BudgetHeaders.model_fields.items()}
 """Each header, and the budget field it means."""
+_GUIDED = "guided_"
 NO_BUDGET = Budget()
 SAMPLING_FIELDS = (
     *("min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
@@ -177,8 +182,34 @@ def read_sampling(
         stop=tuple(body.stop or ()),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         logprobs=logprobs,
+        format=read_output_format(body),
         **values,
     )
+
+
+def read_output_format(body: GenerationFields) -> OutputFormat | None:
+    """What the answer must look like, in whichever field the client says it.
+
+    Raises:
+        InvalidRequestError: it is no format, or several are given.
+    """
+    given: dict[str, OutputFormat] = {}
+    for name in FORMAT_FIELDS:
+        value = getattr(body, name) if name in type(body).model_fields else None
+        if value is None:
+            continue
+        is_guided = name.startswith(_GUIDED)
+        kind = name.removeprefix(_GUIDED)
+        format_ = read_kind(kind, value, name) if is_guided else read_format(value, name)
+        if format_ is not None:
+            given[name] = format_
+    if len(given) > 1:
+        first, second, *_ = given
+        raise InvalidRequestError(
+            f"{first} and {second} both say what the answer must look like. Drop one of the two.",
+            param=second,
+        )
+    return next(iter(given.values()), None)
 
 
 def _read_logit_bias(given: Mapping[str, Any], vocab_size: int) -> dict[int, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +26,7 @@ __all__ = [
     "read_prompts",
 ]
 
+_CALLS = ("tool_calls",)
 THREAD_FROM_CHARS = 2048
 """Prompts from this length on are tokenised on a thread: they would hold up every stream."""
 CHARS_PER_TOKEN = 4
@@ -260,12 +262,36 @@ def _read_message(value: object, param: str) -> dict[str, Any]:
     if not isinstance(role, str) or not role:
         raise _not_allowed(f"{param}.role", role, "a string such as system, user or assistant")
     _check_length(role, f"{param}.role", MAX_ROLE_CHARS, "characters")
-    for name in ("tool_calls", "function_call", "audio", "prefix"):
+    if role == "assistant" and value.get("tool_calls"):
+        value = {**value, "tool_calls": _read_calls(value["tool_calls"], f"{param}.tool_calls")}
+        value.setdefault("content", None)
+        if value["content"] is None:
+            return {**value, "content": ""}
+    for name in ("function_call", "audio", "prefix", *(() if role == "assistant" else _CALLS)):
         if value.get(name):
             raise InvalidRequestError(f"{param}.{name} is not supported.", param=f"{param}.{name}")
     content = _read_content(value.get("content"), f"{param}.content")
     # OpenAI's newer models call the system role "developer"; templates know the old name only.
     return {**value, "role": "system" if role == "developer" else role, "content": content}
+
+
+def _read_calls(calls: object, param: str) -> list[dict[str, Any]]:
+    """Calls of an earlier turn, their arguments as templates read them: as objects."""
+    if not isinstance(calls, list):
+        raise _not_allowed(param, calls, "a list of calls")
+    _check_length(calls, param, MAX_PARTS, "calls")
+    read = []
+    for i, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise _not_allowed(f"{param}.{i}", call, "an object with a function and its name")
+        arguments = function.get("arguments") or "{}"
+        try:
+            parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+        except ValueError:
+            parsed = arguments  # as the model wrote it
+        read.append({**call, "function": {**function, "arguments": parsed}})
+    return read
 
 
 def _read_content(value: object, param: str) -> str | list[dict[str, Any]]:

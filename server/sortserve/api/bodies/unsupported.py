@@ -22,22 +22,21 @@ Group = tuple[tuple[Any, ...], tuple[str, ...]]
 
 # The form of the text: grammars, schemas, choices.
 _CONSTRAINTS: tuple[Group, ...] = (
-    (({"type": "text"},), ("response_format",)),
     (({}, {"format": {"type": "text"}}), ("text",)),
-    (({}, False), ("structured_outputs", "structured_output")),
+    (({}, False), ("structured_output",)),
     (("", "text"), ("format", "output_format", "response_mime_type")),
     ((False,), ("json_mode", "json_object", "guided_json_object", "grammar_lazy")),
     # An empty schema asks for JSON of any kind.
-    ((), ("guided_json", "json_schema", "schema", "output_schema", "response_schema")),
+    ((), ("json_schema", "schema", "output_schema", "response_schema")),
     (
         ("",),
         (
-            *("grammar", "grammar_string", "guided_grammar", "ebnf", "gbnf", "lark"),
-            *("regex", "regex_pattern", "guided_regex"),
+            *("grammar", "grammar_string", "ebnf", "gbnf", "lark"),
+            *("regex", "regex_pattern"),
             *("guided_decoding_backend", "guided_whitespace_pattern"),
         ),
     ),
-    (([],), ("guided_choice", "grammar_triggers")),
+    (([],), ("grammar_triggers",)),
     (({}, "", []), ("structural_tag", "guided_decoding", "guided_decoding_params", "constraint")),
     ((0,), ("n_indent",)),
 )

@@ -66,11 +66,29 @@ class TextChoice(_Choice):
     text: str
 
 
+class CalledFunction(BaseModel):
+    """A function and what it is given."""
+
+    name: str
+    arguments: str
+    """JSON."""
+
+
+class ToolCall(BaseModel):
+    """A call of a tool that the client offered."""
+
+    id: str
+    type: str
+    function: CalledFunction
+
+
 class Message(BaseModel):
     """The assistant's turn."""
 
     role: str
-    content: str
+    content: str | None
+    """Null where there are calls of tools and no text."""
+    tool_calls: list[ToolCall] | None = None
 
 
 class MessageChoice(_Choice):

@@ -24,9 +24,11 @@ from sortserve.api.replies.models import (
     ModelsResponse,
 )
 from sortserve.api.replies.streaming import GenerationReply, GenerationStream
+from sortserve.api.replies.tool_format import ToolFormat
 from sortserve.api.routes.dependencies import Serving, body_of
 from sortserve.api.routes.responses import GENERATION_RESPONSES, errors
 from sortserve.api.service import Service
+from sortserve.api.tools.choice import ToolChoice, read_tool_choice
 from sortserve.core.errors import InvalidRequestError
 
 __all__ = ["router"]
@@ -177,11 +179,14 @@ async def chat_completions(
 ) -> Response:
     """Answer a conversation."""
     read = partial(_chat_job, service, request, headers, body)
-    model, job = await service.work_on_body(request, read)
+    model, choice, job = await service.work_on_body(request, read)
     generation = await service.start(job)
     options = body.stream_options
     object_ = "chat.completion.chunk" if body.stream else "chat.completion"
-    format_ = ChatFormat(
+    format_of: Callable[..., ChatFormat] = ChatFormat
+    if choice.kind != "none":
+        format_of = partial(ToolFormat, choice=choice, dialect=service.tokenizer.tool_dialect)
+    format_ = format_of(
         generation=generation,
         tokenizer=service.tokenizer,
         head=_head("chatcmpl", object_, job, model),
@@ -195,15 +200,24 @@ async def chat_completions(
 
 def _chat_job(
     service: Service, request: Request, headers: BudgetHeaders, body: ChatCompletionBody
-) -> tuple[ModelChoice, Job]:
+) -> tuple[ModelChoice, ToolChoice, Job]:
     settings = service.settings
     model = read_model(body.model, settings.served_model_name, service.worker.exits)
     refuse_unsupported(body.model_extra or {})
+    choice = read_tool_choice(body.tools, body.tool_choice, body.parallel_tool_calls)
+    if choice.kind == "auto" and service.tokenizer.tool_dialect is None:
+        raise InvalidRequestError(
+            "tool_choice=auto is not possible: the chat template of this checkpoint knows no tools "
+            "in a form that can be read (Hermes, Qwen, Llama 3, Mistral). Send tool_choice "
+            "required, none, or a function's name.",
+            param="tool_choice",
+        )
+    offered = {"tools": list(choice.tools)} if choice.kind != "none" else {}
     prompt = read_messages(
         body.messages,
         max_chars=service.limits.max_text_chars,
         add_generation_prompt=body.add_generation_prompt,
-        template_arguments=body.chat_template_kwargs,
+        template_arguments={**(body.chat_template_kwargs or {}), **offered},
     )
     is_new_name = body.max_completion_tokens is not None
     limit_name = "max_completion_tokens" if is_new_name else "max_tokens"
@@ -219,8 +233,9 @@ def _chat_job(
         settings=settings,
         vocab_size=service.tokenizer.vocab_size,
         field_names={"prompt": "messages", "max_tokens": limit_name, "logprobs": "top_logprobs"},
+        format_=choice.output_format(),
     )
-    return model, job
+    return model, choice, job
 
 
 def _chat_max_tokens(body: ChatCompletionBody) -> int | None:

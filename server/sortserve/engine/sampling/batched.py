@@ -9,7 +9,7 @@ M masked ones, K likeliest tokens that are told.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,11 +20,12 @@ from sortserve.core.sampling_params import (
     SamplingRow,
     TokenLogprob,
 )
+from sortserve.engine.sampling.bitmask import Masks, apply_bitmask_on_device, failures_of
 from sortserve.engine.sampling.dense_filters import surviving_weights
 from sortserve.engine.sampling.edits import HUGE_LOGIT, Editor, apply_edits, is_plain
 from sortserve.engine.sampling.logprobs import log_sums
 from sortserve.engine.sampling.orders import Draws, Orders, upload_orders
-from sortserve.engine.sampling.row import ALL_MASKED, NOT_FINITE
+from sortserve.engine.sampling.row import NOT_FINITE, no_token_for
 from sortserve.engine.sampling.vocab_ops import draw
 from sortserve.engine.transfers import Download
 
@@ -42,13 +43,16 @@ class BatchedSampler:
         self._editor = editor or Editor()
 
     @torch.inference_mode()
-    def start(self, logits_RV: Tensor, rows: Sequence[SamplingRow]) -> DeviceSamples:
-        """See ``Sampler.start``; at least one row."""
+    def start(
+        self, logits_RV: Tensor, rows: Sequence[SamplingRow], masks: Masks | None = None
+    ) -> DeviceSamples:
+        """See ``Sampler.start``; at least one row, and masks for all that are constrained."""
+        masks = {} if masks is None else masks
         largest_R, token_R = logits_RV.max(-1)
         if all(map(is_plain, rows)):
             is_finite_R = largest_R.isfinite()
-            return DeviceSamples(token_R, is_finite_R, is_finite_R)
-        orders = upload_orders(rows, self._editor, logits_RV.shape[1], logits_RV.device)
+            return DeviceSamples(rows, token_R, is_finite_R, is_finite_R)
+        orders = upload_orders(rows, self._editor, logits_RV.shape[1], logits_RV.device, masks)
         is_finite_R = _make_healthy(logits_RV, largest_R)
         report = _Report(logits_RV, orders)  # before the edits
         has_some_R = is_finite_R
@@ -56,13 +60,16 @@ class BatchedSampler:
             apply_edits(
                 *(logits_RV, orders.at_P, orders.penalty_P, orders.added_P, orders.masked_M)
             )
+            if len(orders.constrained_N):
+                apply_bitmask_on_device(logits_RV, orders.constrained_N, orders.mask_NW)
             largest_R, token_R = logits_RV.max(-1)
             has_some_R = largest_R > -torch.inf
             logits_RV.masked_fill_(~has_some_R[:, None], 0.0)
             _bring_near(logits_RV, largest_R, has_some_R)  # edits may take a row's largest
         for draws in orders.draws:
             token_R = token_R.index_copy(0, draws.row_N, _draw(logits_RV, draws))
-        return DeviceSamples(token_R, is_finite_R, has_some_R, report)
+        failed = failures_of(rows, masks)
+        return DeviceSamples(rows, token_R, is_finite_R, has_some_R, report, failed)
 
 
 def _make_healthy(logits_RV: Tensor, largest_R: Tensor) -> Tensor:
@@ -115,20 +122,25 @@ class DeviceSamples:
     """See ``Samples``. The results are on their way to the host, in one copy.
 
     Args:
+        rows: that sample.
         token_R: int64.
         is_finite_R: whether the row's logits were.
-        has_some_R: whether a token was left after the mask of ``min_tokens``.
+        has_some_R: whether a token was left after the masks of ``min_tokens`` and grammars.
         report: of the rows that want log-probabilities.
+        failed: why rows have no mask, by their index.
     """
 
     def __init__(
         self,
+        rows: Sequence[SamplingRow],
         token_R: Tensor,
         is_finite_R: Tensor,
         has_some_R: Tensor,
         report: _Report | None = None,
+        failed: Mapping[int, RowFailure] | None = None,
     ) -> None:
         self.token_ids_R = token_R
+        self._rows, self._failed = rows, failed or {}
         self._report = report
         parts = [token_R, is_finite_R, has_some_R]
         parts += [] if report is None else report.describe(token_R)
@@ -149,8 +161,11 @@ class DeviceSamples:
             for r, token in _with_logprobs(token_ids, self._report, described):
                 sampled[r] = token
         return [
-            NOT_FINITE if not finite else ALL_MASKED if not some else token
-            for token, finite, some in zip(sampled, is_finite, has_some, strict=True)
+            self._failed.get(r)
+            or (NOT_FINITE if not finite else no_token_for(self._rows[r]) if not some else token)
+            for r, (token, finite, some) in enumerate(
+                zip(sampled, is_finite, has_some, strict=True)
+            )
         ]
 
 

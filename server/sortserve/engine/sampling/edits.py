@@ -43,12 +43,13 @@ huge logit, and that over the lowest temperature is 1e38."""
 def is_edited(row: SamplingRow) -> bool:
     """Whether any logit of the row is changed before one is chosen."""
     params = row.params
-    return params.has_penalties or bool(params.logit_bias) or is_below_min_tokens(row)
+    touched = params.has_penalties or bool(params.logit_bias) or is_below_min_tokens(row)
+    return touched or row.constraint is not None
 
 
 def is_below_min_tokens(row: SamplingRow) -> bool:
-    """Whether the tokens that would end the request are masked."""
-    return len(row.output_token_ids) < row.params.min_tokens
+    """Whether the tokens that would end the request are masked; a grammar's mask has that done."""
+    return row.constraint is None and len(row.output_token_ids) < row.params.min_tokens
 
 
 def is_plain(row: SamplingRow) -> bool:

@@ -14,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sortserve.core.grammar import num_words
 from sortserve.core.sampling_params import SamplingRow
+from sortserve.engine.sampling.bitmask import Masks
 from sortserve.engine.sampling.dense_filters import RowFilters
 from sortserve.engine.sampling.edits import Editor, is_edited
 from sortserve.engine.sampling.filters import has_filter
@@ -50,6 +52,10 @@ class Orders:
     added_P: Tensor
     masked_M: Tensor
     """These four as in ``Edits``."""
+    constrained_N: Tensor
+    """Rows that have a grammar's mask, int64."""
+    mask_NW: Tensor
+    """Their masks, int32."""
     draws: list[Draws]
     reporting: list[int]
     """Rows that want log-probabilities."""
@@ -60,7 +66,11 @@ class Orders:
 
 
 def upload_orders(
-    rows: Sequence[SamplingRow], editor: Editor, vocab_size: int, device: torch.device
+    rows: Sequence[SamplingRow],
+    editor: Editor,
+    vocab_size: int,
+    device: torch.device,
+    masks: Masks,
 ) -> Orders:
     """The orders of these rows.
 
@@ -69,13 +79,16 @@ def upload_orders(
         editor: knows what is to be edited.
         vocab_size: V.
         device: of the logits.
+        masks: of the constrained rows.
     """
     edited = {r: row for r, row in enumerate(rows) if is_edited(row)}
     edits = editor.edits(edited, vocab_size)
     reporting = [r for r, row in enumerate(rows) if row.params.logprobs is not None]
     groups = _groups(rows)
+    words = {r: w for r, row in enumerate(rows) if isinstance(w := masks.get(row), np.ndarray)}
+    mask_NW = np.array(list(words.values()), dtype=np.int32).reshape(-1, num_words(vocab_size))
     arrays: list[NDArray[Any]] = [edits.at_P, edits.penalty_P, edits.added_P, edits.masked_M]
-    arrays.append(np.array(reporting, dtype=np.int64))
+    arrays += [np.array(reporting, dtype=np.int64), np.array(list(words), dtype=np.int64), mask_NW]
     for group in groups:
         arrays += [
             np.array(group, dtype=np.int64),
@@ -83,7 +96,8 @@ def upload_orders(
             np.array([noise_of(rows[r]) for r in group], dtype=np.float64),
             *RowFilters.arrays([rows[r].params for r in group]),
         ]
-    at_P, penalty_P, added_P, masked_M, reporting_N, *rest = upload(arrays, device)
+    sent = upload(arrays, device)
+    at_P, penalty_P, added_P, masked_M, reporting_N, constrained_N, sent_mask_NW, *rest = sent
     draws: list[Draws] = []
     for group in groups:
         size = len(rest) // (len(groups) - len(draws))
@@ -97,6 +111,8 @@ def upload_orders(
         penalty_P=penalty_P,
         added_P=added_P,
         masked_M=masked_M,
+        constrained_N=constrained_N,
+        mask_NW=sent_mask_NW,
         draws=draws,
         reporting=reporting,
         reporting_N=reporting_N,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sortserve.core.sampling_params import RowFailure, SamplingRow
 
-__all__ = ["ALL_MASKED", "NOT_FINITE", "noise_of", "temperature_of", "uniform"]
+__all__ = ["NOT_FINITE", "no_token_for", "noise_of", "temperature_of", "uniform"]
 
 _MASK_64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, the increment of SplitMix64
@@ -13,7 +13,13 @@ _LOWEST_TEMPERATURE = 1e-20
 """Greedy in all but name."""
 
 NOT_FINITE = RowFailure("non_finite", "its logits are not finite numbers")
-ALL_MASKED = RowFailure("non_finite", "min_tokens masks every token of the vocabulary")
+_ALL_MASKED = RowFailure("non_finite", "min_tokens masks every token of the vocabulary")
+_ALL_IMPOSSIBLE = RowFailure("non_finite", "every token that its grammar allows scores -inf")
+
+
+def no_token_for(row: SamplingRow) -> RowFailure:
+    """What a row is told whose every token is masked."""
+    return _ALL_MASKED if row.constraint is None else _ALL_IMPOSSIBLE
 
 
 def uniform(seed: int, position: int) -> float:

@@ -1,9 +1,9 @@
 """From logits to the next token of every row: batched, and no row sees its neighbours.
 
 The order is fixed: repetition penalty, presence and frequency penalties, logit_bias, the mask below
-min_tokens, temperature, top_k, top_p, min_p. The meaning of each step is that of transformers'
-logits processor of the same name (presence and frequency: OpenAI's formula), and the tests hold
-every row to those classes.
+min_tokens or of a grammar, temperature, top_k, top_p, min_p. The meaning of each step is that of
+transformers' logits processor of the same name (presence and frequency: OpenAI's formula), and the
+tests hold every row to those classes.
 
 A sampled token is the inverse of the cumulative distribution, in vocabulary order, at one number
 ``uniform(seed, position)``. That number depends on nothing else, so a seeded request gives the same
@@ -22,11 +22,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sortserve.core.sampling_params import RowFailure, SampledToken, SamplingRow
 from sortserve.engine.sampling.batched import BatchedSampler
+from sortserve.engine.sampling.bitmask import Masks, apply_bitmask, failures_of, make_masks
 from sortserve.engine.sampling.edits import (
     HUGE_LOGIT,
     Editor,
@@ -37,8 +39,8 @@ from sortserve.engine.sampling.edits import (
 from sortserve.engine.sampling.filters import draw_filtered, has_filter
 from sortserve.engine.sampling.logprobs import Report, log_sums
 from sortserve.engine.sampling.row import (
-    ALL_MASKED,
     NOT_FINITE,
+    no_token_for,
     noise_of,
     temperature_of,
     uniform,
@@ -73,7 +75,7 @@ class Sampler:
         self._always_batched = batched
 
     def sample(
-        self, logits_RV: Tensor, rows: Sequence[SamplingRow]
+        self, logits_RV: Tensor, rows: Sequence[SamplingRow], masks: Masks | None = None
     ) -> list[SampledToken | RowFailure]:
         """One token per row, in order; a failure in place of a row that has none.
 
@@ -84,28 +86,33 @@ class Sampler:
         Args:
             logits_RV: float32, on any device. Consumed: what is in it afterwards is left open.
             rows: what each row asks for. Ids in ``logit_bias`` must be below V.
+            masks: of the constrained rows, where they are made already.
         """
-        return self.start(logits_RV, rows).results()
+        return self.start(logits_RV, rows, masks).results()
 
     @torch.inference_mode()
-    def start(self, logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Samples:
+    def start(
+        self, logits_RV: Tensor, rows: Sequence[SamplingRow], masks: Masks | None = None
+    ) -> Samples:
         """The same, but the host waits for a device no sooner than it asks for the results."""
         assert logits_RV.dtype == torch.float32, "logits are float32"
         assert logits_RV.shape[0] == len(rows), "one row of logits per row"
         logits_RV = logits_RV.contiguous()
         if not rows:
             return KnownSamples([])
+        masks = make_masks(rows, logits_RV.shape[1]) if masks is None else masks
         if self._always_batched or logits_RV.device.type != "cpu":
-            return self._batched.start(logits_RV, rows)
-        return KnownSamples(self._search(logits_RV, rows))
+            return self._batched.start(logits_RV, rows, masks)
+        return KnownSamples(self._search(logits_RV, rows, masks))
 
     def _search(
-        self, logits_RV: Tensor, rows: Sequence[SamplingRow]
+        self, logits_RV: Tensor, rows: Sequence[SamplingRow], masks: Masks
     ) -> list[SampledToken | RowFailure]:
         """The way of a CPU, where looking is cheap and passes over the vocabulary are dear."""
+        failed = failures_of(rows, masks)
         maxima_RK = block_maxima(logits_RV)
         token_ids, largest = argmax(logits_RV, maxima_RK)
-        healthy = [r for r, value in enumerate(largest) if math.isfinite(value)]
+        healthy = [r for r, value in enumerate(largest) if math.isfinite(value) and r not in failed]
         for r in healthy:
             if abs(largest[r]) > HUGE_LOGIT:
                 logits_RV[r] -= largest[r]  # the same distribution
@@ -115,8 +122,9 @@ class Sampler:
             take_rows(maxima_RK, healthy),
             [rows[r] for r in healthy],
             [token_ids[r] for r in healthy],
+            masks,
         )
-        by_row = dict(zip(healthy, chosen, strict=True))
+        by_row = failed | dict(zip(healthy, chosen, strict=True))
         return [by_row.get(r, NOT_FINITE) for r in range(len(rows))]
 
     def _choose(
@@ -125,6 +133,7 @@ class Sampler:
         maxima_RK: Tensor,
         rows: Sequence[SamplingRow],
         token_ids: Sequence[int],
+        masks: Masks,
     ) -> list[SampledToken | RowFailure]:
         """A token or a failure for each row.
 
@@ -133,6 +142,7 @@ class Sampler:
             maxima_RK: their ``block_maxima``.
             rows: what each row asks for.
             token_ids: each row's argmax.
+            masks: of the constrained rows.
         """
         if all(is_plain(row) for row in rows):
             return [SampledToken(token_id) for token_id in token_ids]
@@ -141,7 +151,7 @@ class Sampler:
         num_top = [rows[r].params.logprobs or 0 for r in reported]
         report = self._report(logits_RV, maxima_RK, reported, num_top)  # before the edits
         edited = {r: row for r, row in enumerate(rows) if is_edited(row)}
-        new_ids, masked, take_back = self._edit(logits_RV, maxima_RK, edited)
+        new_ids, masked, take_back = self._edit(logits_RV, maxima_RK, edited, masks)
         to_draw = {r: w for r, w in enumerate(rows) if not w.params.greedy and r not in masked}
         new_ids |= self._draw(logits_RV, maxima_RK, to_draw)
 
@@ -151,10 +161,14 @@ class Sampler:
             chosen = report.describe(logits_RV, [sampled[r].token_id for r in reported])
             for r, token in zip(reported, chosen, strict=True):
                 sampled[r] = token
-        return [ALL_MASKED if r in masked else token for r, token in enumerate(sampled)]
+        return [no_token_for(rows[r]) if r in masked else t for r, t in enumerate(sampled)]
 
     def _edit(
-        self, logits_RV: Tensor, maxima_RK: Tensor, edited: Mapping[int, SamplingRow]
+        self,
+        logits_RV: Tensor,
+        maxima_RK: Tensor,
+        edited: Mapping[int, SamplingRow],
+        masks: Masks,
     ) -> tuple[dict[int, int], set[int], Callable[[], object]]:
         """Edit these rows and their maxima in place.
 
@@ -165,10 +179,14 @@ class Sampler:
         take_back = self._editor.edit(logits_RV, edited)
         if not edited:
             return {}, set(), take_back
+        constrained = [r for r, row in edited.items() if row.constraint is not None]
+        if constrained:
+            words = [masks[edited[r]] for r in constrained]
+            apply_bitmask(logits_RV, constrained, np.stack(words))  # type: ignore[arg-type]
         everyone = len(edited) == len(logits_RV)
         maxima_EK = block_maxima(take_rows(logits_RV, list(edited)))
         maxima_RK[slice(None) if everyone else list(edited)] = maxima_EK
-        looked_at = [r for r, w in edited.items() if w.params.greedy or is_below_min_tokens(w)]
+        looked_at = [r for r, w in edited.items() if w.params.greedy or _is_masked(w)]
         token_ids, largest = argmax(
             take_rows(logits_RV, looked_at), take_rows(maxima_RK, looked_at)
         )
@@ -210,6 +228,10 @@ class Sampler:
         drawn = {r: token for r, token in zip(asked, tokens, strict=True) if token is not None}
         left = {r: row for r, row in rows.items() if r not in drawn}
         return drawn | _draw(logits_RV, maxima_RK, left)
+
+
+def _is_masked(row: SamplingRow) -> bool:
+    return row.constraint is not None or is_below_min_tokens(row)
 
 
 # ---- drawing ----------------------------------------------------------------------------------

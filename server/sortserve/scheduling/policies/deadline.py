@@ -71,7 +71,7 @@ def _option(situation: Situation, cap: int) -> _Option:
         if not demand.is_decoding:
             prompts.append(demand)
             continue
-        more_s = costs.row_s(demand.exit_layer, demand.context_len)
+        more_s = demand.num_pending * costs.row_s(demand.exit_layer, demand.context_len)
         is_late = demand.due_s < now + costs.base_s(demand.exit_layer) + more_s
         if is_late or now + step_s + more_s <= min(until_s, demand.due_s):
             decoding.append(demand)
@@ -147,7 +147,7 @@ def _rescue(situation: Situation, urgent: Demand) -> StepChoice:
     ]
     if urgent.is_decoding:
         return StepChoice(cap, tuple(d.request_id for d in due), 0)
-    step_s += sum(costs.row_s(d.exit_layer, d.context_len) for d in due)
+    step_s += sum(d.num_pending * costs.row_s(d.exit_layer, d.context_len) for d in due)
     token_s = costs.token_s(cap, urgent.context_len + urgent.num_pending // 2)
     num_tokens = min(situation.max_num_tokens - len(due), _hurried_tokens(step_s, token_s))
     # At least one: it may be all that is left, once those who are due have lost their pages.

@@ -1,0 +1,1 @@
+"""Tools of chat completions: what a client offers, what the model may call, what it has called."""

@@ -1,0 +1,260 @@
+"""Formats compiled by llguidance: what they let through, what they refuse, and what they force."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sortserve.core.errors import InvalidRequestError
+from sortserve.core.grammar import OutputFormat
+from sortserve.text.tokenizer import Tokenizer
+from support.byte_tokenizer import make_byte_tokenizer, make_metaspace_tokenizer
+from support.schemas import (
+    FIVE_FIELDS,
+    check_document,
+    compiler,
+    format_of,
+    random_choice,
+    schemas,
+    write,
+)
+from support.tiny_models import tiny_tokenizer
+
+TOKENIZER = Tokenizer(tiny_tokenizer(), frozenset({2}))
+
+
+def text_of(tokens: list[int]) -> str:
+    return TOKENIZER.decode(tokens)
+
+
+@given(schema=schemas(), seed=st.integers(0, 1000))
+@settings(max_examples=150, deadline=None)
+def test_a_schema_gives_only_valid_documents_or_is_refused(
+    schema: dict[str, Any], seed: int
+) -> None:
+    try:
+        grammar = compiler().compile(format_of(schema))
+    except InvalidRequestError:
+        return
+
+    tokens, _, ended = write(grammar, random_choice(seed))
+
+    if ended:
+        check_document(text_of(tokens), schema)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_thousand_random_documents_are_valid() -> None:
+    """With the figures printed: run it with ``-s``."""
+    counts = {"schemas": 0, "refused": 0, "ended": 0, "cut": 0}
+
+    @given(schema=schemas(), seed=st.integers(0, 1000))
+    @settings(max_examples=2000, deadline=None, database=None)
+    def check(schema: dict[str, Any], seed: int) -> None:
+        counts["schemas"] += 1
+        try:
+            grammar = compiler().compile(format_of(schema))
+        except InvalidRequestError:
+            counts["refused"] += 1
+            return
+        tokens, _, ended = write(grammar, random_choice(seed), most=2000)
+        counts["ended" if ended else "cut"] += 1
+        if ended:
+            check_document(text_of(tokens), schema)
+
+    check()
+
+    print(counts)
+    assert counts["ended"] > 1500
+
+
+@given(schema=schemas(), seed=st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_forced_tokens_are_the_same_in_a_run_and_one_by_one(
+    schema: dict[str, Any], seed: int
+) -> None:
+    try:
+        grammar = compiler().compile(format_of(schema))
+    except InvalidRequestError:
+        return
+
+    # The choice depends on what is allowed and on nothing else: no draw for a forced token.
+    def choose(allowed: list[int]) -> int:
+        return allowed[(seed * 7919 + len(allowed)) % len(allowed)]
+
+    run, _, run_ended = write(grammar, choose, most=300)
+    single, _, single_ended = write(grammar, choose, most=300, one_by_one=True)
+
+    shared = min(len(run), len(single))
+    assert run[:shared] == single[:shared]
+    assert not (run_ended and single_ended) or run == single
+
+
+def test_most_of_an_object_is_forced() -> None:
+    grammar = compiler().compile(format_of(FIVE_FIELDS))
+    ratios = []
+    for seed in range(20):
+        tokens, num_sampled, ended = write(grammar, random_choice(seed))
+        assert ended
+        ratios.append(num_sampled / len(tokens))
+
+    assert sum(ratios) / len(ratios) <= 0.7
+
+
+@pytest.mark.parametrize(
+    ("schema", "place", "reason"),
+    [
+        ({"type": "strnig"}, "", "Invalid type: strnig"),
+        ({"type": "array", "uniqueItems": True}, "", 'Unimplemented keys: ["uniqueItems"]'),
+        (
+            {"type": "object", "properties": {"a": {"type": "array", "contains": {}}}},
+            ".properties.a",
+            'Unimplemented keys: ["contains"]',
+        ),
+        (
+            {
+                "$defs": {"P": {"type": "object", "properties": {"q": {"not": {}}}}},
+                "anyOf": [{"type": "null"}, {"$ref": "#/$defs/P"}],
+            },
+            ".$defs.P.properties.q",
+            'Unimplemented keys: ["not"]',
+        ),
+        ({"type": "string", "pattern": "(?=a)"}, "", "look-around"),
+        ({"type": "string", "pattern": "(a{999}){999}"}, ".pattern", "written out"),
+        ({"type": "string", "format": "colour"}, "", "Unknown format: colour"),
+        ({"$ref": "#/$defs/nowhere"}, "", "does not exist"),
+        ({"$ref": "http://example.com/schema"}, "", "http://example.com/schema"),
+        ({"$ref": "#"}, "", "no end"),
+        ({"type": "object", "properties": {"x": {"$ref": "#"}}, "required": ["x"]}, "", "no end"),
+        ({"type": "array", "minItems": 10**6, "items": {"const": 1}}, "", "shortest document"),
+        ({"type": "integer", "multipleOf": 123456789}, "", "multipleOf"),
+        ({"type": "integer", "multipleOf": 0}, ".multipleOf", "above 0"),
+        ({"type": "integer", "minimum": 1, "exclusiveMinimum": True}, ".exclusiveMinimum", "draft"),
+        ({"type": "integer", "divisibleBy": 2}, ".divisibleBy", "multipleOf"),
+        ({"x-guidance": {"lenient": True}, "not": {}}, ".x-guidance", "the server sets it"),
+        ({"const": 1e300}, ".const", "not exact"),
+        ({"type": "integer", "minimum": 5, "maximum": 4}, "", "Unsatisfiable"),
+        ({"enum": []}, "", "Unsatisfiable"),
+        ({"required": "a"}, "", "required"),
+    ],
+)
+def test_a_schema_that_cannot_be_kept_is_refused_with_its_place(
+    schema: dict[str, Any], place: str, reason: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=re.escape(reason)) as refused:
+        compiler().compile(format_of(schema))
+
+    assert refused.value.param == f"schema{place}"
+
+
+def test_a_schema_that_may_contain_itself_is_served() -> None:
+    schema = {
+        "type": "object",
+        "properties": {"x": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
+        "required": ["x"],
+        "additionalProperties": False,
+    }
+
+    tokens, _, ended = write(compiler().compile(format_of(schema)), random_choice(1))
+
+    assert ended
+    check_document(text_of(tokens), schema)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "allowed"),
+    [
+        ("regex", r"[a-z]{2,4}@x\.com", r"[a-z]{2,4}@x\.com"),
+        ("choice", json.dumps(["yes", "no", "é\n\"'", "😀"]), "yes|no|é\n\"'|😀"),
+        ("grammar", 'root ::= "a" | "b" root', "b*a"),
+        ("grammar", 'start: /[0-9]/ "+" start | /[0-9]/', r"([0-9]\+)*[0-9]"),
+    ],
+)
+def test_other_formats_give_what_they_describe(kind: str, text: str, allowed: str) -> None:
+    grammar = compiler().compile(OutputFormat(kind, text))
+
+    for seed in range(20):
+        tokens, _, ended = write(grammar, random_choice(seed))
+        assert ended
+        assert re.fullmatch(allowed, text_of(tokens))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("regex", "(a"),
+        ("regex", "(ab){100000}"),
+        ("grammar", "start: nothing"),
+        ("grammar", 'start: "a" start'),
+        ("grammar", "root ::= ("),
+    ],
+)
+def test_other_formats_that_make_no_sense_are_refused(kind: str, text: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        compiler().compile(OutputFormat(kind, text, "structured_outputs.grammar"))
+
+    assert refused.value.param == "structured_outputs.grammar"
+
+
+@pytest.mark.parametrize("schema", [{}, {"type": "number"}, {"type": "integer"}])
+def test_digits_do_not_run_away(schema: dict[str, Any]) -> None:
+    """A model that writes a digit wherever it can still ends its number."""
+    ones = [i for i in range(260) if TOKENIZER.token_bytes(i) == b"1"]
+
+    def prefers_one(allowed: list[int]) -> int:
+        return next((t for t in allowed if t in ones), allowed[0])
+
+    tokens, _, ended = write(compiler().compile(format_of(schema)), prefers_one)
+
+    assert ended
+    assert json.loads(text_of(tokens)) == int("1" * 20)
+
+
+def test_white_space_does_not_run_away() -> None:
+    blanks = [i for i in range(260) if TOKENIZER.token_bytes(i).strip(b" \n\t\r") == b""]
+    grammar = compiler().compile(format_of(FIVE_FIELDS))
+
+    def prefers_blanks(allowed: list[int]) -> int:
+        return next((t for t in allowed if t in blanks and t != 2), allowed[-1])
+
+    tokens, _, ended = write(grammar, prefers_blanks)
+
+    assert ended
+    check_document(text_of(tokens), FIVE_FIELDS)
+
+
+def test_the_same_format_is_compiled_once() -> None:
+    one = compiler().compile(format_of(FIVE_FIELDS))
+
+    assert compiler().compile(format_of(dict(FIVE_FIELDS))) is one
+
+
+@pytest.mark.parametrize("make", [make_byte_tokenizer, make_metaspace_tokenizer])
+def test_both_kinds_of_tokenizer_write_what_they_say(make: Any) -> None:
+    hf_tokenizer = make()
+    eos = hf_tokenizer.eos_token_id
+    tokenizer = Tokenizer(hf_tokenizer, frozenset({eos}))
+    schema = {"enum": ["the hello world", "é 你好"]}
+
+    grammar = tokenizer.grammars.compile(format_of(schema))
+    matcher = grammar.start()
+    tokens: list[int] = []
+
+    mask_W = np.zeros(-(-tokenizer.vocab_size // 32), dtype=np.int32)
+    while not matcher.is_complete:
+        matcher.fill_mask(mask_W)
+        allowed = np.flatnonzero(np.unpackbits(mask_W.view(np.uint8), bitorder="little"))
+        assert allowed.max() < tokenizer.vocab_size
+        matcher.accept(int(allowed[-1]))
+        tokens.append(int(allowed[-1]))
+
+    prompt = tokenizer.encode("a", add_special_tokens=False)
+    text = tokenizer.decode([*prompt, *tokens]).removeprefix(tokenizer.decode(prompt))
+    assert json.loads(text) in schema["enum"]

@@ -1,0 +1,182 @@
+"""Calls of tools: what is asked of the model, and how its text is read, however it is cut."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sortserve.api.tools.choice import read_tool_choice
+from sortserve.api.tools.parsers import Delta, Parser, make_parser
+from sortserve.core.errors import InvalidRequestError
+from sortserve.text.tokenizer import Tokenizer
+from sortserve.text.tool_dialects import dialect_of
+from support.byte_tokenizer import CHATML_TEMPLATE
+from support.schemas import check_document, compiler, random_choice, write
+from support.tiny_models import tiny_tokenizer
+
+TOKENIZER = Tokenizer(tiny_tokenizer(), frozenset({2}))
+
+
+def tool(name: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": name, "description": "A function."}
+    if parameters is not None:
+        function["parameters"] = parameters
+    return {"type": "function", "function": function}
+
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"$ref": "#/$defs/City"}},
+    "required": ["city"],
+    "additionalProperties": False,
+    "$defs": {"City": {"enum": ["Paris", 'Rome {["]}']}},
+}
+WEATHER, CLOCK = tool("weather", CITY), tool("clock")
+NAMED = {"type": "function", "function": {"name": "weather"}}
+
+
+def read(parser: Parser, text: str, cuts: list[int]) -> tuple[str, list[tuple[str, str]]]:
+    """The content and the calls of a text that comes in pieces."""
+    content, calls = "", dict[int, list[str]]()
+    ends = sorted({min(cut, len(text)) for cut in cuts} | {len(text)})
+    deltas: list[Delta] = []
+    start = 0
+    for end in ends:
+        deltas.append(parser.push(text[start:end]))
+        start = end
+    for delta in [*deltas, parser.finish()]:
+        content += delta.content
+        for call in delta.calls:
+            if call.name is not None:
+                assert call.index == len(calls)
+                assert call.id
+                calls[call.index] = [call.name, ""]
+            calls[call.index][1] += call.arguments
+    return content, [(name, arguments) for name, arguments in calls.values()]
+
+
+CUTS = st.lists(st.integers(0, 200), max_size=30)
+ARGUMENTS = '{"city": "Rome {[\\"]}", "list": [1, {"a": []}]}'
+
+
+@given(cuts=CUTS)
+def test_forced_calls_are_read_as_they_are_written(cuts: list[int]) -> None:
+    first, second = f'"weather", "arguments": {ARGUMENTS}', '"clock", "arguments": {}'
+    text = f'[{{"name": {first}}}, {{"name": {second}}}]'
+
+    content, calls = read(make_parser("required", "", None), text, cuts)
+
+    assert content == ""
+    assert calls == [("weather", ARGUMENTS), ("clock", "{}")]
+
+
+@given(cuts=CUTS)
+def test_the_text_of_a_named_function_is_its_arguments(cuts: list[int]) -> None:
+    content, calls = read(make_parser("named", "weather", None), ARGUMENTS, cuts)
+
+    assert (content, calls) == ("", [("weather", ARGUMENTS)])
+
+
+CALL = '{"name": "clock", "arguments": {"zone": "é"}}'
+LLAMA = '{"name": "clock", "parameters": {"zone": "é"}}'
+READ = [("clock", '{"zone": "\\u00e9"}')]
+
+
+@pytest.mark.parametrize(
+    ("dialect", "text", "content", "calls"),
+    [
+        ("hermes", f"Well.<tool_call>\n{CALL}\n</tool_call>", "Well.", READ),
+        ("hermes", f"<tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>", "", READ * 2),
+        ("hermes", f"<tool_call>{CALL}", "", READ),
+        ("hermes", "no <tool_cat> here <tool", "no <tool_cat> here <tool", []),
+        ("hermes", "<tool_call>oh</tool_call>", "<tool_call>oh</tool_call>", []),
+        ("llama3", LLAMA, "", READ),
+        ("llama3", f"<|python_tag|>{LLAMA}; {LLAMA}", "", READ * 2),
+        ("llama3", '{"not": "a call"}', '{"not": "a call"}', []),
+        ("llama3", "Hello {you}", "Hello {you}", []),
+        ("mistral", f"[TOOL_CALLS] [{CALL}, {CALL}]", "", READ * 2),
+        ("mistral", f" [{CALL}]", "", READ),
+        ("mistral", "[1] is a footnote", "[1] is a footnote", []),
+    ],
+)
+@given(cuts=CUTS)
+def test_calls_of_a_models_own_accord_are_read_in_its_form(
+    dialect: str, text: str, content: str, calls: list[tuple[str, str]], cuts: list[int]
+) -> None:
+    found, found_calls = read(make_parser("auto", "", dialect), text, cuts)
+
+    assert (found.strip(), found_calls) == (content, calls)
+
+
+@pytest.mark.parametrize("parallel", [None, False])
+def test_a_required_answer_is_a_list_of_valid_calls(parallel: bool | None) -> None:
+    nested = tool("f", {"$ref": "#/$defs/Empty", "$defs": {"Empty": {"type": "object"}}})
+    choice = read_tool_choice([WEATHER, CLOCK, nested], "required", parallel)
+    format_ = choice.output_format()
+    assert format_ is not None
+    grammar = compiler().compile(format_)
+
+    for seed in range(30):
+        tokens, _, ended = write(grammar, random_choice(seed), most=1500)
+        if not ended:
+            continue
+        text = TOKENIZER.decode(tokens)
+        check_document(text, json.loads(format_.text))
+        _, calls = read(make_parser("required", "", None), text, [seed])
+        assert 1 <= len(calls) <= (1 if parallel is False else 16)
+        for name, arguments in calls:
+            if name == "weather":
+                check_document(arguments, CITY)
+
+
+def test_a_named_function_has_its_own_parameters() -> None:
+    format_ = read_tool_choice([CLOCK, WEATHER], NAMED, None).output_format()
+
+    assert format_ is not None
+    assert json.loads(format_.text) == CITY
+    assert format_.param == "tools.1.function.parameters"
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "kind"),
+    [
+        (None, None, "none"),
+        ([], "auto", "none"),
+        ([CLOCK], None, "auto"),
+        ([CLOCK], "none", "none"),
+        ([CLOCK], "required", "required"),
+        ([WEATHER], NAMED, "named"),
+    ],
+)
+def test_what_is_asked_of_the_model(tools: Any, choice: Any, kind: str) -> None:
+    assert read_tool_choice(tools, choice, None).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "param"),
+    [
+        ([{"type": "retrieval"}], None, "tools.0"),
+        ([tool("a b")], None, "tools.0.function.name"),
+        ([CLOCK, tool("f", [])], None, "tools.1.function.parameters"),  # type: ignore[arg-type]
+        ([CLOCK, CLOCK], None, "tools"),
+        ([CLOCK], "always", "tool_choice"),
+        ([CLOCK], NAMED, "tool_choice.function.name"),
+        (None, "required", "tool_choice"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_its_place(tools: Any, choice: Any, param: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        read_tool_choice(tools, choice, None)
+
+    assert refused.value.param == param
+
+
+def test_the_form_of_calls_is_known_by_the_template() -> None:
+    assert dialect_of([CHATML_TEMPLATE]) is None
+    assert dialect_of(["{% if tools %}<tool_call>{% endif %}"]) == "hermes"
+    assert dialect_of(["{% if tools %}[AVAILABLE_TOOLS]{% endif %}"]) == "mistral"
+    assert dialect_of(["{% if tools %}Environment: ipython{% endif %}"]) == "llama3"
