@@ -71,7 +71,8 @@ def test_a_calibrated_server_can_estimate_and_the_next_start_takes_its_word(
     monkeypatch.setattr("sortserve.cost.calibration.MAX_MEDIAN_ERROR", math.inf)  # a busy machine
     checkpoint = make_tiny_checkpoint(tmp_path, "llama-tied", exits=(2, 6))
 
-    settings = load_settings({"model": str(checkpoint), "max_model_len": 64, "max_num_seqs": 4})
+    small = {"max_model_len": 64, "max_num_seqs": 4, "backend": "reference"}
+    settings = load_settings({"model": str(checkpoint), **small})
     for start in ("first", "second"):
         serving = build(settings)
         serving.worker.start(serving.prepare)
@@ -131,7 +132,8 @@ def test_a_calibration_that_cannot_be_believed_is_made_again_and_never_kept(
     monkeypatch.setenv("SORTSERVE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr("sortserve.engine.calibrator.calibrate", timed)
     checkpoint = make_tiny_checkpoint(tmp_path, "llama-tied", exits=(2, 6))
-    serving = build(load_settings({"model": str(checkpoint), "max_num_seqs": 4}))
+    small = {"max_num_seqs": 4, "backend": "reference"}
+    serving = build(load_settings({"model": str(checkpoint), **small}))
 
     serving.worker.start(serving.prepare)
     estimate = serving.worker.estimate(6, 100, 8)
@@ -151,7 +153,8 @@ def test_a_kept_calibration_that_lacks_a_regime_is_not_used_but_replaced(
     good, bad = (steps(*n, seconds=steady) for n in ((1, 8, 64, 128), (1, 8)))
     monkeypatch.setattr("sortserve.engine.calibrator.calibrate", lambda *args, **kwargs: good)
     checkpoint = make_tiny_checkpoint(tmp_path, "llama-tied", exits=(2, 6))
-    serving = build(load_settings({"model": str(checkpoint), "max_num_seqs": 4}))
+    small = {"max_num_seqs": 4, "backend": "reference"}
+    serving = build(load_settings({"model": str(checkpoint), **small}))
     serving.measure()
     (kept,) = tmp_path.glob("cache/calibration/*.json")
     write_samples(kept, bad, {})
@@ -186,8 +189,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"max_model_len": 2**31 - 1}, "--max-model-len=2147483647 is more"),
         ({"exits": "99"}, "must lie in 1..6"),
         ({"exits": "4,2"}, "must ascend"),
-        ({"backend": "x"}, "--backend='x' is not one of auto, reference, cpu."),
-        ({"backend": ""}, "--backend='' is not one of auto, reference, cpu."),
+        ({"backend": "x"}, "--backend='x' is not one of auto, reference, flashinfer, triton, cpu."),
+        ({"backend": ""}, "--backend='' is not one of auto, reference, flashinfer, triton, cpu."),
         ({"quantize": "x"}, "--quantize='x' is not one of none"),
         ({"default_budget": '{"exit_layer": 3}'}, "budget.exit_layer=3 is not an exit"),
         ({"default_budget": '{"min_exit_layer": 9}'}, "--default-budget="),

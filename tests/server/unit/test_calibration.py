@@ -22,11 +22,7 @@ from sortserve.core.plan import StepPlan
 from sortserve.core.sampling_params import SampledToken
 from sortserve.cost.cache import cache_path, read_samples, write_samples
 from sortserve.cost.calibration import (
-    DECODE_ROWS,
-    PREFILL_TOKENS,
     SURVEY_ROUNDS,
-    SURVEY_ROWS,
-    SURVEY_TOKENS,
     calibrate,
     fault_of,
     slowed,
@@ -41,6 +37,7 @@ from sortserve.cost.model import (
     StepShape,
     step_shape,
 )
+from sortserve.cost.synthetic import DECODE_ROWS, PREFILL_TOKENS, SURVEY_ROWS, SURVEY_TOKENS
 from sortserve.process.plot import Series, line_chart
 from sortserve.process.profiling import chart, table
 from support.scripted import FakeClock
@@ -176,10 +173,12 @@ def test_a_profile_is_printed_drawn_and_used_by_the_next_start(
     checkpoint = make_tiny_checkpoint(tmp_path, "llama-tied", exits=(2, 6))
     plot = tmp_path / "profile.svg"
 
-    quick = {"REPEATS": 1, "DECODE_ROWS": (1, 2), "PREFILL_TOKENS": (16, 60)}
-    for name, value in {**quick, "MAX_MEDIAN_ERROR": math.inf}.items():  # however busy the machine
-        monkeypatch.setattr(f"sortserve.cost.calibration.{name}", value)
+    monkeypatch.setattr("sortserve.cost.calibration.REPEATS", 1)
+    monkeypatch.setattr("sortserve.cost.calibration.MAX_MEDIAN_ERROR", math.inf)  # a busy machine
+    monkeypatch.setattr("sortserve.cost.synthetic.DECODE_ROWS", (1, 2))
+    monkeypatch.setattr("sortserve.cost.synthetic.PREFILL_TOKENS", (16, 60))
     small = ["--max-model-len=64", "--max-num-seqs=4"]
+    small.append("--backend=reference")  # nothing to compile for a cache of its own
 
     code = main(["profile", str(checkpoint), *small, "--plot", str(plot)])
 
