@@ -121,15 +121,10 @@ def test_rows_of_one_token_and_chunks_stand_together_in_any_order(shape: Shape) 
     check_attention(shape, MIXED_ROWS, torch.float32)
 
 
-@given(
-    shape=shapes(),
-    dtype=st.sampled_from(list(RELATIVE_ERRORS)),
-    rows=st.lists(st.tuples(MORE, st.integers(1, 9)), min_size=1, max_size=4),
-)
-@settings(max_examples=200)
-def test_queries_and_keys_are_normed_and_rotated_and_keys_and_values_written(
-    shape: Shape, dtype: torch.dtype, rows: list[tuple[int, int]]
-) -> None:
+HEAD_ROWS = st.lists(st.tuples(MORE, st.integers(1, 9)), min_size=1, max_size=4)
+
+
+def check_heads(shape: Shape, dtype: torch.dtype, rows: list[tuple[int, int]]) -> None:
     case, rope = shape.case(rows, dtype), make_rope(shape.head_dim)
     norms = case.norms if shape.norms else None
     expected_pages, pages = case.pages.clone(), case.pages.clone()
@@ -141,6 +136,20 @@ def test_queries_and_keys_are_normed_and_rotated_and_keys_and_values_written(
 
     assert relative_error(actual, expected) <= RELATIVE_ERRORS[dtype]
     assert relative_error(pages, expected_pages) <= RELATIVE_ERRORS[dtype]
+
+
+@given(shape=shapes(), rows=HEAD_ROWS)
+@settings(max_examples=200)
+def test_queries_and_keys_are_normed_and_rotated_and_keys_and_values_written(
+    shape: Shape, rows: list[tuple[int, int]]
+) -> None:
+    check_heads(shape, torch.float32, rows)
+
+
+@given(shape=shapes(), rows=HEAD_ROWS)
+@settings(max_examples=30)
+def test_queries_keys_and_values_in_fp16(shape: Shape, rows: list[tuple[int, int]]) -> None:
+    check_heads(shape, torch.float16, rows)
 
 
 def small_case(rows: Sequence[tuple[int, int]]) -> tuple[Case, TritonAttention]:

@@ -75,7 +75,7 @@ def test_silu_of_one_half_times_the_other_in_fp16(
 
 
 @given(dtype=DTYPES, **SHAPES)
-@settings(max_examples=40)
+@settings(max_examples=400)
 def test_a_norm_alone_leaves_its_input_as_it_is(
     dtype: torch.dtype, num_rows: int, width: int, rows: int, seed: int
 ) -> None:
