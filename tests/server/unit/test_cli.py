@@ -198,7 +198,7 @@ def test_an_interrupt_is_exit_code_130(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sortserve.cli._print_answer", interrupt)
+    monkeypatch.setattr("sortserve.commands.generate._print_answer", interrupt)
 
     assert main(["generate", "Hi"]) == 130
 
@@ -216,7 +216,7 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["sreve"], "'sreve' is not a command: choose one of serve, generate, train, eval"),
+        (["sreve"], "'sreve' is not a command: choose one of serve, chat, generate, exits, bench"),
         (["selfdata", "--outptu=o"], "unrecognized arguments: --outptu=o. Did you mean --output?"),
         (["serve", "--prot=1"], "unrecognized arguments: --prot=1. Did you mean --port?"),
         (["serve", "--port", "x"], "--port: 'x' is not allowed"),

@@ -9,7 +9,7 @@ from sortserve.process.arguments import Parser
 from sortserve.process.flags import add_flags
 from sortserve_trainer.evaluation.settings import GROUPS, EvalSettings, load_eval_settings
 
-__all__ = ["eval_command"]
+__all__ = ["eval_command", "eval_parser"]
 
 
 def eval_command(argv: Sequence[str]) -> int:
@@ -19,7 +19,7 @@ def eval_command(argv: Sequence[str]) -> int:
         SortserveError: a mistake of the user's, in one line.
         ModuleNotFoundError: an extra is missing.
     """
-    flags = vars(_parser().parse_args(argv))
+    flags = vars(eval_parser().parse_args(argv))
     print_json = flags.pop("json")
     settings = load_eval_settings(flags)
 
@@ -52,7 +52,8 @@ def eval_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> Parser:
+def eval_parser() -> Parser:
+    """The command line of ``sortserve eval``."""
     parser = Parser(
         prog="sortserve eval", description="Measure each exit of a model on held-out files."
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sortserve.process.arguments import Parser, integer
 
-__all__ = ["export_command"]
+__all__ = ["export_command", "export_parser"]
 
 
 def export_command(argv: Sequence[str]) -> int:
@@ -18,7 +18,7 @@ def export_command(argv: Sequence[str]) -> int:
     Raises:
         SortserveError: a mistake of the user's, in one line.
     """
-    options = _parser().parse_args(argv)
+    options = export_parser().parse_args(argv)
 
     from sortserve_trainer.run.export import export_submodel
 
@@ -30,7 +30,8 @@ def export_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def export_parser() -> argparse.ArgumentParser:
+    """The command line of ``sortserve export``."""
     parser = Parser(
         prog="sortserve export",
         description="Write one exit of a sorted checkpoint as a plain Hugging Face folder.",

@@ -13,7 +13,17 @@ from sortserve_trainer.run.selfdata_settings import (
     load_selfdata_settings,
 )
 
-__all__ = ["selfdata_command"]
+__all__ = ["selfdata_command", "selfdata_parser"]
+
+
+def selfdata_parser() -> Parser:
+    """The command line of ``sortserve selfdata``."""
+    parser = Parser(
+        prog="sortserve selfdata",
+        description="Let a model answer prompts, as training data for its own exits.",
+    )
+    add_flags(parser, SelfdataSettings, GROUPS, POSITIONAL)
+    return parser
 
 
 def selfdata_command(argv: Sequence[str]) -> int:
@@ -23,12 +33,7 @@ def selfdata_command(argv: Sequence[str]) -> int:
         SortserveError: a mistake of the user's, in one line.
         ModuleNotFoundError: an extra is missing.
     """
-    parser = Parser(
-        prog="sortserve selfdata",
-        description="Let a model answer prompts, as training data for its own exits.",
-    )
-    add_flags(parser, SelfdataSettings, GROUPS, POSITIONAL)
-    settings = load_selfdata_settings(vars(parser.parse_args(argv)))
+    settings = load_selfdata_settings(vars(selfdata_parser().parse_args(argv)))
 
     from sortserve_trainer.commands.console import Console
     from sortserve_trainer.run.selfdata import write_selfdata

