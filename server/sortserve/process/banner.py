@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["banner", "base_url", "curl"]
 
+DEFAULT_URL = "http://127.0.0.1:8000"
+"""Where `sortserve chat` looks unless told."""
+
 
 def banner(settings: ServeSettings, serving: Serving, port: int | None) -> str:
     """What a person wants to read once the server is ready."""
@@ -30,12 +33,24 @@ def banner(settings: ServeSettings, serving: Serving, port: int | None) -> str:
         f"  KV cache  {cache.num_pages} pages of {cache.block_size} tokens x {cache.slab_size} "
         f"layers, {cache.num_bytes / 2**20:.0f} MiB",
     ]
+    try_it = ["", "Try:", "", f"  {curl(settings, url)}"]
     if settings.uds is None:
-        if settings.enable_docs:
-            lines.append(f"  docs      {url}/docs")
-        if settings.playground:
-            lines.append(f"  try it    {url}/  (in a browser)")
-    return "\n".join([*lines, "", "Try:", "", f"  {curl(settings, url)}", ""])
+        chat = "sortserve chat" if url == DEFAULT_URL else f"sortserve chat --url {url}"
+        try_it.append(f"  {chat}")
+    return "\n".join([*lines, *try_it, "", _places(settings, url)])
+
+
+def _places(settings: ServeSettings, url: str) -> str:
+    """The last line: where everything is."""
+    if settings.uds is not None:
+        return f"Ready on the socket {settings.uds}. Stop with Ctrl-C."
+    places = [f"API {url}"]
+    if settings.playground:
+        places.append(f"playground {url}/")
+    if settings.enable_docs:
+        places.append(f"docs {url}/docs")
+    places.append(f"metrics {url}/metrics")
+    return f"Ready: {' | '.join(places)}. Stop with Ctrl-C."
 
 
 def base_url(settings: ServeSettings, port: int | None) -> str:
