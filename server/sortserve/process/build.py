@@ -31,6 +31,7 @@ from sortserve.process.notices import tell_of_exits
 from sortserve.telemetry.logs import Observers, RequestLogger
 from sortserve.telemetry.logs import fields as log_fields
 from sortserve.telemetry.metrics import Metrics
+from sortserve.telemetry.status_line import phase
 from sortserve.telemetry.totals import Totals
 from sortserve.text.tokenizer import Tokenizer
 
@@ -85,6 +86,7 @@ def _build(
     ranks: Ranks | None,
 ) -> Serving:
     started_s = time.monotonic()
+    logger.info("loading %s", settings.model, extra=phase(f"loading {settings.model}"))
     checkpoint = load_checkpoint(
         settings.model, **loading, tensor_parallel_size=options.tensor_parallel_size
     )

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TextIO
 
+from sortserve.telemetry.status_line import StatusLine
+
 __all__ = ["LogWriter"]
 
 MAX_WAITING_CHARS = 8 << 20
@@ -28,6 +30,7 @@ class LogWriter(logging.Handler):
         stream: where to; may block, break or be closed.
         formatter: makes lines of records, on the writing thread.
         max_waiting_chars: bound on the text that waits.
+        status: the line at the foot of a terminal; None: there is none.
     """
 
     def __init__(
@@ -36,11 +39,13 @@ class LogWriter(logging.Handler):
         formatter: logging.Formatter,
         *,
         max_waiting_chars: int = MAX_WAITING_CHARS,
+        status: StatusLine | None = None,
     ) -> None:
         super().__init__()
         self.setFormatter(formatter)
         self._stream = stream
         self._max_waiting_chars = max_waiting_chars
+        self._status = status
         self._changed = threading.Condition()
         self._waiting: deque[tuple[logging.LogRecord, int]] = deque()
         self._num_chars = 0
@@ -110,12 +115,18 @@ class LogWriter(logging.Handler):
 
     def _write_all(self) -> None:
         while True:
+            tick_s = None if self._status is None else self._status.tick_s
             with self._changed:
-                while not self._waiting and not self._is_ending:
-                    self._changed.wait()
-                if self._is_ending:
-                    return
-                record, num_chars = self._waiting.popleft()
+                self._changed.wait_for(lambda: self._waiting or self._is_ending, tick_s)
+                is_ending = self._is_ending
+                taken = self._waiting.popleft() if self._waiting and not is_ending else None
+            if is_ending:
+                self._print("" if self._status is None else self._status.erased())
+                return
+            if taken is None:  # a tick
+                self._print("" if self._status is None else self._status.painted())
+                continue
+            record, num_chars = taken
             self._write(record)
             with self._changed:
                 self._num_chars -= num_chars
@@ -130,8 +141,13 @@ class LogWriter(logging.Handler):
         except Exception:
             self.handleError(record)
             return
+        self._print(f"{line}\n" if self._status is None else self._status.below(line, record))
+
+    def _print(self, text: str) -> None:
+        if self._stream is None or not text:
+            return
         try:
-            self._stream.write(line + "\n")
+            self._stream.write(text)
             self._stream.flush()
         except (OSError, ValueError):  # its reader has gone, or somebody closed it
             self._is_broken = True

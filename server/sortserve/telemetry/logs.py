@@ -19,6 +19,7 @@ from typing import Any, TextIO
 from sortserve.core.budget import Budget
 from sortserve.core.request import Observer, RequestReport, StepRecord
 from sortserve.telemetry.log_writer import LogWriter
+from sortserve.telemetry.status_line import StatusLine, wants_status_line
 
 __all__ = [
     "HumanFormatter",
@@ -92,7 +93,9 @@ def logging_to(stream: TextIO | None = None, *, level: str, log_format: str) -> 
         log_format: ``human`` or ``json``.
     """
     formatter = JsonFormatter() if log_format == "json" else HumanFormatter()
-    writer = LogWriter(stream if stream is not None else sys.stderr, formatter)
+    stream = stream if stream is not None else sys.stderr
+    has_status = log_format == "human" and wants_status_line(stream)
+    writer = LogWriter(stream, formatter, status=StatusLine() if has_status else None)
     root, access, no_probes = logging.getLogger(), logging.getLogger("uvicorn.access"), _NoProbes()
     level_before = root.level
     root.setLevel(level.upper())

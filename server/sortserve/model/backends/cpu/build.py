@@ -22,6 +22,7 @@ from sortserve.core.atomic_write import PRIVATE, write_atomically
 from sortserve.core.cache_bound import hold, prune
 from sortserve.core.user_cache import is_private, open_user_cache
 from sortserve.model.backends.cpu.isa import Isa
+from sortserve.telemetry.status_line import phase
 
 __all__ = [
     "KERNELS_DIR_VARIABLE",
@@ -128,6 +129,11 @@ def build_library(isa: Isa, cache_dir: Path | None = None, compiler: str | None 
     found = _find_cached(cache, isa, key) if cache is not None else None
     if found is not None:
         return found
+    logger.info(
+        "compiling the CPU kernels for %s, once",
+        isa.name,
+        extra=phase(f"compiling the CPU kernels for {isa.name}, once, some 20 s"),
+    )
     content = _compile(command, isa)
     name = _library_name(isa, key, content)
     if cache is not None:
