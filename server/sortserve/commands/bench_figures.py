@@ -30,6 +30,8 @@ class Seen:
     tokens_by_exit: Mapping[int, int] = field(default_factory=dict)
     met: bool | None = None
     """What the server says of its budget."""
+    is_cut: bool = False
+    """Whether the server ended it at its deadline (``on_miss`` is ``truncate``)."""
     error: str | None = None
 
     @property
@@ -68,13 +70,13 @@ class Bounds:
         return any(bound is not None for bound in (self.latency_ms, self.ttft_ms, self.tpot_ms))
 
     def are_met(self, seen: Seen) -> bool:
-        """Whether a whole answer kept all of them, on the client's clock."""
+        """Whether a whole answer (none that was cut) kept all of them, on the client's clock."""
         pairs = (
             (seen.e2e_s, self.latency_ms),
             (seen.ttft_s, self.ttft_ms),
             (seen.tpot_s, self.tpot_ms),
         )
-        return all(
+        return not seen.is_cut and all(
             bound is None or taken_s is None or taken_s * 1e3 <= bound for taken_s, bound in pairs
         )
 
@@ -108,6 +110,7 @@ def figures(records: Sequence[Seen], *, wall_s: float, cpu_s: float, bounds: Bou
         "num_prompt_tokens": sum(seen.num_prompt_tokens for seen in done),
         "num_output_tokens": num_tokens,
         "tokens_by_exit": {str(e): tokens_by_exit[e] for e in sorted(tokens_by_exit)},
+        "num_cut": sum(seen.is_cut for seen in done),
         "goodput_per_s": met / wall_s if bounds.exist else None,
         "met": met if bounds.exist else None,
         "met_says_server": sum(seen.met is True for seen in done) if bounds.exist else None,
@@ -139,6 +142,8 @@ def figures_text(values: Mapping[str, Any]) -> str:
             f"  goodput     {values['goodput_per_s']:.2f} requests/s met the budget "
             f"({values['met']} of {total}; the server says {values['met_says_server']})"
         )
+    if values["num_cut"]:
+        lines.append(f"  cut         {values['num_cut']} answers ended at their deadline")
     if values["tokens_by_exit"]:
         used = ", ".join(f"{e} ({count} tokens)" for e, count in values["tokens_by_exit"].items())
         lines.append(f"  exits       {used}")

@@ -124,5 +124,6 @@ async def _send(client: AsyncClient, load: Load, prompt: list[int], seen: Seen) 
     seen.num_prompt_tokens = answer.usage.prompt_tokens
     seen.tokens_by_exit = answer.budget.tokens_by_exit
     seen.met = answer.budget.met
+    seen.is_cut = answer.finish_reason == "deadline"
     if not seen.token_times_s:
         seen.error = "an answer without a token"

@@ -78,6 +78,13 @@ def test_goodput_is_what_met_every_bound_on_the_clients_clock(bounds: Bounds, me
     assert values["met_says_server"] == 1
 
 
+def test_an_answer_that_was_cut_at_its_deadline_is_in_time_but_is_no_answer() -> None:
+    values = summed(seen(0.25, 0.5, is_cut=True, met=True), bounds=Bounds(latency_ms=600))
+
+    assert (values["met"], values["num_cut"], values["met_says_server"]) == (0, 1, 1)
+    assert "1 answers ended at their deadline" in figures_text(values)
+
+
 def test_without_a_bound_there_is_no_goodput() -> None:
     values = summed(seen(0.25, 0.5))
 
