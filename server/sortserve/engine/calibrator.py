@@ -66,10 +66,8 @@ class Calibrator:
 
     def measure(self) -> list[tuple[StepShape, float]]:
         """New ones, kept for the next start if they can be believed, else tried once more."""
-        logger.info(
-            "timing the model's steps, to predict what requests take; kept for the next start",
-            extra=phase("timing the model's steps, some 10 s"),
-        )
+        timing = "timing the model's steps, kept for later starts, some 10 s"
+        logger.info("%s", timing, extra=phase(timing))
         for _ in range(CALIBRATION_ATTEMPTS):
             samples = calibrate(self._runner, clock=self._clock, **self._shapes)
             fault = self._fault_of(samples)

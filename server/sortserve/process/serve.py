@@ -34,7 +34,7 @@ from sortserve.process.listening import listening, tls_context
 from sortserve.process.signals import SignalGuard
 from sortserve.telemetry.log_writer import LogWriter
 from sortserve.telemetry.logs import fields, logging_to
-from sortserve.telemetry.status_line import phase
+from sortserve.telemetry.status_line import phase_over
 from sortserve.text.template_renderer import shared_renderer
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ class ServerProcess:
                 kv_pages=cache.num_pages,
                 kv_cache_mib=round(cache.num_bytes / 2**20),
             )
-            | phase(None),
+            | phase_over(),
         )
         if settings.log_format == "human":
             text = banner(settings, serving, port)

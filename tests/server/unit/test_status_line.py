@@ -10,7 +10,13 @@ import pytest
 
 from sortserve.telemetry.log_writer import LogWriter
 from sortserve.telemetry.logs import fields, logging_to
-from sortserve.telemetry.status_line import ERASE, StatusLine, phase, wants_status_line
+from sortserve.telemetry.status_line import (
+    ERASE,
+    StatusLine,
+    phase,
+    phase_over,
+    wants_status_line,
+)
 
 FORMATTER = logging.Formatter("%(message)s")
 
@@ -36,7 +42,7 @@ def test_a_phase_stands_below_the_log_with_its_seconds_until_it_ends() -> None:
     clock.now = 3.4
     ticked = status.painted()
     line = status.below("a line", record("a line"))
-    ended = status.below("ready", record("ready", fields(port=1) | phase(None)))
+    ended = status.below("ready", record("ready", fields(port=1) | phase_over()))
 
     assert began == f"begins\n{ERASE}... loading: 0 s"
     assert ticked == f"{ERASE}... loading: 3 s"
@@ -55,6 +61,35 @@ def test_each_phase_counts_from_its_own_beginning() -> None:
     clock.now = 6.0
 
     assert status.painted() == f"{ERASE}... timing: 1 s"
+
+
+def test_phases_that_overlap_stand_there_until_each_is_over() -> None:
+    status = StatusLine(Clock())
+    for name in ("loading", "compiling", "converting"):
+        status.below("begins", record("begins", phase(name)))
+
+    shown = [status.painted()]
+    for name in ("compiling", "converting", "never begun", "loading"):
+        status.below("ends", record("ends", phase_over(name)))
+        shown.append(status.painted())
+
+    assert [text.removeprefix(f"{ERASE}... ") for text in shown] == [
+        "converting: 0 s",
+        "converting: 0 s",
+        "loading: 0 s",
+        "loading: 0 s",
+        "",
+    ]
+
+
+def test_a_name_can_neither_wrap_the_line_nor_move_the_cursor() -> None:
+    status = StatusLine(Clock())
+
+    status.below("begins", record("begins", phase("a\033[2J" + "x" * 200)))
+
+    shown = status.painted().removeprefix(ERASE)
+    assert shown.isprintable()
+    assert len(shown) < 80
 
 
 def test_it_is_painted_again_only_while_there_is_a_phase() -> None:

@@ -22,7 +22,7 @@ from sortserve.core.atomic_write import PRIVATE, write_atomically
 from sortserve.core.cache_bound import hold, prune
 from sortserve.core.user_cache import is_private, open_user_cache
 from sortserve.model.backends.cpu.isa import Isa
-from sortserve.telemetry.status_line import phase
+from sortserve.telemetry.status_line import phase, phase_over
 
 __all__ = [
     "KERNELS_DIR_VARIABLE",
@@ -129,20 +129,23 @@ def build_library(isa: Isa, cache_dir: Path | None = None, compiler: str | None 
     found = _find_cached(cache, isa, key) if cache is not None else None
     if found is not None:
         return found
-    logger.info(
-        "compiling the CPU kernels for %s, once",
-        isa.name,
-        extra=phase(f"compiling the CPU kernels for {isa.name}, once, some 20 s"),
-    )
+    compiling = f"compiling the CPU kernels for {isa.name}, once, some 20 s"
+    logger.info("%s", compiling, extra=phase(compiling))
     content = _compile(command, isa)
     name = _library_name(isa, key, content)
     if cache is not None:
         try:
             write_atomically(cache / name, content, mode=PRIVATE)
         except OSError as error:
-            logger.warning("native CPU kernels are compiled at every start: %s", error)
+            logger.warning(
+                "native CPU kernels are compiled at every start: %s",
+                error,
+                extra=phase_over(compiling),
+            )
         else:
-            logger.info("compiled native CPU kernels to %s", cache / name)
+            logger.info(
+                "compiled native CPU kernels to %s", cache / name, extra=phase_over(compiling)
+            )
             hold(cache / name)
             prune(cache)
             return cache / name
