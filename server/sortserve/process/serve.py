@@ -224,16 +224,18 @@ class ServerProcess:
         cache, exits = serving.cache, serving.checkpoint.exits
         logger.info(
             "ready",
-            extra=fields(
-                url=settings.uds or base_url(settings, port),
-                model=serving.model_name,
-                exits=exits.layers,
-                max_model_len=serving.worker.max_model_len,
-                **serving.computed_in,
-                kv_pages=cache.num_pages,
-                kv_cache_mib=round(cache.num_bytes / 2**20),
-            )
-            | phase_over(),
+            extra={
+                **fields(
+                    url=settings.uds or base_url(settings, port),
+                    model=serving.model_name,
+                    exits=exits.layers,
+                    max_model_len=serving.worker.max_model_len,
+                    **serving.computed_in,
+                    kv_pages=cache.num_pages,
+                    kv_cache_mib=round(cache.num_bytes / 2**20),
+                ),
+                **phase_over(),
+            },
         )
         if settings.log_format == "human":
             text = banner(settings, serving, port)

