@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sortserve.commands.bench_figures import Seen
+from sortserve.process.console import one_line
 from sortserve_client import AsyncClient, Budget, SortserveError
 
 __all__ = ["Load", "arrivals", "prompts", "run_load"]
@@ -119,7 +120,7 @@ async def _send(client: AsyncClient, load: Load, prompt: list[int], seen: Seen) 
                     seen.token_times_s.append(time.perf_counter())
             answer = await stream.result()
     except SortserveError as error:
-        seen.error = f"{type(error).__name__}: {error.message}"
+        seen.error = one_line(f"{type(error).__name__}: {error.message}")
         return
     seen.num_prompt_tokens = answer.usage.prompt_tokens
     seen.tokens_by_exit = answer.budget.tokens_by_exit

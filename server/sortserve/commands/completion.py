@@ -11,7 +11,7 @@ from sortserve.process.arguments import Parser
 
 __all__ = ["completion_command", "completion_parser", "whole_parser"]
 
-SHELLS = ("bash", "zsh", "tcsh")
+SHELLS = ("bash", "zsh", "fish", "tcsh")
 FILES = ("FILE", "CONFIG", "CERTFILE", "KEYFILE", "UDS", "MODEL", "CHECKPOINT", "DATA")
 """What flags and arguments that take a path call their value."""
 FOLDERS = ("DIR", "OUTPUT")
@@ -23,7 +23,7 @@ def completion_parser() -> Parser:
         prog="sortserve completion",
         description="Print a script that completes commands, flags and their choices. For bash: "
         'eval "$(sortserve completion bash)" in ~/.bashrc. For zsh: write it to a file _sortserve '
-        "in a folder of $fpath.",
+        "in a folder of $fpath. For fish: sortserve completion fish | source, in config.fish.",
     )
     parser.add_argument("shell", choices=SHELLS, help="which shell it is for")
     return parser

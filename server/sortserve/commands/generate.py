@@ -15,7 +15,7 @@ from sortserve.commands.asking import (
     first_key,
 )
 from sortserve.commands.story import story
-from sortserve.commands.terminal import print_dim
+from sortserve.commands.terminal import print_dim, printable
 from sortserve.core.errors import ConfigError
 from sortserve.process.arguments import Parser, finite_number, integer
 
@@ -75,7 +75,11 @@ def generate_command(arguments: Sequence[str]) -> int:
 
 
 def _print_answer(client: Client, options: argparse.Namespace) -> BudgetReport | None:
-    """Print the answer as it comes; returns what became of the budget."""
+    """Print the answer as it comes; returns what became of the budget.
+
+    A terminal is given nothing that moves its cursor; a file or a pipe gets the text as it is.
+    """
+    shown = printable if sys.stdout is not None and sys.stdout.isatty() else str
     text = _read_prompt(options.prompt)
     request: dict[str, Any] = {
         "budget": budget_of(options),
@@ -92,11 +96,11 @@ def _print_answer(client: Client, options: argparse.Namespace) -> BudgetReport |
         request["messages"] = [{"role": "user", "content": text}]
     if options.no_stream:
         generation = client.generate(**request)
-        print(generation.text)
+        print(shown(generation.text))
     else:
         with client.stream(**request) as stream:
             for event in stream:
-                print(event.text, end="", flush=True)
+                print(shown(event.text), end="", flush=True)
             print()
             generation = stream.result()
     return generation.budget or (generation.choices[0].budget if generation.choices else None)

@@ -34,6 +34,7 @@ class FakeServer(BaseHTTPRequestHandler):
     keys: ClassVar[list[str | None]]
     status: ClassVar[int]
     error: ClassVar[dict[str, Any]]
+    texts: ClassVar[tuple[str, ...]]
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -44,12 +45,17 @@ class FakeServer(BaseHTTPRequestHandler):
         elif body.get("stream"):
             self._reply("text/event-stream", "".join(f"data: {e}\n\n" for e in self._events()))
         else:
-            choice = {"index": 0, "text": "It falls.", "finish_reason": "stop", "budget": BUDGET}
+            choice = {
+                "index": 0,
+                "text": "".join(self.texts),
+                "finish_reason": "stop",
+                "budget": BUDGET,
+            }
             answer = {"id": "g-1", "model": "tiny", "choices": [choice]}
             self._reply("application/json", json.dumps(answer))
 
     def _events(self) -> Iterator[str]:
-        for text in ("It ", "falls", "."):
+        for text in self.texts:
             yield json.dumps({"id": "g-1", "choices": [{"index": 0, "text": text}]})
         last = {"index": 0, "text": "", "finish_reason": "stop", "budget": BUDGET}
         yield json.dumps({"id": "g-1", "choices": [last]})
@@ -71,7 +77,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeServer]]:
     handler = type(
         "Handler",
         (FakeServer,),
-        {"asked": [], "keys": [], "status": 200, "error": {}},
+        {"asked": [], "keys": [], "status": 200, "error": {}, "texts": ("It ", "falls", ".")},
     )
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
         thread = threading.Thread(target=http.serve_forever, args=(0.01,))
@@ -107,6 +113,24 @@ def test_an_answer_may_come_in_one_piece(
 
     assert capsys.readouterr().out == "It falls.\n"
     assert "stream" not in server.asked[0]
+
+
+@pytest.mark.parametrize(("is_terminal", "shown"), [(True, "\ufffd[2J\n"), (False, "\033[2J\n")])
+@pytest.mark.parametrize("flags", [[], ["--no-stream"]])
+def test_a_model_cannot_move_the_cursor_of_a_terminal(
+    server: type[FakeServer],
+    is_terminal: bool,
+    shown: str,
+    flags: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    server.texts = ("\033[2J",)
+
+    assert main(["generate", "Hi", *flags]) == 0
+
+    assert capsys.readouterr().out == shown
 
 
 def test_flags_become_fields_of_the_request(server: type[FakeServer]) -> None:

@@ -98,7 +98,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 
 @needs_shtab
-@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "tcsh"])
 def test_every_shell_gets_a_script_that_names_the_commands(
     shell: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
