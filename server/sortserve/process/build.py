@@ -86,8 +86,8 @@ def _build(
     ranks: Ranks | None,
 ) -> Serving:
     started_s = time.monotonic()
-    loading = f"loading {settings.model}"
-    logger.info("%s", loading, extra=phase(loading))
+    start_phase = f"loading {settings.model}"
+    logger.info("%s", start_phase, extra=phase(start_phase))
     checkpoint = load_checkpoint(
         settings.model, **loading, tensor_parallel_size=options.tensor_parallel_size
     )
@@ -113,7 +113,7 @@ def _build(
                 checkpoint_s=round(loaded_s - started_s, 2),
                 engine_s=round(time.monotonic() - loaded_s, 2),
             ),
-            **phase_over(loading),
+            **phase_over(start_phase),
         },
     )
     tell_of_exits(parts.engine.exits)
