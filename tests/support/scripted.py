@@ -92,6 +92,11 @@ class ScriptedRunner:
                 self._pages[row.block_table_SB[:, block], offset] = token_id
         sampled: list[Any] = []  # a row whose grammar fails has a failure
         for row in plan.rows:
+            if row.prompt_logprobs is not None:
+                k = row.prompt_logprobs.num_top
+                targets = row.prompt_logprobs.targets(row.start, row.num_tokens)
+                said = [SampledToken(token, -1.0, _others(token, k)) for token in targets]
+                row.prompt_logprobs.record(row.start, said)
             if row.sampling is None:
                 continue
             known = [*row.sampling.prompt_token_ids, *row.sampling.output_token_ids]
@@ -120,10 +125,12 @@ class ScriptedRunner:
             token_id = min(allowed, key=lambda t: (t - token_id) % VOCAB_SIZE)
         if params.logprobs is None:
             return SampledToken(token_id)
-        others = tuple(
-            TokenLogprob((token_id + k) % VOCAB_SIZE, -1.0 - k) for k in range(params.logprobs)
-        )
-        return SampledToken(token_id, -1.0, others)
+        return SampledToken(token_id, -1.0, _others(token_id, params.logprobs))
+
+
+def _others(token_id: int, count: int) -> tuple[TokenLogprob, ...]:
+    """The token first, then those that follow it in the alphabet."""
+    return tuple(TokenLogprob((token_id + k) % VOCAB_SIZE, -1.0 - k) for k in range(count))
 
 
 @dataclass

@@ -6,11 +6,12 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sortserve.api.problems import renamed
 from sortserve.core.errors import RequestTimeoutError, SortserveError
+from sortserve.core.prompt_logprobs import PromptLogprobs
 from sortserve.core.request import FinishReason, RequestOutput, RequestReport
 from sortserve.core.sampling_params import SampledToken
 from sortserve.engine.worker import RequestStream
@@ -59,6 +60,9 @@ class Generation:
         field_names: the engine's field names as this request spells them, for errors.
         keep: whether to keep texts and tokens, or only to count them.
         on_end: called once, when all outputs are read or nobody reads on.
+        prompt_logprobs: what the model says of each prompt, complete with its first output; empty:
+            nobody asks.
+        drops_answer: whether the client wants nothing but its prompts: outputs come without tokens.
     """
 
     def __init__(
@@ -71,6 +75,8 @@ class Generation:
         field_names: Mapping[str, str],
         keep: bool,
         on_end: Callable[[Generation], None] | None = None,
+        prompt_logprobs: Sequence[PromptLogprobs] = (),
+        drops_answer: bool = False,
     ) -> None:
         self.choices = [ChoiceResult() for _ in streams]
         self._streams = streams
@@ -80,6 +86,8 @@ class Generation:
         self._field_names = field_names
         self._keep = keep
         self._on_end = on_end
+        self._prompt_logprobs = prompt_logprobs
+        self._drops_answer = drops_answer
         self.is_abandoned = False
         self._is_timed_out = False
 
@@ -115,7 +123,7 @@ class Generation:
                 [stream] = self._streams
                 while not stream.is_over:
                     await stream.wait()
-                    yield [(0, output) for output in stream.take_ready()]
+                    yield [(0, self._wanted(output)) for output in stream.take_ready()]
             else:
                 async with aclosing(self._merged()) as merged:
                     async for outputs in merged:
@@ -147,6 +155,15 @@ class Generation:
             choice.finish_reason = output.finish_reason
             choice.report = output.report
 
+    def _wanted(self, output: RequestOutput) -> RequestOutput:
+        """The output, or what the client wants of it."""
+        if not self._drops_answer:
+            return output
+        reason = output.finish_reason
+        if reason is FinishReason.STOP:  # whatever the token was, the client's limit was none
+            reason = FinishReason.LENGTH
+        return replace(output, text="", tokens=(), finish_reason=reason)
+
     async def _merged(self) -> AsyncGenerator[Outputs, None]:
         arrived: deque[tuple[int, RequestOutput]] = deque()
         wake = asyncio.Event()
@@ -155,7 +172,7 @@ class Generation:
             try:
                 while not stream.is_over:
                     await stream.wait()
-                    arrived.extend((index, output) for output in stream.take_ready())
+                    arrived.extend((index, self._wanted(output)) for output in stream.take_ready())
                     wake.set()
             finally:
                 wake.set()
@@ -179,10 +196,19 @@ class Generation:
 
     # ---- what all of it came to ----
 
+    def prompt_tokens(self, index: int) -> Sequence[SampledToken]:
+        """The prompt's tokens of a choice that has given an output; empty if nobody asked."""
+        if not self._prompt_logprobs:
+            return ()
+        n = len(self.choices) // len(self._num_prompt_tokens)
+        return self._prompt_logprobs[index // n].tokens
+
     @property
     def num_values(self) -> int:
         """How much a reply has to say, for deciding where it is written: tokens and rivals."""
-        return sum(
+        said = sum(len(p.token_ids) * (p.num_top + 1) for p in self._prompt_logprobs)
+        n = len(self.choices) // len(self._num_prompt_tokens)
+        return n * said + sum(
             choice.num_tokens + sum(len(token.top_logprobs) for token in choice.tokens)
             for choice in self.choices
         )

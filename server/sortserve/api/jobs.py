@@ -50,6 +50,10 @@ class Job:
     """On the engine's clock."""
     field_names: Mapping[str, str]
     """The engine's field names as this request spells them, for errors."""
+    prompt_logprobs: int | None = None
+    """Rivals per token of the prompts; None: nobody asks what the model says of them."""
+    drops_answer: bool = False
+    """The answer is one token, which the client does not want."""
 
 
 def make_job(

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TypeVar
@@ -24,6 +24,7 @@ from sortserve.api.settings import ApiSettings
 from sortserve.api.text_threads import TextThreads
 from sortserve.core.errors import InvalidRequestError, SortserveError
 from sortserve.core.grammar import Grammar, length_class_of
+from sortserve.core.prompt_logprobs import PromptLogprobs
 from sortserve.core.request import EXPECTED_TOKENS, Request
 from sortserve.engine.worker import EngineWorker, RequestStream
 from sortserve.telemetry.logs import fields
@@ -80,8 +81,9 @@ class Service:
             token_ids = await encode_all(
                 job.prompts, self.tokenizer, self.threads, max_tokens=self.worker.max_model_len
             )
+            asked = _asked_of(job, token_ids)
             grammar = await self._compile(job)
-            streams = await self._submit(job, token_ids, reservation, grammar)
+            streams = await self._submit(job, token_ids, reservation, grammar, asked)
         log_prompts = self.settings.log_prompts
         return Generation(
             streams,
@@ -91,6 +93,8 @@ class Service:
             field_names=job.field_names,
             keep=log_prompts or not job.stream,
             on_end=partial(self._log_texts, job, token_ids) if log_prompts else None,
+            prompt_logprobs=asked,
+            drops_answer=job.drops_answer,
         )
 
     async def _compile(self, job: Job) -> Grammar | None:
@@ -137,6 +141,7 @@ class Service:
         prompts: list[list[int]],
         reservation: Reservation,
         grammar: Grammar | None,
+        asked: Sequence[PromptLogprobs],
     ) -> list[RequestStream]:
         streams: list[RequestStream] = []
         names = dict(job.field_names)
@@ -147,6 +152,9 @@ class Service:
 
         try:
             requests = [self._request(job, tuple(token_ids), grammar) for token_ids in prompts]
+            if asked:  # the samples of a prompt share what is said of it
+                pairs = zip(requests, asked, strict=True)
+                requests = [replace(request, prompt_logprobs=said) for request, said in pairs]
             async with self._turns:
                 exit_layer = None
                 if len(requests) * job.n > 1:
@@ -191,3 +199,22 @@ class Service:
             cache_salt=job.cache_salt,
             is_one_of_several=job.n * len(job.prompts) > 1,
         )
+
+
+def _asked_of(job: Job, prompts: Sequence[Sequence[int]]) -> list[PromptLogprobs]:
+    """What the model is to say of the prompts; nothing where nobody asks.
+
+    Raises:
+        InvalidRequestError: it would be more than a reply may hold.
+    """
+    if job.prompt_logprobs is None:
+        return []
+    most = job.n * sum(map(len, prompts)) * (job.prompt_logprobs + 1)
+    if most > MAX_LOGPROBS_PER_REPLY:
+        raise InvalidRequestError(
+            f"echo=true with logprobs={job.prompt_logprobs} makes {most} log probabilities of "
+            f"prompts; a reply may hold {MAX_LOGPROBS_PER_REPLY}. Lower logprobs or n, or send "
+            "fewer prompts.",
+            param="echo",
+        )
+    return [PromptLogprobs(tuple(token_ids), job.prompt_logprobs) for token_ids in prompts]

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sortserve.core.prompt_logprobs import PromptLogprobs
 from sortserve.core.sampling_params import RowFailure, SampledToken, SamplingRow
 
 __all__ = ["Launcher", "Pending", "RowPlan", "Runner", "RunnerLost", "StepPlan"]
@@ -39,6 +40,8 @@ class RowPlan:
     """Generated before the token to sample: the position that its noise is drawn from.
     ``sampling.output_token_ids`` may hold one less, whose value is not known yet. None: as many as
     it holds."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """Where to record what the model says of the prompt's tokens; None: nobody asks."""
 
     @property
     def num_tokens(self) -> int:
@@ -56,6 +59,14 @@ class RowPlan:
         if self.prompt_len is None:
             return self.num_tokens if self.num_tokens > 1 else 0
         return min(max(self.prompt_len - self.start, 0), self.num_tokens)
+
+    @property
+    def num_head_tokens(self) -> int:
+        """How many of the tokens to run pass the head."""
+        if self.prompt_logprobs is None:
+            return int(self.sampling is not None)
+        num_targets = len(self.prompt_logprobs.targets(self.start, self.num_tokens))
+        return num_targets + int(self.sampling is not None)
 
 
 @dataclass(frozen=True, kw_only=True)

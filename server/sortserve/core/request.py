@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from sortserve.core.budget import Budget
 from sortserve.core.errors import SortserveError
 from sortserve.core.grammar import Grammar
+from sortserve.core.prompt_logprobs import PromptLogprobs
 from sortserve.core.sampling_params import SampledToken, SamplingParams
 
 __all__ = [
@@ -80,6 +81,9 @@ class Request:
     """Prefixes are shared only between requests of equal salt."""
     grammar: Grammar | None = None
     """What the answer must look like, compiled; None: anything."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """Filled before the first token is out; such a request keeps the exit that it starts at, and
+    computes its whole prompt. None: nobody asks what the model says of the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)

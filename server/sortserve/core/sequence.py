@@ -22,6 +22,7 @@ from enum import Enum
 
 from sortserve.core.budget import Deadlines
 from sortserve.core.grammar import Constraint
+from sortserve.core.prompt_logprobs import PromptLogprobs
 from sortserve.core.request import Estimate, Request
 from sortserve.core.sampling_params import SamplingRow
 
@@ -82,7 +83,9 @@ class Sequence:
         self.request_id = request.request_id
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.exit_layer = exit_layer
-        self.floor_layer = exit_layer if floor_layer is None else floor_layer
+        # What the model says of a prompt, it says at one exit.
+        keeps_exit = floor_layer is None or request.prompt_logprobs is not None
+        self.floor_layer = exit_layer if keeps_exit or floor_layer is None else floor_layer
         self.promise = promise
         self.seed = seed
         self.stop_token_ids = stop_token_ids
@@ -208,6 +211,12 @@ class Sequence:
         self._num_forced_last = self._num_forced_last + 1 if forced else 0
         self.output_token_ids.append(token_id)
         self.tokens_by_exit[exit_layer] = self.tokens_by_exit.get(exit_layer, 0) + 1
+
+    @property
+    def prompt_logprobs(self) -> PromptLogprobs | None:
+        """Where to record what the model says of the prompt, as long as something is missing."""
+        wanted = self.request.prompt_logprobs
+        return None if wanted is None or wanted.is_complete else wanted
 
     def sampling_row(self) -> SamplingRow:
         """What the sampler needs to choose the next token: always the same object."""

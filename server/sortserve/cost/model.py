@@ -55,7 +55,8 @@ class RowShape:
     exit_layer: int
     num_tokens: int
     context_len: int
-    samples: bool
+    samples: int
+    """Tokens that pass the head."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def by_regime(samples: Samples) -> tuple[Samples, Samples]:
 def step_shape(plan: StepPlan) -> StepShape:
     """A plan reduced to what its time depends on."""
     return StepShape.of(
-        RowShape(row.exit_layer, row.num_tokens, row.context_len, row.sampling is not None)
+        RowShape(row.exit_layer, row.num_tokens, row.context_len, row.num_head_tokens)
         for row in plan.rows
     )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sortserve.core.plan import StepPlan
+from sortserve.engine.prompt_scores import scored_tokens
 from sortserve.engine.transfers import upload
 from sortserve.model.batch import Batch, last_tokens, single_rows
 
@@ -89,4 +90,5 @@ def build_batch(
         num_prompt_tokens=tuple(row.num_prompt_tokens for row in rows),
         last_tokens_N=lasts,
         single_rows_N=singles,
+        scored=scored_tokens(plan, device),
     )

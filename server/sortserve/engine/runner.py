@@ -13,6 +13,7 @@ from sortserve.core.plan import StepPlan
 from sortserve.core.sampling_params import RowFailure, SampledToken
 from sortserve.engine.inputs import build_batch
 from sortserve.engine.sampling.bitmask import MaskMaker
+from sortserve.engine.prompt_scores import record_prompts
 from sortserve.engine.sampling.sampler import Sampler
 from sortserve.engine.sampling.samples import KnownSamples, Samples
 from sortserve.engine.threads import StepThreads
@@ -125,6 +126,8 @@ class ModelRunner:
         ]
         masks = self._masks.start(sampling, self._decoder.config.vocab_size)
         h_RD = self._forward(batch)
+        if batch.scored is not None:
+            record_prompts(plan, batch.scored, self._decoder.logits)
         if not sampling:
             return _Launched(KnownSamples([]))
         logits_RV = self._decoder.logits(h_RD)
@@ -134,6 +137,8 @@ class ModelRunner:
         return _Launched(samples)
 
     def _forward(self, batch: Batch) -> Tensor:
+        if batch.scored is not None:  # what is recorded of a step is its rows' last tokens alone
+            return self._decoder.forward(batch, self._kv_cache)
         if self._graphs is not None and self._graphs.can_run(batch):
             self.record_graphs()
         if self._graphs is not None and self._graphs.can_run(batch):

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sortserve.model.scored import ScoredTokens
+
 __all__ = ["Batch", "last_tokens", "single_rows"]
 
 
@@ -60,6 +62,8 @@ class Batch:
     """The launches for this batch are recorded now and run again later, on what the same tensors
     hold by then (``sortserve.model.graphs``): every row has one token, and nothing but the tensors
     may decide the result."""
+    scored: ScoredTokens | None = None
+    """Tokens whose hidden states are wanted too; None: none."""
 
     def __post_init__(self) -> None:
         rows = single_rows(self.query_starts), last_tokens(self.query_starts, self.samples)

@@ -140,6 +140,11 @@ class Decoder:
 
     def leave(self, batch: Batch, exit_layer: int, h_TD: Tensor, delta_TD: Tensor) -> Tensor:
         """[rows that sample at this exit, D], through the exit's module."""
+        if batch.scored is not None:
+            batch.scored.leave(
+                exit_layer,
+                lambda token_N: self._exits[exit_layer](h_TD[token_N] + delta_TD[token_N]),
+            )
         first, end = (batch.num_rows_deeper_than(layer) for layer in (exit_layer, exit_layer - 1))
         start = sum(batch.samples[:first])
         last_N = batch.last_tokens_N[start : start + sum(batch.samples[first:end])]

@@ -82,9 +82,10 @@ class KVCacheManager:
     def match_prefix(self, sequence: Sequence) -> list[bytes]:
         """Digests of the leading blocks that are held at least as deep as the sequence needs.
 
-        The last known token is never taken from the cache: it must run to give logits.
+        The last known token is never taken from the cache: it must run to give logits. Nor is any
+        token of a prompt whose log probabilities are wanted.
         """
-        if not self.enable_prefix_caching:
+        if not self.enable_prefix_caching or sequence.prompt_logprobs is not None:
             return []
         num_slabs = sequence.exit_layer // self.slab_size
         digests: list[bytes] = []

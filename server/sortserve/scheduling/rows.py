@@ -34,6 +34,7 @@ def row_of(sequence: Sequence, num_tokens: int, block_table_SB: NDArray[np.int32
         block_table_SB=block_table_SB,
         sampling=sequence.sampling_row() if samples else None,
         prompt_len=sequence.num_prompt_tokens,
+        prompt_logprobs=sequence.prompt_logprobs,
         token_from=None if is_known else sequence.sampled_at,
         num_output_tokens=sequence.num_output_tokens,
     )

@@ -248,8 +248,10 @@ class CompletionBody(_OpenAIFields):
     """A text, a list of texts, token ids, or a list of lists of token ids."""
     logprobs: Annotated[int, _ranged("logprobs")] | None = None
     """Log probabilities of each token and of this many rivals, 0 to 20."""
+    max_tokens: Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})] | None = None
+    """Most tokens to generate; default: 16. With `echo` none at all is allowed."""
     echo: bool | None = None
-    """Begin each answer with its prompt."""
+    """Begin each answer with its prompt; with `logprobs`, tell those of the prompt too."""
     best_of: int | None = None
     """Only the value of `n`."""
     suffix: str | None = None

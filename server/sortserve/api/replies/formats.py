@@ -172,19 +172,31 @@ class CompletionFormat(_OpenAIFormat):
         self._choice_logprobs = [
             CompletionLogprobs(self.tokenizer) for _ in self.generation.choices
         ]
+        self._untold = set(range(len(self.generation.choices)))
 
     def opening(self) -> str:
-        """With ``echo`` the prompts."""
-        if self.echo is None:
+        """With ``echo`` the prompts; with ``logprobs`` each comes with the first token after it."""
+        if self.echo is None or self.with_logprobs:
             return ""
         indices = range(len(self.generation.choices))
         starts = self._starts(self.generation.start_layer)
         return "".join(starts[i] + quoted(self.echo(i)) + self._end for i in indices)
 
+    def _full_chunk(self, index: int, output: RequestOutput) -> dict[str, Any]:
+        is_first = index in self._untold
+        message = super()._full_chunk(index, output)
+        if is_first and self.echo is not None and self.with_logprobs:
+            [choice] = message["choices"]
+            choice["text"] = self.echo(index) + choice["text"]
+        return message
+
     def _whole(self, index: int, choice: ChoiceResult) -> dict[str, Any]:
         return {"text": (self.echo(index) if self.echo is not None else "") + choice.text}
 
     def _logprobs(self, index: int, tokens: Sequence[SampledToken]) -> Any:
+        if index in self._untold:
+            self._untold.remove(index)
+            tokens = [*self.generation.prompt_tokens(index), *tokens]
         return self._choice_logprobs[index].next(tokens)
 
 

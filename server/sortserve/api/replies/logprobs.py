@@ -61,18 +61,21 @@ class CompletionLogprobs:
         As in OpenAI's API the sampled token is always among ``top_logprobs``, which may therefore
         have one entry more than was asked for. The likeliest token of a text has the text as its
         key; others of the same text (two halves of characters, say) have their bytes after
-        ``bytes:``, and where these are taken as well their id, ``token_id:7``.
+        ``bytes:``, and where these are taken as well their id, ``token_id:7``. The first token of
+        a prompt has no log probability: null.
         """
-        texts, offsets, tops = [], [], []
+        texts: list[str] = []
+        offsets: list[int] = []
+        tops: list[dict[str, float] | None] = []
         for token in tokens:
             text = self._text(token.token_id)
             texts.append(text)
             offsets.append(self._offset)
             self._offset += len(text)
-            tops.append(self._top(token))
+            tops.append(None if token.logprob is None else self._top(token))
         return {
             "tokens": texts,
-            "token_logprobs": [_finite(token.logprob) for token in tokens],
+            "token_logprobs": [None if t.logprob is None else _finite(t.logprob) for t in tokens],
             "top_logprobs": tops,
             "text_offset": offsets,
         }

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request, Response
 
-from sortserve.api.bodies.limits import MAX_ECHO_CHARS
 from sortserve.api.bodies.models import ChatCompletionBody, CompletionBody
 from sortserve.api.bodies.parameters import BudgetHeaders, ModelChoice, read_model
 from sortserve.api.bodies.prompts import TextPrompt, TokenPrompt, read_messages, read_prompts
 from sortserve.api.bodies.unsupported import refuse_unsupported
+from sortserve.api.echo import echoed_prompts
 from sortserve.api.generation import Generation
 from sortserve.api.jobs import Job, make_job, tier_of
 from sortserve.api.replies.formats import ChatFormat, CompletionFormat, GenerateFormat
@@ -35,8 +35,6 @@ __all__ = ["router"]
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's own default."""
-THREAD_FROM_IDS = 2048
-"""Prompts of so many token ids are decoded on a thread."""
 
 
 router = APIRouter(tags=["OpenAI"])
@@ -82,7 +80,7 @@ async def completions(
     """Continue a prompt, or several."""
     read = partial(_completion_job, service, request, headers, body)
     model, prompts, job = await service.work_on_body(request, read)
-    echo = await _echo(service, job, prompts) if body.echo else None
+    echo = await echoed_prompts(service, job, prompts) if body.echo else None
     generation = await service.start(job)
     options = body.stream_options
     format_ = CompletionFormat(
@@ -105,6 +103,8 @@ def _completion_job(
     model = read_model(body.model, settings.served_model_name, service.worker.exits)
     refuse_unsupported({**(body.model_extra or {}), "suffix": body.suffix})
     _check_completion(body)
+    # With echo, none at all may be asked for; the engine makes one, as it ends a request by one.
+    drops_answer = bool(body.echo) and body.max_tokens == 0
     prompts = read_prompts(
         body.prompt,
         tokenizer.vocab_size,
@@ -117,48 +117,17 @@ def _completion_job(
         body,
         prompts,
         model,
-        max_tokens=body.max_tokens,
+        max_tokens=1 if drops_answer else body.max_tokens,
         default_max_tokens=DEFAULT_COMPLETION_TOKENS,
         logprobs=body.logprobs,
         settings=settings,
         vocab_size=tokenizer.vocab_size,
     )
-    return model, prompts, job
-
-
-async def _echo(
-    service: Service, job: Job, prompts: list[TextPrompt | TokenPrompt]
-) -> Callable[[int], str]:
-    """The prompt of each choice as text; token ids are decoded here, once."""
-
-    def decode() -> list[str]:
-        skip = job.sampling.skip_special_tokens
-        return [
-            prompt.text
-            if isinstance(prompt, TextPrompt)
-            else service.tokenizer.decode(prompt.token_ids, skip_special_tokens=skip)
-            for prompt in prompts
-        ]
-
-    num_token_ids = sum(len(p.token_ids) for p in prompts if isinstance(p, TokenPrompt))
-    texts = decode() if num_token_ids < THREAD_FROM_IDS else await service.threads.run(decode)
-    num_chars = job.n * sum(map(len, texts))
-    if num_chars > MAX_ECHO_CHARS:
-        raise InvalidRequestError(
-            f"echo=true would repeat {num_chars} characters of prompts; {MAX_ECHO_CHARS} are "
-            "allowed. Lower n, or leave echo out.",
-            param="echo",
-        )
-    return lambda index: texts[index // job.n]
+    num_top = body.logprobs if body.echo else None
+    return model, prompts, replace(job, prompt_logprobs=num_top, drops_answer=drops_answer)
 
 
 def _check_completion(body: CompletionBody) -> None:
-    if body.echo and body.logprobs is not None:
-        raise InvalidRequestError(
-            "echo=true cannot be given with logprobs: the prompt's own log probabilities are not "
-            "computed. Drop one of the two.",
-            param="echo",
-        )
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequestError(
             f"best_of={body.best_of} is not allowed: only n={body.n or 1}, or leave it out.",
