@@ -12,8 +12,8 @@ from torch import Tensor
 from sortserve.core.plan import StepPlan
 from sortserve.core.sampling_params import RowFailure, SampledToken
 from sortserve.engine.inputs import build_batch
-from sortserve.engine.sampling.bitmask import MaskMaker
 from sortserve.engine.prompt_scores import record_prompts
+from sortserve.engine.sampling.bitmask import MaskMaker
 from sortserve.engine.sampling.sampler import Sampler
 from sortserve.engine.sampling.samples import KnownSamples, Samples
 from sortserve.engine.threads import StepThreads

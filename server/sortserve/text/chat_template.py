@@ -245,7 +245,7 @@ def _in_form(message: Any, roles_of_parts: frozenset[str]) -> Any:
     if wants_parts and isinstance(content, str):
         return {**message, "content": [{"type": "text", "text": content}]}
     if not wants_parts and _is_list_of_texts(content):
-        return {**message, "content": "".join(part["text"] for part in content)}
+        return {**message, "content": "\n".join(part["text"] for part in content)}
     return message
 
 

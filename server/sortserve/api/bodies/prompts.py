@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
-from sortserve.api.bodies.limits import MAX_MESSAGE_FIELDS, MAX_PARTS, MAX_ROLE_CHARS
+from sortserve.api.bodies.limits import MAX_MESSAGE_FIELDS, MAX_ROLE_CHARS
+from sortserve.api.bodies.messages import check_length, not_allowed, read_calls, read_content
 from sortserve.api.interfaces import Tokenizer
 from sortserve.api.text_threads import TextThreads
-from sortserve.core.errors import InvalidRequestError, shortened
+from sortserve.core.errors import InvalidRequestError
 
 __all__ = [
     "ChatPrompt",
@@ -164,7 +164,7 @@ def read_prompt(
         return TextPrompt(value, add_special_tokens)
     if isinstance(value, list):
         return TokenPrompt(check_token_ids(value, param, vocab_size))
-    raise _not_allowed(param, value, "a string or a list of token ids")
+    raise not_allowed(param, value, "a string or a list of token ids")
 
 
 def read_prompts(
@@ -177,7 +177,7 @@ def read_prompts(
     if not is_batch:
         if not isinstance(value, str | list) or value == []:
             allowed = "a string, a list of strings, token ids or a list of lists of token ids"
-            raise _not_allowed("prompt", value, allowed)
+            raise not_allowed("prompt", value, allowed)
         items = {"prompt": value}
     else:
         assert isinstance(value, list)
@@ -198,7 +198,7 @@ def check_token_ids(values: list[Any], param: str, vocab_size: int) -> list[int]
     """
     for i, value in enumerate(values):
         if type(value) is not int or not 0 <= value < vocab_size:
-            raise _not_allowed(f"{param}.{i}", value, f"a token id from 0 to {vocab_size - 1}")
+            raise not_allowed(f"{param}.{i}", value, f"a token id from 0 to {vocab_size - 1}")
     return values
 
 
@@ -215,7 +215,7 @@ def read_messages(
         InvalidRequestError: ``param`` is the dotted path of what is wrong.
     """
     if not values:
-        raise _not_allowed("messages", values, "a list of at least one message")
+        raise not_allowed("messages", values, "a list of at least one message")
     for name in template_arguments or {}:
         if name in RESERVED_TEMPLATE_ARGUMENTS:
             raise InvalidRequestError(
@@ -256,67 +256,17 @@ def _count_chars(value: object) -> int:
 
 def _read_message(value: object, param: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise _not_allowed(param, value, "an object with role and content")
-    _check_length(value, param, MAX_MESSAGE_FIELDS, "fields")
+        raise not_allowed(param, value, "an object with role and content")
+    check_length(value, param, MAX_MESSAGE_FIELDS, "fields")
     role = value.get("role")
     if not isinstance(role, str) or not role:
-        raise _not_allowed(f"{param}.role", role, "a string such as system, user or assistant")
-    _check_length(role, f"{param}.role", MAX_ROLE_CHARS, "characters")
+        raise not_allowed(f"{param}.role", role, "a string such as system, user or assistant")
+    check_length(role, f"{param}.role", MAX_ROLE_CHARS, "characters")
     if role == "assistant" and value.get("tool_calls"):
-        value = {**value, "tool_calls": _read_calls(value["tool_calls"], f"{param}.tool_calls")}
-        value.setdefault("content", None)
-        if value["content"] is None:
-            return {**value, "content": ""}
+        value = {**value, "tool_calls": read_calls(value["tool_calls"], f"{param}.tool_calls")}
     for name in ("function_call", "audio", "prefix", *(() if role == "assistant" else _CALLS)):
         if value.get(name):
             raise InvalidRequestError(f"{param}.{name} is not supported.", param=f"{param}.{name}")
-    content = _read_content(value.get("content"), f"{param}.content")
+    content = read_content(value, role, f"{param}.content")
     # OpenAI's newer models call the system role "developer"; templates know the old name only.
     return {**value, "role": "system" if role == "developer" else role, "content": content}
-
-
-def _read_calls(calls: object, param: str) -> list[dict[str, Any]]:
-    """Calls of an earlier turn, their arguments as templates read them: as objects."""
-    if not isinstance(calls, list):
-        raise _not_allowed(param, calls, "a list of calls")
-    _check_length(calls, param, MAX_PARTS, "calls")
-    read = []
-    for i, call in enumerate(calls):
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise _not_allowed(f"{param}.{i}", call, "an object with a function and its name")
-        arguments = function.get("arguments") or "{}"
-        try:
-            parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
-        except ValueError:
-            parsed = arguments  # as the model wrote it
-        read.append({**call, "function": {**function, "arguments": parsed}})
-    return read
-
-
-def _read_content(value: object, param: str) -> str | list[dict[str, Any]]:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise _not_allowed(param, value, "a string, or a list of parts of type text")
-    _check_length(value, param, MAX_PARTS, "parts")
-    for i, part in enumerate(value):
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise _not_allowed(f"{param}.{i}", part, 'parts of the form {"type": "text", "text"}')
-        _check_length(part, f"{param}.{i}", MAX_MESSAGE_FIELDS, "fields")
-        if not isinstance(part.get("text"), str):
-            raise _not_allowed(f"{param}.{i}.text", part.get("text"), "a string")
-    return value
-
-
-def _check_length(value: Sized, param: str, most: int, what: str) -> None:
-    if len(value) > most:
-        raise InvalidRequestError(
-            f"{param} has {len(value)} {what}; {most} are allowed.", param=param
-        )
-
-
-def _not_allowed(param: str, value: object, allowed: str) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"{param}={shortened(value)} is not allowed: it must be {allowed}.", param=param
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TypeVar
 
 from fastapi.exceptions import RequestValidationError
@@ -9,6 +10,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request
 
+from sortserve.api.bodies.encodings import (
+    decompressed,
+    is_compressed,
+    without_mark,
+    without_points,
+)
 from sortserve.api.bodies.json_scan import check_size
 from sortserve.api.bodies.limits import BodyLimits
 from sortserve.api.problems import shortened
@@ -24,15 +31,21 @@ THREAD_FROM_BYTES = 8192
 
 
 async def read_body(
-    request: Request, model: type[T], *, limits: BodyLimits, threads: TextThreads
+    request: Request,
+    model: type[T],
+    *,
+    limits: BodyLimits,
+    threads: TextThreads,
+    max_body_bytes: int,
 ) -> T:
     """The validated body; a large one is read on a thread, and ``request.state.is_large`` says so.
 
     Only bodies that say they are JSON are read: a web page may make a browser send any other kind
-    to this server without asking the user.
+    to this server without asking the user. It may be compressed with gzip.
 
     Raises:
         InvalidRequestError: no JSON, or too large.
+        PayloadTooLargeError: more than ``max_body_bytes`` once it is decompressed.
         RequestValidationError: not what the model says.
     """
     content_type = request.headers.get("content-type", "")
@@ -44,8 +57,11 @@ async def read_body(
             param="content-type",
             code="unsupported_media_type",
         )
+    is_packed = is_compressed(request.headers.get("content-encoding", ""))
     # Not request.body(): it would keep the bytes until the last token is out.
     content = b"".join([chunk async for chunk in request.stream() if chunk])
+    if is_packed:
+        content = await threads.run(partial(decompressed, content, max_body_bytes))
     request.state.is_large = len(content) >= THREAD_FROM_BYTES
     if not request.state.is_large:
         return _validated(content, model, limits)
@@ -53,6 +69,7 @@ async def read_body(
 
 
 def _validated(content: bytes, model: type[T], limits: BodyLimits) -> T:
+    content = without_mark(content)
     is_strict = model.model_config.get("extra") == "forbid"
     check_size(content, limits, known_fields=model.model_fields if is_strict else None)
     try:
@@ -63,7 +80,7 @@ def _validated(content: bytes, model: type[T], limits: BodyLimits) -> T:
         ) from None
     assert isinstance(fields, dict), "the size check lets nothing else through"
     try:
-        return model.model_validate(fields)
+        return model.model_validate(without_points(fields))
     except ValidationError as error:
         [first, *_] = error.errors(include_url=False)
         raise RequestValidationError([{**first, "loc": ("body", *first["loc"])}]) from None

@@ -175,8 +175,9 @@ def refuse_unsupported(body_fields: Mapping[str, Any]) -> None:
     Raises:
         InvalidRequestError: ``param`` is the field.
     """
+    offers_nothing = body_fields.get("tool_choice") == "none"  # whatever tools are listed
     for name, value in body_fields.items():
-        if value is None:
+        if value is None or (offers_nothing and name == "tools"):
             continue
         if name in _BUDGET_FIELDS:
             raise InvalidRequestError(

@@ -30,6 +30,12 @@ def body_of(model: type[BaseModel]) -> Any:
     async def read(request: Request) -> BaseModel:
         service = await _service(request)
         request.state.arrival_s = service.worker.clock()
-        return await read_body(request, model, limits=service.limits, threads=service.threads)
+        return await read_body(
+            request,
+            model,
+            limits=service.limits,
+            threads=service.threads,
+            max_body_bytes=service.settings.max_body_bytes,
+        )
 
     return Depends(read)
