@@ -95,6 +95,7 @@ def _build(
     max_model_len = context_length(checkpoint, settings.max_model_len)
     tokenizer = make_tokenizer(checkpoint, max_tokens=max_encoded_tokens(max_model_len))
     tokenizer.grammars.prepare()
+    tokenizer.allow_special_in_content = settings.allow_special_in_content
     model_name = settings.served_model_name or checkpoint.name
     metrics = Metrics(model_name, checkpoint.exits.layers, version=__version__)
     totals = Totals()

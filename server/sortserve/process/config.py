@@ -113,6 +113,8 @@ class ServeSettings(DeviceSettings):
     """Origins that browsers may call from, separated by commas. Default: none."""
     enable_docs: bool = True
     """Serve /docs and /openapi.json."""
+    allow_special_in_content: bool = False
+    """Take special tokens that a message writes out, such as <|im_start|>, for control tokens."""
     playground: bool = True
     """Serve a page at / on which people can try the model and its budgets."""
     forwarded_allow_ips: Strings = ()

@@ -22,27 +22,48 @@ class StopMatcher:
         self._prefixes = [_MatchedPrefix(stop) for stop in stops]
         self._keep_stop = keep_stop
         self._held = ""
+        self._hidden: list[tuple[int, int]] = []
+        """What of ``_held`` is not to be shown, as (first, end)."""
 
-    def push(self, text: str, *, may_stop: bool = True) -> tuple[str, bool]:
+    def push(
+        self, text: str, *, may_stop: bool = True, is_hidden: bool = False
+    ) -> tuple[str, bool]:
         """Text that is safe to show, and whether a stop string ended it.
 
-        With ``may_stop=False`` a stop string that becomes complete is passed over.
+        With ``may_stop=False`` a stop string that becomes complete is passed over. With
+        ``is_hidden`` the text counts, and is never shown.
         """
         if not self._prefixes:
-            return text, False
+            return "" if is_hidden else text, False
         seen = self._held + text
+        if is_hidden:
+            self._hidden.append((len(self._held), len(seen)))
         for index, character in enumerate(text, start=len(self._held) + 1):
             matched = max(prefix.advance(character) for prefix in self._prefixes)
             if matched and may_stop:
-                self._held = ""
-                return seen[: index if self._keep_stop else index - matched], True
+                end = index if self._keep_stop else index - matched
+                shown = self._shown(seen, end)
+                self._held, self._hidden = "", []
+                return shown, True
         safe = len(seen) - max(prefix.length for prefix in self._prefixes)
+        shown = self._shown(seen, safe)
         self._held = seen[safe:]
-        return seen[:safe], False
+        if self._hidden:
+            self._hidden = [(max(0, a - safe), b - safe) for a, b in self._hidden if b > safe]
+        return shown, False
+
+    def _shown(self, seen: str, end: int) -> str:
+        """``seen[:end]`` without what is hidden."""
+        for first, last in reversed(self._hidden):
+            if first < end:
+                seen = seen[:first] + seen[min(last, end) :]
+                end -= min(last, end) - first
+        return seen[:end]
 
     def flush(self) -> str:
         """The text held back; the stop strings it could have become never came."""
-        held, self._held = self._held, ""
+        held = self._shown(self._held, len(self._held))
+        self._held, self._hidden = "", []
         return held
 
 

@@ -12,19 +12,19 @@ are switched off once and never touched. Chat templates render in a process of t
 from __future__ import annotations
 
 import codecs
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import AddedToken
-from tokenizers.decoders import Decoder
 from transformers import PreTrainedTokenizerFast
 
 from sortserve.core.errors import InvalidRequestError
 from sortserve.core.sampling_params import SamplingParams
+from sortserve.text.byte_tokens import BYTE_OF, decoder_kinds, whole_text
 from sortserve.text.chat_template import ChatTemplate
 from sortserve.text.grammars import Grammars
+from sortserve.text.plain_content import PlainContent
 from sortserve.text.stop_strings import StopMatcher
 
 __all__ = ["TextStream", "Tokenizer"]
@@ -61,6 +61,9 @@ class Tokenizer:
         self._backend = hf_tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._plain = PlainContent(self._backend)
+        self.allow_special_in_content = False
+        """Whether special tokens that are written out in messages count as such."""
         self.eos_token_ids = eos_token_ids
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         num_ids = max(vocabulary.values()) + 1
@@ -76,7 +79,7 @@ class Tokenizer:
         self._max_tokens = max_tokens
         added = self._backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
-        kinds = set(_decoder_kinds(self._backend.decoder))
+        kinds = set(decoder_kinds(self._backend.decoder))
         self._is_byte_level = "ByteLevel" in kinds
         self._has_byte_tokens = "ByteFallback" in kinds
         self._anchor: list[int] = self._backend.encode("a", add_special_tokens=False).ids[-1:]
@@ -97,6 +100,12 @@ class Tokenizer:
             InvalidRequestError: the text is not valid Unicode, is far too long, or holds a token
                 that the model has no embedding for; ``param`` is the field to blame.
         """
+        ids = self._encode(self._checked(text, param), add_special_tokens)
+        self._check_known(ids, param)
+        return ids
+
+    def _checked(self, text: str, param: str) -> str:
+        """The text, if it can be tokenised."""
         try:
             num_bytes = len(text.encode())
         except UnicodeEncodeError as error:
@@ -107,9 +116,7 @@ class Tokenizer:
             ) from None
         if self._max_tokens is not None and num_bytes > self._max_tokens:
             self._check_length(text, self._max_tokens, param)
-        ids = self._encode(text, add_special_tokens)
-        self._check_known(ids, param)
-        return ids
+        return text
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # The batch call gives up the interpreter lock; ``encode`` keeps it, seconds on megabytes.
@@ -164,6 +171,9 @@ class Tokenizer:
     ) -> list[int]:
         """Messages to token ids, through the checkpoint's own template.
 
+        Special tokens are the template's: those that a message writes out are text, unless
+        ``allow_special_in_content``.
+
         Blocks its thread while the template renders, no longer than the renderer's limits.
 
         Args:
@@ -178,10 +188,17 @@ class Tokenizer:
                 a limit, or they hold a token that the model has no embedding for.
             OverloadedError: too many others are being rendered.
         """
+        marked = None if self.allow_special_in_content else self._plain.marked(messages)
         text = self._chat_template.render(
-            messages, add_generation_prompt=add_generation_prompt, variables=template_kwargs
+            messages if marked is None else marked[0],
+            add_generation_prompt=add_generation_prompt,
+            variables=template_kwargs,
         )
-        return self.encode(text, add_special_tokens=False, param="messages")
+        if marked is None:
+            return self.encode(text, add_special_tokens=False, param="messages")
+        ids = self._plain.encode(self._checked(text, "messages"), marked[1])
+        self._check_known(ids, "messages")
+        return ids
 
     def convert_id_to_token_text(self, token_id: int) -> tuple[str, bytes]:
         """One token as text and as bytes, as logprobs need it.
@@ -203,7 +220,7 @@ class Tokenizer:
         try:
             return self._text_by_id[token_id]
         except KeyError:
-            text = self._text_by_id[token_id] = _whole_text(self.token_bytes(token_id))
+            text = self._text_by_id[token_id] = whole_text(self.token_bytes(token_id))
             return text
 
     def first_token_bytes(self, token_id: int) -> bytes:
@@ -240,8 +257,8 @@ class Tokenizer:
         if token is None:
             return b""
         if self._is_byte_level:
-            if all(character in _BYTE_OF for character in token):
-                return bytes(_BYTE_OF[character] for character in token)
+            if all(character in BYTE_OF for character in token):
+                return bytes(BYTE_OF[character] for character in token)
             return token.encode()
         if self._has_byte_tokens and (match := _BYTE_TOKEN.fullmatch(token)):
             return bytes([int(match[1], base=16)])
@@ -255,8 +272,9 @@ class TextStream:
 
     All deltas and what ``finish`` returns, put together, are the text of the generation: what the
     output adds to the prompt's text, cut at the first stop string. The token that ends it (end of
-    sequence, or a stop token) is not pushed. A stop string that is complete before ``min_tokens``
-    tokens are out is passed over.
+    sequence, or a stop token) is not pushed. Special tokens count for stop strings where they are
+    not shown, too. A stop string that is complete before ``min_tokens`` tokens are out is passed
+    over.
     """
 
     def __init__(
@@ -268,6 +286,7 @@ class TextStream:
         self._is_between_characters = True
         """No half of a character waits in the decoder."""
         self._matcher = StopMatcher(params.stop, keep_stop=params.include_stop_str_in_output)
+        self._has_stops = bool(params.stop)
         self._is_empty = not any(map(self._is_shown, prompt_token_ids))
         self._tokens_to_go = params.min_tokens
         self._is_stopped = False
@@ -279,6 +298,9 @@ class TextStream:
         """
         assert not self._is_stopped, "a token after a stop string"
         self._tokens_to_go -= 1
+        if token_id in self._hidden and self._has_stops:
+            text = self._tokenizer.token_bytes(token_id).decode(errors="replace")
+            return self._show(text, is_hidden=True)
         return self._show(self._decode(token_id))
 
     def _decode(self, token_id: int) -> str:
@@ -312,39 +334,8 @@ class TextStream:
             return self._tokenizer.first_token_bytes(token_id)
         return self._tokenizer.token_bytes(token_id)
 
-    def _show(self, text: str) -> tuple[str, bool]:
-        text, self._is_stopped = self._matcher.push(text, may_stop=self._tokens_to_go <= 0)
+    def _show(self, text: str, *, is_hidden: bool = False) -> tuple[str, bool]:
+        text, self._is_stopped = self._matcher.push(
+            text, may_stop=self._tokens_to_go <= 0, is_hidden=is_hidden
+        )
         return text, self._is_stopped
-
-
-def _whole_text(data: bytes) -> str | None:
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return None
-
-
-def _decoder_kinds(decoder: Decoder | None) -> Iterator[str]:
-    """Types of a decoder and its parts: from its JSON alone, which is short; the vocabulary's is
-    not.
-    """
-    descriptions = [] if decoder is None else [json.loads(decoder.__getstate__())]
-    while descriptions:
-        description = descriptions.pop()
-        yield description["type"]
-        descriptions += description.get("decoders", ())
-
-
-def _byte_characters() -> dict[str, int]:
-    """The byte that each character of a byte-level token stands for.
-
-    GPT-2's table: printable bytes of Latin-1 stand for themselves, the other 68 for the characters
-    from U+0100 on, in order.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    return table | {chr(0x100 + index): byte for index, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_characters()

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sortserve.core.errors import InvalidRequestError
 from sortserve.core.sampling_params import SamplingParams
+from sortserve.text.stop_strings import StopMatcher
 from sortserve.text.tokenizer import TextStream, Tokenizer
 from support.byte_tokenizer import make_byte_tokenizer, make_metaspace_tokenizer
 
@@ -614,3 +615,63 @@ def test_other_threads_run_while_a_long_text_is_tokenised() -> None:
     )
 
     assert any(share < 0.5 for share in shares), "one call holds the interpreter"
+
+
+# ---- stop strings that are special tokens ------------------------------------------------------
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize(
+    ("stop", "tokens", "shown"),
+    [
+        ("<|im_end|>", [*byte_ids(b"ab"), IM_END, *byte_ids(b"c")], "ab"),
+        ("<|im_end|>x", [*byte_ids(b"ab"), IM_END, *byte_ids(b"xc")], "ab"),
+        ("b<|im_end|>", [*byte_ids(b"ab"), IM_END, *byte_ids(b"xc")], "a"),
+        ("b<|im_end|>x", [*byte_ids(b"ab"), IM_END, *byte_ids(b"xc")], "a"),
+    ],
+)
+def test_a_stop_string_may_be_or_hold_a_special_token(
+    stop: str, tokens: list[int], shown: str, skip: bool
+) -> None:
+    stream = stream_of(byte_tokenizer(), stop=(stop,), skip_special_tokens=skip)
+
+    deltas, stopped = run(stream, tokens)
+
+    assert stopped
+    assert "".join(deltas) == shown
+
+
+@pytest.mark.parametrize("stop", ["<|im_end|>y", "zb<|im_end|>", "a<|im_end|>b"])
+def test_special_tokens_that_end_nothing_stay_hidden(stop: str) -> None:
+    tokens = [*byte_ids(b"ab"), IM_END, *byte_ids("é".encode()[:1]), IM_START]
+    tokens += [*byte_ids("é".encode()[1:]), *byte_ids(b"<|im_end|>c"), IM_END]
+
+    deltas, stopped = run(stream_of(byte_tokenizer(), stop=(stop,)), tokens)
+
+    assert not stopped
+    assert "".join(deltas) == "abé<|im_end|>c"
+
+
+@given(
+    pieces=st.lists(st.tuples(st.text("ab<>", max_size=3), st.booleans()), max_size=8),
+    stops=st.lists(st.text("ab<>", min_size=1, max_size=4), min_size=1, max_size=3),
+    keep=st.booleans(),
+)
+def test_hidden_text_counts_and_is_never_shown(
+    pieces: list[tuple[str, bool]], stops: list[str], keep: bool
+) -> None:
+    whole = "".join(text for text, _ in pieces)
+    is_hidden = [hidden for text, hidden in pieces for _ in text]
+    kept, stops_here = cut_by_hand(whole, stops, keep=keep)
+    matcher = StopMatcher(stops, keep_stop=keep)
+
+    shown, stopped = "", False
+    for text, hidden in pieces:
+        more, stopped = matcher.push(text, is_hidden=hidden)
+        shown += more
+        if stopped:
+            break
+    shown += "" if stopped else matcher.flush()
+
+    assert stopped == stops_here
+    assert shown == "".join(c for c, h in zip(kept, is_hidden, strict=False) if not h)
