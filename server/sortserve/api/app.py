@@ -30,7 +30,7 @@ from sortserve.api.problems import (
     unavailable_response,
     validation_response,
 )
-from sortserve.api.routes import docs, native, openai, operations, playground, status
+from sortserve.api.routes import docs, native, openai, operations, playground, responses_api, status
 from sortserve.api.service import Service
 from sortserve.api.settings import ApiSettings
 from sortserve.core.errors import SortserveError
@@ -68,7 +68,10 @@ def create_app(
         middleware=_layers(settings, metrics),
     )
     app.state.service = Service(worker, tokenizer, settings, metrics, totals or Totals())
-    routers = (native.router, openai.router, operations.router, status.router)
+    routers = (
+        *(native.router, openai.router, responses_api.router),
+        *(operations.router, status.router),
+    )
     for router in routers:
         app.include_router(router)
     if settings.enable_docs:

@@ -14,6 +14,7 @@ import pytest
 from pydantic import BaseModel
 
 from sortserve.api.bodies import models, parameters, unsupported
+from sortserve.api.bodies.responses import ResponsesBody
 from sortserve.api.replies import models as replies
 from sortserve.api.replies.status import ServerStatus
 from sortserve.core.budget import Budget, OnMiss
@@ -66,6 +67,7 @@ def test_every_route_is_on_the_page() -> None:
         models.GenerateBody,
         models.CompletionBody,
         models.ChatCompletionBody,
+        ResponsesBody,
         models.TokenizeBody,
         models.DetokenizeBody,
         models.StreamOptions,

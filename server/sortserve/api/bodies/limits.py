@@ -178,6 +178,8 @@ class BodyLimits:
             **dict.fromkeys((*FORMAT_FIELDS, "tools"), format_),
             "prompt": prompt,
             "messages": messages,
+            "input": messages,
+            "instructions": messages,
             "tokens": tokens,
             "chat_template_kwargs": variables,
         }

@@ -24,8 +24,10 @@ __all__ = [
     "DetokenizeBody",
     "GenerateBody",
     "GenerationFields",
+    "OpenAIFields",
     "StreamOptions",
     "TokenizeBody",
+    "ranged",
 ]
 
 # Every value that OpenAI's own client knows.
@@ -67,6 +69,7 @@ _FORMAT_SCHEMA: dict[str, Any] = {
 _QUESTION = [{"role": "user", "content": "What is gravity?"}]
 _SHORT = {"max_tokens": 48, "temperature": 0, "budget": {"latency_ms": 2000}}
 _LOGIT_BIAS_SCHEMA = {"type": "object", "additionalProperties": LOGIT_BIAS.json_schema}
+_NONE_OR_MORE = sampling_params.RANGES["max_tokens"].json_schema | {"minimum": 0}
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer"}}
 _ONE_PROMPT_SCHEMA = {"anyOf": [{"type": "string"}, _TOKEN_IDS], "example": "Once upon a time"}
 _PROMPTS_SCHEMA = {
@@ -99,7 +102,7 @@ def _example(body: dict[str, Any]) -> ConfigDict:
     return ConfigDict(json_schema_extra={"example": body})
 
 
-def _ranged(name: str) -> WithJsonSchema:
+def ranged(name: str) -> WithJsonSchema:
     """The range that ``SamplingParams`` checks, in the document."""
     return WithJsonSchema(sampling_params.RANGES[name].json_schema)
 
@@ -157,20 +160,20 @@ class GenerationFields(_Body):
 
     model: Name | None = None
     """The served name, or `NAME@E` for exit E. Default: the served name."""
-    max_tokens: Annotated[int, _ranged("max_tokens")] | None = None
+    max_tokens: Annotated[int, ranged("max_tokens")] | None = None
     """Most tokens to generate. Default: what fits the context; 16 on `/v1/completions`."""
-    min_tokens: Annotated[int, _ranged("min_tokens")] | None = None
+    min_tokens: Annotated[int, ranged("min_tokens")] | None = None
     """The answer does not end by itself before this many tokens."""
-    temperature: Annotated[float, _ranged("temperature")] | None = None
+    temperature: Annotated[float, ranged("temperature")] | None = None
     """0 is greedy."""
-    top_p: Annotated[float, _ranged("top_p")] | None = None
-    top_k: Annotated[int, _ranged("top_k")] | None = None
+    top_p: Annotated[float, ranged("top_p")] | None = None
+    top_k: Annotated[int, ranged("top_k")] | None = None
     """0 or -1 keeps every token."""
-    min_p: Annotated[float, _ranged("min_p")] | None = None
-    repetition_penalty: Annotated[float, _ranged("repetition_penalty")] | None = None
+    min_p: Annotated[float, ranged("min_p")] | None = None
+    repetition_penalty: Annotated[float, ranged("repetition_penalty")] | None = None
     """Over prompt and output, as in Hugging Face."""
-    presence_penalty: Annotated[float, _ranged("presence_penalty")] | None = None
-    frequency_penalty: Annotated[float, _ranged("frequency_penalty")] | None = None
+    presence_penalty: Annotated[float, ranged("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, ranged("frequency_penalty")] | None = None
     logit_bias: LogitBias | None = None
     """Token id to a bias from -100 to 100; at most 1024."""
     seed: Annotated[int, Field(ge=-MAX_SEED - 1, lt=MAX_SEED + 1)] | None = None
@@ -213,7 +216,7 @@ class GenerateBody(GenerationFields):
     """Text or token ids. Give this or `messages`."""
     messages: Messages | None = None
     """A conversation, put through the model's chat template."""
-    logprobs: Annotated[int, _ranged("logprobs")] | None = None
+    logprobs: Annotated[int, ranged("logprobs")] | None = None
     """Log probabilities of each token and of this many rivals, 0 to 20."""
     add_special_tokens: bool | None = None
     """Begin a text prompt with the tokenizer's special tokens. Default: true."""
@@ -222,7 +225,9 @@ class GenerateBody(GenerationFields):
     chat_template_kwargs: TemplateVariables | None = None
 
 
-class _OpenAIFields(GenerationFields):
+class OpenAIFields(GenerationFields):
+    """And those that all OpenAI routes share."""
+
     model_config = ConfigDict(extra="allow")
 
     user: str | None = None
@@ -239,16 +244,16 @@ class _OpenAIFields(GenerationFields):
     guided_grammar: str | None = None
 
 
-class CompletionBody(_OpenAIFields):
+class CompletionBody(OpenAIFields):
     """Body of `POST /v1/completions`."""
 
     model_config = _example({"prompt": "Once upon a time", **_SHORT})
 
     prompt: Annotated[Any, WithJsonSchema(_PROMPTS_SCHEMA)] = None
     """A text, a list of texts, token ids, or a list of lists of token ids."""
-    logprobs: Annotated[int, _ranged("logprobs")] | None = None
+    logprobs: Annotated[int, ranged("logprobs")] | None = None
     """Log probabilities of each token and of this many rivals, 0 to 20."""
-    max_tokens: Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})] | None = None
+    max_tokens: Annotated[int, WithJsonSchema(_NONE_OR_MORE)] | None = None
     """Most tokens to generate; default: 16. With `echo` none at all is allowed."""
     echo: bool | None = None
     """Begin each answer with its prompt; with `logprobs`, tell those of the prompt too."""
@@ -259,18 +264,18 @@ class CompletionBody(_OpenAIFields):
     add_special_tokens: bool | None = None
 
 
-class ChatCompletionBody(_OpenAIFields):
+class ChatCompletionBody(OpenAIFields):
     """Body of `POST /v1/chat/completions`."""
 
     model_config = _example({"messages": _QUESTION, **_SHORT})
 
     messages: Messages
     """The conversation. Content is a text, or a list of parts of type `text`."""
-    max_completion_tokens: Annotated[int, _ranged("max_tokens")] | None = None
+    max_completion_tokens: Annotated[int, ranged("max_tokens")] | None = None
     """The newer name of `max_tokens`."""
     logprobs: bool | None = None
     """Send the log probability of each token."""
-    top_logprobs: Annotated[int, _ranged("logprobs")] | None = None
+    top_logprobs: Annotated[int, ranged("logprobs")] | None = None
     """And of this many rivals, 0 to 20. Needs `logprobs`."""
     add_generation_prompt: bool | None = None
     chat_template_kwargs: TemplateVariables | None = None

@@ -18,6 +18,7 @@ __all__ = [
     "Prompt",
     "TextPrompt",
     "TokenPrompt",
+    "check_chars",
     "check_token_ids",
     "encode_all",
     "exactly_one",
@@ -160,7 +161,7 @@ def read_prompt(
         InvalidRequestError: ``param`` is the dotted path of what is wrong.
     """
     if isinstance(value, str):
-        _check_chars(len(value), param, max_chars)
+        check_chars(len(value), param, max_chars)
         return TextPrompt(value, add_special_tokens)
     if isinstance(value, list):
         return TokenPrompt(check_token_ids(value, param, vocab_size))
@@ -208,30 +209,38 @@ def read_messages(
     max_chars: int,
     add_generation_prompt: bool | None,
     template_arguments: Mapping[str, Any] | None,
+    name: str = "messages",
 ) -> ChatPrompt:
     """A conversation for the template, which reads contents as texts or as lists of parts.
+
+    ``name`` is the field that it came in.
 
     Raises:
         InvalidRequestError: ``param`` is the dotted path of what is wrong.
     """
     if not values:
-        raise not_allowed("messages", values, "a list of at least one message")
-    for name in template_arguments or {}:
-        if name in RESERVED_TEMPLATE_ARGUMENTS:
+        raise not_allowed(name, values, "a list of at least one message")
+    for argument in template_arguments or {}:
+        if argument in RESERVED_TEMPLATE_ARGUMENTS:
             raise InvalidRequestError(
-                f"chat_template_kwargs.{name} is not allowed: the server sets it.",
-                param=f"chat_template_kwargs.{name}",
+                f"chat_template_kwargs.{argument} is not allowed: the server sets it.",
+                param=f"chat_template_kwargs.{argument}",
             )
     prompt = ChatPrompt(
-        [_read_message(value, f"messages.{i}") for i, value in enumerate(values)],
+        [_read_message(value, f"{name}.{i}") for i, value in enumerate(values)],
         add_generation_prompt=add_generation_prompt is not False,
         template_arguments=template_arguments or {},
     )
-    _check_chars(prompt.num_chars, "messages", max_chars)
+    check_chars(prompt.num_chars, name, max_chars)
     return prompt
 
 
-def _check_chars(num_chars: int, param: str, max_chars: int) -> None:
+def check_chars(num_chars: int, param: str, max_chars: int) -> None:
+    """Refuse a text that cannot fit.
+
+    Raises:
+        InvalidRequestError: ``param`` is given.
+    """
     if num_chars > max_chars:
         raise InvalidRequestError(
             f"{param} has {num_chars} characters; {max_chars} are allowed, as no more can fit the "

@@ -124,6 +124,8 @@ _INPUTS: tuple[Group, ...] = (
     (("error",), ("context_length_exceeded_behavior",)),
     (({},), ("session_params",)),
     ((), ("prediction",)),
+    ((), ("conversation",)),
+    ((False,), ("background",)),
 )
 # What a reply would have to hold besides the text.
 _REPLIES: tuple[Group, ...] = (

@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 
 from sortserve.api.generation import ChoiceResult, Generation
 from sortserve.api.interfaces import Tokenizer
+from sortserve.api.problems import error_body
 from sortserve.api.replies.logprobs import CompletionLogprobs, token_entries
-from sortserve.api.replies.streaming import event
+from sortserve.api.replies.streaming import END_OF_STREAM, event
+from sortserve.core.errors import SortserveError
 from sortserve.core.request import RequestOutput
 from sortserve.core.sampling_params import SampledToken
 
@@ -40,6 +42,7 @@ class GenerateFormat:
     with_exit: ClassVar[bool] = True
     """Whether each event names the exit that made its token."""
     text_end: ClassVar[str] = ""
+    end: ClassVar[str] = END_OF_STREAM
 
     def __post_init__(self) -> None:
         self._starts_at: dict[int, list[str]] = {}
@@ -99,6 +102,10 @@ class GenerateFormat:
     def closing(self) -> str:
         """Events after the last token."""
         return ""
+
+    def failure(self, error: SortserveError) -> str:
+        """The last event of a stream that failed."""
+        return event(error_body(error))
 
     # ---- whole replies ----
 

@@ -18,7 +18,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sortserve.api.generation import Generation, Outputs
-from sortserve.api.problems import error_body
 from sortserve.api.replies.large_json import json_reply
 from sortserve.api.text_threads import TextThreads
 from sortserve.core.errors import EngineError, SortserveError
@@ -56,6 +55,13 @@ class EventWriter(Protocol):
 
     def closing(self) -> str:
         """Events after the last token, without ``[DONE]``."""
+
+    def failure(self, error: SortserveError) -> str:
+        """The last event of a stream that failed."""
+
+    @property
+    def end(self) -> str:
+        """What stands at the end of a stream, failed or not."""
 
 
 class GenerationReply(Response):
@@ -143,13 +149,14 @@ class GenerationStream(Response):
                 comments.put_off()
             ready.append(self._writer.closing())
         except SortserveError as error:
-            ready.append(event(error_body(error)))
+            ready.append(self._writer.failure(error))
         except OSError:
             raise
         except Exception:
             logger.exception("a stream failed")
-            ready.append(event(EngineError("The server failed on this request.").body()))
-        ready.append(END_OF_STREAM)
+            failed = EngineError("The server failed on this request.")
+            ready.append(self._writer.failure(failed))
+        ready.append(self._writer.end)
         await _send_text(send, ready)
 
     def _write(self, outputs: Outputs, ready: list[str]) -> None:
