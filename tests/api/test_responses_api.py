@@ -66,7 +66,7 @@ async def test_openais_client_reads_the_answer(make: Callable[..., HttpService])
     assert response.usage.input_tokens == len("Be brief.a")
     assert response.usage.output_tokens == 3
     assert response.usage.output_tokens_details.reasoning_tokens == 0
-    assert response.budget["exit_layer"] == 6  # type: ignore[attr-defined]
+    assert response.budget["exit_layer"] == 6
 
 
 async def test_openais_client_reads_the_stream(make: Callable[..., HttpService]) -> None:

@@ -33,6 +33,7 @@ from sortserve.telemetry.logs import fields as log_fields
 from sortserve.telemetry.metrics import Metrics
 from sortserve.telemetry.status_line import phase, phase_over
 from sortserve.telemetry.totals import Totals
+from sortserve.telemetry.vllm_names import MetricsWithVllmNames
 from sortserve.text.tokenizer import Tokenizer
 
 __all__ = ["Serving", "build"]
@@ -97,7 +98,8 @@ def _build(
     tokenizer.grammars.prepare()
     tokenizer.allow_special_in_content = settings.allow_special_in_content
     model_name = settings.served_model_name or checkpoint.name
-    metrics = Metrics(model_name, checkpoint.exits.layers, version=__version__)
+    kind = MetricsWithVllmNames if settings.vllm_metric_names else Metrics
+    metrics = kind(model_name, checkpoint.exits.layers, version=__version__)
     totals = Totals()
     parts = assemble(
         checkpoint,

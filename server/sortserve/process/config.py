@@ -113,6 +113,8 @@ class ServeSettings(DeviceSettings):
     """Origins that browsers may call from, separated by commas. Default: none."""
     enable_docs: bool = True
     """Serve /docs and /openapi.json."""
+    vllm_metric_names: bool = False
+    """Tell vLLM's metrics under vLLM's names as well, for boards that were made for it."""
     allow_special_in_content: bool = False
     """Take special tokens that a message writes out, such as <|im_start|>, for control tokens."""
     playground: bool = True

@@ -89,7 +89,7 @@ class Metrics:
         self._kv_usage = gauge("kv_cache_usage_perc", "Share of KV pages in use; 1 is all")
         self._kv_used = gauge("kv_pages_used", "KV pages held by live requests")
         self._kv_cached = gauge("kv_pages_cached", "Free KV pages that hold a reusable prefix")
-        self._kv_total = gauge("kv_pages_total", "KV pages of the pool")
+        self._kv_total = gauge("kv_pages", "KV pages of the pool")
         self._pressure = gauge("pressure", "Share of the machine that the live promises need")
         self._overload_level = gauge("overload_level", "Exits that overload takes off")
         self._min_quality = gauge("min_quality", "Floor of requests that name none")

@@ -137,7 +137,7 @@ def test_gauges_show_the_state_of_the_engine(metrics: Metrics) -> None:
     assert read(metrics, "num_requests_waiting") == 5
     assert read(metrics, "kv_pages_used") == 30
     assert read(metrics, "kv_pages_cached") == 4
-    assert read(metrics, "kv_pages_total") == 40
+    assert read(metrics, "kv_pages") == 40
     assert read(metrics, "kv_cache_usage_perc") == 0.75
 
 
