@@ -147,7 +147,14 @@ async def test_a_failed_step_is_an_error_of_the_stream(make: Callable[..., HttpS
 
     assert event["type"] == "error"
     assert event["error"]["type"] == "internal_error"
+
+
+async def test_openais_client_raises_for_a_failed_stream(
+    make: Callable[..., HttpService],
+) -> None:
+    service = make()
     service.runner.fail_next = True
+
     with pytest.raises(openai.APIError):
         async for _ in await client_of(service).responses.create(
             model=MODEL, input="a", stream=True
@@ -162,7 +169,9 @@ async def test_a_failed_step_is_an_error_of_the_stream(make: Callable[..., HttpS
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"background": True}, "background"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"text": {"format": "json"}}, "text.format"),
+        ({"text": {"format": {"type": "yaml"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema", "schema": 5}}}, "text.format.schema"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"reasoning": {"effort": "high"}}, "reasoning"),

@@ -264,3 +264,16 @@ async def test_a_call_that_must_come_is_valid_and_streams_the_same(
     assert calls[0]["function"]["name"] == "person"
     assert "".join(c["function"]["arguments"] for c in calls) == call["function"]["arguments"]
     assert choices[-1]["finish_reason"] == "tool_calls"
+
+
+async def test_the_responses_api_takes_a_schema_too(client: httpx.AsyncClient) -> None:
+    text = {"format": {"type": "json_schema", "name": "person", "schema": FIVE_FIELDS}}
+    body = {"input": "the", "text": text, "max_output_tokens": 150, "seed": 7}
+
+    reply = await client.post("/v1/responses", json=body)
+
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["text"] == text
+    [part] = reply.json()["output"][0]["content"]
+    assert reply.json()["status"] == "completed"
+    check_document(part["text"], FIVE_FIELDS)

@@ -175,7 +175,7 @@ class BodyLimits:
             max_depth=MAX_FORMAT_DEPTH,
         )
         return {
-            **dict.fromkeys((*FORMAT_FIELDS, "tools"), format_),
+            **dict.fromkeys((*FORMAT_FIELDS, "tools", "text"), format_),
             "prompt": prompt,
             "messages": messages,
             "input": messages,

@@ -12,8 +12,17 @@ from sortserve.api.bodies.messages import not_allowed
 from sortserve.api.bodies.models import OpenAIFields, ranged
 from sortserve.api.bodies.prompts import ChatPrompt, check_chars, read_messages
 from sortserve.core.errors import InvalidRequestError
+from sortserve.core.formats import read_kind, read_response_format
+from sortserve.core.grammar import OutputFormat
 
-__all__ = ["LOGPROBS", "ResponsesBody", "check_stateless", "read_input", "reads_logprobs"]
+__all__ = [
+    "LOGPROBS",
+    "ResponsesBody",
+    "check_stateless",
+    "read_input",
+    "read_text_format",
+    "reads_logprobs",
+]
 
 LOGPROBS = "message.output_text.logprobs"
 """What ``include`` says for log probabilities."""
@@ -45,7 +54,8 @@ class ResponsesBody(OpenAIFields):
     max_output_tokens: Annotated[int, ranged("max_tokens")] | None = None
     """Most tokens to generate. Default: what fits the context."""
     text: TextObject | None = None
-    """The form of the answer: only `{"format": {"type": "text"}}`."""
+    """`{"format": ...}`: what the answer must look like. `{"type": "json_schema", "name",
+    "schema"}`, `{"type": "json_object"}` or `{"type": "text"}`."""
     include: list[str] | None = None
     """`message.output_text.logprobs`. All else is of outputs that no response here has."""
     top_logprobs: Annotated[int, ranged("logprobs")] | None = None
@@ -79,11 +89,25 @@ def check_stateless(body: ResponsesBody) -> None:
         raise _unsupported("max_tokens", str(body.max_tokens), "use max_output_tokens")
     if body.n not in (None, 1):
         raise _unsupported("n", str(body.n), "a response has one answer")
-    for name, value in (body.text or {}).items():
-        kind = value.get("type", "text") if isinstance(value, dict) else value
-        harmless = {"format": (None, "text"), "verbosity": (None, "medium")}
-        if name in harmless and kind not in harmless[name]:
-            raise _unsupported(f"text.{name}", repr(kind)[:60], "answers are plain text")
+    verbosity = (body.text or {}).get("verbosity")
+    if verbosity not in (None, "medium"):
+        raise _unsupported("text.verbosity", repr(verbosity)[:60], "leave it out")
+
+
+def read_text_format(body: ResponsesBody) -> OutputFormat | None:
+    """What the answer must look like; None: any text.
+
+    Raises:
+        InvalidRequestError: ``param`` is the dotted path of what is wrong.
+    """
+    value = (body.text or {}).get("format")
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise not_allowed("text.format", value, "an object with a type")
+    if value.get("type") == "json_schema":  # what chat nests in another object lies open here
+        return read_kind("json", value.get("schema"), "text.format.schema")
+    return read_response_format(value, "text.format")
 
 
 def reads_logprobs(body: ResponsesBody) -> int | None:

@@ -13,6 +13,7 @@ from sortserve.api.bodies.responses import (
     ResponsesBody,
     check_stateless,
     read_input,
+    read_text_format,
     reads_logprobs,
 )
 from sortserve.api.bodies.unsupported import refuse_unsupported
@@ -75,6 +76,7 @@ def _job(
         logprobs=reads_logprobs(body),
         settings=settings,
         vocab_size=service.tokenizer.vocab_size,
+        format_=read_text_format(body),
         field_names={
             "prompt": "input",
             "messages": "input",
@@ -95,7 +97,7 @@ def _repeated(body: ResponsesBody, job: Job) -> dict[str, Any]:
         "previous_response_id": None,
         "store": False,
         "temperature": job.sampling.temperature,
-        "text": {"format": {"type": "text"}},
+        "text": {"format": (body.text or {}).get("format") or {"type": "text"}},
         "tool_choice": "none",
         "tools": [],
         "top_logprobs": job.sampling.logprobs or 0,
