@@ -10,14 +10,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from sortserve.admission.choose import ExitChoice
 from sortserve.core.budget import Budget, OnMiss
+from sortserve.core.plan import RowPlan, StepPlan
 from sortserve.core.prompt_logprobs import PromptLogprobs
 from sortserve.core.request import Request
 from sortserve.core.sampling_params import SampledToken
+from sortserve.cost.model import step_shape
 from sortserve.engine import prompt_scores
 from support.scripted import add, collect, make_request, run
 from support.serving import Served, serve
@@ -212,15 +215,37 @@ def test_a_prompt_that_cannot_be_judged_harms_nobody_else(
     assert len(results["good"].token_ids) == 4
 
 
-def test_the_head_counts_for_the_cost_of_a_step(folders: dict[str, Path]) -> None:
-    asked = asking("r", PROMPT)
-    engine = serve(folders["llama-tied"]).engine(max_num_batched_tokens=25)
-    add(engine, asked, 6)
-    sizes: list[list[int]] = []
-    while engine.has_work and len(sizes) < 2:
-        plan = engine.scheduler.schedule(0.0)
-        assert plan is not None
-        sizes.append([row.num_head_tokens for row in plan.rows])
-        engine.scheduler.commit(plan, {s.request_id: s for s in engine.scheduler.sequences()})
+def test_the_head_counts_for_the_cost_of_a_step() -> None:
+    asked = asking("r", PROMPT).prompt_logprobs
 
-    assert sizes == [[25], [20]]  # 19 targets and the new token
+    def row(start: int, end: int, *, asks: bool) -> RowPlan:
+        return RowPlan(
+            request_id="r",
+            exit_layer=6,
+            start=start,
+            token_ids=PROMPT[start:end],
+            block_table_SB=np.zeros((6, 12), dtype=np.int32),
+            sampling=None,
+            prompt_logprobs=asked if asks else None,
+        )
+
+    def num_sampled(*rows: RowPlan) -> int:
+        return step_shape(StepPlan(rows=rows, depth_cap=6)).num_sampled
+
+    assert num_sampled(row(0, 25, asks=True)) == 25
+    assert num_sampled(row(25, 45, asks=True)) == 19  # nothing of the prompt follows its last token
+    assert num_sampled(row(0, 25, asks=False)) == 0
+
+
+@pytest.mark.parametrize("launcher", ["own", "late", "thread"])
+def test_while_the_next_step_is_planned_ahead(folders: dict[str, Path], launcher: str) -> None:
+    served = serve(folders["llama-tied"])
+    engine = served.engine(max_num_batched_tokens=7, launcher=launcher)
+    request = asking("r", PROMPT, max_tokens=4)
+    beside = make_request("o", list(PROMPT), max_tokens=9, **GREEDY)
+
+    add(engine, beside, 6)
+    add(engine, request, 4)
+    run(engine)
+
+    check(served, request, 4)
