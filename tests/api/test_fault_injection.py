@@ -120,7 +120,8 @@ async def test_a_part_that_only_helps_may_fail(
 FATAL: dict[str, Callable[[Scene], tuple[Any, str]]] = {
     "the step": lambda scene: (scene.service.engine, "step"),
     "the scheduler": lambda scene: (scene.service.engine.scheduler, "schedule"),
-    "the commit": lambda scene: (scene.service.engine.scheduler, "commit"),
+    "the launch": lambda scene: (scene.service.engine.scheduler, "launch"),
+    "the landing": lambda scene: (scene.service.engine.scheduler, "land"),
     "the pages": lambda scene: (scene.service.engine.kv_cache, "grow"),
 }
 
