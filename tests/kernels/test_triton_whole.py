@@ -1,7 +1,7 @@
 """The Triton backend in its place: started as a server starts it, and in the steps of a GPU.
 
-Interpreted. A GPU runs its decode steps as graphs over tensors of fixed sizes, samples on the device
-and plans one step ahead; here all three do the same with the kernels, but for the recording itself.
+Interpreted. A GPU runs its decode steps as graphs over tensors of fixed sizes, samples on the
+device and plans one step ahead; here all three do the same with the kernels, but for the recording.
 """
 
 from __future__ import annotations
