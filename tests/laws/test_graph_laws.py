@@ -1,4 +1,4 @@
-"""Laws 1, 2, 7 and 15 through recorded graphs, and with the sampler of a GPU, in fp32 on the CPU.
+"""Laws 1, 2, 7, 14 and 15 by recorded graphs, and with the sampler of a GPU, in fp32 on the CPU.
 
 Decode steps are replayed by the stand-in of ``support.recorded_graphs``: what the engine serves
 must still be what transformers gives for each request alone.
@@ -18,6 +18,7 @@ from sortserve.engine.runner import ModelRunner
 from sortserve.engine.sampling.sampler import Sampler
 from support.recorded_graphs import RecordingMaker
 from support.scripted import Collected, FakeClock, add, collect, go_shallower, make_request, run
+from support.scripted_grammar import Form
 from support.serving import Served, offline_tokens, serve
 from support.tiny_models import EXIT_KINDS, make_tiny_checkpoint
 
@@ -101,6 +102,36 @@ def test_law_15_so_it_is_where_a_step_reads_the_tokens_that_the_last_one_has_lef
     engine, maker = engine_of(served, overlap=True)
     assert_every_row_is_what_it_is_alone(served, engine)
     assert maker.num_graphs == len(EXITS) * 4
+
+
+def test_law_14_masks_forced_tokens_and_a_step_of_overlap_meet_in_replayed_steps(
+    served: Served,
+) -> None:
+    """Rows with a grammar and without, of all depths: each is what it is alone, on a CPU's way."""
+    end = min(served.tokenizer.eos_token_ids)
+    forms = (Form("??:?", end), None, Form("ab??cd?", end), Form("?*", end), None)
+    requests = [
+        (
+            make_request(str(i), PROMPT[: 5 + 4 * i], max_tokens=9, grammar=form, **sampling),
+            EXITS[i],
+        )
+        for i, (form, sampling) in enumerate(zip(forms, (*SAMPLING, *SAMPLING), strict=False))
+    ]
+    engine, maker = engine_of(served, overlap=True)
+    for request, exit_layer in requests:
+        add(engine, request, exit_layer)
+
+    results = run(engine)
+
+    assert maker.num_graphs == len(EXITS) * 4
+    for request, exit_layer in requests:
+        plain = served.engine(policy="fair")
+        add(plain, request, exit_layer)
+        expected = run(plain)[request.request_id]
+        assert results[request.request_id].token_ids == expected.token_ids
+    filled = [results[str(i)].token_ids for i in (0, 2)]
+    assert [tokens[2] for tokens in filled[:1]] == [ord(":")]
+    assert [filled[1][i] for i in (0, 1, 4, 5)] == list(map(ord, "abcd"))
 
 
 @pytest.mark.parametrize("sampling", SAMPLING[:2], ids=["greedy", "seeded"])
