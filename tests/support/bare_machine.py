@@ -19,7 +19,7 @@ MISSING = frozenset(
     {
         *("fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings", "prometheus_client"),
         *("gguf", "bitsandbytes", "datasets", "matplotlib", "openai", "pytest_asyncio"),
-        *("schemathesis", "uvloop", "websockets"),
+        *("schemathesis", "uvloop", "websockets", "llguidance", "rich"),
     }
 )
 """What a machine for GPU checks need not have."""

@@ -254,6 +254,21 @@ def test_every_measurement_of_training_works_on_a_tiny_model(
     check_training(found)
 
 
+@pytest.mark.usefixtures("small_floors")
+def test_all_weights_are_trained_without_peft(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only adapters need it, and the machine of the check need not have it."""
+    monkeypatch.setitem(sys.modules, "peft", None)
+    arguments = ["--output", "out.json", "--device", "cpu", "--steps", "1"]
+    parts = gpu_train.parts_of(gpu_train.parse_arguments(arguments), tmp_path)
+
+    make, soft = (in_this_process(p, capsys) for p in parts[:2])
+
+    assert make == {"shape": "tiny"}
+    assert soft["results"]["soft"]["tokens/s"] > 0
+
+
 def check_training(found: Mapping[str, Any]) -> None:
     for method in ("soft", "soft+kd"):
         for model in ("smollm2-135m", "1b"):

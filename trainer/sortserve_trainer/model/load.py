@@ -224,6 +224,8 @@ def _with_adapter(
     trunk: Any, layout: CheckpointLayout, settings: ModelSettings, method: Method
 ) -> Any:
     """``trunk`` with the LoRA adapter to train or to keep: a new one, or the base's own."""
+    if not layout.is_adapter and not settings.trains_adapter:
+        return trunk  # a machine without peft can train all weights
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if layout.is_adapter:
@@ -235,8 +237,6 @@ def _with_adapter(
             return model.merge_and_unload()  # and saved as weights
         _check_rank(model, settings, layout)
         return _prepare_lora(model)
-    if not settings.trains_adapter:
-        return trunk
     widest = max(trunk.config.hidden_size, trunk.config.intermediate_size)
     if method.lora_rank > widest:
         raise ConfigError(
