@@ -236,6 +236,19 @@ def test_the_order_goes_on_from_the_name_to_the_reference(wrong: Any, folder: Pa
         list(usable_backends(target, "cpu"))
 
 
+def test_after_flashinfer_come_our_own_kernels(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the reference, which is many times slower: what is faster is later in the table."""
+    for name in ("flashinfer", "triton"):
+        monkeypatch.setitem(BACKENDS, name, type(name, (ReferenceBackend,), {"name": name}))
+    target = Target(load(folder).config, torch.float32, torch.device("meta"))
+
+    named = [b.name for b in usable_backends(target, "flashinfer")]
+    assert named == ["flashinfer", "triton", "reference"]
+    assert [b.name for b in usable_backends(target)] == ["triton", "reference"]
+
+
 def test_a_required_backend_that_fails_its_check_ends_the_start(folder: Path, wrong: Any) -> None:
     wrong("page")
 

@@ -129,7 +129,7 @@ async def test_a_backend_from_outside_the_package_serves_after_one_line_in_the_t
 
 
 def test_the_names_are_those_that_the_flag_documents() -> None:
-    assert backend_names() == ["auto", "reference", "flashinfer", "triton", "cpu"]
+    assert backend_names() == ["auto", "reference", "triton", "flashinfer", "cpu"]
 
 
 @pytest.mark.usefixtures("counting")
@@ -152,7 +152,7 @@ def test_a_backend_that_does_not_work_here_is_refused_with_the_names_of_all() ->
 
     assert str(caught.value) == (
         "--backend=counting cannot be used for float32 on meta on this machine: it counts on "
-        "CPUs. Use auto (there are: auto, reference, flashinfer, triton, cpu, counting)."
+        "CPUs. Use auto (there are: auto, reference, triton, flashinfer, cpu, counting)."
     )
     assert caught.value.param == "backend"
 
@@ -164,6 +164,6 @@ def test_a_name_of_no_backend_is_refused_before_anything_is_loaded(name: str) ->
 
     assert (
         str(caught.value)
-        == f"--backend={name!r} is not one of auto, reference, flashinfer, triton, cpu."
+        == f"--backend={name!r} is not one of auto, reference, triton, flashinfer, cpu."
     )
     assert caught.value.param == "backend"

@@ -30,8 +30,8 @@ REFERENCE = "reference"
 """What works everywhere, and what the others are checked against."""
 BACKENDS: dict[str, Callable[[Target], Backend | Unusable]] = {
     REFERENCE: ReferenceBackend,
-    "flashinfer": make_flashinfer_backend,
     "triton": make_triton_backend,
+    "flashinfer": make_flashinfer_backend,
     "cpu": make_cpu_backend,
 }
 """All there are, by name. Under "auto" the last one that can compute the target is taken."""
