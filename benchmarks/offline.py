@@ -54,7 +54,8 @@ class EngineBench:
         )
         parts = assemble(checkpoint, options)
         self._engine = parts.engine
-        self.decoder = parts.decoder
+        self.runner, self.decoder = parts.runner, parts.decoder
+        self.failed_backends = parts.failed_backends
         self.device, self.dtype = parts.decoder.device, parts.decoder.dtype
         self._prompts = PromptMaker(
             random.Random(arguments.seed), vocab_size=checkpoint.config.vocab_size
@@ -130,6 +131,10 @@ def _measure(bench: EngineBench, checkpoint: LoadedCheckpoint) -> dict[str, Any]
             "gemm_gflop_per_s": round(machine.gemm_flops_per_s / 1e9, 1),
         },
         "dtype": str(bench.dtype).removeprefix("torch."),
+        # What was measured: a backend may have failed its check, and graphs their recording.
+        "backend": " ".join((bench.decoder.backend.name, bench.decoder.backend.detail)).strip(),
+        "failed_backends": list(bench.failed_backends),
+        "num_graphs": bench.runner.num_graphs,
         "decode": dict(decode),
         "prefill": prefill,
         "speedup": {num_rows: speedups(by_exit) for num_rows, by_exit in decode.items()},
@@ -137,7 +142,8 @@ def _measure(bench: EngineBench, checkpoint: LoadedCheckpoint) -> dict[str, Any]
 
 
 def _print(results: dict[str, Any]) -> None:
-    print_table(["machine", "rate"], results["machine"].items())
+    used = {name: results[name] for name in ("backend", "num_graphs")}
+    print_table(["machine", "rate"], [*results["machine"].items(), *used.items()])
     steps = [
         (f"decode {num_rows} rows, exit {e}", at)
         for num_rows, by_exit in results["decode"].items()

@@ -78,6 +78,12 @@ class ModelRunner:
         # What the last plan sampled, for rows of the next one that go on from there.
         self._last_ids_R = torch.empty(0, dtype=torch.int64)
 
+    @property
+    def num_graphs(self) -> int:
+        """Graphs that are recorded; 0: steps run as they are."""
+        graphs = self._graphs
+        return graphs.num_graphs if graphs is not None and graphs.is_recorded else 0
+
     def adapt_threads(self, threads: StepThreads) -> None:
         """From now on, let steps use as many threads as ``threads`` finds best."""
         if self._decoder.device.type == "cpu":

@@ -19,7 +19,9 @@ from benchmarks.lib import floors
 from benchmarks.lib.parts import Part, last_json, run_parts, write_document
 
 from benchmarks import gpu_check, gpu_train
+from sortserve.model.backends import BACKENDS
 from support.bare_machine import MISSING, bare_environment
+from support.wrong_backends import WRONG
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -239,7 +241,25 @@ def test_every_measurement_of_the_check_works_on_a_tiny_model(
 
     check_offline(found["offline tiny"]["results"], {"1", "2"})
     check_offline(found["offline tiny, reference"]["results"], {"1"})
-    assert found["offline tiny, reference"]["arguments"]["backend"] == "reference"
+    assert found["offline tiny, reference"]["results"]["backend"] == "reference"
+    for name in ("offline tiny", "offline tiny, reference"):
+        assert found[name]["results"]["failed_backends"] == []
+        assert found[name]["results"]["num_graphs"] == 0
+
+
+@pytest.mark.usefixtures("small_floors")
+def test_figures_name_the_backend_that_ran_and_not_the_one_that_was_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that fails its check on the card would else lend its name to the reference's times."""
+    monkeypatch.setitem(BACKENDS, "wrong", WRONG["page"])
+    arguments = ["--output", "out.json", "--device", "cpu", "--rows", "1", "--steps", "1"]
+    parts = gpu_check.parts_of(gpu_check.parse_arguments(arguments), tmp_path)
+
+    _, found = (in_this_process(p, capsys) for p in parts if p.name in ("model", "offline tiny"))
+
+    assert found["results"]["failed_backends"] == ["wrong"]
+    assert found["results"]["backend"].split()[0] in ("cpu", "reference")
 
 
 @pytest.mark.usefixtures("small_floors")

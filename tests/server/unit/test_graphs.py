@@ -200,6 +200,13 @@ def test_what_cannot_be_recorded_runs_as_it_is(
     with caplog.at_level("WARNING"):
         assert runner.execute(plan) == plain.execute(plan) == runner.execute(plan)
     assert maker.num_calls == 4
+    assert runner.num_graphs == 0
+    recording = ModelRunner(
+        decoder, num_pages=40, block_size=BLOCK_SIZE, graph_maker=RerunMaker(), max_num_seqs=4
+    )
+    assert recording.num_graphs == 0
+    recording.record_graphs()
+    assert recording.num_graphs == len(EXITS) * len(row_buckets(4))
     [message] = [record.getMessage() for record in caplog.records]
     assert message.endswith("without CUDA graphs: operation not permitted when stream is capturing")
 
