@@ -7,6 +7,7 @@ a GPU are refused by name.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from sortserve.core.grammar import Constraint
 from sortserve.core.plan import RowPlan, StepPlan
-from sortserve.core.sampling_params import SamplingParams, SamplingRow
+from sortserve.core.sampling_params import SampledToken, SamplingParams, SamplingRow
 from sortserve.engine.runner import ModelRunner
 from sortserve.engine.sampling.sampler import Sampler
+from sortserve.engine.step_thread import with_tokens
+from sortserve.model.graphs import row_buckets
 from support.batches import BLOCK_SIZE, Pages, random_ids
 from support.host_reads import HostReadError, NoHostReads, refuse_host_reads
+from support.recorded_graphs import RerunMaker
+from support.scripted_grammar import Form
 from support.serving import serve
 from support.tiny_models import EXIT_KINDS, make_tiny_checkpoint
 
@@ -39,11 +45,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(path, "qwen3-untied", exits=EXITS, exit_kinds=kinds)
 
 
-def runner_of(folder: Path, *, batched: bool = True) -> ModelRunner:
+def runner_of(folder: Path, *, batched: bool = True, graphs: bool = False) -> ModelRunner:
     decoder = serve(folder, backend="reference").decoder
-    return ModelRunner(
-        decoder, num_pages=400, block_size=BLOCK_SIZE, sampler=Sampler(batched=batched)
+    runner = ModelRunner(
+        decoder,
+        num_pages=400,
+        block_size=BLOCK_SIZE,
+        sampler=Sampler(batched=batched),
+        graph_maker=RerunMaker() if graphs else None,
+        max_num_seqs=len(DECODE),
     )
+    runner.record_graphs()
+    return runner
 
 
 def plan_of(pages: Pages, rows: list[tuple[int, int, bool]], *, start: int) -> StepPlan:
@@ -95,6 +108,44 @@ def test_a_step_of_unfinished_prompts_reads_nothing(
     with refuse_host_reads(monkeypatch) as transfers:
         assert runner.execute(plan) == []
     assert (transfers.uploads, transfers.downloads) == (1, 0)
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["launched", "replayed"])
+def test_two_steps_under_way_with_grammars_among_them_read_nothing_but_their_tokens(
+    folder: Path, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second takes its tokens from the first, whose tokens nobody has looked at by then."""
+    runner, searching = runner_of(folder, graphs=graphs), runner_of(folder, batched=False)
+    pages = Pages(400)
+    first = constrained(plan_of(pages, DECODE, start=21))
+    assert runner.num_graphs == (len(EXITS) * len(row_buckets(len(DECODE))) if graphs else 0)
+    rows = tuple(
+        replace(row, start=22, token_ids=[0], token_from=n) for n, row in enumerate(first.rows)
+    )
+    second = replace(first, rows=rows)
+    with refuse_host_reads(monkeypatch) as transfers:
+        pending = [runner.launch(first), runner.launch(second)]
+        assert (transfers.uploads, transfers.downloads) == (4, 0)
+        results = [each.result() for each in pending]
+    assert (transfers.uploads, transfers.downloads) == (4, 2)
+
+    expected = searching.execute(first)
+    expected = [*expected, *searching.execute(with_tokens(second, expected))]
+    for result, wanted in zip((*results[0], *results[1]), expected, strict=True):
+        assert isinstance(result, SampledToken)
+        assert isinstance(wanted, SampledToken)
+        assert result.token_id == wanted.token_id  # rows of padding may round a score otherwise
+
+
+def constrained(plan: StepPlan) -> StepPlan:
+    """The plan, half of whose rows have a grammar that allows letters."""
+    rows = list(plan.rows)
+    for r in range(0, len(rows), 2):
+        sampling = rows[r].sampling
+        assert sampling is not None
+        constraint = Constraint(Form("?").start())
+        rows[r] = replace(rows[r], sampling=replace(sampling, constraint=constraint))
+    return replace(plan, rows=tuple(rows))
 
 
 X = torch.arange(4.0)
