@@ -1,9 +1,9 @@
 """A rank that follows a script instead of running a model; it is started as the real one is.
 
 The script is the checkpoint's name in its task: words separated by spaces. ``no-room`` refuses to
-load, ``dies-loading`` dies then; the others say what it does when it is given a step: ``works``,
-``fails`` (as every rank would), ``fails-early`` (before the others do), ``dies``, ``hangs``,
-``logs``. After the last word it works.
+load, ``dies-loading`` dies then, ``slow-backend`` says that its own has failed its check; the
+others say what it does when it is given a step: ``works``, ``fails`` (as every rank would),
+``fails-early`` (before the others do), ``dies``, ``hangs``, ``logs``. After the last word it works.
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ def _serve(connection: Connection) -> None:
     if word == "no-room":
         connection.send(Failed("there is no room"))
         return
-    connection.send(LoadedShare(num_pages=100 * task.rank))
+    failed: tuple[str, ...] = ()
+    if word == "slow-backend":
+        failed = ("triton",)
+        connection.send(Log("scripted", 30, "the backend triton is not used"))
+    connection.send(LoadedShare(num_pages=100 * task.rank, failed_backends=failed))
     assert isinstance(connection.recv(), Start)
     connection.send(Ready())
     while True:

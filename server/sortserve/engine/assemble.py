@@ -52,7 +52,7 @@ class EngineParts:
     cache: CacheShape
     calibrator: Calibrator
     failed_backends: tuple[str, ...] = ()
-    """Those that were to be used before the one that is, and failed their check."""
+    """Those that were to be used before the one that is, and failed their check on any rank."""
     ranks: Ranks | None = None
     """The others, if there are any."""
 
@@ -118,6 +118,7 @@ def assemble(
     cache = make_cache(made, options, max_model_len, num_ranks=checkpoint.shape.num_ranks)
     if ranks is not None:
         cache = replace(cache, num_pages=ranks.start(cache.num_pages))
+    failed_of_ranks = () if ranks is None else ranks.failed_backends
     runner = make_runner(decoder, cache, ranks, options)
     on_gpu = decoder.device.type != "cpu"
     overlaps = on_gpu if options.async_scheduling is None else options.async_scheduling
@@ -149,7 +150,7 @@ def assemble(
         decoder=decoder,
         cache=cache,
         calibrator=Calibrator(engine, launcher, decoder),
-        failed_backends=made.failed_backends,
+        failed_backends=tuple(dict.fromkeys((*made.failed_backends, *failed_of_ranks))),
         ranks=ranks,
     )
 

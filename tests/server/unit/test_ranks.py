@@ -112,6 +112,18 @@ def test_the_rank_with_least_room_decides_how_many_pages_each_has(start: Any) ->
     assert start("works").start(50) == 50
 
 
+def test_a_backend_that_fails_its_check_on_another_rank_is_told_as_here(
+    start: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All ranks wait for the slowest: one that runs the reference must not go unnoticed."""
+    ranks = start("slow-backend")
+
+    assert ranks.failed_backends == ()
+    assert ranks.start(500) == 100
+    assert ranks.failed_backends == ("triton",)
+    assert {f"rank {n}: the backend triton is not used" for n in (1, 2)} <= set(caplog.messages)
+
+
 @pytest.mark.parametrize(
     ("script", "why"),
     [

@@ -43,6 +43,8 @@ class LoadedShare:
     """From a rank: it has its share, and room for so many pages."""
 
     num_pages: int
+    failed_backends: tuple[str, ...] = ()
+    """Those that failed their check on its device."""
 
 
 @dataclass(frozen=True)

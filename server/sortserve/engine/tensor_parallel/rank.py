@@ -84,6 +84,7 @@ def _serve(task: Task, folder: Path, connection: Connection, inbox: Inbox) -> No
     from sortserve.engine.runner import ModelRunner
     from sortserve.engine.tensor_parallel.collectives import Group
 
+    logging.getLogger().handlers = [_Forward(connection)]
     start_threads(task.num_threads, num_ranks=task.num_ranks)
     model = load_share(task.source, rank=task.rank, num_ranks=task.num_ranks, **task.loading)
     device = model.weights.device
@@ -93,14 +94,13 @@ def _serve(task: Task, folder: Path, connection: Connection, inbox: Inbox) -> No
     max_model_len = context_length(model, task.options.max_model_len)
     made = make_decoder(model, task.options, max_model_len, group=group, release_weights=True)
     cache = make_cache(made, task.options, max_model_len, num_ranks=task.num_ranks)
-    connection.send(LoadedShare(cache.num_pages))
+    connection.send(LoadedShare(cache.num_pages, made.failed_backends))
 
     start = pickle.loads(inbox.get())
     assert isinstance(start, Start)
     runner = ModelRunner(made.decoder, num_pages=start.num_pages, block_size=cache.block_size)
     group.meet(folder)
     connection.send(Ready())
-    logging.getLogger().handlers = [_Forward(connection)]
     while True:
         step = pickle.loads(inbox.get())
         assert isinstance(step, Step)

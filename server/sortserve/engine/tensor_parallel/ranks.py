@@ -100,6 +100,7 @@ class Ranks:
     Attributes:
         num_ranks: with this process.
         failure: why no more steps can be run; None as long as they can.
+        failed_backends: names of those that failed their check on any of the others.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Ranks:
         assert num_ranks > 1
         self.num_ranks = num_ranks
         self.failure: str | None = None
+        self.failed_backends: tuple[str, ...] = ()
         self._group: Group | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="sortserve-ranks-"))
         self._changed = threading.Condition()
@@ -164,6 +166,8 @@ class Ranks:
         for process in self._processes.values():
             loaded = self._receive(process, LoadedShare)
             num_pages = min(num_pages, loaded.num_pages)
+            names = (*self.failed_backends, *loaded.failed_backends)
+            self.failed_backends = tuple(dict.fromkeys(names))
         for process in self._processes.values():
             self._send(process, Start(num_pages))
         try:
@@ -178,7 +182,8 @@ class Ranks:
 
     def _receive(self, process: _Process, kind: type[Result]) -> Result:
         try:
-            message = process.connection.recv()
+            while isinstance(message := process.connection.recv(), Log):
+                _log(process.rank, message)
         except (EOFError, OSError):
             raise self._refusal(process.last_words()) from None
         if isinstance(message, Failed):
@@ -284,9 +289,7 @@ class Ranks:
                 self._watch.note(process.rank, message)
                 self._changed.notify_all()
         elif isinstance(message, Log):
-            logging.getLogger(message.logger).log(
-                message.level, "rank %d: %s", process.rank, message.message
-            )
+            _log(process.rank, message)
         elif isinstance(message, Failed):
             return f"rank {process.rank} failed: {message.error}"
         return None
@@ -322,6 +325,10 @@ class Ranks:
         for process in self._processes.values():
             process.end(max(0.0, deadline_s - time.monotonic()))
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _log(rank: int, message: Log) -> None:
+    logging.getLogger(message.logger).log(message.level, "rank %d: %s", rank, message.message)
 
 
 class _Process:
