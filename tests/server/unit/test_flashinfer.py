@@ -6,12 +6,14 @@ FlashInfer itself needs a CUDA device: what is proved here is that it is asked t
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sortserve.core.sampling_params import SamplingParams
 from sortserve.model import backends
 from sortserve.model.backend import Target, Unusable
 from sortserve.model.backends.flashinfer.backend import FlashInferBackend, make_flashinfer_backend
@@ -19,7 +21,8 @@ from sortserve.model.backends.reference.attention import ReferenceAttention
 from support import fake_flashinfer
 from support.attention_cases import MIXED_ROWS, Case, make_config, make_rope
 from support.batches import BLOCK_SIZE, Chunk, Pages, random_ids, run_chunks
-from support.serving import serve
+from support.scripted import add, make_request, run
+from support.serving import offline_tokens, serve
 from support.tiny_models import make_tiny_checkpoint
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -93,6 +96,32 @@ def test_a_model_of_many_depths_plans_once_a_slab_and_step(
     assert fake_flashinfer.PLANS == ["prefill"] * 3 + ["decode"] * 3
     for expected, actual in zip(logits["reference"], logits["flashinfer"], strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [7, 256], ids=["in chunks", "whole"])
+def test_laws_1_to_3_through_an_engine(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row of a batch of all depths, in chunks or whole, is what transformers gives alone."""
+    monkeypatch.setitem(
+        backends.BACKENDS, "flashinfer", lambda target: FlashInferBackend(target, fake_flashinfer)
+    )
+    path = make_tiny_checkpoint(tmp_path, "qwen3-untied", exits=EXITS)
+    served = serve(path, backend="flashinfer")
+    assert served.decoder.backend.name == "flashinfer"
+    engine = served.engine(max_num_batched_tokens=chunk, policy="fair")
+    sampling: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 0.9, "seed": 3}]
+    requests = [(random_ids(4 + 5 * i, seed=i), EXITS[i % 3], sampling[i % 2]) for i in range(5)]
+    for i, (prompt, exit_layer, params) in enumerate(requests):
+        add(engine, make_request(str(i), prompt, max_tokens=5, **params), exit_layer)
+
+    results = run(engine)
+
+    eos = served.tokenizer.eos_token_ids
+    for i, (prompt, exit_layer, params) in enumerate(requests):
+        wanted = SamplingParams(max_tokens=5, **params)
+        expected = offline_tokens(path, prompt, wanted, [exit_layer] * 5, eos_token_ids=eos)
+        assert results[str(i)].token_ids == expected
 
 
 def test_a_plan_is_not_overwritten_while_the_copies_of_the_last_may_be_on_their_way() -> None:
