@@ -55,7 +55,8 @@ def choose_checked_backend(
     """
     target = Target(config, weights.dtype, weights.device)
     failed: list[str] = []
-    for backend in usable_backends(target, required or name):
+    flag = "backend" if required is None else "require-backend"
+    for backend in usable_backends(target, required or name, flag):
         fault = _fault_of(backend, config, weights, block_size)
         if fault is None:
             return BackendChoice(backend, tuple(failed))

@@ -258,6 +258,18 @@ def test_a_required_backend_that_fails_its_check_ends_the_start(folder: Path, wr
     assert caught.value.param == "require-backend"
 
 
+def test_a_required_backend_that_cannot_be_had_is_refused_by_the_flag_that_was_given(
+    folder: Path,
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose(load(folder), required="flashinfer")
+
+    message = str(caught.value)
+    assert message.startswith("--require-backend=flashinfer cannot be used for float32 on cpu")
+    assert "its kernels are for CUDA devices. Leave it out (there are: reference, " in message
+    assert caught.value.param == "require-backend"
+
+
 def test_a_required_backend_that_is_right_is_used(folder: Path, wrong: Any) -> None:
     wrong("page")
 

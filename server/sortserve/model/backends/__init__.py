@@ -56,7 +56,7 @@ def choose_backend(
     return next(usable_backends(Target(config, dtype, device), name))
 
 
-def usable_backends(target: Target, name: str = AUTO) -> Iterator[Backend]:
+def usable_backends(target: Target, name: str = AUTO, flag: str = "backend") -> Iterator[Backend]:
     """Those that work for a target on this machine, made one by one, in the order of choice: the
     one of that name ("auto": the last of the table), then those before it in the table. The last
     is the reference.
@@ -64,6 +64,7 @@ def usable_backends(target: Target, name: str = AUTO) -> Iterator[Backend]:
     Args:
         target: what is to be computed and where.
         name: one of ``backend_names()``.
+        flag: that gives it.
 
     Raises:
         ConfigError: a backend asked for by name does not exist or does not work here.
@@ -80,11 +81,13 @@ def usable_backends(target: Target, name: str = AUTO) -> Iterator[Backend]:
             break
         has_begun = True
     if not has_begun:
+        advice = f"Use {AUTO}" if flag == "backend" else "Leave it out"
+        names = backend_names() if flag == "backend" else BACKENDS
         raise ConfigError(
-            f"--backend={name} cannot be used for {str(target.dtype).removeprefix('torch.')} on "
-            f"{target.device.type} on this machine: {reason}. Use {AUTO} "
-            f"(there are: {', '.join(backend_names())}).",
-            param="backend",
+            f"--{flag}={name} cannot be used for {str(target.dtype).removeprefix('torch.')} on "
+            f"{target.device.type} on this machine: {reason}. {advice} "
+            f"(there are: {', '.join(names)}).",
+            param=flag,
         )
 
 
