@@ -18,6 +18,7 @@ import pytest
 from sortserve.core.errors import ConfigError
 from sortserve.core.plan import RowPlan, RunnerLost, StepPlan
 from sortserve.core.sampling_params import SamplingParams, SamplingRow
+from sortserve.engine.tensor_parallel import process as process_module
 from sortserve.engine.tensor_parallel import ranks as module
 from sortserve.engine.tensor_parallel import watch as watch_module
 from sortserve.engine.tensor_parallel.messages import Done, without_words
@@ -74,7 +75,7 @@ def options(num_ranks: int) -> Any:
 
 @pytest.fixture(autouse=True)
 def scripted_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAIN", "support.scripted_rank")
+    monkeypatch.setattr(process_module, "MAIN", "support.scripted_rank")
     monkeypatch.setattr(module, "POLL_S", 0.01)
 
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,6 +29,7 @@ from sortserve.engine.tensor_parallel.messages import (
     Task,
     without_words,
 )
+from sortserve.engine.tensor_parallel.process import RankProcess
 from sortserve.engine.tensor_parallel.watch import StepWatch
 from sortserve.telemetry.logs import fields
 
@@ -43,7 +40,6 @@ __all__ = ["Ranks", "other_ranks"]
 
 logger = logging.getLogger(__name__)
 
-MAIN = "sortserve.engine.tensor_parallel.rank"
 CLOSED = "the ranks have been ended"
 POLL_S = 0.5
 END_S = 5.0
@@ -124,10 +120,10 @@ class Ranks:
         self._on_lost: list[Callable[[str], None]] = []
         self._listening = threading.Thread(target=self._listen, name="ranks", daemon=True)
         self._watch = StepWatch(range(1, num_ranks), timeout_s, POLL_S)
-        self._processes: dict[int, _Process] = {}
+        self._processes: dict[int, RankProcess] = {}
         try:
             for rank in range(1, num_ranks):
-                self._processes[rank] = _Process(rank, self._folder)
+                self._processes[rank] = RankProcess(rank, self._folder)
                 task = Task(
                     rank=rank,
                     num_ranks=num_ranks,
@@ -180,7 +176,7 @@ class Ranks:
         logger.info("ranks", extra=fields(num_ranks=self.num_ranks, process_ids=self.process_ids))
         return num_pages
 
-    def _receive(self, process: _Process, kind: type[Result]) -> Result:
+    def _receive(self, process: RankProcess, kind: type[Result]) -> Result:
         try:
             while isinstance(message := process.connection.recv(), Log):
                 _log(process.rank, message)
@@ -191,7 +187,7 @@ class Ranks:
         assert isinstance(message, kind)
         return message
 
-    def _send(self, process: _Process, message: object) -> None:
+    def _send(self, process: RankProcess, message: object) -> None:
         try:
             process.connection.send(message)
         except OSError:
@@ -278,7 +274,7 @@ class Ranks:
                 self._lose(fault)
                 return
 
-    def _hear(self, process: _Process) -> str | None:
+    def _hear(self, process: RankProcess) -> str | None:
         """Take one message; returns why the rank is lost."""
         try:
             message = process.connection.recv()
@@ -329,54 +325,3 @@ class Ranks:
 
 def _log(rank: int, message: Log) -> None:
     logging.getLogger(message.logger).log(message.level, "rank %d: %s", rank, message.message)
-
-
-class _Process:
-    """One other rank, and the socket to it: whoever has the other end of that is gone if it ends.
-
-    So a rank that dies is noticed at once, and one whose parent dies, however that happens, ends.
-    """
-
-    def __init__(self, rank: int, folder: Path) -> None:
-        self.rank = rank
-        self._socket, theirs = socket.socketpair()
-        self.connection = Connection(os.dup(self._socket.fileno()))
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", MAIN, str(folder)],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-                process_group=0,  # Ctrl-C is for rank 0, which ends the others when it ends
-            )
-
-    @property
-    def process_id(self) -> int:
-        """Of the system."""
-        return self._process.pid
-
-    def last_words(self) -> str:
-        """Why the socket has closed."""
-        try:
-            code = self._process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            return f"rank {self.rank} has closed its socket"
-        return f"rank {self.rank} has ended (exit code {code})"
-
-    def kill(self) -> None:
-        """End it now."""
-        self._process.kill()
-
-    def hang_up(self) -> None:
-        """Tell it to end, by closing the socket for both; the listening thread may still read."""
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def end(self, timeout_s: float) -> None:
-        """Wait for its end, or end it."""
-        try:
-            self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._socket.close()
