@@ -23,6 +23,10 @@ MAX_SHORTEST_CHARS = 16_384
 MAX_MULTIPLE = 10_000
 """Product of all ``multipleOf``, without their decimal points: their compiler counts remainders."""
 
+MAX_ROUNDS = 16
+"""Passes over all schemas to find the shortest document. Without circles of ``$ref`` two do; no
+circle that people write needs more than a few."""
+
 MAX_EXPANDED = 20_000
 """Characters of a regular expression with its counted repetitions written out."""
 
@@ -67,7 +71,13 @@ def check_schema(schema: object, param: str) -> None:
             f"be {MAX_MULTIPLE}.",
             param=param,
         )
-    if _Shortest(schema, nodes).chars() > MAX_SHORTEST_CHARS:
+    shortest = _Shortest(schema, nodes).chars()
+    if shortest is None:
+        raise InvalidRequestError(
+            f"{param}: too many $refs lead back to schemas around them, through each other.",
+            param=param,
+        )
+    if shortest > MAX_SHORTEST_CHARS:
         raise InvalidRequestError(
             f"{param}: even its shortest document has more than {MAX_SHORTEST_CHARS} characters, "
             "or no end. Lower minItems and minLength, and see that each $ref to a schema around "
@@ -202,19 +212,43 @@ class _Shortest:
 
     def __init__(self, schema: object, nodes: list[Node]) -> None:
         self._root = schema
-        self._nodes = [node for _, node in nodes]
-        self._chars: dict[int, float] = {id(node): math.inf for node in self._nodes}
+        self._chars: dict[int, float] = {id(node): math.inf for _, node in nodes}
+        self._nodes = self._leaves_first()
 
-    def chars(self) -> float:
-        changed = True
-        rounds = 0
-        while changed and rounds <= len(self._nodes):
-            changed, rounds = False, rounds + 1
-            for node in reversed(self._nodes):  # from the leaves, so most are done in one round
+    def chars(self) -> float | None:
+        """Exact where it is too many, else a bound. None: too many references lead back to schemas around them to tell."""
+        for _ in range(MAX_ROUNDS):
+            changed = False
+            for node in self._nodes:
                 chars = self._of(node)
                 if chars < self._chars[id(node)]:
                     self._chars[id(node)], changed = chars, True
-        return self._chars[id(self._root)]
+            if not changed or self._chars[id(self._root)] <= MAX_SHORTEST_CHARS:
+                return self._chars[id(self._root)]
+        return None
+
+    def _leaves_first(self) -> list[Any]:
+        """All schemas that the root needs, each after those that it needs, but for circles."""
+        ordered: list[Any] = []
+        seen = {id(self._root)}
+        pending = [(self._root, self._needed(self._root))]
+        while pending:
+            node, needed = pending[-1]
+            for other in needed:
+                if id(other) in self._chars and id(other) not in seen:
+                    seen.add(id(other))
+                    pending.append((other, self._needed(other)))
+                    break
+            else:
+                ordered.append(node)
+                pending.pop()
+        return ordered
+
+    def _needed(self, node: object) -> Iterator[Any]:
+        for _, child in children(node):
+            yield child
+        if isinstance(node, Mapping) and isinstance(node.get("$ref"), str):
+            yield self._target(node["$ref"])
 
     def _known(self, node: object) -> float:
         return self._chars.get(id(node), 1.0)
@@ -233,7 +267,7 @@ class _Shortest:
         if isinstance(node.get("allOf"), list):
             bounds += map(self._known, node["allOf"])
         if isinstance(node.get("$ref"), str):
-            bounds.append(self._target(node["$ref"]))
+            bounds.append(self._known(self._target(node["$ref"])))
         types = node.get("type")
         names = types if isinstance(types, list) else [types]
         bounds.append(min((self._of_type(node, name) for name in names), default=1.0))
@@ -262,11 +296,12 @@ class _Shortest:
         rest_chars = rest * (1.0 + self._known(items)) if rest > 0 else 0.0
         return sum(1.0 + self._known(item) for item in prefix) + rest_chars
 
-    def _target(self, reference: str) -> float:
+    def _target(self, reference: str) -> Any:
+        """The schema that is meant; None: no part of this document."""
         if reference == "#":
-            return self._known(self._root)
+            return self._root
         if not reference.startswith("#/"):
-            return 1.0
+            return None
         node: Any = self._root
         for part in reference[2:].split("/"):
             key = part.replace("~1", "/").replace("~0", "~")
@@ -275,8 +310,8 @@ class _Shortest:
             elif isinstance(node, list) and key.isdecimal() and int(key) < len(node):
                 node = node[int(key)]
             else:
-                return 1.0
-        return self._known(node)
+                return None
+        return node
 
 
 def _count(node: Mapping[str, Any], word: str) -> float:

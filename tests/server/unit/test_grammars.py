@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from sortserve.core.errors import InvalidRequestError
 from sortserve.core.grammar import OutputFormat
+from sortserve.text.schemas import check_schema
 from sortserve.text.tokenizer import Tokenizer
 from support.byte_tokenizer import make_byte_tokenizer, make_metaspace_tokenizer
 from support.schemas import (
@@ -25,6 +26,24 @@ from support.schemas import (
     write,
 )
 from support.tiny_models import tiny_tokenizer
+
+WHEELS: dict[str, Any] = {
+    "$defs": {
+        f"d{i}": {
+            "type": ["null", "object"] if i == 0 else "object",
+            "properties": {
+                "x": {"$ref": f"#/$defs/d{max(i - 1, 0)}"},
+                "y": {"$ref": f"#/$defs/d{min(i + 1, 30)}"},
+            },
+            "required": ["x"],
+        }
+        for i in range(31)
+    },
+    "type": "object",
+    "properties": {"a": {"$ref": "#/$defs/d0"}, "b": {"$ref": "#/$defs/d30"}},
+    "required": ["b"],
+}
+"""Each definition needs the one before it, and leads to the one after it."""
 
 TOKENIZER = Tokenizer(tiny_tokenizer(), frozenset({2}))
 
@@ -133,6 +152,7 @@ def test_most_of_an_object_is_forced() -> None:
         ({"$ref": "http://example.com/schema"}, "", "http://example.com/schema"),
         ({"$ref": "#"}, "", "no end"),
         ({"type": "object", "properties": {"x": {"$ref": "#"}}, "required": ["x"]}, "", "no end"),
+        (WHEELS, "", "too many $refs"),
         ({"type": "array", "minItems": 10**6, "items": {"const": 1}}, "", "shortest document"),
         ({"type": "integer", "multipleOf": 123456789}, "", "multipleOf"),
         ({"type": "integer", "multipleOf": 0}, ".multipleOf", "above 0"),
@@ -234,6 +254,16 @@ def test_the_same_format_is_compiled_once() -> None:
     one = compiler().compile(format_of(FIVE_FIELDS))
 
     assert compiler().compile(format_of(dict(FIVE_FIELDS))) is one
+
+
+@pytest.mark.parametrize("order", [range(3000), range(2999, -1, -1)])
+def test_a_long_chain_of_references_is_looked_at_once(order: range) -> None:
+    """Whichever way round its definitions stand: it takes seconds if each hop is a pass."""
+    definitions: dict[str, Any] = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in order}
+    definitions["d3000"] = {"type": "string", "minLength": 16_383}
+
+    with pytest.raises(InvalidRequestError, match="shortest document"):
+        check_schema({"$defs": definitions, "$ref": "#/$defs/d0"}, "format")
 
 
 @pytest.mark.parametrize("make", [make_byte_tokenizer, make_metaspace_tokenizer])
