@@ -67,6 +67,7 @@ def schema_format(schema: dict[str, Any], **fields: Any) -> dict[str, Any]:
         (CHAT, {"response_format": schema_format(FIVE_FIELDS)}),
         (COMPLETIONS, {"response_format": schema_format(FIVE_FIELDS)}),
         (CHAT, {"structured_outputs": {"json": FIVE_FIELDS}}),
+        (CHAT, {"response_format": {"type": "json_object", "schema": FIVE_FIELDS}}),
         (COMPLETIONS, {"guided_json": FIVE_FIELDS}),
         (CHAT, {"guided_json": json.dumps(FIVE_FIELDS)}),
         (NATIVE, {"format": {"json": FIVE_FIELDS}}),

@@ -68,6 +68,8 @@ def read_response_format(value: Mapping[str, Any], param: str) -> OutputFormat |
     if kind == "text":
         return None
     if kind == "json_object":
+        if value.get("schema") is not None:  # as llama.cpp, Fireworks and Together have it
+            return read_kind("json", value["schema"], f"{param}.schema")
         return OutputFormat("json", ANY_OBJECT, param)
     if kind != "json_schema":
         allowed = "text, json_object or json_schema"

@@ -21,7 +21,8 @@ from tokenizers import Tokenizer
 from sortserve.core.errors import InvalidRequestError
 from sortserve.core.grammar import Grammar, GrammarError, Matcher, OutputFormat, num_words
 from sortserve.text.number_guard import NumberGuard, NumberTable
-from sortserve.text.schemas import check_expression, check_schema, children
+from sortserve.text.schema_nodes import children
+from sortserve.text.schemas import check_expression, check_schema
 
 __all__ = ["GrammarCompiler", "Grammars"]
 

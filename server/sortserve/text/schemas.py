@@ -7,7 +7,6 @@ shortest document is out of all proportion, or has no end.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -15,24 +14,18 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from sortserve.core.errors import InvalidRequestError, shortened
+from sortserve.text.merges import check_merges
+from sortserve.text.schema_nodes import Node, children, needed_first
+from sortserve.text.shortest import MAX_SHORTEST_CHARS, Shortest
 
-__all__ = ["check_expression", "check_schema", "children"]
+__all__ = ["check_expression", "check_schema"]
 
-MAX_SHORTEST_CHARS = 16_384
-"""Of the shortest document that a schema allows: about as many tokens are forced at most."""
 MAX_MULTIPLE = 10_000
 """Product of all ``multipleOf``, without their decimal points: their compiler counts remainders."""
-
-MAX_ROUNDS = 16
-"""Passes over all schemas to find the shortest document. Without circles of ``$ref`` two do; no
-circle that people write needs more than a few."""
 
 MAX_EXPANDED = 20_000
 """Characters of a regular expression with its counted repetitions written out."""
 
-_MAPS = ("$defs", "definitions", "properties", "patternProperties")
-_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
-_SINGLE = ("additionalProperties", "items", "additionalItems")
 _PASSED_OVER = {
     "divisibleBy": "use multipleOf",
     "extends": "use allOf",
@@ -42,9 +35,6 @@ _PASSED_OVER = {
 }
 
 _COUNT = re.compile(r"\{(\d{1,9})(?:,(\d{0,9}))?\}")
-
-Node = tuple[str, Any]
-"""A subschema and its place, in dots."""
 
 
 def check_schema(schema: object, param: str) -> None:
@@ -71,7 +61,9 @@ def check_schema(schema: object, param: str) -> None:
             f"be {MAX_MULTIPLE}.",
             param=param,
         )
-    shortest = _Shortest(schema, nodes).chars()
+    ordered = needed_first(schema, nodes)
+    check_merges(schema, nodes, ordered)
+    shortest = Shortest(schema, ordered).chars()
     if shortest is None:
         raise InvalidRequestError(
             f"{param}: too many $refs lead back to schemas around them, through each other.",
@@ -84,23 +76,6 @@ def check_schema(schema: object, param: str) -> None:
             "it can be left out.",
             param=param,
         )
-
-
-def children(node: object) -> Iterator[Node]:
-    """The subschemas right below one, each with its place in it."""
-    if not isinstance(node, Mapping):
-        return
-    for word in _MAPS:
-        if isinstance(node.get(word), Mapping):
-            for name, child in node[word].items():
-                yield f"{word}.{name}", child
-    for word in _LISTS:
-        if isinstance(node.get(word), list):
-            for i, child in enumerate(node[word]):
-                yield f"{word}.{i}", child
-    for word in _SINGLE:
-        if isinstance(node.get(word), Mapping):
-            yield word, node[word]
 
 
 def _walk(schema: object, place: str) -> Iterator[Node]:
@@ -201,119 +176,3 @@ def _multiple(node: Mapping[str, Any], place: str) -> set[int]:
     exponent = number.as_tuple().exponent
     assert isinstance(exponent, int)
     return {digits * 10 ** min(max(exponent, 0), 9)}
-
-
-class _Shortest:
-    """How many characters a schema's shortest document has at least: a least fixed point.
-
-    Every schema starts without a document, and gets one as soon as all that it needs have one.
-    What is not understood counts as a single character: the compiler will have its say.
-    """
-
-    def __init__(self, schema: object, nodes: list[Node]) -> None:
-        self._root = schema
-        self._chars: dict[int, float] = {id(node): math.inf for _, node in nodes}
-        self._nodes = self._leaves_first()
-
-    def chars(self) -> float | None:
-        """Exact where it is too many, else a bound. None: too many references lead back to schemas around them to tell."""
-        for _ in range(MAX_ROUNDS):
-            changed = False
-            for node in self._nodes:
-                chars = self._of(node)
-                if chars < self._chars[id(node)]:
-                    self._chars[id(node)], changed = chars, True
-            if not changed or self._chars[id(self._root)] <= MAX_SHORTEST_CHARS:
-                return self._chars[id(self._root)]
-        return None
-
-    def _leaves_first(self) -> list[Any]:
-        """All schemas that the root needs, each after those that it needs, but for circles."""
-        ordered: list[Any] = []
-        seen = {id(self._root)}
-        pending = [(self._root, self._needed(self._root))]
-        while pending:
-            node, needed = pending[-1]
-            for other in needed:
-                if id(other) in self._chars and id(other) not in seen:
-                    seen.add(id(other))
-                    pending.append((other, self._needed(other)))
-                    break
-            else:
-                ordered.append(node)
-                pending.pop()
-        return ordered
-
-    def _needed(self, node: object) -> Iterator[Any]:
-        for _, child in children(node):
-            yield child
-        if isinstance(node, Mapping) and isinstance(node.get("$ref"), str):
-            yield self._target(node["$ref"])
-
-    def _known(self, node: object) -> float:
-        return self._chars.get(id(node), 1.0)
-
-    def _of(self, node: object) -> float:
-        if not isinstance(node, Mapping):
-            return 1.0
-        bounds = [1.0]
-        if "const" in node:
-            bounds.append(len(json.dumps(node["const"])))
-        if isinstance(node.get("enum"), list) and node["enum"]:
-            bounds.append(min(len(json.dumps(value)) for value in node["enum"]))
-        for word in ("anyOf", "oneOf"):
-            if isinstance(node.get(word), list) and node[word]:
-                bounds.append(min(map(self._known, node[word])))
-        if isinstance(node.get("allOf"), list):
-            bounds += map(self._known, node["allOf"])
-        if isinstance(node.get("$ref"), str):
-            bounds.append(self._known(self._target(node["$ref"])))
-        types = node.get("type")
-        names = types if isinstance(types, list) else [types]
-        bounds.append(min((self._of_type(node, name) for name in names), default=1.0))
-        return max(bounds)
-
-    def _of_type(self, node: Mapping[str, Any], name: object) -> float:
-        if name == "string":
-            return 2.0 + _count(node, "minLength")
-        if name == "array":
-            return 2.0 + self._of_items(node)
-        if name == "object":
-            required = node.get("required")
-            names = required if isinstance(required, list) else []
-            properties = node.get("properties")
-            known = properties if isinstance(properties, Mapping) else {}
-            fields = [3.0 + len(str(key)) + self._known(known.get(key, True)) for key in names]
-            return 2.0 + max(sum(fields), 4.0 * _count(node, "minProperties"))
-        return 1.0
-
-    def _of_items(self, node: Mapping[str, Any]) -> float:
-        least = _count(node, "minItems")
-        first = node.get("prefixItems", node.get("items"))
-        prefix = first[: int(least)] if isinstance(first, list) else []
-        rest = least - len(prefix)
-        items = node.get("items") if not isinstance(node.get("items"), list) else True
-        rest_chars = rest * (1.0 + self._known(items)) if rest > 0 else 0.0
-        return sum(1.0 + self._known(item) for item in prefix) + rest_chars
-
-    def _target(self, reference: str) -> Any:
-        """The schema that is meant; None: no part of this document."""
-        if reference == "#":
-            return self._root
-        if not reference.startswith("#/"):
-            return None
-        node: Any = self._root
-        for part in reference[2:].split("/"):
-            key = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(node, Mapping) and key in node:
-                node = node[key]
-            elif isinstance(node, list) and key.isdecimal() and int(key) < len(node):
-                node = node[int(key)]
-            else:
-                return None
-        return node
-
-
-def _count(node: Mapping[str, Any], word: str) -> float:
-    value = node.get(word)
-    return float(value) if isinstance(value, int) and 0 <= value < 1 << 53 else 0.0

@@ -45,6 +45,10 @@ WHEELS: dict[str, Any] = {
 }
 """Each definition needs the one before it, and leads to the one after it."""
 
+NINE_PATTERNS_OF_ONE_FIELD: dict[str, Any] = {
+    "allOf": [{"properties": {"a": {"type": "string", "pattern": f"^.*{i}.*$"}}} for i in range(8)]
+    + [{"additionalProperties": {"type": "string", "format": "email"}}]
+}
 TOKENIZER = Tokenizer(tiny_tokenizer(), frozenset({2}))
 
 
@@ -163,6 +167,9 @@ def test_most_of_an_object_is_forced() -> None:
         ({"type": "integer", "minimum": 5, "maximum": 4}, "", "Unsatisfiable"),
         ({"enum": []}, "", "Unsatisfiable"),
         ({"required": "a"}, "", "required"),
+        ({"type": "object", "required": [{}]}, "", "required"),
+        ({"allOf": [{"pattern": f"{i}"} for i in range(9)]}, "", "patterns"),
+        ({"properties": {"x": NINE_PATTERNS_OF_ONE_FIELD}}, ".properties.x", "patterns"),
     ],
 )
 def test_a_schema_that_cannot_be_kept_is_refused_with_its_place(
@@ -254,6 +261,21 @@ def test_the_same_format_is_compiled_once() -> None:
     one = compiler().compile(format_of(FIVE_FIELDS))
 
     assert compiler().compile(format_of(dict(FIVE_FIELDS))) is one
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"anyOf": [{"type": "string", "pattern": f"^{i}$"} for i in range(20)]},
+        {
+            "allOf": [
+                {"properties": {f"p{i}": {"type": "string", "pattern": "a"}}} for i in range(20)
+            ]
+        },
+    ],
+)
+def test_patterns_of_different_values_may_be_many(schema: dict[str, Any]) -> None:
+    compiler().compile(format_of(schema))
 
 
 @pytest.mark.parametrize("order", [range(3000), range(2999, -1, -1)])
