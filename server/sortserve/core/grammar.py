@@ -47,6 +47,8 @@ class OutputFormat:
     """A schema and a list of choices as JSON."""
     param: str = "format"
     """The field that it came from, for errors."""
+    places: tuple[tuple[str, str], ...] = ()
+    """Places in it, and where a client wrote what stands there; the first that fits counts."""
 
     @cached_property
     def key(self) -> str:

@@ -89,7 +89,10 @@ class GrammarCompiler:
             if kept is not None:
                 self._kept.move_to_end(format_.key)
                 return kept
-        grammar = self._compile(format_)
+        try:
+            grammar = self._compile(format_)
+        except InvalidRequestError as error:
+            raise _as_written(error, format_) from None
         with self._lock:
             self._kept[format_.key] = grammar
             while len(self._kept) > MAX_KEPT:
@@ -305,6 +308,15 @@ class _Matcher:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise GrammarError(_sentence(str(self._matcher.get_error())).rstrip("."))
+
+
+def _as_written(error: InvalidRequestError, format_: OutputFormat) -> InvalidRequestError:
+    """The same error with the place where a client wrote what is wrong."""
+    for place, written in format_.places:
+        if error.param is not None and error.param.startswith(place):
+            param = written + error.param.removeprefix(place)
+            return InvalidRequestError(str(error).replace(place, written), param=param)
+    return error
 
 
 def _sentence(error: str) -> str:

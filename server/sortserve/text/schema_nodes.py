@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote
 
-__all__ = ["Node", "children", "needed_first", "target"]
+__all__ = ["Node", "children", "needed_first", "target", "walk"]
 
 _MAPS = ("$defs", "definitions", "properties", "patternProperties")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
@@ -29,6 +30,23 @@ def children(node: object) -> Iterator[Node]:
     for word in _SINGLE:
         if isinstance(node.get(word), Mapping):
             yield word, node[word]
+
+
+def walk(root: object, place: str) -> Iterator[Node]:
+    """Each subschema once, the root first; and what references mean, wherever it stands."""
+    pending = [(place, root)]
+    seen: set[int] = set()
+    while pending:
+        at, node = pending.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield at, node
+        if isinstance(node, Mapping) and isinstance(node.get("$ref"), str):
+            meant = target(root, node["$ref"])
+            if meant is not None:
+                pending.append((f"{place}.{node['$ref'][2:].replace('/', '.')}".rstrip("."), meant))
+        pending += [(f"{at}.{name}", child) for name, child in children(node)]
 
 
 def needed_first(root: object, nodes: Sequence[Node]) -> list[Any]:
@@ -69,7 +87,7 @@ def target(root: object, reference: str) -> Any:
     if not reference.startswith("#/"):
         return None
     node: Any = root
-    for part in reference[2:].split("/"):
+    for part in unquote(reference[2:]).split("/"):
         key = part.replace("~1", "/").replace("~0", "~")
         if isinstance(node, Mapping) and key in node:
             node = node[key]

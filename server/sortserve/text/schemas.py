@@ -15,7 +15,7 @@ from typing import Any
 
 from sortserve.core.errors import InvalidRequestError, shortened
 from sortserve.text.merges import check_merges
-from sortserve.text.schema_nodes import Node, children, needed_first
+from sortserve.text.schema_nodes import needed_first, walk
 from sortserve.text.shortest import MAX_SHORTEST_CHARS, Shortest
 
 __all__ = ["check_expression", "check_schema"]
@@ -47,11 +47,12 @@ def check_schema(schema: object, param: str) -> None:
     Raises:
         InvalidRequestError: ``param`` is the place of what is wrong.
     """
-    nodes = list(_walk(schema, param))
+    nodes = list(walk(schema, param))
     multiples: set[int] = set()
     for place, node in nodes:
         if isinstance(node, Mapping):
             _check_words(node, place)
+            _check_reference(node, place, is_root=node is schema)
             _check_values(node, place)
             _check_patterns(node, place)
             multiples |= _multiple(node, place)
@@ -78,14 +79,6 @@ def check_schema(schema: object, param: str) -> None:
         )
 
 
-def _walk(schema: object, place: str) -> Iterator[Node]:
-    pending = [(place, schema)]
-    while pending:
-        place, node = pending.pop()
-        yield place, node
-        pending += [(f"{place}.{name}", child) for name, child in children(node)]
-
-
 def _check_words(node: Mapping[str, Any], place: str) -> None:
     for word, instead in _PASSED_OVER.items():
         if word in node and instead:
@@ -98,6 +91,20 @@ def _check_words(node: Mapping[str, Any], place: str) -> None:
                 f"{place}.{word}={str(node[word]).lower()} is of an old draft: give the number.",
                 param=f"{place}.{word}",
             )
+
+
+def _check_reference(node: Mapping[str, Any], place: str, *, is_root: bool) -> None:
+    """Refuse references that could lead to what has not been looked at."""
+    reference = node.get("$ref")
+    if isinstance(reference, str) and reference != "#" and not reference.startswith("#/"):
+        raise InvalidRequestError(
+            f"{place}.$ref={shortened(reference)} is not supported: it must be # or begin with #/.",
+            param=f"{place}.$ref",
+        )
+    if "$id" in node and not is_root:
+        raise InvalidRequestError(
+            f"{place}.$id is not supported below the root.", param=f"{place}.$id"
+        )
 
 
 def _check_values(node: Mapping[str, Any], place: str) -> None:

@@ -133,6 +133,33 @@ def test_a_required_answer_is_a_list_of_valid_calls(parallel: bool | None) -> No
                 check_document(arguments, CITY)
 
 
+def test_values_in_parameters_are_no_references() -> None:
+    value = {"$ref": "#/x"}
+    fields = {"v": {"const": value}, "enum": {"$ref": "#/properties/v"}}
+    choice = read_tool_choice([tool("f", {"properties": fields})], "required", None)
+    format_ = choice.output_format()
+    assert format_ is not None
+
+    moved = json.loads(format_.text)["$defs"]["tool0"]["properties"]
+    assert moved == {
+        "v": {"const": value},
+        "enum": {"$ref": "#/$defs/tool0/properties/v"},
+    }
+
+
+def test_a_fault_is_named_where_the_client_wrote_it() -> None:
+    tools = [*(tool(f"f{i}") for i in range(10)), tool("g", {"properties": {"a": {"not": {}}}})]
+    format_ = read_tool_choice(tools, "required", None).output_format()
+    assert format_ is not None
+
+    with pytest.raises(InvalidRequestError) as refused:
+        compiler().compile(format_)
+
+    place = "tools.10.function.parameters.properties.a"
+    assert refused.value.param == place
+    assert str(refused.value).startswith(place)
+
+
 def test_a_named_function_has_its_own_parameters() -> None:
     format_ = read_tool_choice([CLOCK, WEATHER], NAMED, None).output_format()
 

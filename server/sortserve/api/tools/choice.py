@@ -16,6 +16,9 @@ __all__ = ["ToolChoice", "read_tool_choice"]
 MAX_CALLS = 16
 """Calls in one answer that must have some."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_VALUES = ("const", "enum", "default", "examples")
+"""Words of a schema that hold values, and no schemas."""
+_MAPS = ("$defs", "definitions", "properties", "patternProperties")
 _ALLOWED = 'none, auto, required or {"type": "function", "function": {"name": ...}}'
 
 
@@ -48,8 +51,14 @@ class ToolChoice:
             schema = _parameters(self.tools[i])
             return OutputFormat("json", json.dumps(schema), f"tools.{i}.function.parameters")
         if self.kind == "required":
-            return OutputFormat("json", json.dumps(self._calls_schema()), "tools")
+            return OutputFormat("json", json.dumps(self._calls_schema()), "tools", self._places)
         return None
+
+    @property
+    def _places(self) -> tuple[tuple[str, str], ...]:
+        """Where a client wrote what stands elsewhere in the schema of all calls."""
+        last_first = reversed(range(len(self.tools)))  # tool1 begins tool10, too
+        return tuple((f"tools.$defs.tool{i}", f"tools.{i}.function.parameters") for i in last_first)
 
     @property
     def _names(self) -> list[str]:
@@ -141,15 +150,28 @@ def _parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
     return dict(parameters)
 
 
-def _moved(schema: Any, root: str) -> Any:
-    """The same schema where its root stands elsewhere in a document."""
-    if isinstance(schema, dict):
-        moved = {name: _moved(value, root) for name, value in schema.items()}
-        reference = schema.get("$ref")
-        if isinstance(reference, str) and reference.startswith("#"):
-            moved["$ref"] = root + reference[1:]
-        return moved
-    return [_moved(value, root) for value in schema] if isinstance(schema, list) else schema
+def _moved(schema: Any, root: str, *, is_map: bool = False) -> Any:
+    """The same schema where its root stands elsewhere in a document.
+
+    Args:
+        schema: or a list of some, or a mapping of names to some.
+        root: the new place.
+        is_map: its names are a client's own words.
+    """
+    if isinstance(schema, list):
+        return [_moved(value, root) for value in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {
+        name: value
+        if name in _VALUES and not is_map
+        else _moved(value, root, is_map=name in _MAPS and not is_map)
+        for name, value in schema.items()
+    }
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#") and not is_map:
+        moved["$ref"] = root + reference[1:]
+    return moved
 
 
 def _not_allowed(param: str, value: object, allowed: str) -> InvalidRequestError:
