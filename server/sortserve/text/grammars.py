@@ -29,8 +29,8 @@ __all__ = ["GrammarCompiler", "Grammars"]
 MAX_KEPT = 128
 """Compiled grammars; each takes from some KiB to a few MiB."""
 MAX_FORCED_AT_START = 16_384
-MAX_PLACES = 256
-"""Compilations that look for the place of an error."""
+MAX_PLACE_CHARS = 1_048_576
+"""Of all schemas that are compiled to look for the place of an error."""
 _JSON_OPTIONS: Any = {
     "item_separator": ", ",
     "key_separator": ": ",
@@ -153,15 +153,17 @@ class GrammarCompiler:
         shared = {}
         if isinstance(schema, Mapping):
             shared = {word: schema[word] for word in ("$defs", "definitions") if word in schema}
-        left = MAX_PLACES
+        left = MAX_PLACE_CHARS
         searching = True
         while searching:
             searching = False
             for name, child in children(schema):
-                if not isinstance(child, Mapping) or left == 0:
+                if not isinstance(child, Mapping):
                     continue
-                left -= 1
                 text = json.dumps({**shared, **child})
+                left -= len(text)
+                if left < 0:
+                    return param, error
                 _, found = self._try(
                     self._library.LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)
                 )

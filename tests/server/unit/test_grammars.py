@@ -282,6 +282,19 @@ def test_patterns_of_different_values_may_be_many(schema: dict[str, Any]) -> Non
     compiler().compile(format_of(schema))
 
 
+def test_the_place_of_a_fault_is_not_looked_for_at_any_price() -> None:
+    """Each of 40 schemas around the fault holds 100,000 characters: ten of them are tried."""
+    schema: dict[str, Any] = {"not": {}, "title": "x" * 100_000}
+    for _ in range(40):
+        schema = {"type": "array", "items": schema}
+
+    with pytest.raises(InvalidRequestError, match="not") as refused:
+        compiler().compile(format_of(schema))
+
+    assert refused.value.param is not None
+    assert refused.value.param.count(".items") == 10
+
+
 @pytest.mark.parametrize("order", [range(3000), range(2999, -1, -1)])
 def test_a_long_chain_of_references_is_looked_at_once(order: range) -> None:
     """Whichever way round its definitions stand: it takes seconds if each hop is a pass."""
