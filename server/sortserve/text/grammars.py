@@ -29,6 +29,8 @@ __all__ = ["GrammarCompiler", "Grammars"]
 MAX_KEPT = 128
 """Compiled grammars; each takes from some KiB to a few MiB."""
 MAX_FORCED_AT_START = 16_384
+NUM_PROBED = 3
+"""Tokens of an answer that are tried before its grammar is taken."""
 MAX_PLACE_CHARS = 1_048_576
 """Of all schemas that are compiled to look for the place of an error."""
 _JSON_OPTIONS: Any = {
@@ -145,8 +147,23 @@ class GrammarCompiler:
             matcher.compute_bitmask()
             if len(matcher.compute_ff_tokens()) > MAX_FORCED_AT_START:
                 return matcher, f"more than {MAX_FORCED_AT_START} tokens are forced at its start"
-        error = str(matcher.get_error()) if matcher.is_error() else ""
+        error = str(matcher.get_error()) if matcher.is_error() else self._beginning(matcher)
         return matcher, error or "; ".join(matcher.get_grammar_warnings())
+
+    def _beginning(self, matcher: Any) -> str:
+        """What is wrong with an answer's first tokens; empty: nothing.
+
+        An object of a thousand optional fields fails when its first field begins.
+        """
+        matcher = matcher.deep_copy()
+        for _ in range(NUM_PROBED):
+            mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+            if matcher.is_error() or matcher.is_stopped() or not mask.any():
+                break
+            bits = np.unpackbits(mask, bitorder="little")
+            if not matcher.consume_token(int(bits.argmax())):
+                break
+        return str(matcher.get_error()) if matcher.is_error() else ""
 
     def _place(self, schema: Any, error: str, param: str) -> tuple[str, str]:
         """The innermost subschema that fails for the same reason, and what it says."""

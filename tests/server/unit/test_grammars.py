@@ -282,6 +282,15 @@ def test_patterns_of_different_values_may_be_many(schema: dict[str, Any]) -> Non
     compiler().compile(format_of(schema))
 
 
+def test_what_fails_at_the_first_field_is_refused_before() -> None:
+    """More optional fields than the library follows at once."""
+    fields = {f"p{i}": {"type": "string", "pattern": f"a{i}.*"} for i in range(1500)}
+    schema = {"type": "object", "properties": fields, "additionalProperties": False}
+
+    with pytest.raises(InvalidRequestError, match="items"):
+        compiler().compile(format_of(schema))
+
+
 def test_the_place_of_a_fault_is_not_looked_for_at_any_price() -> None:
     """Each of 40 schemas around the fault holds 100,000 characters: ten of them are tried."""
     schema: dict[str, Any] = {"not": {}, "title": "x" * 100_000}
