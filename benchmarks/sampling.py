@@ -36,6 +36,7 @@ from sortserve.engine.assemble import make_tokenizer
 from sortserve.engine.runner import ModelRunner
 from sortserve.engine.sampling.bitmask import Masks
 from sortserve.engine.sampling.sampler import Sampler
+from sortserve.engine.sampling.samples import KnownSamples, Samples
 from sortserve.model.backend import RowSampling
 
 __all__ = ["KINDS", "main"]
@@ -74,11 +75,12 @@ class Recorder(Sampler):
         super().__init__()
         self.logits_RV = torch.empty(0)
 
-    def sample(
+    def start(
         self, logits_RV: Tensor, rows: Sequence[SamplingRow], masks: Masks | None = None
-    ) -> list[Any]:
+    ) -> Samples:
+        """See Sampler."""
         self.logits_RV = logits_RV.clone()
-        return [SampledToken(0)] * len(rows)
+        return KnownSamples([SampledToken(0)] * len(rows))
 
 
 def prompts_of(checkpoint: LoadedCheckpoint, num_rows: int, length: int) -> list[list[int]]:

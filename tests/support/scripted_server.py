@@ -104,6 +104,7 @@ def build(settings: ServeSettings) -> Any:
         tokenizer=AsciiTokenizer(),
         worker=worker,
         prepare=prepare,
+        close=lambda: None,
         metrics=Metrics("tiny", EXITS, version=sortserve.__version__),
         totals=Totals(),
         cache=SimpleNamespace(num_pages=1, num_bytes=1, block_size=4, slab_size=2),
