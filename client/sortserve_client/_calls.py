@@ -78,8 +78,8 @@ class SamplingOptions(TypedDict, total=False):
     presence_penalty: float | None
     frequency_penalty: float | None
     format: Mapping[str, Any] | None
-    """What the answer must look like: ``{"json": schema}``, ``{"regex": ...}``, ``{"choice": [...]}``,
-    ``{"grammar": ...}``, or OpenAI's ``response_format``."""
+    """What the answer must look like: ``{"json": schema}``, ``{"regex": ...}``,
+    ``{"choice": [...]}``, ``{"grammar": ...}``, or OpenAI's ``response_format``."""
     logit_bias: Mapping[int, float] | None
     """Token id to a number added to its logit."""
     priority: int | None
