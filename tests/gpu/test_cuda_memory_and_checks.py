@@ -85,13 +85,16 @@ def test_the_pool_leaves_what_it_should(folder: Path) -> None:
     assert memory is not None
     in_use = 1 - memory.free_bytes() / memory.total_bytes()
     options = EngineOptions(
-        max_num_seqs=1_000_000, max_num_batched_tokens=256, gpu_memory_utilization=in_use + 0.02
+        max_num_seqs=1_000_000,
+        max_num_batched_tokens=256,
+        gpu_memory_utilization=in_use + 0.02,
+        enforce_eager=True,  # recorded graphs take of what is kept free
     )
 
     parts = assemble(load(folder), options)
 
     used = 1 - memory.free_bytes() / memory.total_bytes()
-    assert in_use + 0.2 < used <= in_use + 0.02
+    assert in_use + 0.015 < used <= in_use + 0.021  # what the allocator rounds up
     assert parts.cache.num_pages > 0
 
 
