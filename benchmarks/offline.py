@@ -50,7 +50,9 @@ class EngineBench:
             max_num_seqs=max_rows,
             max_num_batched_tokens=max(arguments.prefill_tokens, max_rows * arguments.context),
             enable_prefix_caching=False,
-            async_scheduling=False,  # a step is timed from its plan to its own tokens
+            # Without overlap a step is timed from its plan to its own tokens; with it, from one
+            # step's tokens to the next one's.
+            async_scheduling=arguments.async_scheduling,
         )
         parts = assemble(checkpoint, options)
         self._engine = parts.engine
@@ -67,20 +69,16 @@ class EngineBench:
         num_steps = NUM_WARMUP_STEPS + self.arguments.steps
         for _ in range(num_rows):
             self._add(exit_layer, self.arguments.context, max_tokens=num_steps + 1)
-        _, started = self._timed_step()
-        assert len(started) == num_rows, "one step prefills all rows"
-        times = [self._timed_step() for _ in range(num_steps)]
-        assert all(len(ids) == num_rows for _, ids in times), "all rows decode in every step"
+        self._until_tokens(num_rows)  # of the one step that prefills all rows
+        times = [self._until_tokens(num_rows) for _ in range(num_steps)]
         while self._engine.has_work:
             self._engine.step()
-        return [seconds for seconds, _ in times[NUM_WARMUP_STEPS:]]
+        return times[NUM_WARMUP_STEPS:]
 
     def prefill_s(self, exit_layer: int) -> float:
         """Seconds of the step that runs a whole prompt and samples its first token."""
         self._add(exit_layer, self.arguments.prefill_tokens, max_tokens=1)
-        seconds, ids = self._timed_step()
-        assert len(ids) == 1, "the prompt fits one step"
-        return seconds
+        return self._until_tokens(1)
 
     def _add(self, exit_layer: int, num_prompt_tokens: int, *, max_tokens: int) -> None:
         sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
@@ -92,10 +90,13 @@ class EngineBench:
         )
         self._engine.add_request(request, ExitChoice(exit_layer, estimate=None, fits=True))
 
-    def _timed_step(self) -> tuple[float, list[str]]:
+    def _until_tokens(self, num_rows: int) -> float:
+        """Seconds until a step gives a token to each row. With overlap the first call gives none."""
         started_s = time.perf_counter()
-        outputs = self._engine.step()
-        return time.perf_counter() - started_s, [output.request_id for output in outputs]
+        while not (outputs := self._engine.step()):
+            pass
+        assert len(outputs) == num_rows, "all rows are in every step"
+        return time.perf_counter() - started_s
 
 
 def _measure(bench: EngineBench, checkpoint: LoadedCheckpoint) -> dict[str, Any]:
@@ -190,6 +191,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_engine_arguments(parser)
     parser.add_argument("--exits", default="9,15,21,30")
+    parser.add_argument(
+        "--async-scheduling",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="plan and launch a step before the tokens of the one before are known",
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--context", type=int, default=128, help="prompt tokens of decode rows")
     parser.add_argument("--steps", type=int, default=30, help="decode steps a round")
