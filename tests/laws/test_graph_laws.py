@@ -6,6 +6,7 @@ must still be what transformers gives for each request alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from support.tiny_models import EXIT_KINDS, make_tiny_checkpoint
 EXITS = (1, 2, 4, 5, 6)
 PROMPT = list(range(40, 75))
 NUM_TOKENS = 6
+NUM_GRAPHS = (len(EXITS) + 1) * 4
+"""Of the segments and of the head, for 1, 2, 4 and 8 rows."""
 SAMPLING: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
     {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "seed": 11},
@@ -74,9 +77,12 @@ def offline(
     )
 
 
-def assert_every_row_is_what_it_is_alone(served: Served, engine: Engine) -> None:
+def assert_every_row_is_what_it_is_alone(
+    served: Served, engine: Engine, samplings: Sequence[dict[str, Any]] = SAMPLING
+) -> None:
     requests = [
-        (PROMPT[: 5 + 4 * i], EXITS[i % len(EXITS)], SAMPLING[i % len(SAMPLING)]) for i in range(8)
+        (PROMPT[: 5 + 4 * i], EXITS[i % len(EXITS)], samplings[i % len(samplings)])
+        for i in range(8)
     ]
     for i, (prompt, exit_layer, sampling) in enumerate(requests):
         add(engine, make_request(str(i), prompt, max_tokens=NUM_TOKENS, **sampling), exit_layer)
@@ -93,7 +99,7 @@ def test_laws_1_and_2_every_row_of_a_batch_of_all_depths_is_what_it_is_alone(
 ) -> None:
     engine, maker = recorded
     assert_every_row_is_what_it_is_alone(served, engine)
-    assert maker.num_graphs == len(EXITS) * 4  # for 1, 2, 4 and 8 rows
+    assert maker.num_graphs == NUM_GRAPHS
 
 
 def test_law_15_so_it_is_where_a_step_reads_the_tokens_that_the_last_one_has_left_on_the_device(
@@ -101,7 +107,13 @@ def test_law_15_so_it_is_where_a_step_reads_the_tokens_that_the_last_one_has_lef
 ) -> None:
     engine, maker = engine_of(served, overlap=True)
     assert_every_row_is_what_it_is_alone(served, engine)
-    assert maker.num_graphs == len(EXITS) * 4
+    assert maker.num_graphs == NUM_GRAPHS
+
+
+def test_law_15_so_it_is_where_head_and_choice_are_replayed(served: Served) -> None:
+    """As they are where all rows take their likeliest token."""
+    engine, _ = engine_of(served, overlap=True)
+    assert_every_row_is_what_it_is_alone(served, engine, SAMPLING[:1])
 
 
 def test_law_14_masks_forced_tokens_and_a_step_of_overlap_meet_in_replayed_steps(
@@ -123,7 +135,7 @@ def test_law_14_masks_forced_tokens_and_a_step_of_overlap_meet_in_replayed_steps
 
     results = run(engine)
 
-    assert maker.num_graphs == len(EXITS) * 4
+    assert maker.num_graphs == NUM_GRAPHS
     for request, exit_layer in requests:
         plain = served.engine(policy="fair")
         add(plain, request, exit_layer)

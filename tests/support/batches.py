@@ -19,8 +19,17 @@ from torch import Tensor
 from sortserve.model.attention import KVCache
 from sortserve.model.batch import Batch
 from sortserve.model.decoder import Decoder
+from sortserve.model.host_batch import HostBatch
 
-__all__ = ["BLOCK_SIZE", "Chunk", "Pages", "make_batch", "random_ids", "run_chunks"]
+__all__ = [
+    "BLOCK_SIZE",
+    "Chunk",
+    "Pages",
+    "host_batch_of",
+    "make_batch",
+    "random_ids",
+    "run_chunks",
+]
 
 BLOCK_SIZE = 8
 
@@ -65,6 +74,20 @@ def make_batch(chunks: Sequence[Chunk], num_slabs: int) -> Batch:
         context_lens_R=torch.tensor(context_lens, dtype=torch.int32),
         block_tables_SRB=tables,
         slots_ST=torch.tensor(slots),
+    )
+
+
+def host_batch_of(batch: Batch) -> HostBatch:
+    """The batch as it is before it is uploaded."""
+    return HostBatch(
+        token_ids_T=batch.token_ids_T.numpy(),
+        positions_T=batch.positions_T.numpy(),
+        query_starts=batch.query_starts,
+        context_lens=batch.context_lens,
+        exit_layers=batch.exit_layers,
+        samples=batch.samples,
+        block_tables_SRB=batch.block_tables_SRB.numpy(),
+        slots_ST=batch.slots_ST.numpy(),
     )
 
 

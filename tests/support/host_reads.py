@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sortserve.engine import inputs, transfers
+from sortserve.engine import inputs, runner, transfers
 from sortserve.engine.sampling import orders
 
 __all__ = ["HostReadError", "NoHostReads", "Transfers", "refuse_host_reads"]
@@ -159,7 +159,7 @@ def refuse_host_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Transfers]:
             return receive(self)
 
     with monkeypatch.context() as patch, mode:
-        for module in (inputs, orders):
+        for module in (inputs, orders, runner):
             patch.setattr(module, "upload", send)
         patch.setattr(transfers.Download, "array", fetch)
         yield count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,15 +12,18 @@ from torch import Tensor
 
 from sortserve.core.plan import StepPlan
 from sortserve.core.sampling_params import RowFailure, SampledToken
-from sortserve.engine.inputs import build_batch
-from sortserve.engine.prompt_scores import record_prompts
+from sortserve.engine.greedy_tail import GreedyTail
+from sortserve.engine.inputs import host_batch, upload_batch
+from sortserve.engine.prompt_scores import record_prompts, scored_tokens
 from sortserve.engine.sampling.bitmask import MaskMaker
+from sortserve.engine.sampling.edits import is_plain
 from sortserve.engine.sampling.sampler import Sampler
 from sortserve.engine.sampling.samples import KnownSamples, Samples
 from sortserve.engine.threads import StepThreads
-from sortserve.model.batch import Batch
+from sortserve.engine.transfers import upload
 from sortserve.model.decoder import Decoder
 from sortserve.model.graphs import MAX_ROWS, GraphMaker, SegmentGraphs
+from sortserve.model.host_batch import HostBatch
 
 __all__ = ["ModelRunner"]
 
@@ -64,6 +68,7 @@ class ModelRunner:
         self._decoder = decoder
         self._sampler = sampler or Sampler(decoder.backend.sampling)
         self._graphs: SegmentGraphs | None = None
+        self._tail: GreedyTail | None = None
         if graph_maker is None:
             self._kv_cache = decoder.allocate_kv_cache(num_pages, block_size)
         else:  # one page more, that no sequence has
@@ -73,6 +78,7 @@ class ModelRunner:
                 scratch_page=num_pages,
                 max_rows=max_num_seqs,
             )
+            self._tail = GreedyTail(decoder, graph_maker, self._graphs.buckets)
         self._threads: StepThreads | None = None
         self._masks = MaskMaker()
         # What the last plan sampled, for rows of the next one that go on from there.
@@ -82,7 +88,9 @@ class ModelRunner:
     def num_graphs(self) -> int:
         """Graphs that are recorded; 0: steps run as they are."""
         graphs = self._graphs
-        return graphs.num_graphs if graphs is not None and graphs.is_recorded else 0
+        if graphs is None or not graphs.is_recorded:
+            return 0
+        return graphs.num_graphs + len(graphs.buckets)  # and those of the tail
 
     def adapt_threads(self, threads: StepThreads) -> None:
         """From now on, let steps use as many threads as ``threads`` finds best."""
@@ -95,10 +103,11 @@ class ModelRunner:
         On the thread that runs steps. Where it cannot be done (a format of weights whose product
         looks at its inputs, too little memory), steps run as they are, and the log says so.
         """
-        if self._graphs is None or self._graphs.is_recorded:
+        if self._graphs is None or self._tail is None or self._graphs.is_recorded:
             return
         started_s = time.monotonic()
         try:
+            self._tail.record()
             self._graphs.record()
         except RuntimeError as error:
             logger.warning("decode steps run without CUDA graphs: %s", str(error).split("\n")[0])
@@ -119,34 +128,46 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> _Launched:
         """See ``Launcher``: the device goes on while the host plans the next step."""
-        batch = build_batch(
-            plan,
-            block_size=self.block_size,
-            num_slabs=self._decoder.num_slabs,
-            device=self._decoder.device,
-            last_ids_R=self._last_ids_R,
-        )
-        self._last_ids_R = self._last_ids_R[:0]  # if this plan fails, nobody goes on from it
+        last_ids_R = self._last_ids_R
+        self._last_ids_R = last_ids_R[:0]  # if this plan fails, nobody goes on from it
         sampling = [
             row.sampling.at(row.num_output_tokens) for row in plan.rows if row.sampling is not None
         ]
         masks = self._masks.start(sampling, self._decoder.config.vocab_size)
-        h_RD = self._forward(batch)
-        if batch.scored is not None:
-            record_prompts(plan, batch.scored, self._decoder.logits)
+        host = host_batch(plan, block_size=self.block_size, num_slabs=self._decoder.num_slabs)
+        graphs = self._graphs_for(plan, host)
+        if graphs is None:
+            h_RD = self._forward(plan, host, last_ids_R)
+        else:
+            inputs = upload(graphs.inputs(host), self._decoder.device)
+            h_RD = graphs.forward(host, inputs, last_ids_R)
         if not sampling:
             return _Launched(KnownSamples([]))
-        logits_RV = self._decoder.logits(h_RD)
-        made = {} if masks is None else masks.result()
-        samples = self._sampler.start(logits_RV, sampling, made)
+        samples: Samples
+        if graphs is not None and self._tail is not None and all(map(is_plain, sampling)):
+            samples = self._tail.start(h_RD)
+        else:
+            logits_RV = self._decoder.logits(h_RD)
+            made = {} if masks is None else masks.result()
+            samples = self._sampler.start(logits_RV, sampling, made)
         self._last_ids_R = samples.token_ids_R
         return _Launched(samples)
 
-    def _forward(self, batch: Batch) -> Tensor:
-        if batch.scored is not None:  # what is recorded of a step is its rows' last tokens alone
-            return self._decoder.forward(batch, self._kv_cache)
-        if self._graphs is not None and self._graphs.can_run(batch):
-            self.record_graphs()
-        if self._graphs is not None and self._graphs.can_run(batch):
-            return self._graphs.forward(batch)
-        return self._decoder.forward(batch, self._kv_cache)
+    def _graphs_for(self, plan: StepPlan, host: HostBatch) -> SegmentGraphs | None:
+        """What replays the step; None if it has to run as it is."""
+        if self._graphs is None or not self._graphs.can_run(host):
+            return None
+        # What is recorded of a step is its rows' last tokens alone.
+        if any(row.prompt_logprobs is not None for row in plan.rows):
+            return None
+        self.record_graphs()
+        return self._graphs
+
+    def _forward(self, plan: StepPlan, host: HostBatch, last_ids_R: Tensor) -> Tensor:
+        device = self._decoder.device
+        scored = scored_tokens(plan, device)
+        batch = replace(upload_batch(host, device, last_ids_R), scored=scored)
+        h_RD = self._decoder.forward(batch, self._kv_cache)
+        if scored is not None:
+            record_prompts(plan, scored, self._decoder.logits)
+        return h_RD

@@ -59,11 +59,13 @@ def upload_in_one_copy(arrays: Sequence[Array], device: torch.device) -> list[Te
 class Download:
     """What a tensor holds now, on its way to the host while the device goes on.
 
-    On the CPU it is the tensor itself, which nobody may change any more.
+    Args:
+        tensor: contiguous.
+        is_reused: whether it will be written again. If not, the result may be the tensor itself.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._host = tensor
+    def __init__(self, tensor: Tensor, *, is_reused: bool = False) -> None:
+        self._host = tensor.clone() if is_reused and tensor.device.type == "cpu" else tensor
         self._arrived: torch.cuda.Event | None = None
         if tensor.device.type == "cuda":
             self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)

@@ -16,15 +16,18 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sortserve.model.attention import KVCache
 from sortserve.model.batch import Batch
 from sortserve.model.decoder import Decoder
+from sortserve.model.host_batch import HostBatch
 
 __all__ = [
     "MAX_ROWS",
@@ -133,9 +136,9 @@ class SegmentGraphs:
         embedded, _ = decoder.embed(self._inputs.token_ids_R)
         self._h_RD, self._delta_RD = torch.zeros_like(embedded), torch.zeros_like(embedded)
 
-    def can_run(self, batch: Batch) -> bool:
+    def can_run(self, host: HostBatch) -> bool:
         """Whether it is a decode step, and small enough."""
-        return batch.is_decode and batch.num_rows <= self.buckets[-1]
+        return host.is_decode and host.num_rows <= self.buckets[-1]
 
     @property
     def num_graphs(self) -> int:
@@ -160,24 +163,37 @@ class SegmentGraphs:
                 run = self._segment(index, layers, num_rows)
                 self._graphs[index, num_rows] = self._maker.record(run)
 
+    def inputs(self, host: HostBatch) -> list[NDArray[Any]]:
+        """What to upload for a batch that ``can_run``: it is padded on the host."""
+        return self._inputs.arrays(host, self.bucket(host.num_rows))
+
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> Tensor:
-        """See ``Decoder.forward``; the batch is one that ``can_run``, and all is recorded."""
-        assert self.can_run(batch)
+    def forward(
+        self, host: HostBatch, inputs: Sequence[Tensor], last_ids_R: Tensor | None = None
+    ) -> Tensor:
+        """See ``Decoder.forward``; all is recorded.
+
+        Args:
+            host: one that ``can_run``.
+            inputs: what ``inputs`` gave for it, on the device.
+            last_ids_R: on that device, what the step before sampled: int64.
+        """
         assert self.is_recorded
-        self._inputs.load(batch, self._bucket(batch.num_rows))
+        self._inputs.load(inputs, last_ids_R if host.taken else None)
+        batch = self._inputs.batch_of(host)
         left: list[Tensor] = []
         for index, layers in enumerate(self._segments):
             num_rows = batch.num_rows_deeper_than(layers.start)
             if not num_rows:
                 break
-            self._graphs[index, self._bucket(num_rows)].replay()
+            self._graphs[index, self.bucket(num_rows)].replay()
             # Who leaves here is read before the next segment takes its place for padding.
             h_RD, delta_RD = self._h_RD[:num_rows], self._delta_RD[:num_rows]
             left.append(self._decoder.leave(batch, layers.stop, h_RD, delta_RD))
         return torch.cat(left[::-1])
 
-    def _bucket(self, num_rows: int) -> int:
+    def bucket(self, num_rows: int) -> int:
+        """So many rows are run for ``num_rows``."""
         return self.buckets[bisect_left(self.buckets, num_rows)]
 
     def _segment(self, index: int, layers: range, num_rows: int) -> Callable[[], None]:
@@ -188,7 +204,7 @@ class SegmentGraphs:
         def run() -> None:
             h_RD, delta_RD = h_out_RD, delta_out_RD
             if layers.start == 0:
-                h_RD, delta_RD = self._decoder.embed(batch.token_ids_T)
+                h_RD, delta_RD = self._decoder.embed(self._inputs.known_ids(num_rows))
             h_RD, delta_RD = self._decoder.run_layers(batch, layers, h_RD, delta_RD, self._kv_cache)
             for out_RD, result_RD in ((h_out_RD, h_RD), (delta_out_RD, delta_RD)):
                 if result_RD is not out_RD:
@@ -207,42 +223,86 @@ class _Inputs:
         self._rows_R = torch.arange(max_rows, device=device)
         self._starts_R1 = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._scratch_slots_R = scratch_page * block_size + self._rows_R % block_size
-        first_slabs = [start // decoder.slab_size for start in (0, *decoder.exits[:-1])]
-        self._first_slabs_G = torch.tensor(first_slabs, device=device)
-        self.token_ids_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self._positions_R = torch.zeros_like(self.token_ids_R)
-        self._slots_SR = self._scratch_slots_R.repeat(num_slabs, 1)
+        self._first_slabs_G = [start // decoder.slab_size for start in (0, *decoder.exits[:-1])]
+        self._block_size = block_size
+        # One array, one copy a step: token ids, places in _last_ids_R (-1: the id is known),
+        # positions, and the slots of each slab.
+        self._ints_XR = torch.zeros(3 + num_slabs, max_rows, dtype=torch.int64, device=device)
+        self.token_ids_R, self._taken_R, self._positions_R = self._ints_XR[:3]
+        self._slots_SR = self._ints_XR[3:]
+        self._last_ids_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._tables_SRB = torch.full(
             (num_slabs, max_rows, num_blocks), scratch_page, dtype=torch.int32, device=device
         )
-        self._lens_GR = torch.ones(len(first_slabs), max_rows, dtype=torch.int32, device=device)
+        num_segments = len(self._first_slabs_G)
+        self._lens_GR = torch.ones(num_segments, max_rows, dtype=torch.int32, device=device)
 
     def clear(self) -> None:
         """Let all rows be padding."""
-        self._pad(slice(None))
+        self._taken_R.fill_(-1)
+        self._slots_SR.copy_(self._scratch_slots_R.expand_as(self._slots_SR))
+        self._tables_SRB[:, :, 0] = self._scratch_page
+        self._lens_GR.fill_(1)
 
-    def load(self, batch: Batch, num_rows: int) -> None:
-        """Take over a batch, and let it be padded to ``num_rows``."""
-        rows = slice(batch.num_rows)
-        self.token_ids_R[rows].copy_(batch.token_ids_T)
-        self._positions_R[rows].copy_(batch.positions_T)
-        tables_SRB, slots_SR = batch.block_tables_SRB, batch.slots_ST
+    def arrays(self, host: HostBatch, num_rows: int) -> list[NDArray[Any]]:
+        """A batch padded to ``num_rows``: what ``load`` takes, once it is on the device."""
+        tables_SRB, slots_SR = host.block_tables_SRB, host.slots_ST
+        num_slabs, num_known = slots_SR.shape
+        rows = slice(num_known)
+        ints_XR = np.zeros((3 + num_slabs, num_rows), dtype=np.int64)
+        ints_XR[0, rows], ints_XR[2, rows] = host.token_ids_T, host.positions_T
+        ints_XR[1] = -1
+        for r, place in host.taken:
+            ints_XR[1, r] = place
+        first = self._scratch_page * self._block_size
+        ints_XR[3:] = first + np.arange(num_rows) % self._block_size
+        np.copyto(ints_XR[3:, rows], slots_SR, where=slots_SR >= 0)
+
+        tables = np.full((num_slabs, num_rows, tables_SRB.shape[2]), self._scratch_page, np.int32)
+        np.copyto(tables[:, rows], tables_SRB, where=tables_SRB >= 0)
+
+        lens_GR = np.ones((len(self._first_slabs_G), num_rows), dtype=np.int32)
+        is_alive_GR = tables_SRB[self._first_slabs_G, :, 0] >= 0
+        lens_R = np.array(host.context_lens, dtype=np.int32)
+        np.copyto(lens_GR[:, rows], lens_R[None], where=is_alive_GR)
+        return [ints_XR, tables, lens_GR]
+
+    def load(self, inputs: Sequence[Tensor], last_ids_R: Tensor | None) -> None:
+        """Take over what ``arrays`` has made."""
+        ints_XR, tables_SRB, lens_GR = inputs
+        rows = slice(ints_XR.shape[1])
+        self._ints_XR[:, rows].copy_(ints_XR)
         # Columns past those of the batch keep what they have: nobody looks past a row's length.
-        self._tables_SRB[:, rows, : tables_SRB.shape[2]].copy_(
-            torch.where(tables_SRB < 0, self._scratch_page, tables_SRB)
-        )
-        self._slots_SR[:, rows].copy_(
-            torch.where(slots_SR < 0, self._scratch_slots_R[rows], slots_SR)
-        )
-        is_alive_GR = tables_SRB[:, :, 0].index_select(0, self._first_slabs_G) >= 0
-        self._lens_GR[:, rows].copy_(torch.where(is_alive_GR, batch.context_lens_R, 1))
-        if batch.num_rows < num_rows:
-            self._pad(slice(batch.num_rows, num_rows))
+        self._tables_SRB[:, rows, : tables_SRB.shape[2]].copy_(tables_SRB)
+        self._lens_GR[:, rows].copy_(lens_GR)
+        if last_ids_R is not None:
+            self._last_ids_R[: len(last_ids_R)].copy_(last_ids_R)
 
-    def _pad(self, rows: slice) -> None:
-        self._tables_SRB[:, rows, 0] = self._scratch_page
-        self._slots_SR[:, rows] = self._scratch_slots_R[rows]
-        self._lens_GR[:, rows] = 1
+    def known_ids(self, num_rows: int) -> Tensor:
+        """The token ids of the first rows, with those that the step before has sampled."""
+        taken_R = self._taken_R[:num_rows]
+        last_R = self._last_ids_R.index_select(0, taken_R.clamp(min=0))
+        return torch.where(taken_R >= 0, last_R, self.token_ids_R[:num_rows])
+
+    def batch_of(self, host: HostBatch) -> Batch:
+        """What has been loaded as its rows know it, when they leave."""
+        num_rows = host.num_rows
+        return Batch(
+            token_ids_T=self.token_ids_R[:num_rows],
+            positions_T=self._positions_R[:num_rows],
+            query_starts=host.query_starts,
+            context_lens=host.context_lens,
+            exit_layers=host.exit_layers,
+            samples=host.samples,
+            query_starts_R1=self._starts_R1[: num_rows + 1],
+            context_lens_R=self._lens_GR[0, :num_rows],
+            block_tables_SRB=self._tables_SRB,
+            slots_ST=self._slots_SR,
+            num_prompt_tokens=host.num_prompt_tokens,
+            last_tokens_N=self._rows_R[:num_rows],
+            single_rows_N=self._rows_R[:num_rows],
+            is_recorded=True,
+        )
 
     def batch(self, index: int, layers: range, num_rows: int, max_len: int) -> Batch:
         """The first rows as a segment sees them; tables and slots of all rows lie as they are."""

@@ -18,7 +18,7 @@ from sortserve.model.attention import KVCache
 from sortserve.model.batch import Batch
 from sortserve.model.decoder import Decoder
 from sortserve.model.graphs import Graph, SegmentGraphs, row_buckets
-from support.batches import BLOCK_SIZE, Chunk, Pages, make_batch, random_ids
+from support.batches import BLOCK_SIZE, Chunk, Pages, host_batch_of, make_batch, random_ids
 from support.host_reads import HostReadError
 from support.recorded_graphs import RecordingMaker, RerunMaker, StaleInputError
 from support.serving import serve
@@ -74,6 +74,11 @@ def graphs_of(
     return SegmentGraphs(decoder, cache, maker, scratch_page=NUM_PAGES, max_rows=MAX_ROWS), cache
 
 
+def replay(graphs: SegmentGraphs, batch: Batch) -> Tensor:
+    host = host_batch_of(batch)
+    return graphs.forward(host, [torch.from_numpy(array) for array in graphs.inputs(host)])
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_any_mix_of_depths_and_rows_is_replayed_to_what_it_is_without_graphs(
     decoder: Decoder, seed: int
@@ -89,9 +94,9 @@ def test_any_mix_of_depths_and_rows_is_replayed_to_what_it_is_without_graphs(
     prompts = Prompts(decoder, [plain_cache, cache, rerun_cache], rng, MAX_ROWS)
     for number in range(6):
         batch = prompts.step(number, rng.randrange(1, MAX_ROWS + 1))
-        h_RD = recorded.forward(batch)
+        h_RD = replay(recorded, batch)
         plain_RD = decoder.forward(batch, plain_cache)
-        assert torch.equal(h_RD, rerun.forward(batch))
+        assert torch.equal(h_RD, replay(rerun, batch))
         torch.testing.assert_close(h_RD, plain_RD, rtol=1e-5, atol=2e-5)
         tokens, plain = (decoder.logits(h).argmax(-1) for h in (h_RD, plain_RD))
         assert torch.equal(tokens, plain)
@@ -111,7 +116,7 @@ def test_a_segment_runs_in_the_smallest_bucket_that_holds_its_rows(decoder: Deco
     prompts = Prompts(decoder, [cache], random.Random(0), 12)
     batch = prompts.step(0, 12)
 
-    recorded.forward(batch)
+    replay(recorded, batch)
 
     starts = (0, *EXITS[:-1])
     alive = [sum(e > start for e in batch.exit_layers) for start in starts]
@@ -151,10 +156,10 @@ def test_no_row_ever_reads_the_scratch_page_and_padding_writes_nowhere_else(
     for number in range(3):
         batch = prompts.step(number, rng.choice([1, 3, 5, 11]))
         cache.pages[:, :, NUM_PAGES] = 0.0
-        expected = recorded.forward(batch)
+        expected = replay(recorded, batch)
         before = cache.pages.clone()
         cache.pages[:, :, NUM_PAGES] = torch.nan
-        assert torch.equal(recorded.forward(batch), expected)
+        assert torch.equal(replay(recorded, batch), expected)
         assert torch.equal(cache.pages[:, :, :NUM_PAGES], before[:, :, :NUM_PAGES])
 
 
@@ -162,10 +167,10 @@ def test_prompts_and_large_steps_run_without_graphs(decoder: Decoder) -> None:
     recorded, _ = graphs_of(decoder, RecordingMaker())
     pages = Pages(NUM_PAGES)
     one = [Chunk([5], 0, 6, pages.table(6, 1))]
-    assert recorded.can_run(make_batch(one * MAX_ROWS, decoder.num_slabs))
-    assert not recorded.can_run(make_batch(one * (MAX_ROWS + 1), decoder.num_slabs))
+    assert recorded.can_run(host_batch_of(make_batch(one * MAX_ROWS, decoder.num_slabs)))
+    assert not recorded.can_run(host_batch_of(make_batch(one * (MAX_ROWS + 1), decoder.num_slabs)))
     two = Chunk([5, 6], 0, 2, pages.table(2, 2))
-    assert not recorded.can_run(make_batch([*one, two], decoder.num_slabs))
+    assert not recorded.can_run(host_batch_of(make_batch([*one, two], decoder.num_slabs)))
 
 
 class CannotRecord:
@@ -206,7 +211,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(
     )
     assert recording.num_graphs == 0
     recording.record_graphs()
-    assert recording.num_graphs == len(EXITS) * len(row_buckets(4))
+    assert recording.num_graphs == (len(EXITS) + 1) * len(row_buckets(4))
     [message] = [record.getMessage() for record in caplog.records]
     assert message.endswith("without CUDA graphs: operation not permitted when stream is capturing")
 

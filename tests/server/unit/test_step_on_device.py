@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sortserve.core.grammar import Constraint
 from sortserve.core.plan import RowPlan, StepPlan
-from sortserve.core.sampling_params import SampledToken, SamplingParams, SamplingRow
+from sortserve.core.sampling_params import RowFailure, SampledToken, SamplingParams, SamplingRow
 from sortserve.engine.runner import ModelRunner
 from sortserve.engine.sampling.sampler import Sampler
 from sortserve.engine.step_thread import with_tokens
@@ -118,7 +118,7 @@ def test_two_steps_under_way_with_grammars_among_them_read_nothing_but_their_tok
     runner, searching = runner_of(folder, graphs=graphs), runner_of(folder, batched=False)
     pages = Pages(400)
     first = constrained(plan_of(pages, DECODE, start=21))
-    assert runner.num_graphs == (len(EXITS) * len(row_buckets(len(DECODE))) if graphs else 0)
+    assert runner.num_graphs == ((len(EXITS) + 1) * len(row_buckets(len(DECODE))) if graphs else 0)
     rows = tuple(
         replace(row, start=22, token_ids=[0], token_from=n) for n, row in enumerate(first.rows)
     )
@@ -135,6 +135,47 @@ def test_two_steps_under_way_with_grammars_among_them_read_nothing_but_their_tok
         assert isinstance(result, SampledToken)
         assert isinstance(wanted, SampledToken)
         assert result.token_id == wanted.token_id  # rows of padding may round a score otherwise
+
+
+def test_of_greedy_rows_only_the_plan_is_sent_and_two_steps_under_way_keep_their_tokens(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Head and choice are replayed into the same memory: each step tells its own all the same."""
+    runner, searching = runner_of(folder, graphs=True), runner_of(folder, batched=False)
+    plan = plan_of(Pages(400), DECODE, start=21)
+    plain = SamplingRow(SamplingParams(temperature=0.0), 0, (7,), (5,), frozenset({2}))
+    first = replace(plan, rows=tuple(replace(row, sampling=plain) for row in plan.rows))
+    rows = tuple(
+        replace(row, start=22, token_ids=[0], token_from=n) for n, row in enumerate(first.rows)
+    )
+    second = replace(first, rows=rows[:4])  # a smaller one, in another bucket
+    with refuse_host_reads(monkeypatch) as transfers:
+        pending = [runner.launch(first), runner.launch(second)]
+        assert (transfers.uploads, transfers.downloads) == (2, 0)
+        results = [each.result() for each in pending]
+    assert transfers.downloads == 2
+
+    expected = searching.execute(first)
+    assert results == [expected, searching.execute(with_tokens(second, expected))]
+
+
+def test_a_greedy_row_whose_logits_are_not_finite_fails_alone_in_a_replayed_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = runner_of(folder, graphs=True)
+    plan = plan_of(Pages(400), DECODE, start=21)
+    plain = SamplingRow(SamplingParams(temperature=0.0), 0, (7,), (5,), frozenset({2}))
+    plan = replace(plan, rows=tuple(replace(row, sampling=plain) for row in plan.rows))
+    healthy = runner.execute(plan)
+    bias_RV = torch.zeros(len(DECODE), runner._decoder.config.vocab_size)
+    bias_RV[2, 5], bias_RV[4] = torch.nan, -torch.inf
+    head = runner._decoder.logits
+    monkeypatch.setattr(runner._decoder, "logits", lambda h_RD: head(h_RD) + bias_RV[: len(h_RD)])
+
+    results = runner.execute(plan)
+
+    assert [r for r, each in enumerate(results) if isinstance(each, RowFailure)] == [2, 4]
+    assert [results[r] for r in (0, 1, 3, 5)] == [healthy[r] for r in (0, 1, 3, 5)]
 
 
 def constrained(plan: StepPlan) -> StepPlan:

@@ -29,7 +29,28 @@ from sortserve.engine.sampling.row import NOT_FINITE, no_token_for
 from sortserve.engine.sampling.vocab_ops import draw
 from sortserve.engine.transfers import Download
 
-__all__ = ["BatchedSampler", "DeviceSamples"]
+__all__ = ["BatchedSampler", "DeviceSamples", "choose_plainly"]
+
+_MAX_BLOCKS = 128
+"""A row's largest logit is looked for in so many parts at once, at the most."""
+
+
+def choose_plainly(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """The first of each row's largest logits, int64 [R], and what to tell: -1 for it if not finite.
+
+    In two stages: of few rows a single one keeps most of a device idle.
+    """
+    largest_R, token_R = _largest(logits_RV)
+    return token_R, torch.where(largest_R.isfinite(), token_R, -1)
+
+
+def _largest(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+    vocab_size = logits_RV.shape[1]
+    num_blocks = next(n for n in range(_MAX_BLOCKS, 0, -1) if vocab_size % n == 0)
+    largest_RK, place_RK = logits_RV.view(len(logits_RV), num_blocks, -1).max(-1)
+    largest_R, block_R = largest_RK.max(-1)
+    place_R = place_RK.gather(1, block_R[:, None])[:, 0]
+    return largest_R, block_R * (vocab_size // num_blocks) + place_R
 
 
 class BatchedSampler:
@@ -48,7 +69,7 @@ class BatchedSampler:
     ) -> DeviceSamples:
         """See ``Sampler.start``; at least one row, and masks for all that are constrained."""
         masks = {} if masks is None else masks
-        largest_R, token_R = logits_RV.max(-1)
+        largest_R, token_R = _largest(logits_RV)
         if all(map(is_plain, rows)):
             is_finite_R = largest_R.isfinite()
             return DeviceSamples(rows, token_R, is_finite_R, is_finite_R)
@@ -62,7 +83,7 @@ class BatchedSampler:
             )
             if len(orders.constrained_N):
                 apply_bitmask_on_device(logits_RV, orders.constrained_N, orders.mask_NW)
-            largest_R, token_R = logits_RV.max(-1)
+            largest_R, token_R = _largest(logits_RV)
             has_some_R = largest_R > -torch.inf
             logits_RV.masked_fill_(~has_some_R[:, None], 0.0)
             _bring_near(logits_RV, largest_R, has_some_R)  # edits may take a row's largest
