@@ -238,22 +238,23 @@ class Scheduler:
         self._news.take_from(plan)
 
     def _admit(self, now: float) -> None:
-        if len(self._running) < self._max_num_seqs:
+        if self._waiting and len(self._running) < self._max_num_seqs:
+            # Leave every running sequence room to grow by a block, or a newcomer would be
+            # preempted as soon as it is admitted.
+            spare = sum(self.kv_cache.num_pages_needed(1, s.exit_layer) for s in self._running)
             for sequence in self._decisions.entry_order(now):
-                if len(self._running) == self._max_num_seqs or not self._try_admit(sequence):
+                if len(self._running) == self._max_num_seqs or not self._try_admit(sequence, spare):
                     break
+                spare += self.kv_cache.num_pages_needed(1, sequence.exit_layer)
                 self._decisions.entered(sequence, now)
         if not (self._running or self._ending or any(s.num_unknown_tokens for s in self._waiting)):
             assert not self._waiting, "the engine admits only what fits the pool alone"
 
-    def _try_admit(self, sequence: Sequence) -> bool:
-        # Leave every running sequence room to grow by a block, or a newcomer would be
-        # preempted as soon as it is admitted.
+    def _try_admit(self, sequence: Sequence, spare: int) -> bool:
         if sequence.num_unknown_tokens:
             return False  # it lost its pages to the step before: its token comes first
         if sequence.schedule is not None:
             self._follow_schedule(sequence)
-        spare = sum(self.kv_cache.num_pages_needed(1, s.exit_layer) for s in self._running)
         if not self.kv_cache.can_admit(sequence, num_spare_pages=spare):
             return False
         self._waiting.remove(sequence)
