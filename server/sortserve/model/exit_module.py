@@ -30,6 +30,7 @@ __all__ = [
     "GatedMlp",
     "OwnNorm",
     "SharedNorm",
+    "WholeLayer",
     "exit_module_kind",
 ]
 
@@ -149,6 +150,39 @@ class GatedMlp(OwnNorm):
         return super().__call__(h_RD + self._down(self._gated(x_RD)))
 
 
+class WholeLayer(OwnNorm):
+    """One more decoder layer of the model, then its own norm.
+
+    Its keys and values are of all tokens that pass the exit, wherever their rows leave.
+    """
+
+    @classmethod
+    def shapes(cls, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """See ExitModule; biases and norms of heads are where the model's layers have them."""
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        matrices = {
+            "q_proj": (config.q_size, hidden, config.qkv_bias),
+            "k_proj": (config.kv_size, hidden, config.qkv_bias),
+            "v_proj": (config.kv_size, hidden, config.qkv_bias),
+            "o_proj": (hidden, config.q_size, config.o_bias),
+            "gate_proj": (intermediate, hidden, config.mlp_bias),
+            "up_proj": (intermediate, hidden, config.mlp_bias),
+            "down_proj": (hidden, intermediate, config.mlp_bias),
+        }
+        shapes: dict[str, tuple[int, ...]] = {
+            **super().shapes(config),
+            "attn_norm.weight": (hidden,),
+            "mlp_norm.weight": (hidden,),
+        }
+        for name, (outputs, inputs, has_bias) in matrices.items():
+            shapes[f"{name}.weight"] = (outputs, inputs)
+            if has_bias:
+                shapes[f"{name}.bias"] = (outputs,)
+        if config.qk_norm:
+            shapes |= dict.fromkeys(("q_norm.weight", "k_norm.weight"), (config.head_dim,))
+        return shapes
+
+
 NO_MODULE = "none"
 """The kind of every exit that ``sorted.json`` names none for."""
 
@@ -157,6 +191,7 @@ EXIT_MODULE_KINDS: dict[str, type[ExitModule]] = {
     "norm": OwnNorm,
     "affine": Affine,
     "mlp": GatedMlp,
+    "layer": WholeLayer,
 }
 """By the names of ``sorted.json`` and ``--exit-modules``."""
 
