@@ -142,7 +142,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         plan = random_plan(
             rng,
             layers,
-            slab_size=runner.slab_size,
+            slab_size=runner.slabs.size,
             vocab_size=vocab_size,
             max_rows=arguments.max_rows,
         )

@@ -38,6 +38,7 @@ from benchmarks.lib.random_model import (
     random_weights,
 )
 from sortserve.core.errors import ConfigError
+from sortserve.core.slabs import Slabs
 from sortserve.model.attention import Attention, KVCache
 from sortserve.model.backend import Backend
 from sortserve.model.backends import BACKENDS, choose_backend
@@ -216,7 +217,7 @@ def bench_attention(dtype: torch.dtype, machine: Machine) -> list[Row]:
         num_pages = num_rows * math.ceil(context_len / BLOCK_SIZE)
         # Other layers' pages go through the caches between two uses of a layer's own.
         copies = max(2, ROTATED_BYTES // (num_pages * page_bytes(dtype)))
-        cache = KVCache.allocate(CONFIG, copies, num_pages, BLOCK_SIZE, dtype, "cpu")
+        cache = KVCache.allocate(CONFIG, Slabs(copies), num_pages, BLOCK_SIZE, dtype, "cpu")
         cache.pages.normal_()
         batch = make_batch(num_rows, 1, context_len, num_slabs=1)
         qkv = random(num_rows, CONFIG.q_size + 2 * CONFIG.kv_size).to(dtype)
@@ -234,8 +235,8 @@ def attention_run(
     attention: Attention, batch: Batch, qkv: Tensor, cache: KVCache
 ) -> Callable[[], object]:
     (attend,) = attention.prepare(batch, range(1), batch.num_rows)
-    layers = itertools.cycle(range(cache.slab_size))
-    return lambda: attend(qkv, None, cache.layer(next(layers)))
+    layers = itertools.cycle(range(cache.slabs.size))
+    return lambda: attend(qkv, None, cache.pages[next(layers)])
 
 
 def page_bytes(dtype: torch.dtype) -> int:

@@ -70,7 +70,7 @@ def test_a_row_in_bf16_gets_the_same_bits_alone_and_in_a_batch_of_any_size(
 def batch_logits(decoder: Decoder, prompts: list[list[int]]) -> torch.Tensor:
     """[R, V]: the whole prompts in one step, at full depth."""
     pages = Pages(800)
-    num_slabs = EXITS[-1] // decoder.slab_size
+    num_slabs = decoder.slabs.count(EXITS[-1])
     chunks = [Chunk(ids, 0, EXITS[-1], pages.table(num_slabs, len(ids))) for ids in prompts]
     return run_chunks(decoder, decoder.allocate_kv_cache(800, 8), chunks)
 
@@ -78,7 +78,7 @@ def batch_logits(decoder: Decoder, prompts: list[list[int]]) -> torch.Tensor:
 def served_logits(decoder: Decoder, exit_layer: int) -> torch.Tensor:
     """[T, V]: one step per token, so that every position passes the head."""
     kv_cache = decoder.allocate_kv_cache(num_pages=200, block_size=8)
-    num_slabs = exit_layer // decoder.slab_size
+    num_slabs = decoder.slabs.count(exit_layer)
     pages = torch.arange(num_slabs * 8, dtype=torch.int32).view(num_slabs, 8).numpy()
     sampling = SamplingRow(SamplingParams(), 0, (), (), frozenset())
     rows = []

@@ -80,7 +80,7 @@ def served_logits(folder: Path, backend: str = "auto") -> Tensor:
     """[V], the last token's at exit 2."""
     decoder = serve(folder, backend=backend).decoder
     cache, pages = decoder.allocate_kv_cache(16, 8), Pages(16)
-    chunk = Chunk(PROMPT, 0, 2, pages.table(1, len(PROMPT)))
+    chunk = Chunk(PROMPT, 0, 2, pages.table(decoder.slabs.count(2), len(PROMPT)))
     return run_chunks(decoder, cache, [chunk])[0]
 
 

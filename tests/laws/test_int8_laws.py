@@ -51,7 +51,7 @@ def make_chunks(
     decoder: Decoder, pages: Pages, prompts: list[list[int]], depths: list[int]
 ) -> list[Chunk]:
     return [
-        Chunk(ids, 0, depth, pages.table(depth // decoder.slab_size, len(ids) + BLOCK_SIZE))
+        Chunk(ids, 0, depth, pages.table(decoder.slabs.count(depth), len(ids) + BLOCK_SIZE))
         for ids, depth in zip(prompts, depths, strict=True)
     ]
 

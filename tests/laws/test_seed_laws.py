@@ -54,7 +54,7 @@ def run_row(
 ) -> torch.Tensor:
     """The row's last logits, run in chunks of ``sizes``; its last step has company."""
     cache, pages = decoder.allocate_kv_cache(2600, BLOCK_SIZE), Pages(2600)
-    num_slabs = exit_layer // decoder.slab_size
+    num_slabs = decoder.slabs.count(exit_layer)
     table = pages.table(num_slabs, len(ids))
     start = 0
     for size in sizes[:-1]:

@@ -53,7 +53,7 @@ def logits_of(decoder: Decoder, num_threads: int) -> Tensor:
     chunks = []
     for seed, (exit_layer, start, count) in enumerate(ROWS):
         ids = [i % 200 for i in random_ids(start + count, seed)]
-        table = pages.table(exit_layer // decoder.slab_size, start + count)
+        table = pages.table(decoder.slabs.count(exit_layer), start + count)
         if start:
             run_chunks(decoder, cache, [Chunk(ids[:start], 0, exit_layer, table, samples=False)])
         chunks.append(Chunk(ids[start:], start, exit_layer, table))

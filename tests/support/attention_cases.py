@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sortserve.core.slabs import Slabs
 from sortserve.model.attention import Attention, HeadNorms, KVCache, RopeTables
 from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
@@ -88,8 +89,8 @@ class Case:
                 + positions % block_size
             )[None],
         )
-        cache = KVCache.allocate(config, 1, num_pages, block_size, dtype, "cpu")
-        self.pages = self.random(*cache.layer(0).shape).to(dtype)
+        cache = KVCache.allocate(config, Slabs(1), num_pages, block_size, dtype, "cpu")
+        self.pages = self.random(*cache.pages[0].shape).to(dtype)
         self.qkv_TX = self.random(starts[-1], config.q_size + 2 * config.kv_size).to(dtype)
         self.norms = HeadNorms(
             (1 + 0.3 * self.random(config.head_dim)).to(dtype),

@@ -38,7 +38,7 @@ class Eventual:
 class _Launcher:
     def __init__(self, runner: Runner) -> None:
         self.num_pages, self.block_size = runner.num_pages, runner.block_size
-        self.slab_size = runner.slab_size
+        self.slabs = runner.slabs
         self._runner = runner
         self._last: Results = ()
         self.plans: list[StepPlan] = []

@@ -20,6 +20,7 @@ from sortserve.core.sampling_params import (
     SamplingRow,
     TokenLogprob,
 )
+from sortserve.core.slabs import Slabs
 from sortserve.engine.engine import Engine, EngineConfig, TextStream
 from sortserve.engine.sampling.bitmask import make_masks
 
@@ -73,7 +74,7 @@ class ScriptedRunner:
     ) -> None:
         self.num_pages = num_pages
         self.block_size = block_size
-        self.slab_size = slab_size
+        self.slabs = Slabs(slab_size)
         self.rule = rule
         self.plans: list[StepPlan] = []
         self.fail_next = False
@@ -103,7 +104,7 @@ class ScriptedRunner:
             if len(known) == row.context_len - 1:  # the host does not know it yet
                 known.append(row.token_ids[-1])
             assert len(known) == row.context_len
-            assert row.block_table_SB.shape[0] == row.exit_layer // self.slab_size
+            assert row.block_table_SB.shape[0] == self.slabs.count(row.exit_layer)
             for position, token_id in enumerate(known):
                 block, offset = divmod(position, self.block_size)
                 held = self._pages[row.block_table_SB[:, block], offset]

@@ -281,6 +281,27 @@ def hf_submodel(model: Any, num_layers: int, *, final_norm: bool = True) -> Any:
     return sub.eval()
 
 
+def hf_layered_submodel(model: Any, num_layers: int, tensors: Mapping[str, Tensor]) -> Any:
+    """transformers' model of the first layers, one more with these weights, and the norm there."""
+    sub = hf_submodel(model, num_layers + 1)
+    layer, norm = copy.deepcopy(sub.model.layers[-1]), copy.deepcopy(model.model.norm)
+    state = dict(tensors)
+    norm.load_state_dict({"weight": state.pop("norm.weight")})
+    layer.load_state_dict({_in_a_layer(name): tensor for name, tensor in state.items()})
+    sub.model.layers = nn.ModuleList([*list(model.model.layers)[:num_layers], layer])
+    sub.model.norm = norm
+    return sub.eval()
+
+
+def _in_a_layer(name: str) -> str:
+    """What transformers calls a tensor of the module ``layer``, within a decoder layer."""
+    name = name.replace("attn_norm.", "input_layernorm.")
+    name = name.replace("mlp_norm.", "post_attention_layernorm.")
+    if name.startswith(("q_", "k_", "v_", "o_")):
+        return f"self_attn.{name}"
+    return f"mlp.{name}" if "proj" in name else name
+
+
 def _make_submodel(model: Any, num_layers: int) -> Any:
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = num_layers
@@ -300,9 +321,14 @@ def hf_logits(
     """transformers' logits [T, V] with the first ``num_layers`` layers (all by default).
 
     ``exit_module``: tensors of ``read_exit_module``; with any, the trunk's hidden state passes it
-    (in plain torch) in place of the shared final norm.
+    (in plain torch) in place of the shared final norm. A module that is a layer is transformers'
+    own, the last of a model of one layer more.
     """
     depth = model.config.num_hidden_layers if num_layers is None else num_layers
+    if exit_module and "q_proj.weight" in exit_module:
+        layered = hf_layered_submodel(model, depth, exit_module)
+        own_TV: Tensor = layered(torch.tensor([list(ids)]), use_cache=False).logits[0]
+        return own_TV
     sub = hf_submodel(model, depth, final_norm=not exit_module)
     ids_1T = torch.tensor([list(ids)])
     h_TD = sub.model(input_ids=ids_1T, use_cache=False).last_hidden_state[0]

@@ -39,6 +39,17 @@ class EditedAttention:
     def prepare(self, batch: Batch, slabs: range, num_rows: int) -> Sequence[SlabAttention]:
         return self._attention.prepare(self._edit(batch), slabs, num_rows)
 
+    def write(
+        self,
+        batch: Batch,
+        slab: int,
+        num_rows: int,
+        kv_TX: Tensor,
+        key_norm: Tensor | None,
+        layer_pages: Tensor,
+    ) -> None:
+        self._attention.write(self._edit(batch), slab, num_rows, kv_TX, key_norm, layer_pages)
+
 
 def _attention_edited_by(edit: Callable[[Batch], Batch]) -> Callable[[Target], WrongBackend]:
     class Wrong(WrongBackend):

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from sortserve.core.slabs import Slabs
 from sortserve.scheduling.demand import SOFT_GAP_S, Demand, StepCosts
 from sortserve.scheduling.policy import Policy
 
@@ -34,12 +35,12 @@ class Room:
     """Now, cached ones included."""
     block_size: int
     """Tokens of a page."""
-    slab_size: int
-    """Layers of a page."""
+    slabs: Slabs
+    """What a page holds."""
 
     def pages(self, num_tokens: int, exit_layer: int) -> int:
         """Those that hold so many tokens at an exit."""
-        return -(-num_tokens // self.block_size) * (exit_layer // self.slab_size)
+        return -(-num_tokens // self.block_size) * self.slabs.count(exit_layer)
 
     def is_ample(self, num_requests: int, num_tokens: int, exit_layer: int) -> bool:
         """Whether so many requests could all run now, and grow to so many tokens together.
@@ -52,12 +53,12 @@ class Room:
         num_blocks = num_tokens // self.block_size + 2 * num_requests
         return (
             num_requests <= self.num_slots
-            and num_blocks * (exit_layer // self.slab_size) <= self.num_pages
+            and num_blocks * self.slabs.count(exit_layer) <= self.num_pages
         )
 
 
 UNLIMITED = Room(
-    num_slots=1 << 60, num_pages=1 << 60, num_free_pages=1 << 60, block_size=1, slab_size=1
+    num_slots=1 << 60, num_pages=1 << 60, num_free_pages=1 << 60, block_size=1, slabs=Slabs(1)
 )
 
 

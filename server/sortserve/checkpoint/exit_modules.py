@@ -6,18 +6,21 @@ The tensors of exit E are named ``exits.{E}.NAME``; names and shapes are those o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sortserve.checkpoint.loader import check_tensors
+from sortserve.checkpoint.shards import shard
 from sortserve.checkpoint.tensors import SafetensorsReader
 from sortserve.core.errors import CheckpointError
 from sortserve.model.config import ModelConfig
 from sortserve.model.exit_module import EXIT_MODULE_KINDS
-from sortserve.model.weights import ExitModuleWeights
+from sortserve.model.local_shape import LocalShape
+from sortserve.model.weight import Weight
+from sortserve.model.weights import ExitModuleWeights, OwnLayerWeights
 
 __all__ = ["EXIT_MODULES", "load_exit_modules"]
 
@@ -31,6 +34,8 @@ def load_exit_modules(
     config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
+    quantize: Callable[[Tensor], Weight] = Weight.plain,
+    shape: LocalShape | None = None,
 ) -> dict[int, ExitModuleWeights]:
     """The modules of the served ``exits``; those without tensors have no entry.
 
@@ -41,6 +46,9 @@ def load_exit_modules(
         config: gives the shapes.
         dtype: of the result.
         device: of the result.
+        quantize: makes the weights of the matrices of exits' own layers, as of the trunk's.
+        shape: the share of exits' own layers to load; None: everything. Of all else a rank has the
+            whole.
 
     Raises:
         CheckpointError: the file is missing or truncated, or a tensor is missing, of another
@@ -66,11 +74,44 @@ def load_exit_modules(
             tensor = reader.read(f"exits.{layer}.{name}")
             return tensor.to(device=device, dtype=dtype, copy=True)
 
-        return {
-            layer: ExitModuleWeights(
-                kind=EXIT_MODULE_KINDS[kinds[layer]],
-                tensors={name: read(layer, name) for name in shapes[layer]},
+        def own_layer(layer: int) -> OwnLayerWeights:
+            def part(name: str) -> Tensor:
+                whole = reader.read(f"exits.{layer}.{name}")
+                return whole if shape is None else shard(name, whole, config, shape)
+
+            def fuse(*names: str) -> Tensor:
+                # A copy, even of a single tensor.
+                return torch.cat([part(name) for name in names]).to(device=device, dtype=dtype)
+
+            def matrix(*names: str) -> Weight:
+                return quantize(fuse(*(f"{name}.weight" for name in names)))
+
+            def vector(*names: str) -> Tensor | None:
+                return fuse(*names) if shapes[layer].keys() >= set(names) else None
+
+            return OwnLayerWeights(
+                input_norm=fuse("attn_norm.weight"),
+                q=matrix("q_proj"),
+                q_bias=vector("q_proj.bias"),
+                kv=matrix("k_proj", "v_proj"),
+                kv_bias=vector("k_proj.bias", "v_proj.bias"),
+                q_norm=vector("q_norm.weight"),
+                k_norm=vector("k_norm.weight"),
+                o=matrix("o_proj"),
+                o_bias=vector("o_proj.bias"),
+                post_attention_norm=fuse("mlp_norm.weight"),
+                gate_up=matrix("gate_proj", "up_proj"),
+                gate_up_bias=vector("gate_proj.bias", "up_proj.bias"),
+                down=matrix("down_proj"),
+                down_bias=vector("down_proj.bias"),
             )
-            for layer in exits
-            if shapes.get(layer)
-        }
+
+        def module(layer: int) -> ExitModuleWeights:
+            kind = EXIT_MODULE_KINDS[kinds[layer]]
+            if kind.has_layer:
+                tensors = {"norm.weight": read(layer, "norm.weight")}
+                return ExitModuleWeights(kind=kind, tensors=tensors, layer=own_layer(layer))
+            tensors = {name: read(layer, name) for name in shapes[layer]}
+            return ExitModuleWeights(kind=kind, tensors=tensors)
+
+        return {layer: module(layer) for layer in exits if shapes.get(layer)}

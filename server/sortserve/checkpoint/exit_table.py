@@ -24,23 +24,34 @@ def exit_table(
 
     Measured schedules come along if all their exits are there.
 
-    ``compute`` counts the matrices a token passes (layers, exit module, head) relative to the
-    full model; attention over the context is left out.
+    ``compute`` counts the matrices a token passes (layers, exit module, what the own layers of
+    shallower exits need of it, head) relative to the full depth; attention over the context is left
+    out.
     """
     layer, layer_matrices = count_layer_parameters(config)
     head = config.vocab_size * config.hidden_size
     embeddings = head if config.tie_word_embeddings else 2 * head
-    full_matrices = config.num_layers * layer_matrices + head
+    modules = {
+        exit_layer: EXIT_MODULE_KINDS[
+            sorted_info.module_kind(exit_layer) if sorted_info else NO_MODULE
+        ]
+        for exit_layer in exits
+    }
+
+    def num_elements(depth: int) -> int:
+        passing = sum(m.num_passing_elements(config) for e, m in modules.items() if e < depth)
+        own = modules[depth].num_matrix_elements(config) if depth in modules else 0
+        return depth * layer_matrices + passing + own + head
+
+    full_elements = num_elements(config.num_layers)
 
     def info(exit_layer: int) -> ExitInfo:
-        name = sorted_info.module_kind(exit_layer) if sorted_info else NO_MODULE
-        module = EXIT_MODULE_KINDS[name]
-        matrices = exit_layer * layer_matrices + module.num_matrix_elements(config) + head
+        module = modules[exit_layer]
         quality = dict(sorted_info.quality.get(exit_layer, {})) if sorted_info else {}
         return ExitInfo(
             exit_layer=exit_layer,
             num_parameters=embeddings + exit_layer * layer + module.num_parameters(config),
-            compute=matrices / full_matrices,
+            compute=num_elements(exit_layer) / full_elements,
             score=quality.pop("score", None),
             quality=quality or None,
             usable=sorted_info.usable.get(exit_layer) if sorted_info else None,

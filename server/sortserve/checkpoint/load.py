@@ -319,7 +319,16 @@ def _load_weights(
 ) -> ModelWeights:
     info = layout.sorted_info
     kinds = info.exit_modules if info else {}
-    modules = load_exit_modules(layout.own, kinds, exits, config, target.dtype, target.device)
+    modules = load_exit_modules(
+        layout.own,
+        kinds,
+        exits,
+        config,
+        target.dtype,
+        target.device,
+        target.quantize,
+        target.shape,
+    )
     if isinstance(trunk, KeptWeights):
         weights = trunk.weights
         weights.inv_freq, weights.rope_attention_scaling = rope[0].to(target.device), rope[1]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from sortserve.core.prompt_logprobs import PromptLogprobs
 from sortserve.core.sampling_params import RowFailure, SampledToken, SamplingRow
+from sortserve.core.slabs import Slabs
 
 __all__ = ["Launcher", "Pending", "RowPlan", "Runner", "RunnerLost", "StepPlan"]
 
@@ -26,7 +27,7 @@ class RowPlan:
     token_ids: Sequence[int]
     """Tokens to run, at least one."""
     block_table_SB: NDArray[np.int32]
-    """Page ids [exit_layer / slab_size, blocks of tokens], a view: read it before the next step."""
+    """Page ids [slabs up to the exit, blocks of tokens], a view: read it before the next step."""
     sampling: SamplingRow | None
     """How to sample after the last token; None while a prompt is unfinished."""
     prompt_len: int | None = None
@@ -100,7 +101,7 @@ class Runner(Protocol):
 
     num_pages: int
     block_size: int
-    slab_size: int
+    slabs: Slabs
 
     def execute(self, plan: StepPlan) -> Sequence[SampledToken | RowFailure]:
         """Run the plan; one result for each row that samples, in the plan's order.

@@ -114,7 +114,7 @@ class SyntheticPlans:
         return self._plan(exit_layer, [(context - 1, 1)] * min(num_rows, most))
 
     def _num_pages(self, exit_layer: int, context: int) -> int:
-        return -(-context // self._runner.block_size) * (exit_layer // self._runner.slab_size)
+        return -(-context // self._runner.block_size) * self._runner.slabs.count(exit_layer)
 
     def _plan(self, exit_layer: int, parts: Sequence[tuple[int, int]]) -> StepPlan | None:
         """Rows of (start, tokens) one after the other; None if the pool is too small for them."""
@@ -127,7 +127,7 @@ class SyntheticPlans:
         return StepPlan(rows=tuple(rows), depth_cap=exit_layer)
 
     def _row(self, exit_layer: int, start: int, num_tokens: int, first_page: int) -> RowPlan:
-        num_slabs = exit_layer // self._runner.slab_size
+        num_slabs = self._runner.slabs.count(exit_layer)
         num_blocks = -(-(start + num_tokens) // self._runner.block_size)
         pages = first_page + np.arange(num_slabs * num_blocks, dtype=np.int32)
         return RowPlan(

@@ -50,7 +50,7 @@ class EngineConfig:
         return KVCacheManager(
             num_pages=runner.num_pages,
             block_size=runner.block_size,
-            slab_size=runner.slab_size,
+            slabs=runner.slabs,
             enable_prefix_caching=self.enable_prefix_caching,
             pages_are_resident=self.pages_are_resident,
         )

@@ -56,7 +56,7 @@ def room_of(engine: Engine) -> Room:
         num_pages=kv_cache.pool.num_pages,
         num_free_pages=kv_cache.pool.num_free,
         block_size=kv_cache.block_size,
-        slab_size=kv_cache.slab_size,
+        slabs=kv_cache.slabs,
     )
 
 

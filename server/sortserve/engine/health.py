@@ -59,7 +59,7 @@ class Health:
         Where the pages are all taken the step counts for nothing: there will be one whose failure
         has given some back.
         """
-        num_pages = self._full_depth // self._runner.slab_size
+        num_pages = self._runner.slabs.count(self._full_depth)
         if not self._is_suspect or num_pages > self._kv_cache.pool.num_free:
             return
         self._is_suspect = False

@@ -67,7 +67,7 @@ def cache_shape(
         ConfigError: it does not fit the machine, or is too small for one sequence of full length.
     """
     page_bytes = KVCache.page_bytes(
-        decoder.local_config, decoder.slab_size, block_size, decoder.dtype
+        decoder.local_config, decoder.slabs.size, block_size, decoder.dtype
     )
     pages_per_seq = -(-max_model_len // block_size) * decoder.num_slabs
     if kv_cache_memory is not None:
@@ -83,7 +83,7 @@ def cache_shape(
         pages_per_seq=pages_per_seq,
         max_num_seqs=max_num_seqs,
     )
-    cache = CacheShape(num_pages, block_size, decoder.slab_size, page_bytes)
+    cache = CacheShape(num_pages, block_size, decoder.slabs.size, page_bytes)
     limit = total_memory_bytes(decoder.device)
     if cache.num_bytes > limit:
         raise ConfigError(

@@ -6,6 +6,7 @@ import numpy as np
 
 from sortserve.core.plan import RowPlan, Runner, StepPlan
 from sortserve.core.sampling_params import SamplingParams, SamplingRow
+from sortserve.core.slabs import Slabs
 
 __all__ = ["largest_steps", "num_pages_of_largest_steps", "run_largest_steps"]
 
@@ -33,7 +34,7 @@ def run_largest_steps(
     """Run them; what they write and sample means nothing."""
     for plan in largest_steps(
         depth=depth,
-        slab_size=runner.slab_size,
+        slabs=runner.slabs,
         block_size=runner.block_size,
         max_model_len=max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -45,7 +46,7 @@ def run_largest_steps(
 def largest_steps(
     *,
     depth: int,
-    slab_size: int,
+    slabs: Slabs,
     block_size: int,
     max_model_len: int,
     max_num_batched_tokens: int,
@@ -56,7 +57,7 @@ def largest_steps(
     All rows and slabs share the same few pages: it is the step's memory that counts, and no cache
     has room for all of them yet.
     """
-    num_slabs = depth // slab_size
+    num_slabs = slabs.count(depth)
     sampling = SamplingRow(
         SamplingParams(temperature=1.0, top_p=0.9), 0, (0,), (), stop_token_ids=frozenset()
     )

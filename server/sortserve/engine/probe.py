@@ -132,7 +132,7 @@ class Prober:
             return
         with self._kv_cache.borrowed(num_pages) as pages:
             table = np.array(pages, dtype=np.int32).reshape(
-                self._exit_layer // self._kv_cache.slab_size, -1
+                self._kv_cache.slabs.count(self._exit_layer), -1
             )
             outputs: list[int] = []
             pending: tuple[int, ...] = prompt

@@ -15,7 +15,7 @@ from sortserve.core.plan import RowPlan, StepPlan
 from sortserve.core.sampling_params import SampledToken
 from sortserve.engine.sampling.logprobs import Report, log_sums
 from sortserve.engine.sampling.vocab_ops import block_maxima
-from sortserve.model.scored import ScoredTokens
+from sortserve.model.scored import AskedTokens, ScoredTokens
 
 __all__ = ["record_prompts", "scored_tokens"]
 
@@ -27,15 +27,20 @@ def scored_tokens(plan: StepPlan, device: torch.device | str) -> ScoredTokens | 
     """The tokens of a plan after which the next one of the prompt is to be judged; None: none."""
     if all(row.prompt_logprobs is None for row in plan.rows):
         return None
-    places: dict[int, list[int]] = {}
-    start = 0
-    for row in plan.rows:
-        if num_targets := len(_targets(row)):
-            places.setdefault(row.exit_layer, []).extend(range(start, start + num_targets))
-        start += row.num_tokens
-    if not places:
+    found: dict[int, list[tuple[int, int, int]]] = {}
+    begin = 0
+    for index, row in enumerate(plan.rows):
+        for n in range(len(_targets(row))):
+            found.setdefault(row.exit_layer, []).append((begin + n, index, row.start + n + 1))
+        begin += row.num_tokens
+    if not found:
         return None
-    return ScoredTokens({e: torch.tensor(tokens, device=device) for e, tokens in places.items()})
+
+    def asked(tokens: list[tuple[int, int, int]]) -> AskedTokens:
+        places, rows, context_lens = zip(*tokens, strict=True)
+        return AskedTokens(torch.tensor(places, device=device), rows, context_lens)
+
+    return ScoredTokens({exit_layer: asked(tokens) for exit_layer, tokens in found.items()})
 
 
 def record_prompts(

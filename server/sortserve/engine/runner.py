@@ -64,7 +64,7 @@ class ModelRunner:
     ) -> None:
         self.num_pages = num_pages
         self.block_size = block_size
-        self.slab_size = decoder.slab_size
+        self.slabs = decoder.slabs
         self._decoder = decoder
         self._sampler = sampler or Sampler(decoder.backend.sampling)
         self._graphs: SegmentGraphs | None = None

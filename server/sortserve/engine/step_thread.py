@@ -29,7 +29,7 @@ class StepThread:
 
     def __init__(self, runner: Runner) -> None:
         self.num_pages, self.block_size = runner.num_pages, runner.block_size
-        self.slab_size = runner.slab_size
+        self.slabs = runner.slabs
         self._runner = runner
         self._inbox: _Inbox = queue.SimpleQueue()
         self._has_started = False

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sortserve.core.plan import Runner, StepPlan
 from sortserve.core.sampling_params import RowFailure, SampledToken
+from sortserve.core.slabs import Slabs
 from sortserve.cost.machine import Machine
 from sortserve.cost.model import CostModel, step_shape
 
@@ -35,7 +35,7 @@ class BlankRunner:
 
     def __init__(self, exits: Sequence[int], *, num_pages: int) -> None:
         self.num_pages = num_pages
-        self.slab_size = math.gcd(*exits)
+        self.slabs = Slabs.of(exits)
 
     def execute(self, plan: StepPlan) -> list[SampledToken]:
         """A token for each row that samples."""
@@ -54,7 +54,7 @@ class TimedRunner:
         noise: Callable[[], float] = lambda: 1.0,
     ) -> None:
         self.num_pages, self.block_size = runner.num_pages, runner.block_size
-        self.slab_size = runner.slab_size
+        self.slabs = runner.slabs
         self._runner, self._clock, self._truth, self._noise = runner, clock, truth, noise
 
     def execute(self, plan: StepPlan) -> Sequence[SampledToken | RowFailure]:

@@ -11,35 +11,43 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from sortserve.core.slabs import Slabs
 from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
 
-__all__ = ["Attention", "HeadNorms", "KVCache", "RopeTables", "SlabAttention"]
+__all__ = [
+    "Attention",
+    "HeadNorms",
+    "KVCache",
+    "RopeTables",
+    "SlabAttention",
+    "without_queries",
+]
 
 
 class KVCache:
     """One pool of pages; a page holds ``block_size`` tokens of one slab.
 
-    ``pages`` is [slab_size, 2, P, K, block_size, H]: the first index is the layer inside the slab,
-    the second 0 for keys and 1 for values. Layer l of a model uses ``pages[l % slab_size]`` with
-    the page ids of slab ``l // slab_size``.
+    ``pages`` is [planes of a page, 2, P, K, block_size, H]: the first index is the layer's place in
+    its slab (``Slabs.place``), the second 0 for keys and 1 for values.
     """
 
-    def __init__(self, pages: Tensor) -> None:
+    def __init__(self, pages: Tensor, slabs: Slabs) -> None:
         assert pages.dim() == 6
-        assert pages.shape[1] == 2
+        assert pages.shape[:2] == (slabs.size, 2)
         self.pages = pages
+        self.slabs = slabs
 
     @staticmethod
     def allocate(
         config: ModelConfig,
-        slab_size: int,
+        slabs: Slabs,
         num_pages: int,
         block_size: int,
         dtype: torch.dtype,
@@ -50,21 +58,16 @@ class KVCache:
         On a CPU it is anonymous memory, zeroed by the kernel when a page is first touched: a large
         pool costs nothing until it is used.
         """
-        shape = (slab_size, 2, num_pages, config.num_kv_heads, block_size, config.head_dim)
+        shape = (slabs.size, 2, num_pages, config.num_kv_heads, block_size, config.head_dim)
         if torch.device(device).type != "cpu":
-            return KVCache(torch.zeros(shape, dtype=dtype, device=device))
+            return KVCache(torch.zeros(shape, dtype=dtype, device=device), slabs)
         memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-        return KVCache(torch.frombuffer(memory, dtype=dtype).view(shape))
+        return KVCache(torch.frombuffer(memory, dtype=dtype).view(shape), slabs)
 
     @staticmethod
     def page_bytes(config: ModelConfig, slab_size: int, block_size: int, dtype: torch.dtype) -> int:
         """Bytes of one page: keys and values of ``block_size`` tokens in ``slab_size`` layers."""
         return slab_size * 2 * config.kv_size * block_size * dtype.itemsize
-
-    @property
-    def slab_size(self) -> int:
-        """Layers of a slab."""
-        return self.pages.shape[0]
 
     @property
     def num_pages(self) -> int:
@@ -75,10 +78,6 @@ class KVCache:
     def block_size(self) -> int:
         """Tokens of a page."""
         return self.pages.shape[4]
-
-    def layer(self, layer: int) -> Tensor:
-        """[2, P, K, block_size, H]: the keys and values of one layer."""
-        return self.pages[layer % self.slab_size]
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,16 @@ class HeadNorms:
     query: Tensor
     key: Tensor
 
+    @staticmethod
+    def of_keys(key: Tensor | None) -> HeadNorms | None:
+        """Where there are no queries."""
+        return None if key is None else HeadNorms(key, key)
+
+
+def without_queries(config: ModelConfig) -> ModelConfig:
+    """The sizes of heads where there are keys and values alone."""
+    return replace(config, num_heads=0)
+
 
 class SlabAttention(Protocol):
     """Attention for the rows alive in one slab of one step."""
@@ -120,4 +129,25 @@ class Attention(Protocol):
 
     def prepare(self, batch: Batch, slabs: range, num_rows: int) -> Sequence[SlabAttention]:
         """For each slab, what its layers share; the first ``num_rows`` rows are alive in all."""
+        ...
+
+    def write(
+        self,
+        batch: Batch,
+        slab: int,
+        num_rows: int,
+        kv_TX: Tensor,
+        key_norm: Tensor | None,
+        layer_pages: Tensor,
+    ) -> None:
+        """Write the keys and values of one layer, without attention.
+
+        Args:
+            batch: the step.
+            slab: of the layer.
+            num_rows: the first rows of the batch, all alive in the slab.
+            kv_TX: [T, 2K H], of their tokens; may be overwritten.
+            key_norm: [H], over each key head; None: there is none.
+            layer_pages: of the layer.
+        """
         ...

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sortserve.core.sampling_params import SamplingParams
+from sortserve.core.slabs import Slabs
 from sortserve.model.attention import Attention, KVCache, RopeTables
 from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
@@ -46,12 +47,12 @@ class Ops(Protocol):
 
 
 class LayerStack(Protocol):
-    """Runs the layers of some slabs."""
+    """Runs layers."""
 
     def run(
         self,
         batch: Batch,
-        slabs: range,
+        layers: range,
         num_rows: int,
         h_TD: Tensor,
         delta_TD: Tensor,
@@ -61,8 +62,8 @@ class LayerStack(Protocol):
 
         Args:
             batch: the step.
-            slabs: to run, in order.
-            num_rows: the first rows of the batch, all alive in these slabs; T are their tokens.
+            layers: to run, in order; the first of them is the first of its slab.
+            num_rows: the first rows of the batch, all alive in these layers; T are their tokens.
             h_TD: the residual stream, without its last addition.
             delta_TD: that addition.
             kv_cache: new keys and values are written to it.
@@ -130,6 +131,10 @@ class Backend(Protocol):
         """``silu(gate) * up``: the weights are all gates, then all ups; [T, I] to [T, F]."""
         ...
 
+    def summed(self, linear: LinearOp) -> LinearOp:
+        """A product whose inputs are divided among ranks, if there are several: the whole of it."""
+        ...
+
     def head(self, weight: Weight) -> LinearOp:
         """``x W^T`` in fp32."""
         ...
@@ -150,8 +155,8 @@ class Backend(Protocol):
         """
         ...
 
-    def allocate_kv_cache(self, slab_size: int, num_pages: int, block_size: int) -> KVCache:
-        """A pool of ``num_pages`` pages: ``block_size`` tokens in ``slab_size`` layers each."""
+    def allocate_kv_cache(self, slabs: Slabs, num_pages: int, block_size: int) -> KVCache:
+        """A pool of ``num_pages`` pages: ``block_size`` tokens of one slab each."""
         ...
 
 

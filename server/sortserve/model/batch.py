@@ -50,7 +50,8 @@ class Batch:
     Contiguous. Where ``is_recorded`` there are more rows than the batch has, and no entry is -1:
     of a row that is no more than padding, they are a page that nobody else has."""
     slots_ST: Tensor
-    """int64: page * block_size + offset at which each token's KV is written; -1 below no slab."""
+    """int64: page * block_size + offset at which each token's KV is written; -1: nowhere, in slabs
+    below which its row leaves."""
     num_prompt_tokens: tuple[int, ...] | None = None
     """R: how many of the row's tokens in this step are of its prompt; the others were generated.
     None: those of rows with few tokens count as generated."""
@@ -62,6 +63,8 @@ class Batch:
     """The launches for this batch are recorded now and run again later, on what the same tensors
     hold by then (``sortserve.model.graphs``): every row has one token, and nothing but the tensors
     may decide the result."""
+    writes: bool = True
+    """Whether keys and values are written; if not, all ``slots_ST`` are -1."""
     scored: ScoredTokens | None = None
     """Tokens whose hidden states are wanted too; None: none."""
 

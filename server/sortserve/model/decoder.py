@@ -8,13 +8,13 @@ Shape legend: T tokens, R rows that sample, D hidden, V vocabulary, F intermedia
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from sortserve.core.slabs import Slabs
 from sortserve.model.attention import KVCache, RopeTables
 from sortserve.model.backend import Backend
 from sortserve.model.backends import choose_backend
@@ -22,6 +22,8 @@ from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
 from sortserve.model.exit_module import SharedNorm
 from sortserve.model.local_shape import LocalShape
+from sortserve.model.own_layer import OwnLayer
+from sortserve.model.scored import AskedTokens
 from sortserve.model.weight import Weight
 from sortserve.model.weights import ExitModuleWeights, ModelWeights
 
@@ -68,8 +70,10 @@ class Decoder:
         self.formats = weights.formats
         self.max_model_len = max_model_len
         self.exits = tuple(exits)
-        self.slab_size = math.gcd(*exits)
-        self.num_slabs = exits[-1] // self.slab_size
+        modules = {e: weights.exit_modules.get(e, _NO_MODULE) for e in exits}
+        self.slabs = Slabs.of(exits, [e for e in exits if modules[e].kind.has_layer])
+        self.slab_size = self.slabs.size
+        self.num_slabs = self.slabs.count(exits[-1])
 
         self.backend = backend or choose_backend(config, self.dtype, self.device)
         self._embed = weights.embed
@@ -77,7 +81,7 @@ class Decoder:
         self._stack = self.backend.stack(
             weights.layers[: exits[-1]], rope, release_weights=release_weights
         )
-        modules = {e: weights.exit_modules.get(e, _NO_MODULE) for e in exits}
+        self._own_layers = self._pack_own_layers(modules, rope, release_weights=release_weights)
         self._exits = {
             exit_layer: module.kind(
                 module.tensors, weights.final_norm, self.backend, config.rms_norm_eps
@@ -90,9 +94,32 @@ class Decoder:
         if release_weights:
             weights.lm_head = Weight.nothing()
 
+    def _pack_own_layers(
+        self,
+        modules: Mapping[int, ExitModuleWeights],
+        rope: RopeTables,
+        *,
+        release_weights: bool,
+    ) -> dict[int, OwnLayer]:
+        layers = {e: module.layer for e, module in modules.items() if module.layer is not None}
+        if not layers:
+            return {}
+        attention = self.backend.attention(rope)
+        return {
+            exit_layer: OwnLayer(
+                layer,
+                self.backend,
+                attention,
+                self.config.rms_norm_eps,
+                exit_layer=exit_layer,
+                release_weights=release_weights,
+            )
+            for exit_layer, layer in layers.items()
+        }
+
     def allocate_kv_cache(self, num_pages: int, block_size: int) -> KVCache:
         """A pool of ``num_pages`` pages of ``block_size`` tokens on the decoder's device."""
-        return self.backend.allocate_kv_cache(self.slab_size, num_pages, block_size)
+        return self.backend.allocate_kv_cache(self.slabs, num_pages, block_size)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> Tensor:
@@ -102,14 +129,15 @@ class Decoder:
             [R, D]: the last token's hidden state of each row that samples, in the order of the
             batch, its exit's module and norm applied.
         """
-        assert kv_cache.slab_size == self.slab_size
+        assert kv_cache.slabs == self.slabs
         h_TD, delta_TD = self.embed(batch.token_ids_T)
         left: list[Tensor] = []
         depth = 0
-        for exit_layer in sorted(set(batch.exit_layers)):
+        passed = (e for e in self._own_layers if e < batch.exit_layers[0])
+        for exit_layer in sorted({*batch.exit_layers, *passed}):
             layers = range(depth, exit_layer)
             h_TD, delta_TD = self.run_layers(batch, layers, h_TD, delta_TD, kv_cache)
-            left.append(self.leave(batch, exit_layer, h_TD, delta_TD))
+            left.append(self.leave(batch, exit_layer, h_TD, delta_TD, kv_cache))
             depth = exit_layer
         # Shallow rows left first; in the batch they come last.
         return torch.cat(left[::-1])
@@ -122,35 +150,45 @@ class Decoder:
     def run_layers(
         self, batch: Batch, layers: range, h_TD: Tensor, delta_TD: Tensor, kv_cache: KVCache
     ) -> tuple[Tensor, Tensor]:
-        """Run the rows that go deeper than ``layers.start`` through whole slabs.
+        """Run the rows that go deeper than ``layers.start`` from exit to exit, and write what an
+        own layer of the last one needs of them.
 
         Args:
             batch: the step.
-            layers: no row leaves between two of them.
+            layers: no row leaves between two of them, nor is there an own layer.
             h_TD: as in ``LayerStack``, of these rows or of more; may be overwritten.
             delta_TD: the same.
             kv_cache: new keys and values are written to it.
         """
         num_rows = batch.num_rows_deeper_than(layers.start)
         num_tokens = batch.query_starts[num_rows]
-        slabs = range(layers.start // self.slab_size, layers.stop // self.slab_size)
-        return self._stack.run(
-            batch, slabs, num_rows, h_TD[:num_tokens], delta_TD[:num_tokens], kv_cache
+        h_TD, delta_TD = self._stack.run(
+            batch, layers, num_rows, h_TD[:num_tokens], delta_TD[:num_tokens], kv_cache
         )
+        if layers.stop in self._own_layers:
+            self._own_layers[layers.stop].write(batch, num_rows, h_TD, delta_TD, kv_cache)
+        return h_TD, delta_TD
 
-    def leave(self, batch: Batch, exit_layer: int, h_TD: Tensor, delta_TD: Tensor) -> Tensor:
+    def leave(
+        self, batch: Batch, exit_layer: int, h_TD: Tensor, delta_TD: Tensor, kv_cache: KVCache
+    ) -> Tensor:
         """[rows that sample at this exit, D], through the exit's module."""
+
+        def hidden(asked: AskedTokens) -> Tensor:
+            h_ND = h_TD[asked.tokens_N] + delta_TD[asked.tokens_N]
+            if exit_layer in self._own_layers:
+                h_ND = self._own_layers[exit_layer].run(batch, asked, h_ND, kv_cache)
+            return self._exits[exit_layer](h_ND)
+
         if batch.scored is not None:
-            batch.scored.leave(
-                exit_layer,
-                lambda token_N: self._exits[exit_layer](h_TD[token_N] + delta_TD[token_N]),
-            )
+            batch.scored.leave(exit_layer, hidden)
         first, end = (batch.num_rows_deeper_than(layer) for layer in (exit_layer, exit_layer - 1))
-        start = sum(batch.samples[:first])
-        last_N = batch.last_tokens_N[start : start + sum(batch.samples[first:end])]
-        if not len(last_N):
+        rows = [row for row in range(first, end) if batch.samples[row]]
+        if not rows:
             return h_TD[:0]
-        return self._exits[exit_layer](h_TD[last_N] + delta_TD[last_N])
+        start = sum(batch.samples[:first])
+        last_N = batch.last_tokens_N[start : start + len(rows)]
+        return hidden(AskedTokens(last_N, rows, [batch.context_lens[row] for row in rows]))
 
     @torch.inference_mode()
     def logits(self, h_RD: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from sortserve.model.config import ModelConfig
 
@@ -45,6 +45,9 @@ class ExitModule(ABC):
         eps: of the norms.
     """
 
+    has_layer: ClassVar[bool] = False
+    """Whether a decoder layer of the exit's own comes first: see ``sortserve.model.own_layer``."""
+
     def __init__(
         self, tensors: Mapping[str, Tensor], final_norm: Tensor, backend: Backend, eps: float
     ) -> None:
@@ -66,6 +69,11 @@ class ExitModule(ABC):
     def num_matrix_elements(cls, config: ModelConfig) -> int:
         """Those of them that are multiplied with each token: half the FLOPs of a row."""
         return sum(math.prod(shape) for shape in cls.shapes(config).values() if len(shape) == 2)
+
+    @classmethod
+    def num_passing_elements(cls, config: ModelConfig) -> int:
+        """Elements of matrices that tokens of deeper rows are multiplied with, too."""
+        return 0
 
     def __call__(self, h_RD: Tensor) -> Tensor:
         """The residual stream to what the head reads, [R, D] both."""
@@ -153,8 +161,11 @@ class GatedMlp(OwnNorm):
 class WholeLayer(OwnNorm):
     """One more decoder layer of the model, then its own norm.
 
-    Its keys and values are of all tokens that pass the exit, wherever their rows leave.
+    Its keys and values are of all tokens that pass the exit, wherever their rows leave: so none is
+    missing when a row goes shallower. Called, it is the norm alone; ``OwnLayer`` is the layer.
     """
+
+    has_layer = True
 
     @classmethod
     def shapes(cls, config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -181,6 +192,11 @@ class WholeLayer(OwnNorm):
         if config.qk_norm:
             shapes |= dict.fromkeys(("q_norm.weight", "k_norm.weight"), (config.head_dim,))
         return shapes
+
+    @classmethod
+    def num_passing_elements(cls, config: ModelConfig) -> int:
+        """Those of the keys and values."""
+        return 2 * config.kv_size * config.hidden_size
 
 
 NO_MODULE = "none"

@@ -189,7 +189,7 @@ class SegmentGraphs:
             self._graphs[index, self.bucket(num_rows)].replay()
             # Who leaves here is read before the next segment takes its place for padding.
             h_RD, delta_RD = self._h_RD[:num_rows], self._delta_RD[:num_rows]
-            left.append(self._decoder.leave(batch, layers.stop, h_RD, delta_RD))
+            left.append(self._decoder.leave(batch, layers.stop, h_RD, delta_RD, self._kv_cache))
         return torch.cat(left[::-1])
 
     def bucket(self, num_rows: int) -> int:
@@ -223,7 +223,7 @@ class _Inputs:
         self._rows_R = torch.arange(max_rows, device=device)
         self._starts_R1 = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._scratch_slots_R = scratch_page * block_size + self._rows_R % block_size
-        self._first_slabs_G = [start // decoder.slab_size for start in (0, *decoder.exits[:-1])]
+        self._first_slabs_G = [decoder.slabs.place(start)[0] for start in (0, *decoder.exits[:-1])]
         self._block_size = block_size
         # One array, one copy a step: token ids, places in _last_ids_R (-1: the id is known),
         # positions, and the slots of each slab.

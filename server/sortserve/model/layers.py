@@ -87,20 +87,19 @@ class StepwiseStack:
     def run(
         self,
         batch: Batch,
-        slabs: range,
+        layers: range,
         num_rows: int,
         h_TD: Tensor,
         delta_TD: Tensor,
         kv_cache: KVCache,
     ) -> tuple[Tensor, Tensor]:
         """See LayerStack."""
-        slab_size = kv_cache.slab_size
-        for slab, attend in zip(
-            slabs, self._attention.prepare(batch, slabs, num_rows), strict=True
-        ):
-            for index in range(slab * slab_size, (slab + 1) * slab_size):
-                pages = kv_cache.layer(index)
-                delta_TD = self._run_layer(self._layers[index], h_TD, delta_TD, attend, pages)
+        places = [kv_cache.slabs.place(layer) for layer in layers]
+        slabs = range(places[0][0], places[-1][0] + 1)
+        attentions = self._attention.prepare(batch, slabs, num_rows)
+        for layer, (slab, plane) in zip(layers, places, strict=True):
+            attend, pages = attentions[slab - slabs.start], kv_cache.pages[plane]
+            delta_TD = self._run_layer(self._layers[layer], h_TD, delta_TD, attend, pages)
         return h_TD, delta_TD
 
     def _run_layer(

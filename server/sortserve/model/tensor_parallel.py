@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sortserve.core.slabs import Slabs
 from sortserve.model.attention import Attention, KVCache, RopeTables
 from sortserve.model.backend import Backend, LayerStack
 from sortserve.model.config import ModelConfig
@@ -68,12 +69,16 @@ class ParallelBackend:
         self._collectives = collectives
 
     def linear(self, weight: Weight, bias_O: Tensor | None = None) -> LinearOp:
-        """A product that each rank computes by itself: that of an exit module."""
+        """A product that each rank computes by itself."""
         return self._backend.linear(weight, bias_O)
 
     def gated(self, weight: Weight, bias_2F: Tensor | None = None) -> LinearOp:
         """Likewise."""
         return self._backend.gated(weight, bias_2F)
+
+    def summed(self, linear: LinearOp) -> LinearOp:
+        """The sum of all ranks' products."""
+        return lambda x_TI: self._collectives.sum(linear(x_TI))
 
     def head(self, weight: Weight) -> LinearOp:
         """``weight`` is the rank's part of the vocabulary; the logits are whole on rank 0 only."""
@@ -112,11 +117,8 @@ class ParallelBackend:
         return StepwiseStack(packed, self.attention(rope), self.ops, eps)
 
     def _summing(self, layer: PackedLayer) -> PackedLayer:
-        def summed(linear: LinearOp) -> LinearOp:
-            return lambda x_TI: self._collectives.sum(linear(x_TI))
+        return replace(layer, o=self.summed(layer.o), down=self.summed(layer.down))
 
-        return replace(layer, o=summed(layer.o), down=summed(layer.down))
-
-    def allocate_kv_cache(self, slab_size: int, num_pages: int, block_size: int) -> KVCache:
+    def allocate_kv_cache(self, slabs: Slabs, num_pages: int, block_size: int) -> KVCache:
         """Pages of the rank's key/value heads."""
-        return self._backend.allocate_kv_cache(slab_size, num_pages, block_size)
+        return self._backend.allocate_kv_cache(slabs, num_pages, block_size)

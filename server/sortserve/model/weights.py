@@ -16,7 +16,13 @@ from torch import Tensor
 from sortserve.model.exit_module import ExitModule
 from sortserve.model.weight import PLAIN, Weight
 
-__all__ = ["ExitModuleWeights", "LayerWeights", "ModelWeights", "quantization_of"]
+__all__ = [
+    "ExitModuleWeights",
+    "LayerWeights",
+    "ModelWeights",
+    "OwnLayerWeights",
+    "quantization_of",
+]
 
 
 @dataclass(kw_only=True)
@@ -45,12 +51,44 @@ class LayerWeights:
 
 
 @dataclass(kw_only=True)
+class OwnLayerWeights:
+    """The own layer of an exit: as ``LayerWeights``, but that its queries are apart from its keys
+    and values, as more tokens need the latter.
+    """
+
+    input_norm: Tensor
+    """[D]"""
+    q: Weight
+    """[N * H, D]"""
+    q_bias: Tensor | None = None
+    kv: Weight
+    """[2K * H, D]: key heads, then value heads."""
+    kv_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    """[H] (Qwen3)."""
+    k_norm: Tensor | None = None
+    o: Weight
+    """[D, N * H]"""
+    o_bias: Tensor | None = None
+    post_attention_norm: Tensor
+    """[D]"""
+    gate_up: Weight
+    """[2F, D]: gate, then up."""
+    gate_up_bias: Tensor | None = None
+    down: Weight
+    """[D, F]"""
+    down_bias: Tensor | None = None
+
+
+@dataclass(kw_only=True)
 class ExitModuleWeights:
     """What one exit has of its own."""
 
     kind: type[ExitModule]
     tensors: dict[str, Tensor]
     """By the names in ``kind.shapes``."""
+    layer: OwnLayerWeights | None = None
+    """Where ``kind.has_layer``: its layer, whose weights are not among ``tensors``."""
 
 
 @dataclass(kw_only=True)
@@ -87,10 +125,12 @@ class ModelWeights:
         parts: list[Tensor | Weight | None] = [self.final_norm, self.inv_freq, self.lm_head]
         if self.lm_head.values is not self.embed:
             parts.append(self.embed)
-        for layer in self.layers:
-            parts += [getattr(layer, field.name) for field in fields(layer)]
         for module in self.exit_modules.values():
             parts += module.tensors.values()
+        layers: list[LayerWeights | OwnLayerWeights] = [*self.layers]
+        layers += [m.layer for m in self.exit_modules.values() if m.layer is not None]
+        for layer in layers:
+            parts += [getattr(layer, field.name) for field in fields(layer)]
         return sum(part.nbytes for part in parts if part is not None)
 
     @property

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sortserve.core.sequence import Sequence
+from sortserve.core.slabs import Slabs
 from sortserve.scheduling.block_pool import BlockPool
 from sortserve.scheduling.prefix_cache import PrefixCache, block_digest, root_digest
 
@@ -47,8 +48,8 @@ class _PageTable:
 class KVCacheManager:
     """Owns the pool, the prefix cache and every page table.
 
-    A sequence at exit E holds E / slab_size pages for each block of ``block_size`` tokens, so cache
-    memory is exactly proportional to depth.
+    A sequence holds one page of each slab up to its exit for each block of ``block_size`` tokens,
+    so cache memory is proportional to depth (see ``Slabs``).
     """
 
     def __init__(
@@ -56,12 +57,12 @@ class KVCacheManager:
         *,
         num_pages: int,
         block_size: int,
-        slab_size: int,
+        slabs: Slabs,
         enable_prefix_caching: bool = True,
         pages_are_resident: bool = False,
     ) -> None:
         self.block_size = block_size
-        self.slab_size = slab_size
+        self.slabs = slabs
         self.enable_prefix_caching = enable_prefix_caching
         self.prefix_cache = PrefixCache()
         self.pool = BlockPool(
@@ -71,7 +72,7 @@ class KVCacheManager:
 
     def num_pages_needed(self, num_tokens: int, exit_layer: int) -> int:
         """Pages for so many tokens at an exit."""
-        return -(-num_tokens // self.block_size) * (exit_layer // self.slab_size)
+        return -(-num_tokens // self.block_size) * self.slabs.count(exit_layer)
 
     def block_table(self, sequence: Sequence) -> NDArray[np.int32]:
         """Page ids [slab, block] of a sequence, a view."""
@@ -87,7 +88,7 @@ class KVCacheManager:
         """
         if not self.enable_prefix_caching or sequence.prompt_logprobs is not None:
             return []
-        num_slabs = sequence.exit_layer // self.slab_size
+        num_slabs = self.slabs.count(sequence.exit_layer)
         digests: list[bytes] = []
         digest = root_digest(sequence.request.cache_salt)
         for block in range((sequence.num_tokens - 1) // self.block_size):
@@ -100,7 +101,7 @@ class KVCacheManager:
 
     def can_admit(self, sequence: Sequence, *, num_spare_pages: int) -> bool:
         """Whether all known tokens fit now and ``num_spare_pages`` remain free."""
-        num_slabs = sequence.exit_layer // self.slab_size
+        num_slabs = self.slabs.count(sequence.exit_layer)
         matched = self.match_prefix(sequence)
         num_free = self.pool.num_free - sum(
             self.pool.num_references(page) == 0
@@ -112,7 +113,7 @@ class KVCacheManager:
 
     def admit(self, sequence: Sequence) -> int:
         """Give a sequence the pages of all its known tokens; returns how many need no compute."""
-        num_slabs = sequence.exit_layer // self.slab_size
+        num_slabs = self.slabs.count(sequence.exit_layer)
         table = _PageTable(num_slabs, root_digest(sequence.request.cache_salt))
         for digest in self.match_prefix(sequence):
             pages = list(self.prefix_cache.pages(digest)[:num_slabs])
@@ -173,7 +174,7 @@ class KVCacheManager:
     def go_shallower(self, sequence: Sequence, exit_layer: int) -> None:
         """Free the pages above ``exit_layer``; all shallower KV exists already."""
         table = self._tables[sequence.request_id]
-        num_slabs = exit_layer // self.slab_size
+        num_slabs = self.slabs.count(exit_layer)
         assert 0 < num_slabs < table.num_slabs
         self.pool.release(
             list(table.pages_deepest_first(from_slab=num_slabs)), keep=self.prefix_cache.holds

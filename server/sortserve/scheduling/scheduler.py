@@ -339,7 +339,7 @@ class Scheduler:
         assert all(s.status is Status.WAITING for s in self._waiting)
         for sequence in chain(self._running, self._ending):
             table = self.kv_cache.block_table(sequence)
-            assert table.shape[0] == sequence.exit_layer // self.kv_cache.slab_size
+            assert table.shape[0] == self.kv_cache.slabs.count(sequence.exit_layer)
             assert table.shape[1] * self.kv_cache.block_size >= sequence.num_computed_tokens
             assert sequence.num_computed_tokens < sequence.num_tokens
         for sequence in self._waiting:

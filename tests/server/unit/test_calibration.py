@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from sortserve.cli import main
 from sortserve.core.plan import StepPlan
 from sortserve.core.sampling_params import SampledToken
+from sortserve.core.slabs import Slabs
 from sortserve.cost.cache import cache_path, read_samples, write_samples
 from sortserve.cost.calibration import (
     SURVEY_ROUNDS,
@@ -195,7 +196,7 @@ def test_a_profile_is_printed_drawn_and_used_by_the_next_start(
 class Machine:
     """Takes the time that a model says, times some noise, and remembers what it ran."""
 
-    block_size, slab_size = 16, 3
+    block_size, slabs = 16, Slabs(3)
 
     def __init__(
         self,

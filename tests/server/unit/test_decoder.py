@@ -140,7 +140,7 @@ def run_chunked(
     sizes: list[int],
 ) -> Tensor:
     """The last token's logits after running ``ids`` in chunks of ``sizes``, alone."""
-    table = pages.table(exit_layer // decoder.slab_size, len(ids))
+    table = pages.table(decoder.slabs.count(exit_layer), len(ids))
     start = 0
     for size in sizes:
         last = run_chunks(
@@ -212,7 +212,7 @@ def test_rows_of_mixed_depths_equal_each_row_alone(backend: str) -> None:
         ids = random_ids(start + count, seed)
         if samples:
             expected.append(run_chunked(decoder, cache, pages, ids, exit_layer, [start + count]))
-        table = pages.table(exit_layer // decoder.slab_size, len(ids))
+        table = pages.table(decoder.slabs.count(exit_layer), len(ids))
         if start:
             run_chunks(decoder, cache, [Chunk(ids[:start], 0, exit_layer, table, samples=False)])
         chunks.append(Chunk(ids[start:], start, exit_layer, table, samples))

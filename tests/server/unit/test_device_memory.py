@@ -15,6 +15,7 @@ from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
 from sortserve.cli import main
 from sortserve.core.errors import ConfigError
 from sortserve.core.plan import StepPlan
+from sortserve.core.slabs import Slabs
 from sortserve.engine import model_parts as parts_module
 from sortserve.engine.assemble import EngineOptions, EngineParts, assemble
 from sortserve.engine.peak import largest_steps, num_pages_of_largest_steps
@@ -88,7 +89,7 @@ def tokens_of(plan: StepPlan) -> list[int]:
 
 def steps(**limits: int) -> list[StepPlan]:
     defaults = {"max_model_len": 100, "max_num_batched_tokens": 250, "max_num_seqs": 8}
-    return largest_steps(depth=6, slab_size=2, block_size=16, **{**defaults, **limits})
+    return largest_steps(depth=6, slabs=Slabs(2), block_size=16, **{**defaults, **limits})
 
 
 def test_one_step_is_of_prompts_and_one_of_tokens() -> None:

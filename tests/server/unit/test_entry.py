@@ -16,6 +16,7 @@ from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.admission.queue_limits import QueueLimits
 from sortserve.core.budget import Budget
 from sortserve.core.errors import BudgetUnattainableError, OverloadedError
+from sortserve.core.slabs import Slabs
 from sortserve.scheduling.policies.table import POLICIES, get_policy
 from support.timed import MODEL, Timed, make_demand, make_timed, timed_request
 
@@ -26,7 +27,7 @@ def room(num_slots: int = 100, num_pages: int = 1000, num_free_pages: int | None
         num_pages=num_pages,
         num_free_pages=num_pages if num_free_pages is None else num_free_pages,
         block_size=4,
-        slab_size=2,
+        slabs=Slabs(2),
     )
 
 
@@ -302,7 +303,9 @@ def test_where_there_is_room_for_all_the_queue_is_not_played_through(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows = [make_demand(str(i), 6, due_s=100.0, gap_s=5.0) for i in range(256)]
-    ample = Room(num_slots=1024, num_pages=10**6, num_free_pages=10**6, block_size=16, slab_size=2)
+    ample = Room(
+        num_slots=1024, num_pages=10**6, num_free_pages=10**6, block_size=16, slabs=Slabs(2)
+    )
     monkeypatch.setattr("sortserve.admission.entry.foresee", lambda *args: 1 / 0)
 
     at = Load(now=0.0, demands=rows, policy=get_policy("deadline"), room=ample)

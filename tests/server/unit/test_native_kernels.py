@@ -281,7 +281,7 @@ def run_rows(decoder: Decoder, rows: list[tuple[int, int, int]], seeds: list[int
     chunks = []
     for (exit_layer, start, count), seed in zip(rows, seeds, strict=True):
         ids = [i % 50 for i in random_ids(start + count, seed)]
-        table = pages.table(exit_layer // decoder.slab_size, start + count)
+        table = pages.table(decoder.slabs.count(exit_layer), start + count)
         if start:
             run_chunks(decoder, cache, [Chunk(ids[:start], 0, exit_layer, table, samples=False)])
         chunks.append(Chunk(ids[start:], start, exit_layer, table))

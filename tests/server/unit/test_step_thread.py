@@ -11,6 +11,7 @@ import pytest
 
 from sortserve.core.plan import RowPlan, StepPlan
 from sortserve.core.sampling_params import RowFailure, SampledToken, SamplingParams, SamplingRow
+from sortserve.core.slabs import Slabs
 from sortserve.engine.step_thread import StepThread
 
 TIMEOUT_S = 20.0
@@ -42,7 +43,7 @@ def plan(*rows: RowPlan) -> StepPlan:
 class Recorder:
     """Each row's next token is one more than its last; waits until it is let go."""
 
-    num_pages, block_size, slab_size = 4, 4, 2
+    num_pages, block_size, slabs = 4, 4, Slabs(2)
 
     def __init__(self) -> None:
         self.go = threading.Event()

@@ -135,6 +135,28 @@ class NativeAttention:
             step.slots, step.block_tables = _slab_addresses(batch, slab)
         return steps, rows
 
+    def write(
+        self,
+        batch: Batch,
+        slab: int,
+        num_rows: int,
+        kv_TX: Tensor,
+        key_norm: Tensor | None,
+        layer_pages: Tensor,
+    ) -> None:
+        """See Attention: what comes before attention, for no query heads."""
+        assert kv_TX.dtype == self.dtype
+        nobody = self._rows(batch, 0)
+        step = self.step(nobody, slab, layer_pages.shape[3])
+        step.num_tokens, step.num_heads = batch.query_starts[num_rows], 0
+        call = _AttentionCall(
+            qkv=pointer(kv_TX),
+            keys=pointer(layer_pages[0]),
+            values=pointer(layer_pages[1]),
+            k_norm=pointer(key_norm),
+        )
+        self.library.call("attention", step, call)
+
     def _rows(self, batch: Batch, num_rows: int) -> _Rows:
         return _Rows(batch, num_rows, self.library.attention_partition, self._num_together)
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sortserve.core.slabs import Slabs
 from sortserve.model.attention import KVCache
 from sortserve.model.backends.cpu.attention import NativeAttention, Step
 from sortserve.model.backends.cpu.library import pointer
@@ -39,13 +42,27 @@ class _LayersCall(ctypes.Structure):
 
     _fields_ = (
         ("layers", ctypes.c_void_p),
+        ("places", ctypes.POINTER(ctypes.c_int64)),
         ("steps", ctypes.POINTER(Step)),
         *((name, ctypes.c_void_p) for name in ("pages", "h", "delta", "x", "qkv", "heads", "mlp")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("num_slabs", "slab_size", "hidden_size", "plane_size")
-        ),
+        *((name, ctypes.c_int64) for name in ("num_layers", "hidden_size", "plane_size")),
     )
+
+
+class _Places(NamedTuple):
+    """Where a run of layers keeps its keys and values."""
+
+    slabs: range
+    array: ctypes.Array[ctypes.c_int64]
+    """LayersCall.places, with the steps of ``slabs``."""
+
+
+@lru_cache(maxsize=1024)
+def _places(slabs: Slabs, layers: range) -> _Places:
+    places = [slabs.place(layer) for layer in layers]
+    (first, _), (last, _) = places[0], places[-1]
+    numbers = [number for slab, plane in places for number in (slab - first, plane)]
+    return _Places(range(first, last + 1), (ctypes.c_int64 * len(numbers))(*numbers))
 
 
 def can_fuse(layers: Sequence[PackedLayer]) -> bool:
@@ -73,7 +90,7 @@ class NativeStack:
     def run(
         self,
         batch: Batch,
-        slabs: range,
+        layers: range,
         num_rows: int,
         h_TD: Tensor,
         delta_TD: Tensor,
@@ -81,9 +98,9 @@ class NativeStack:
     ) -> tuple[Tensor, Tensor]:
         """See LayerStack."""
         assert h_TD.dtype == kv_cache.pages.dtype == torch.bfloat16
-        config, slab_size = self._attention.config, kv_cache.slab_size
+        config, places = self._attention.config, _places(kv_cache.slabs, layers)
         num_tokens, hidden_size = h_TD.shape
-        steps, _rows = self._attention.steps(batch, slabs, num_rows, kv_cache.block_size)
+        steps, _rows = self._attention.steps(batch, places.slabs, num_rows, kv_cache.block_size)
         workspaces = [
             h_TD.new_empty(num_tokens, width)
             for width in (
@@ -93,16 +110,15 @@ class NativeStack:
                 config.intermediate_size,
             )
         ]
-        first_layer = slabs.start * slab_size
         call = _LayersCall(
-            ctypes.addressof(self._structures) + first_layer * ctypes.sizeof(_Layer),
+            ctypes.addressof(self._structures) + layers.start * ctypes.sizeof(_Layer),
+            places.array,
             steps,
             pointer(kv_cache.pages),
             pointer(h_TD),
             pointer(delta_TD),
             *map(pointer, workspaces),
-            len(slabs),
-            slab_size,
+            len(layers),
             hidden_size,
             kv_cache.pages.stride(1),
         )

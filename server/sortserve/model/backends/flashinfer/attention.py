@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sortserve.model.attention import HeadNorms, RopeTables, SlabAttention
+from sortserve.model.attention import HeadNorms, RopeTables, SlabAttention, without_queries
 from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
 
@@ -70,6 +70,19 @@ class FlashInferAttention:
         """See Attention."""
         rows = _Rows(batch, num_rows, self._device)
         return [_FlashInferSlab(self, rows, slab) for slab in slabs]
+
+    def write(
+        self,
+        batch: Batch,
+        slab: int,
+        num_rows: int,
+        kv_TX: Tensor,
+        key_norm: Tensor | None,
+        layer_pages: Tensor,
+    ) -> None:
+        """See Attention: what comes before attention, for no query heads."""
+        heads = self.make_heads(without_queries(self.config), self.rope, batch, slab, num_rows)
+        heads(kv_TX.contiguous(), HeadNorms.of_keys(key_norm), layer_pages)
 
     def next_wrapper(self, slab: int, *, decodes: bool) -> Any:
         """The one of the slab that was planned longer ago."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from sortserve.model.attention import HeadNorms, RopeTables, SlabAttention
+from sortserve.model.attention import HeadNorms, RopeTables, SlabAttention, without_queries
 from sortserve.model.backends.reference.heads import ReferenceHeads
 from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
@@ -32,6 +32,19 @@ class ReferenceAttention:
     def prepare(self, batch: Batch, slabs: range, num_rows: int) -> Sequence[SlabAttention]:
         """See Attention."""
         return [_ReferenceSlab(self.config, self.rope, batch, slab, num_rows) for slab in slabs]
+
+    def write(
+        self,
+        batch: Batch,
+        slab: int,
+        num_rows: int,
+        kv_TX: Tensor,
+        key_norm: Tensor | None,
+        layer_pages: Tensor,
+    ) -> None:
+        """See Attention: what comes before attention, for no query heads."""
+        heads = ReferenceHeads(without_queries(self.config), self.rope, batch, slab, num_rows)
+        heads(kv_TX, HeadNorms.of_keys(key_norm), layer_pages)
 
 
 class _ReferenceSlab:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from sortserve.core.slabs import Slabs
 from sortserve.model.attention import Attention, KVCache, RopeTables
 from sortserve.model.backend import LayerStack, Ops, RowSampling, Target
 from sortserve.model.backends.reference.attention import ReferenceAttention
@@ -39,6 +40,10 @@ class ReferenceBackend:
         linear = weight.format.linear(weight, bias_2F)
         return lambda x_TI: self.ops.silu_and_mul(linear(x_TI))
 
+    def summed(self, linear: LinearOp) -> LinearOp:
+        """The product itself: there is one rank."""
+        return linear
+
     def head(self, weight: Weight) -> LinearOp:
         """The product, then fp32."""
         linear = weight.format.linear(weight, None)
@@ -60,9 +65,9 @@ class ReferenceBackend:
             release_weights=release_weights,
         )
 
-    def allocate_kv_cache(self, slab_size: int, num_pages: int, block_size: int) -> KVCache:
+    def allocate_kv_cache(self, slabs: Slabs, num_pages: int, block_size: int) -> KVCache:
         """Zeroed pages in the dtype of the target."""
         target = self.target
         return KVCache.allocate(
-            target.config, slab_size, num_pages, block_size, target.dtype, target.device
+            target.config, slabs, num_pages, block_size, target.dtype, target.device
         )

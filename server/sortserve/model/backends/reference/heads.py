@@ -37,7 +37,7 @@ class ReferenceHeads:
         positions_T = batch.positions_T[:num_tokens]
         self._cos_T1H = rope.cos[positions_T][:, None]
         self._sin_T1H = rope.sin[positions_T][:, None]
-        self._slots_T = batch.slots_ST[slab, :num_tokens]
+        self._slots_T = batch.slots_ST[slab, :num_tokens] if batch.writes else None
 
     def __call__(self, qkv_TX: Tensor, norms: HeadNorms | None, layer_pages: Tensor) -> Tensor:
         """The queries, [T, N, H]; the rest goes to ``layer_pages``, keys normed and rotated."""
@@ -45,7 +45,8 @@ class ReferenceHeads:
         if norms is not None:
             q_TNH = self._norm(q_TNH, norms.query)
             k_TKH = self._norm(k_TKH, norms.key)
-        self._write(layer_pages, self._rotate(k_TKH), v_TKH)
+        if self._slots_T is not None:
+            self._write(layer_pages, self._slots_T, self._rotate(k_TKH), v_TKH)
         return self._rotate(q_TNH)
 
     def _split(self, qkv_TX: Tensor) -> tuple[Tensor, ...]:
@@ -64,8 +65,8 @@ class ReferenceHeads:
         rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         return rotated.to(x_TNH.dtype)
 
-    def _write(self, layer_pages: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:
+    def _write(self, layer_pages: Tensor, slots_T: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:
         block_size = layer_pages.shape[3]
-        pages_T, offsets_T = self._slots_T // block_size, self._slots_T % block_size
+        pages_T, offsets_T = slots_T // block_size, slots_T % block_size
         layer_pages[0][pages_T, :, offsets_T] = k_TKH
         layer_pages[1][pages_T, :, offsets_T] = v_TKH

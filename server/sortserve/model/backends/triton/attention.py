@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sortserve.model.attention import HeadNorms, RopeTables, SlabAttention
+from sortserve.model.attention import HeadNorms, RopeTables, SlabAttention, without_queries
 from sortserve.model.backends.triton.heads import TritonHeads
 from sortserve.model.backends.triton.kernels.attention import (
     combine_kernel,
@@ -60,6 +60,20 @@ class TritonAttention:
     def prepare(self, batch: Batch, slabs: range, num_rows: int) -> Sequence[SlabAttention]:
         """See Attention."""
         return [_TritonSlab(self, batch, slab, num_rows) for slab in slabs]
+
+    def write(
+        self,
+        batch: Batch,
+        slab: int,
+        num_rows: int,
+        kv_TX: Tensor,
+        key_norm: Tensor | None,
+        layer_pages: Tensor,
+    ) -> None:
+        """See Attention: what comes before attention, for no query heads."""
+        assert len(kv_TX) == batch.query_starts[num_rows]
+        heads = TritonHeads(without_queries(self.config), self.rope, self.tiles, batch, slab)
+        heads(kv_TX.contiguous(), HeadNorms.of_keys(key_norm), layer_pages)
 
 
 class _TritonSlab:

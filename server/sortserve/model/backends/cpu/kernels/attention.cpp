@@ -55,6 +55,7 @@ void write_token(const Step& step, const AttentionCall& call, int64_t token) {
     if (norm != nullptr) norm_head(qkv + h * dim, static_cast<const T*>(norm), dim, step.eps);
     rotate_head(qkv + h * dim, cos, sin, half);
   }
+  if (step.slots[token] < 0) return;
   const int64_t page = step.slots[token] / step.block_size;
   const int64_t offset = step.slots[token] % step.block_size;
   const T* new_keys = qkv + step.num_heads * dim;

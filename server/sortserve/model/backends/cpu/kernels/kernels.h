@@ -64,7 +64,7 @@ void linear_int8(Team& team, const Matrix& matrix, const bf16* x, void* y, int64
 // a chunk is a run of tokens of one row that attend together (prefill).
 struct Step {
   const int64_t* positions;     // [T]
-  const int64_t* slots;         // [T] page * block_size + offset
+  const int64_t* slots;         // [T] page * block_size + offset; below 0: not written
   const float* cos;             // [positions, H / 2]
   const float* sin;
   const int32_t* block_tables;  // [rows, table_stride]

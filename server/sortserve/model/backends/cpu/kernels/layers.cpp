@@ -15,11 +15,12 @@ struct Layer {
 
 struct LayersCall {
   const Layer* layers;         // the first layer to run
+  const int64_t* places;       // [num_layers, 2] of each its step, and its plane in pages
   const Step* steps;           // one per slab
-  bf16* pages;                 // [slab_size, 2, pages, K, block_size, H]
+  bf16* pages;                 // [planes, 2, pages, K, block_size, H]
   bf16 *h, *delta;             // [T, hidden], updated
   bf16 *x, *qkv, *heads, *mlp;  // workspaces: [T, hidden], [T, (N + 2K) H], [T, N H], [T, intermediate]
-  int64_t num_slabs, slab_size, hidden_size;
+  int64_t num_layers, hidden_size;
   int64_t plane_size;          // elements of keys (or values) of one layer
 };
 
@@ -49,10 +50,11 @@ void run_layer(Team& team, const LayersCall& call, const Layer& layer, const Ste
 
 extern "C" void sortserve_layers(const LayersCall* call) {
   Team::run(call->steps->num_threads, [&](Team& team) {
-    for (int64_t slab = 0; slab < call->num_slabs; ++slab)
-      for (int64_t i = 0; i < call->slab_size; ++i)
-        run_layer(team, *call, call->layers[slab * call->slab_size + i], call->steps[slab],
-                  call->pages + i * 2 * call->plane_size);
+    for (int64_t i = 0; i < call->num_layers; ++i) {
+      const int64_t *place = call->places + 2 * i;
+      run_layer(team, *call, call->layers[i], call->steps[place[0]],
+                call->pages + place[1] * 2 * call->plane_size);
+    }
   });
 }
 
