@@ -1,4 +1,4 @@
-"""Laws 1 to 7 on tiny random models of two families, fp32, all four exit modules.
+"""Laws 1 to 7 on tiny random models, fp32, all kinds of exit modules.
 
 ``offline_tokens`` runs transformers on the first E layers, one whole forward pass per token, with
 transformers' own logits processors: no cache, no batch, no chunk. What the engine serves must equal
@@ -21,7 +21,12 @@ from support.tiny_models import EXIT_KINDS, VOCAB_SIZE, make_tiny_checkpoint
 
 EXITS = (1, 2, 4, 5, 6)
 KINDS = dict(zip(EXITS[:-1], EXIT_KINDS, strict=True))
-FAMILIES = ("llama-tied", "qwen3-untied")
+MODELS = {
+    "llama": ("llama-tied", KINDS),
+    "qwen3": ("qwen3-untied", KINDS),
+    "layers": ("qwen3-bias", {1: "affine", 2: "layer", 5: "layer"}),
+}
+FAMILIES = tuple(MODELS)
 PROMPT = list(range(40, 75))
 
 GREEDY: dict[str, Any] = {"temperature": 0.0}
@@ -40,8 +45,8 @@ PENALISED: dict[str, Any] = {
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("laws")
     return {
-        family: make_tiny_checkpoint(root / family, family, exits=EXITS, exit_kinds=KINDS)
-        for family in FAMILIES
+        name: make_tiny_checkpoint(root / name, variant, exits=EXITS, exit_kinds=kinds)
+        for name, (variant, kinds) in MODELS.items()
     }
 
 
@@ -154,13 +159,29 @@ def test_law_4_a_prefix_hit_from_a_deeper_donor_changes_nothing(
     add(engine, make_request("donor", PROMPT, max_tokens=3, **GREEDY), 6)
     run(engine)
 
-    add(engine, make_request("taker", PROMPT, max_tokens=8, **GREEDY), 4)
-    result = run(engine)["taker"]
+    for exit_layer in (4, 2):
+        add(engine, make_request("taker", PROMPT, max_tokens=8, **GREEDY), exit_layer)
+        result = run(engine)["taker"]
 
-    assert result.last is not None
-    assert result.last.report is not None
-    assert result.last.report.num_cached_tokens == 32  # 8 blocks of 4 of the 35 tokens
-    assert result.token_ids == offline(served, PROMPT, [4] * 8, GREEDY)
+        assert result.last is not None
+        assert result.last.report is not None
+        assert result.last.report.num_cached_tokens == 32  # 8 blocks of 4 of the 35 tokens
+        assert result.token_ids == offline(served, PROMPT, [exit_layer] * 8, GREEDY)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_law_4_blocks_that_were_shallow_first_serve_all_depths(
+    folders: dict[str, Path], family: str
+) -> None:
+    served = serve(folders[family])
+    engine = served.engine()
+    for request_id, exit_layer in enumerate((1, 2, 5, 6, 2, 5, 1)):
+        add(engine, make_request(str(request_id), PROMPT, max_tokens=4, **GREEDY), exit_layer)
+
+        result = run(engine)[str(request_id)]
+
+        assert result.token_ids == offline(served, PROMPT, [exit_layer] * 4, GREEDY)
+        engine.check_invariants()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -183,7 +204,7 @@ def test_law_5_a_preempted_request_goes_on_as_if_nothing_had_been(
 
 @pytest.mark.parametrize("prompt", ["the tin", "naïve 日本語 🙂", "on and on"])
 def test_law_6_streamed_text_is_the_whole_text(folders: dict[str, Path], prompt: str) -> None:
-    served = serve(folders["llama-tied"])
+    served = serve(folders["layers"])
     ids = served.tokenizer.encode(prompt)
     engine = served.engine()
     add(engine, make_request("r", ids, max_tokens=40, ignore_eos=True, seed=3), 6)
@@ -215,7 +236,7 @@ def test_law_7_going_shallower_continues_on_the_same_kv(
 
 
 def test_law_7_holds_in_the_middle_of_a_chunked_prompt(folders: dict[str, Path]) -> None:
-    served = serve(folders["llama-tied"])
+    served = serve(folders["layers"])
     engine = served.engine(max_num_batched_tokens=10)
     add(engine, make_request("r", PROMPT, max_tokens=5, **GREEDY), 6)
     engine.step()
