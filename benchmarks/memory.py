@@ -55,6 +55,8 @@ def weights_bytes(weights: ModelWeights) -> int:
         values += vars(layer).values()
     for module in weights.exit_modules.values():
         values += module.tensors.values()
+        if module.layer is not None:
+            values += vars(module.layer).values()
     parts = [*values]
     for value in values:
         if isinstance(value, Weight):

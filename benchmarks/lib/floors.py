@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sortserve.model.config import ModelConfig
 from sortserve.model.weight import Weight
-from sortserve.model.weights import ModelWeights
+from sortserve.model.weights import ModelWeights, OwnLayerWeights
 
 __all__ = ["Machine", "ModelCost", "Work", "figure", "measure_machine", "speedups", "synchronize"]
 
@@ -116,8 +116,9 @@ class ModelCost:
     def decode(self, exit_layer: int, *, num_rows: int, context_len: float) -> Work:
         """One token for each of ``num_rows`` rows that have ``context_len`` tokens cached."""
         trunk, top = self._trunk(exit_layer), self._top(exit_layer)
-        kv_bytes = num_rows * context_len * self._kv_bytes_per_token(exit_layer)
-        attention = self._attention_flops(exit_layer, num_rows * context_len)
+        num_layers = exit_layer + (exit_layer in self._own_layers())
+        kv_bytes = num_rows * context_len * self._kv_bytes_per_token(num_layers)
+        attention = self._attention_flops(num_layers, num_rows * context_len)
         return Work(
             num_bytes=trunk.num_bytes + top.num_bytes + kv_bytes,
             num_flops=num_rows * (trunk.num_flops + top.num_flops) + attention,
@@ -127,26 +128,41 @@ class ModelCost:
         """A whole prompt in one step; its last token passes the head."""
         trunk, top = self._trunk(exit_layer), self._top(exit_layer)
         num_pairs = num_tokens * (num_tokens + 1) / 2  # each token sees itself and those before
+        own_pairs = num_tokens if exit_layer in self._own_layers() else 0
         return Work(
             num_bytes=trunk.num_bytes
             + top.num_bytes
             + num_tokens * self._kv_bytes_per_token(exit_layer),
             num_flops=num_tokens * trunk.num_flops
             + top.num_flops
-            + self._attention_flops(exit_layer, num_pairs),
+            + self._attention_flops(exit_layer, num_pairs)
+            + self._attention_flops(1, own_pairs),
         )
 
     def _trunk(self, exit_layer: int) -> Work:
-        """The layers up to the exit; FLOPs of one token."""
-        return _sum([_work(layer) for layer in self._weights.layers[:exit_layer]])
+        """The layers up to the exit, and the keys and values of exits' own layers up to there;
+        FLOPs of one token.
+        """
+        parts = [_work(layer) for layer in self._weights.layers[:exit_layer]]
+        for passed, layer in self._own_layers().items():
+            if passed <= exit_layer:
+                parts.append(Work(layer.kv.nbytes, 2 * layer.kv.num_elements))
+        return _sum(parts)
+
+    def _own_layers(self) -> dict[int, OwnLayerWeights]:
+        modules = self._weights.exit_modules
+        return {e: module.layer for e, module in modules.items() if module.layer is not None}
 
     def _top(self, exit_layer: int) -> Work:
         """Exit module and head; FLOPs of one row."""
         head = self._weights.lm_head
         parts = [Work(head.nbytes, 2 * head.num_elements)]
         if module := self._weights.exit_modules.get(exit_layer):
-            num_elements = module.kind.num_matrix_elements(self._config)
-            num_bytes = sum(tensor.nbytes for tensor in module.tensors.values())
+            kind, config = module.kind, self._config
+            num_elements = kind.num_matrix_elements(config) - kind.num_passing_elements(config)
+            num_bytes: float = sum(tensor.nbytes for tensor in module.tensors.values())
+            if module.layer is not None:
+                num_bytes += _work(module.layer).num_bytes - module.layer.kv.nbytes
             parts.append(Work(num_bytes, 2 * num_elements))
         return _sum(parts)
 

@@ -28,7 +28,7 @@ from sortserve.scheduling.policy import Lowering
 from support.scripted import make_request
 from support.serving import Served, offline_next_tokens, serve
 from support.timed import Timed
-from support.tiny_models import EXIT_KINDS, VOCAB_SIZE, make_tiny_checkpoint
+from support.tiny_models import VOCAB_SIZE, make_tiny_checkpoint, mixed_kinds
 
 EXITS = (1, 2, 4, 5, 6)
 PREFIX = list(range(40, 64))
@@ -39,9 +39,12 @@ NO_LINE: Line = (0.0, 0.0, 0.0, 0.0, 0.0)
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    kinds = dict(zip(EXITS[:-1], EXIT_KINDS, strict=True))
     folder = tmp_path_factory.mktemp("law12")
-    return serve(make_tiny_checkpoint(folder, "qwen3-untied", exits=EXITS, exit_kinds=kinds))
+    return serve(
+        make_tiny_checkpoint(
+            folder, "qwen3-untied", exits=EXITS, exit_kinds=mixed_kinds(EXITS, "qwen3-untied")
+        )
+    )
 
 
 @st.composite

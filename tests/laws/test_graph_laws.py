@@ -21,7 +21,7 @@ from support.recorded_graphs import RecordingMaker
 from support.scripted import Collected, FakeClock, add, collect, go_shallower, make_request, run
 from support.scripted_grammar import Form
 from support.serving import Served, offline_tokens, serve
-from support.tiny_models import EXIT_KINDS, make_tiny_checkpoint
+from support.tiny_models import make_tiny_checkpoint, mixed_kinds
 
 EXITS = (1, 2, 4, 5, 6)
 PROMPT = list(range(40, 75))
@@ -37,10 +37,13 @@ SAMPLING: tuple[dict[str, Any], ...] = (
 
 @pytest.fixture(name="served", scope="module", params=["llama-tied", "qwen3-untied"])
 def _served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    kinds = dict(zip(EXITS[:-1], EXIT_KINDS, strict=True))
     path: Path = tmp_path_factory.mktemp("graph-laws") / request.param
     make_tiny_checkpoint(
-        path, request.param, exits=EXITS, exit_kinds=kinds, max_position_embeddings=64
+        path,
+        request.param,
+        exits=EXITS,
+        exit_kinds=mixed_kinds(EXITS, request.param),
+        max_position_embeddings=64,
     )
     return serve(path, backend="reference")
 

@@ -442,7 +442,9 @@ def test_a_step_takes_the_time_from_the_result_before_it_to_its_own() -> None:
 
 @pytest.fixture(name="served", scope="module")
 def _served(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    return serve(make_tiny_checkpoint(tmp_path_factory.mktemp("law15"), "llama-tied", exits=EXITS))
+    folder = tmp_path_factory.mktemp("law15")
+    kinds = {2: "norm", 4: "layer"}
+    return serve(make_tiny_checkpoint(folder, "llama-tied", exits=EXITS, exit_kinds=kinds))
 
 
 @st.composite

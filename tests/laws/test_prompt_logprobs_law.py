@@ -25,15 +25,14 @@ from sortserve.engine import prompt_scores
 from support.scripted import add, collect, make_request, run
 from support.serving import Served, serve
 from support.tiny_models import (
-    EXIT_KINDS,
     hf_logits,
     load_hf,
     make_tiny_checkpoint,
+    mixed_kinds,
     read_exit_module,
 )
 
 EXITS = (1, 2, 4, 5, 6)
-KINDS = dict(zip(EXITS[:-1], EXIT_KINDS, strict=True))
 FAMILIES = ("llama-tied", "qwen3-untied")
 PROMPT = tuple(range(40, 85))
 GREEDY: dict[str, Any] = {"temperature": 0.0}
@@ -44,7 +43,9 @@ whole_model = cache(load_hf)
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("prompts")
     return {
-        family: make_tiny_checkpoint(root / family, family, exits=EXITS, exit_kinds=KINDS)
+        family: make_tiny_checkpoint(
+            root / family, family, exits=EXITS, exit_kinds=mixed_kinds(EXITS, family)
+        )
         for family in FAMILIES
     }
 

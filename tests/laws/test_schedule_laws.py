@@ -20,7 +20,7 @@ from sortserve.core.sampling_params import SamplingParams
 from sortserve.core.schedule import DepthSchedule
 from support.scripted import Collected, add, collect, go_shallower, make_request, run
 from support.serving import Served, offline_tokens, serve
-from support.tiny_models import EXIT_KINDS, VOCAB_SIZE, make_tiny_checkpoint
+from support.tiny_models import VOCAB_SIZE, make_tiny_checkpoint, mixed_kinds
 
 EXITS = (1, 2, 4, 5, 6)
 FAMILIES = ("llama-tied", "qwen3-untied")
@@ -34,9 +34,10 @@ DEPTHS = [6, 6, 6, 5, 5, 2, 2, 2, 2, 2]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("schedules")
-    kinds = dict(zip(EXITS[:-1], EXIT_KINDS, strict=True))
     return {
-        family: make_tiny_checkpoint(root / family, family, exits=EXITS, exit_kinds=kinds)
+        family: make_tiny_checkpoint(
+            root / family, family, exits=EXITS, exit_kinds=mixed_kinds(EXITS, family)
+        )
         for family in FAMILIES
     }
 

@@ -22,10 +22,9 @@ from sortserve.model.decoder import Decoder
 from support.batches import BLOCK_SIZE, Chunk, Pages, random_ids, run_chunks
 from support.scripted import Collected, add, collect, make_request
 from support.serving import Served, serve
-from support.tiny_models import EXIT_KINDS, VOCAB_SIZE, make_tiny_checkpoint
+from support.tiny_models import VOCAB_SIZE, make_tiny_checkpoint, mixed_kinds
 
 EXITS = (1, 2, 4, 5, 6)
-KINDS = dict(zip(EXITS[:-1], EXIT_KINDS, strict=True))
 VARIANTS = (
     *("llama-tied", "llama-bias", "llama-mqa", "llama-head-dim-10", "llama-head-dim-24"),
     *("qwen2-untied", "qwen3-untied"),
@@ -41,7 +40,9 @@ pytestmark = pytest.mark.skipif(
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("seeds")
     return {
-        variant: make_tiny_checkpoint(root / variant, variant, exits=EXITS, exit_kinds=KINDS)
+        variant: make_tiny_checkpoint(
+            root / variant, variant, exits=EXITS, exit_kinds=mixed_kinds(EXITS, variant)
+        )
         for variant in VARIANTS
     }
 
@@ -62,7 +63,8 @@ def run_row(
         run_chunks(decoder, cache, [row])
         start += size
     company = [
-        Chunk(c.ids, c.start, c.exit_layer, pages.table(c.exit_layer, CONTEXT)) for c in beside
+        Chunk(c.ids, c.start, c.exit_layer, pages.table(decoder.slabs.count(c.exit_layer), CONTEXT))
+        for c in beside
     ]
     chunks = sorted(
         [*company, Chunk(ids[start:], start, exit_layer, table)], key=lambda c: -c.exit_layer

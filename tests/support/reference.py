@@ -19,7 +19,7 @@ from torch.nn.functional import linear, silu
 
 from sortserve.model.config import ModelConfig
 from sortserve.model.weight import Weight
-from sortserve.model.weights import LayerWeights, ModelWeights
+from sortserve.model.weights import LayerWeights, ModelWeights, OwnLayerWeights
 
 __all__ = ["apply_exit_module", "reference_forward", "rms_norm"]
 
@@ -49,18 +49,31 @@ def reference_forward(
     cos_TH = angles_TH.cos() * weights.rope_attention_scaling
     sin_TH = angles_TH.sin() * weights.rope_attention_scaling
     h_TD = weights.embed[torch.tensor(list(ids))]
-    for layer in weights.layers[:exit_layer]:
+    module = weights.exit_modules.get(exit_layer)
+    layers = weights.layers[:exit_layer]
+    if module is not None and module.layer is not None:
+        layers.append(_whole(module.layer))
+    for layer in layers:
         x_TD = rms_norm(h_TD, layer.input_norm, config.rms_norm_eps)
         h_TD = h_TD + _attention(config, layer, x_TD, cos_TH, sin_TH)
         x_TD = rms_norm(h_TD, layer.post_attention_norm, config.rms_norm_eps)
         gate_TF, up_TF = linear(x_TD, _matrix(layer.gate_up), layer.gate_up_bias).chunk(2, dim=-1)
         h_TD = h_TD + linear(silu(gate_TF) * up_TF, _matrix(layer.down), layer.down_bias)
-    module = weights.exit_modules.get(exit_layer)
     if module is None:
         h_TD = rms_norm(h_TD, weights.final_norm, config.rms_norm_eps)
     else:
         h_TD = apply_exit_module(h_TD, module.tensors, config.rms_norm_eps)
     return linear(h_TD, _matrix(weights.lm_head))
+
+
+def _whole(own: OwnLayerWeights) -> LayerWeights:
+    """With queries, keys and values in one."""
+    fields = {**vars(own), "qkv": Weight.concat([own.q, own.kv])}
+    if own.q_bias is not None and own.kv_bias is not None:
+        fields["qkv_bias"] = torch.cat([own.q_bias, own.kv_bias])
+    for name in ("q", "q_bias", "kv", "kv_bias"):
+        del fields[name]
+    return LayerWeights(**fields)
 
 
 def _matrix(weight: Weight) -> Tensor:

@@ -40,6 +40,7 @@ torch.set_num_threads(1)
 __all__ = [
     "EOS_TOKEN",
     "EXIT_KINDS",
+    "LAYER_KINDS",
     "NUM_LAYERS",
     "VARIANTS",
     "VOCAB_SIZE",
@@ -47,6 +48,7 @@ __all__ = [
     "hf_submodel",
     "load_hf",
     "make_tiny_checkpoint",
+    "mixed_kinds",
     "random_exit_module",
     "read_exit_module",
     "tiny_hf_model",
@@ -57,6 +59,8 @@ __all__ = [
 NUM_LAYERS = 6
 EXIT_KINDS = ("none", "norm", "affine", "mlp")
 """Those that the laws mix, one at each of four exits."""
+LAYER_KINDS = ("affine", "layer", "none", "layer")
+"""Likewise, with layers, which have keys and values of their own."""
 EOS_TOKEN = "<|im_end|>"
 
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", EOS_TOKEN)
@@ -199,6 +203,12 @@ def make_tiny_checkpoint(
     if exits is not None:
         write_sorted_json(folder, exits, exit_kinds)
     return folder
+
+
+def mixed_kinds(exits: Sequence[int], variant: str) -> dict[int, str]:
+    """A kind for each of five exits but the last: with layers where the family is Qwen."""
+    kinds = LAYER_KINDS if variant.startswith("qwen") else EXIT_KINDS
+    return dict(zip(exits[:-1], kinds, strict=True))
 
 
 def write_sorted_json(

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sortserve.core.plan import RowPlan, StepPlan
 from sortserve.core.sampling_params import SamplingParams, SamplingRow
+from sortserve.core.slabs import Slabs
 from sortserve.engine.inputs import build_batch
 from sortserve.model.backend import Backend
 from sortserve.model.config import ModelConfig
@@ -148,6 +149,12 @@ class _Model:
     weights: ModelWeights
     exits: tuple[int, ...]
 
+    @property
+    def slabs(self) -> Slabs:
+        """As the decoder has them."""
+        modules = self.weights.exit_modules
+        return Slabs.of(self.exits, [e for e in modules if modules[e].kind.has_layer])
+
     @staticmethod
     def of(config: ModelConfig, weights: ModelWeights) -> _Model:
         slab_size = min(MAX_SLAB_SIZE, len(weights.layers))
@@ -156,12 +163,14 @@ class _Model:
         by_kind: dict[type, ExitModuleWeights] = {
             module.kind: module for module in weights.exit_modules.values()
         }
+        # There is most to get wrong in layers, so one is among those for which there is an exit.
+        modules = sorted(by_kind.values(), key=lambda module: not module.kind.has_layer)
         return _Model(
             replace(config, num_layers=exits[-1]),
             replace(
                 weights,
                 layers=list(layers),
-                exit_modules=dict(zip(exits, by_kind.values(), strict=False)),
+                exit_modules=dict(zip(exits, modules, strict=False)),
                 lm_head=_beginning(weights.lm_head),
             ),
             exits,
@@ -180,7 +189,7 @@ def _plans(rows: Sequence[_Row], model: _Model, block_size: int) -> Iterator[Ste
     ids = [
         [draw.randrange(model.config.vocab_size) for _ in range(sum(row.tokens))] for row in rows
     ]
-    tables = _page_tables(rows, block_size)
+    tables = _page_tables(rows, model, block_size)
     starts = [0] * len(rows)
     sampling = SamplingRow(SamplingParams(temperature=0.0), 0, (0,), (), frozenset())
     for step in range(len(_STEPS)):
@@ -203,9 +212,10 @@ def _plans(rows: Sequence[_Row], model: _Model, block_size: int) -> Iterator[Ste
         yield StepPlan(rows=tuple(planned), depth_cap=planned[0].exit_layer)
 
 
-def _page_tables(rows: Sequence[_Row], block_size: int) -> list[NDArray[np.int32]]:
+def _page_tables(rows: Sequence[_Row], model: _Model, block_size: int) -> list[NDArray[np.int32]]:
     """[slabs, blocks] of each row: all pages there are, scattered."""
-    shapes = [(row.exit_index + 1, math.ceil(sum(row.tokens) / block_size)) for row in rows]
+    counts = [model.slabs.count(exit_layer) for exit_layer in model.exits]
+    shapes = [(counts[row.exit_index], math.ceil(sum(row.tokens) / block_size)) for row in rows]
     pages = list(range(sum(map(math.prod, shapes))))
     random.Random(1).shuffle(pages)
     left = iter(pages)

@@ -27,18 +27,18 @@ def scored_tokens(plan: StepPlan, device: torch.device | str) -> ScoredTokens | 
     """The tokens of a plan after which the next one of the prompt is to be judged; None: none."""
     if all(row.prompt_logprobs is None for row in plan.rows):
         return None
-    found: dict[int, list[tuple[int, int, int]]] = {}
+    found: dict[int, list[tuple[int, int]]] = {}
     begin = 0
-    for index, row in enumerate(plan.rows):
+    for row in plan.rows:
         for n in range(len(_targets(row))):
-            found.setdefault(row.exit_layer, []).append((begin + n, index, row.start + n + 1))
+            found.setdefault(row.exit_layer, []).append((begin + n, row.start + n + 1))
         begin += row.num_tokens
     if not found:
         return None
 
-    def asked(tokens: list[tuple[int, int, int]]) -> AskedTokens:
-        places, rows, context_lens = zip(*tokens, strict=True)
-        return AskedTokens(torch.tensor(places, device=device), rows, context_lens)
+    def asked(tokens: list[tuple[int, int]]) -> AskedTokens:
+        places, context_lens = zip(*tokens, strict=True)
+        return AskedTokens(torch.tensor(places, device=device), context_lens)
 
     return ScoredTokens({exit_layer: asked(tokens) for exit_layer, tokens in found.items()})
 

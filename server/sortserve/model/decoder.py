@@ -188,7 +188,7 @@ class Decoder:
             return h_TD[:0]
         start = sum(batch.samples[:first])
         last_N = batch.last_tokens_N[start : start + len(rows)]
-        return hidden(AskedTokens(last_N, rows, [batch.context_lens[row] for row in rows]))
+        return hidden(AskedTokens(last_N, [batch.context_lens[row] for row in rows]))
 
     @torch.inference_mode()
     def logits(self, h_RD: Tensor) -> Tensor:

@@ -9,8 +9,6 @@ Shape legend: T tokens, N tokens that are asked for, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -106,8 +104,10 @@ class OwnLayer:
 
 def _single_rows(batch: Batch, asked: AskedTokens, exit_layer: int, slab: int) -> Batch:
     """A batch in which each of these tokens is a row, with pages in one slab and none to write."""
-    num_rows, tokens_N = len(asked.rows), asked.tokens_N
-    starts, rows_N = _to_device(tokens_N.device, range(num_rows + 1), asked.rows)
+    num_rows, tokens_N = len(asked.context_lens), asked.tokens_N
+    # From what is on the device already: nothing is sent there in the middle of a step.
+    starts = torch.arange(num_rows + 1, device=tokens_N.device)
+    rows_N = torch.searchsorted(batch.query_starts_R1[1:], tokens_N.int(), right=True)
     positions_N = batch.positions_T[tokens_N]
     num_slabs, _, num_blocks = batch.block_tables_SRB.shape
     tables_SRB = batch.block_tables_SRB.new_empty(num_slabs, num_rows, num_blocks)
@@ -128,11 +128,3 @@ def _single_rows(batch: Batch, asked: AskedTokens, exit_layer: int, slab: int) -
         single_rows_N=starts[:-1],
         writes=False,
     )
-
-
-def _to_device(device: torch.device, *numbers: Sequence[int]) -> list[Tensor]:
-    """int64 tensors of host numbers, in one transfer."""
-    flat = torch.tensor([number for each in numbers for number in each])
-    if device.type == "cuda":
-        flat = flat.pin_memory()
-    return list(torch.split(flat.to(device, non_blocking=True), [len(each) for each in numbers]))

@@ -19,8 +19,6 @@ class AskedTokens:
 
     tokens_N: Tensor
     """int64: their places in T."""
-    rows: Sequence[int]
-    """Of each its row in the batch."""
     context_lens: Sequence[int]
     """Of each the tokens of its row up to it, itself included."""
 

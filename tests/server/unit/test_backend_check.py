@@ -39,7 +39,8 @@ COMPUTING_WRONGLY = tuple(name for name in WRONG if name not in ("nan", "raises"
 @pytest.fixture(name="folder", scope="module")
 def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    return make_tiny_checkpoint(folder, "llama-tied", exits=(2, 4, 6), exit_kinds={2: "mlp"})
+    kinds = {2: "mlp", 4: "layer"}
+    return make_tiny_checkpoint(folder, "llama-tied", exits=(2, 4, 6), exit_kinds=kinds)
 
 
 def load(folder: Path, dtype: str = "float32") -> LoadedCheckpoint:

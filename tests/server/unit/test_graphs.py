@@ -22,7 +22,7 @@ from support.batches import BLOCK_SIZE, Chunk, Pages, host_batch_of, make_batch,
 from support.host_reads import HostReadError
 from support.recorded_graphs import RecordingMaker, RerunMaker, StaleInputError
 from support.serving import serve
-from support.tiny_models import EXIT_KINDS, make_tiny_checkpoint
+from support.tiny_models import make_tiny_checkpoint, mixed_kinds
 
 EXITS = (1, 2, 4, 5, 6)
 NUM_PAGES = 1500
@@ -31,9 +31,10 @@ MAX_ROWS = 12
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
-    kinds = dict(zip(EXITS[:-1], EXIT_KINDS, strict=True))
     path: Path = tmp_path_factory.mktemp("graphs") / "qwen3"
-    make_tiny_checkpoint(path, "qwen3-untied", exits=EXITS, exit_kinds=kinds)
+    make_tiny_checkpoint(
+        path, "qwen3-untied", exits=EXITS, exit_kinds=mixed_kinds(EXITS, "qwen3-untied")
+    )
     return serve(path, backend="reference").decoder
 
 
@@ -49,7 +50,7 @@ class Prompts:
         for seed in range(count):
             exit_layer, length = rng.choice(EXITS), rng.randrange(1, 60)
             ids = random_ids(length + 6, seed)
-            table = pages.table(exit_layer, length + 6)
+            table = pages.table(decoder.slabs.count(exit_layer), length + 6)
             chunk = Chunk(ids[:length], 0, exit_layer, table, samples=False)
             for cache in caches:
                 decoder.forward(make_batch([chunk], decoder.num_slabs), cache)
@@ -62,7 +63,7 @@ class Prompts:
             depth = self._rng.choice([e for e in EXITS if e <= exit_layer])
             start = length  # the same place again: each step is on its own
             token = ids[start + number]
-            chunks.append(Chunk([token], start, depth, table[:depth]))
+            chunks.append(Chunk([token], start, depth, table[: self._decoder.slabs.count(depth)]))
         chunks.sort(key=lambda chunk: -chunk.exit_layer)
         return make_batch(chunks, self._decoder.num_slabs)
 
@@ -166,10 +167,10 @@ def test_no_row_ever_reads_the_scratch_page_and_padding_writes_nowhere_else(
 def test_prompts_and_large_steps_run_without_graphs(decoder: Decoder) -> None:
     recorded, _ = graphs_of(decoder, RecordingMaker())
     pages = Pages(NUM_PAGES)
-    one = [Chunk([5], 0, 6, pages.table(6, 1))]
+    one = [Chunk([5], 0, 6, pages.table(decoder.num_slabs, 1))]
     assert recorded.can_run(host_batch_of(make_batch(one * MAX_ROWS, decoder.num_slabs)))
     assert not recorded.can_run(host_batch_of(make_batch(one * (MAX_ROWS + 1), decoder.num_slabs)))
-    two = Chunk([5, 6], 0, 2, pages.table(2, 2))
+    two = Chunk([5, 6], 0, 2, pages.table(decoder.slabs.count(2), 2))
     assert not recorded.can_run(host_batch_of(make_batch([*one, two], decoder.num_slabs)))
 
 
@@ -192,7 +193,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(
     maker = CannotRecord()
     plain = ModelRunner(decoder, num_pages=40, block_size=BLOCK_SIZE)
     runner = ModelRunner(decoder, num_pages=40, block_size=BLOCK_SIZE, graph_maker=maker)
-    table = Pages(40).table(6, 3)
+    table = Pages(40).table(decoder.num_slabs, 3)
     row = RowPlan(
         request_id="r",
         exit_layer=6,

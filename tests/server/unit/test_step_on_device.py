@@ -27,7 +27,7 @@ from support.host_reads import HostReadError, NoHostReads, refuse_host_reads
 from support.recorded_graphs import RerunMaker
 from support.scripted_grammar import Form
 from support.serving import serve
-from support.tiny_models import EXIT_KINDS, make_tiny_checkpoint
+from support.tiny_models import make_tiny_checkpoint, mixed_kinds
 
 EXITS = (1, 2, 4, 5, 6)
 PARAMS = (
@@ -40,9 +40,10 @@ PARAMS = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    kinds = dict(zip(EXITS[:-1], EXIT_KINDS, strict=True))
     path = tmp_path_factory.mktemp("step") / "qwen3"
-    return make_tiny_checkpoint(path, "qwen3-untied", exits=EXITS, exit_kinds=kinds)
+    return make_tiny_checkpoint(
+        path, "qwen3-untied", exits=EXITS, exit_kinds=mixed_kinds(EXITS, "qwen3-untied")
+    )
 
 
 def runner_of(folder: Path, *, batched: bool = True, graphs: bool = False) -> ModelRunner:
@@ -59,9 +60,11 @@ def runner_of(folder: Path, *, batched: bool = True, graphs: bool = False) -> Mo
     return runner
 
 
-def plan_of(pages: Pages, rows: list[tuple[int, int, bool]], *, start: int) -> StepPlan:
+def plan_of(
+    folder: Path, pages: Pages, rows: list[tuple[int, int, bool]], *, start: int
+) -> StepPlan:
     """Rows of (exit, new tokens, whether it samples), after ``start`` cached tokens each."""
-    plans = []
+    plans, slabs = [], serve(folder, backend="reference").decoder.slabs
     for r, (exit_layer, count, samples) in enumerate(rows):
         ids = random_ids(start + count, seed=r)
         params = PARAMS[r % len(PARAMS)]
@@ -72,7 +75,7 @@ def plan_of(pages: Pages, rows: list[tuple[int, int, bool]], *, start: int) -> S
                 exit_layer=exit_layer,
                 start=start,
                 token_ids=ids[start:],
-                block_table_SB=pages.table(exit_layer, start + count),
+                block_table_SB=pages.table(slabs.count(exit_layer), start + count),
                 sampling=row if samples else None,
             )
         )
@@ -93,7 +96,7 @@ def test_a_step_sends_twice_and_reads_once(
 ) -> None:
     """What to run, what to sample, and the tokens; all else stays on the device."""
     runner, searching = runner_of(folder), runner_of(folder, batched=False)
-    plan = plan_of(Pages(400), rows, start=start)
+    plan = plan_of(folder, Pages(400), rows, start=start)
     with refuse_host_reads(monkeypatch) as transfers:
         results = runner.execute(plan)
     assert (transfers.uploads, transfers.downloads) == (2, 1)
@@ -104,7 +107,7 @@ def test_a_step_of_unfinished_prompts_reads_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = runner_of(folder)
-    plan = plan_of(Pages(400), [(6, 9, False), (2, 5, False)], start=0)
+    plan = plan_of(folder, Pages(400), [(6, 9, False), (2, 5, False)], start=0)
     with refuse_host_reads(monkeypatch) as transfers:
         assert runner.execute(plan) == []
     assert (transfers.uploads, transfers.downloads) == (1, 0)
@@ -117,7 +120,7 @@ def test_two_steps_under_way_with_grammars_among_them_read_nothing_but_their_tok
     """The second takes its tokens from the first, whose tokens nobody has looked at by then."""
     runner, searching = runner_of(folder, graphs=graphs), runner_of(folder, batched=False)
     pages = Pages(400)
-    first = constrained(plan_of(pages, DECODE, start=21))
+    first = constrained(plan_of(folder, pages, DECODE, start=21))
     assert runner.num_graphs == ((len(EXITS) + 1) * len(row_buckets(len(DECODE))) if graphs else 0)
     rows = tuple(
         replace(row, start=22, token_ids=[0], token_from=n) for n, row in enumerate(first.rows)
@@ -142,7 +145,7 @@ def test_of_greedy_rows_only_the_plan_is_sent_and_two_steps_under_way_keep_their
 ) -> None:
     """Head and choice are replayed into the same memory: each step tells its own all the same."""
     runner, searching = runner_of(folder, graphs=True), runner_of(folder, batched=False)
-    plan = plan_of(Pages(400), DECODE, start=21)
+    plan = plan_of(folder, Pages(400), DECODE, start=21)
     plain = SamplingRow(SamplingParams(temperature=0.0), 0, (7,), (5,), frozenset({2}))
     first = replace(plan, rows=tuple(replace(row, sampling=plain) for row in plan.rows))
     rows = tuple(
@@ -163,7 +166,7 @@ def test_a_greedy_row_whose_logits_are_not_finite_fails_alone_in_a_replayed_step
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = runner_of(folder, graphs=True)
-    plan = plan_of(Pages(400), DECODE, start=21)
+    plan = plan_of(folder, Pages(400), DECODE, start=21)
     plain = SamplingRow(SamplingParams(temperature=0.0), 0, (7,), (5,), frozenset({2}))
     plan = replace(plan, rows=tuple(replace(row, sampling=plain) for row in plan.rows))
     healthy = runner.execute(plan)
