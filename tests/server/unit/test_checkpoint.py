@@ -132,6 +132,24 @@ def test_parameters_and_compute_count_layers_module_and_head(tmp_path: Path) -> 
         )
 
 
+def test_a_layer_counts_at_its_exit_and_its_keys_and_values_at_deeper_ones(tmp_path: Path) -> None:
+    make_tiny_checkpoint(tmp_path, exits=(2, 4, 6), exit_kinds={2: "layer", 4: "affine"})
+    hidden, kv_size, vocab = 64, 32, 288
+    layer = hidden * (64 + 2 * kv_size) + 64 * hidden + 3 * hidden * 96
+    keys_and_values = 2 * kv_size * hidden
+
+    exits, without_2 = load(tmp_path).exits, load(tmp_path, exits=[4, 6]).exits
+
+    full = 6 * layer + keys_and_values + vocab * hidden
+    assert exits[2].compute == (3 * layer + vocab * hidden) / full
+    matrices = 4 * layer + keys_and_values + hidden * hidden + vocab * hidden
+    assert exits[4].compute == matrices / full
+    assert exits[6].compute == without_2[6].compute == 1.0
+    matrices -= keys_and_values
+    assert without_2[4].compute == matrices / (full - keys_and_values)
+    assert exits[2].num_parameters == vocab * hidden + 3 * (layer + 2 * hidden) + hidden
+
+
 def test_an_untied_head_counts_twice_in_parameters_and_once_in_compute(tmp_path: Path) -> None:
     tied = load(make_tiny_checkpoint(tmp_path / "tied", "llama-tied")).exits
     untied = load(make_tiny_checkpoint(tmp_path / "untied", "llama-untied")).exits
