@@ -19,7 +19,7 @@ from sortserve.engine.inputs import build_batch
 from sortserve.model.decoder import Decoder
 from support.scripted import Collected, add, collect, go_shallower, make_request, run
 from support.serving import offline_tokens, serve
-from support.tiny_models import EXIT_KINDS, VARIANTS, make_tiny_checkpoint
+from support.tiny_models import VARIANTS, make_tiny_checkpoint, mixed_kinds
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +27,6 @@ pytestmark = [
 ]
 
 EXITS = (1, 2, 4, 5, 6)
-KINDS = dict(zip(EXITS[:-1], EXIT_KINDS, strict=True))
 PROMPT = list(range(40, 75))
 NUM_TOKENS = 10
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": NUM_TOKENS}
@@ -41,7 +40,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder_of(root: Path, family: str) -> Path:
     path = root / family
     if not path.exists():
-        make_tiny_checkpoint(path, family, exits=EXITS, exit_kinds=KINDS)
+        make_tiny_checkpoint(path, family, exits=EXITS, exit_kinds=mixed_kinds(EXITS, family))
     return path
 
 

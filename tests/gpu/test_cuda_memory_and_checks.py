@@ -39,7 +39,9 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 @pytest.fixture(name="folder", scope="module")
 def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    return make_tiny_checkpoint(folder, "llama-tied", exits=(2, 4, 6), exit_kinds={2: "mlp"})
+    return make_tiny_checkpoint(
+        folder, "llama-tied", exits=(2, 4, 6), exit_kinds={2: "mlp", 4: "layer"}
+    )
 
 
 def load(folder: Path, dtype: str = "float32", **options: Any) -> LoadedCheckpoint:

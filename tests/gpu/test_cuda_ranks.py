@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 EXITS = (2, 4, 5, 6)
-KINDS = {2: "norm", 4: "affine", 5: "mlp"}
+KINDS = {2: "layer", 4: "affine", 5: "mlp"}
 SETTINGS: dict[str, Any] = {"dtype": "float32", "device": "cuda", "kv_cache_memory": 8 << 20}
 
 

@@ -77,6 +77,9 @@ def check_attention(shape: Shape, rows: Sequence[tuple[int, int]], dtype: torch.
     actual, pages = case.run(attention, norms=shape.norms)
     assert relative_error(pages, expected_pages) <= RELATIVE_ERRORS[dtype]
     assert relative_error(actual, expected) <= RELATIVE_ERRORS[dtype]
+    apart, apart_pages = case.run_apart(attention, norms=shape.norms)
+    assert torch.equal(apart_pages, pages)
+    assert torch.equal(apart, actual)
 
 
 DECODE = {

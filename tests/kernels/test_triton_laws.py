@@ -21,7 +21,7 @@ from support.tiny_models import VOCAB_SIZE, make_tiny_checkpoint
 pytestmark = [interpreted, patience]
 
 EXITS = (1, 2, 3)
-KINDS = {1: "norm", 2: "mlp"}
+KINDS = {1: "layer", 2: "mlp"}
 SIZES: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
 FAMILIES = ("llama-tied", "qwen3-untied")
 PROMPT = list(range(40, 57))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -105,3 +106,18 @@ class Case:
         pages, rows = self.pages.clone(), self.batch.num_rows
         (attend,) = attention.prepare(self.batch, range(1), rows)
         return attend(self.qkv_TX.clone(), self.norms if norms else None, pages), pages
+
+    def run_apart(self, attention: Attention, *, norms: bool = False) -> tuple[Tensor, Tensor]:
+        """The same, keys and values first and without queries, and then the queries without them:
+        so there is nothing in their places, and nothing to write.
+        """
+        pages, rows, q_size = self.pages.clone(), self.batch.num_rows, self.config.q_size
+        key_norm = self.norms.key if norms else None
+        kv_TX = self.qkv_TX[:, q_size:].contiguous()
+        attention.write(self.batch, 0, rows, kv_TX, key_norm, pages)
+        nowhere = torch.full_like(self.batch.slots_ST, -1)
+        reading = replace(self.batch, slots_ST=nowhere, writes=False)
+        qkv_TX = self.qkv_TX.clone()
+        qkv_TX[:, q_size:] = torch.nan
+        (attend,) = attention.prepare(reading, range(1), rows)
+        return attend(qkv_TX, self.norms if norms else None, pages), pages

@@ -26,10 +26,14 @@ def assert_native_equals_reference(
 ) -> None:
     rope = make_rope(config.head_dim)
     expected, expected_pages = case.run(ReferenceAttention(config, rope), norms=norms)
-    got, pages = case.run(NativeAttention(config, rope, library, case.pages.dtype), norms=norms)
+    native = NativeAttention(config, rope, library, case.pages.dtype)
+    got, pages = case.run(native, norms=norms)
     tolerance = TOLERANCES[case.pages.dtype]
     torch.testing.assert_close(pages, expected_pages, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+    apart, apart_pages = case.run_apart(native, norms=norms)
+    assert torch.equal(apart_pages, pages)
+    assert torch.equal(apart, got)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -108,6 +112,17 @@ def test_stale_contents_of_pages_do_not_matter(library: NativeLibrary) -> None:
     stale = (~seen).view(1, -1, 1, 16, 1).expand_as(case.pages)
     case.pages[stale] = float("nan")
     assert torch.equal(case.run(native)[0], expected)
+
+
+def test_the_reference_writes_keys_and_values_apart_from_queries() -> None:
+    config = make_config(6, 2, 16)
+    case, reference = Case(config, MIXED_ROWS), ReferenceAttention(config, make_rope(16))
+    expected, pages = case.run(reference, norms=True)
+
+    apart, apart_pages = case.run_apart(reference, norms=True)
+
+    assert torch.equal(apart_pages, pages)
+    assert torch.equal(apart, expected)
 
 
 def test_rows_run_through_the_kernel(library: NativeLibrary) -> None:

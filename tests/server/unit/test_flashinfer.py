@@ -65,6 +65,18 @@ def test_rows_of_one_token_at_the_edges_of_pages(lengths: list[int]) -> None:
     assert fake_flashinfer.PLANS == ["decode"]
 
 
+def test_keys_and_values_are_written_apart_from_queries() -> None:
+    config = make_config(6, 2, 16)
+    case, target = Case(config, MIXED_ROWS), Target(config, torch.float32, CPU)
+    attention = FlashInferBackend(target, fake_flashinfer).attention(make_rope(16))
+    expected, expected_pages = case.run(attention, norms=True)
+
+    actual, pages = case.run_apart(attention, norms=True)
+
+    assert torch.equal(pages, expected_pages)
+    assert torch.equal(actual, expected)
+
+
 def test_any_chunk_in_a_step_makes_all_its_rows_chunks() -> None:
     fake_flashinfer.PLANS.clear()
 
@@ -98,6 +110,31 @@ def test_a_model_of_many_depths_plans_once_a_slab_and_step(
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_layer_of_an_exits_own_has_a_plan_where_rows_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        backends.BACKENDS, "flashinfer", lambda target: FlashInferBackend(target, fake_flashinfer)
+    )
+    kinds = {2: "layer", 4: "layer"}
+    path = make_tiny_checkpoint(tmp_path, "qwen3-bias", exits=EXITS, exit_kinds=kinds)
+    logits = {}
+    for name in ("reference", "flashinfer"):
+        decoder = serve(path, backend=name).decoder
+        pages, cache = Pages(100), decoder.allocate_kv_cache(100, BLOCK_SIZE)
+        chunks = [
+            Chunk(random_ids(9 + i, seed=i), 0, depth, pages.table(decoder.slabs.count(depth), 16))
+            for i, depth in enumerate((6, 4))
+        ]
+        fake_flashinfer.PLANS.clear()
+        logits[name] = run_chunks(decoder, cache, chunks)
+
+    # All slabs but that of no more than the first exit's layer, in which nobody attends.
+    num_trunk = len({decoder.slabs.place(layer)[0] for layer in range(6)})
+    assert sorted(fake_flashinfer.PLANS) == ["decode"] + ["prefill"] * num_trunk
+    torch.testing.assert_close(logits["flashinfer"], logits["reference"], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("chunk", [7, 256], ids=["in chunks", "whole"])
 def test_laws_1_to_3_through_an_engine(
     chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -106,7 +143,8 @@ def test_laws_1_to_3_through_an_engine(
     monkeypatch.setitem(
         backends.BACKENDS, "flashinfer", lambda target: FlashInferBackend(target, fake_flashinfer)
     )
-    path = make_tiny_checkpoint(tmp_path, "qwen3-untied", exits=EXITS)
+    kinds = {2: "layer", 4: "affine"}
+    path = make_tiny_checkpoint(tmp_path, "qwen3-untied", exits=EXITS, exit_kinds=kinds)
     served = serve(path, backend="flashinfer")
     assert served.decoder.backend.name == "flashinfer"
     engine = served.engine(max_num_batched_tokens=chunk, policy="fair")
