@@ -12,6 +12,7 @@ import torch
 
 from sortserve.core.plan import RowPlan, StepPlan
 from sortserve.core.sampling_params import RowFailure, SamplingParams, SamplingRow
+from sortserve.core.slabs import Slabs
 from sortserve.engine.inputs import build_batch
 from sortserve.engine.runner import ModelRunner
 from sortserve.engine.sampling.sampler import Sampler
@@ -27,6 +28,7 @@ pytestmark = [
 ]
 
 EXITS = (1, 2, 4, 5, 6)
+SLABS = Slabs.of(EXITS, [1])
 GREEDY = SamplingParams(temperature=0.0)
 BACKENDS = ("reference", "auto")
 
@@ -34,7 +36,7 @@ BACKENDS = ("reference", "auto")
 @pytest.fixture(name="path", scope="module")
 def _path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cuda-step")
-    return make_tiny_checkpoint(folder, "llama-tied", exits=EXITS, exit_kinds={EXITS[0]: "layer"})
+    return make_tiny_checkpoint(folder, "llama-tied", exits=EXITS, exit_kinds={1: "layer"})
 
 
 @contextmanager
@@ -54,7 +56,7 @@ def decode_plan(rng: random.Random, lengths: list[int], pages: Pages) -> tuple[S
     for r, (exit_layer, length) in enumerate(zip(depths, lengths, strict=True)):
         ids = random_ids(length + 1, r)
         row = SamplingRow(GREEDY, r, tuple(ids), (), frozenset())
-        table = pages.table(exit_layer, length + 1)
+        table = pages.table(SLABS.count(exit_layer), length + 1)
         common = {"request_id": str(r), "exit_layer": exit_layer, "block_table_SB": table}
         prompts.append(RowPlan(start=0, token_ids=ids[:-1], sampling=None, **common))  # type: ignore[arg-type]
         decodes.append(RowPlan(start=length, token_ids=ids[-1:], sampling=row, **common))  # type: ignore[arg-type]

@@ -2,9 +2,9 @@
 
 The model of the check is cut from the one that was loaded: its first layers (again from the first
 where it has fewer), its head or the beginning of it, and two kinds of the modules that its exits
-have; so matrices, formats of weights, biases, norms and RoPE are those that will be served. The
-backend packs copies of these few layers, so nothing that was loaded is lost, and the copies are
-gone when the answer is there.
+have, ``layer`` first; so matrices, formats of weights, biases, norms and RoPE are those that will
+be served. The backend packs copies of these few layers, so nothing that was loaded is lost, and the
+copies are gone when the answer is there.
 
 Both run the same steps over scattered pages that hold leftovers: prompts whole and in chunks, exact
 blocks, single tokens, rows that leave early and rows that sit a step out, long contexts on a GPU.

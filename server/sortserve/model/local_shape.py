@@ -10,7 +10,7 @@ Every rank has all layers, and of each layer some of the heads and a part of the
   gathers the scores.
 * Embedding, norms and exit modules are on every rank. A row of the embedding is read for each
   token, never all of it, and a split one would cost a third sum. Exit modules see only the rows
-  that sample.
+  that sample. Only a module that is a layer of its own is divided as the others are.
 
 So a rank's layers are those of a narrower decoder, which is what ``config`` gives: backends and
 caches compute with that and know nothing of ranks.
