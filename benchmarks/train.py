@@ -129,6 +129,7 @@ class _Settings:
     seed: int
     lora_rank: int
     revision: None = None
+    exit_modules: None = None
     dtype: str = "bfloat16"
     quantize: str = "none"
     lora_alpha: None = None
@@ -253,7 +254,7 @@ class _NaiveStep:
                 logits = out.logits
                 if exit_layer != model.exits[-1]:
                     state = out.hidden_states[exit_layer]
-                    logits = model.base.lm_head(model.exit_modules[str(exit_layer)](state))
+                    logits = model.base.lm_head(model.exit_modules.by_exit[exit_layer].read(state))
                 log_q = logits.float().log_softmax(-1).flatten(0, 1)
                 loss = loss + term.ce * torch.nn.functional.nll_loss(
                     log_q, labels, ignore_index=IGNORED

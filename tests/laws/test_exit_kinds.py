@@ -61,8 +61,8 @@ class TrainedScale(trained.OwnNorm):
         super().__init__(kind, config, final_norm)
         nn.init.ones_(self.scale_weight)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return super().forward(x_TD) * self.scale_weight
+    def read(self, x_RD: Tensor) -> Tensor:
+        return super().read(x_RD) * self.scale_weight
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ G = N / K, H head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    lengths: tuple[int, ...] | None = None,
+    lengths: Sequence[int] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention function over a packed row.

@@ -3,13 +3,12 @@
 Twins have the same name in ``TRAINED_EXIT_MODULES`` as there, the same tensors on disk, and compute
 the same function.
 
-Shape legend: T tokens, D hidden, F intermediate.
+Shape legend: T tokens, R rows that the head reads, D hidden, F intermediate.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, cast
 
 import torch
@@ -18,87 +17,11 @@ from torch.nn.functional import linear, rms_norm, silu
 
 from sortserve.model.config import ModelConfig
 from sortserve.model.exit_module import EXIT_MODULE_KINDS
+from sortserve_trainer.model.exit_module import NORM_NAMES, ExitModule, OwnNorm, SeenStates
 from sortserve_trainer.model.moments import Moments
+from sortserve_trainer.model.whole_layer import WholeLayer
 
 __all__ = ["TRAINED_EXIT_MODULES", "Affine", "ExitModule", "ExitModules", "GatedMlp", "OwnNorm"]
-
-
-class ExitModule(nn.Module):
-    """One exit's module; maps the residual stream [T, D] to what the head reads [T, D].
-
-    Its parameters are the tensors of the served module, ``gate_proj.weight`` as
-    ``gate_proj_weight``, and zero until a kind's ``__init__`` fills them: with the identity before
-    the model's final norm, so that a new module changes nothing.
-
-    Args:
-        kind: its name in the tables.
-        config: gives the shapes.
-        final_norm: [D], the model's.
-    """
-
-    reads_states: ClassVar[bool] = False
-    """Whether ``warm_start`` is called before the first step."""
-    plain_names: ClassVar[Mapping[str, str] | None] = None
-    """For ``sortserve export``: its tensors' names in a plain model, where ``{E}`` is the index of
-    a layer that is added; None where a plain model has no place for it."""
-    export_note: ClassVar[str] = ""
-    """What the card of an exported sub-model says of it."""
-    export_obstacle: ClassVar[str] = "an exit module that"
-    """What has no place in a plain model: the middle of a sentence."""
-
-    def __init__(self, kind: str, config: ModelConfig, final_norm: Tensor) -> None:
-        super().__init__()
-        self.kind = kind
-        for name, shape in EXIT_MODULE_KINDS[kind].shapes(config).items():
-            self.register_parameter(_attribute(name), nn.Parameter(torch.zeros(shape)))
-
-    @abstractmethod
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """The normed state that the shared head reads."""
-
-    def warm_start(self, moments: Moments, *, is_new: bool) -> None:
-        """Learn from the states at its exit, and if ``is_new`` start where they say."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Its weights under their names on disk, without the ``exits.{E}.`` prefix."""
-        return {
-            name.replace("_weight", ".weight"): parameter.data
-            for name, parameter in self.named_parameters()
-        }
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take weights named as ``tensors`` names them."""
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                self.get_parameter(_attribute(name)).copy_(tensor)
-
-
-def _attribute(name: str) -> str:
-    """``gate_proj.weight`` as an attribute: a module's own names cannot hold a dot."""
-    return name.replace(".", "_")
-
-
-_NORM = {"norm.weight": "model.norm.weight"}
-
-
-class OwnNorm(ExitModule):
-    """An RMSNorm of its own, which starts as the model's final norm."""
-
-    norm_weight: nn.Parameter
-
-    plain_names: ClassVar[Mapping[str, str] | None] = _NORM
-    export_note = "The exit's own norm is the final norm."
-
-    def __init__(self, kind: str, config: ModelConfig, final_norm: Tensor) -> None:
-        super().__init__(kind, config, final_norm)
-        self.eps = config.rms_norm_eps
-        self.shape = (config.hidden_size,)
-        with torch.no_grad():
-            self.norm_weight.copy_(final_norm)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """See ExitModule."""
-        return rms_norm(x_TD, self.shape, self.norm_weight.to(x_TD.dtype), self.eps)
 
 
 class Affine(OwnNorm):
@@ -127,12 +50,15 @@ class Affine(OwnNorm):
         super().__init__(kind, config, final_norm)
         self.register_buffer("input_scale", torch.ones(config.hidden_size))
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def read(self, x_RD: Tensor) -> Tensor:
         """See ExitModule."""
-        return super().forward(x_TD + linear(x_TD, self.affine_weight / self.input_scale))
+        return super().read(x_RD + linear(x_RD, self.affine_weight / self.input_scale))
 
-    def warm_start(self, moments: Moments, *, is_new: bool) -> None:
+    def warm_start(
+        self, seen: Sequence[SeenStates], last_layer: Mapping[str, Tensor], *, is_new: bool
+    ) -> None:
         """See ExitModule."""
+        moments = _affine_moments(seen)
         size_D = moments.sizes()
         typical = size_D.median()
         with torch.no_grad():
@@ -155,6 +81,15 @@ class Affine(OwnNorm):
             self.affine_weight.mul_(self.input_scale)
 
 
+def _affine_moments(seen: Sequence[SeenStates]) -> Moments:
+    moments = Moments()
+    for states in seen:
+        y_TD = states.full_TD[states.is_typical_T].double()
+        y_TD = y_TD * y_TD.square().mean(-1, keepdim=True).rsqrt()
+        moments.add(states.x_TD[states.is_typical_T], y_TD)
+    return moments
+
+
 class GatedMlp(OwnNorm):
     """``x + down(silu(gate(n(x))) * up(n(x)))``, n a second RMSNorm, then its own norm.
 
@@ -167,7 +102,7 @@ class GatedMlp(OwnNorm):
     down_proj_weight: nn.Parameter
 
     plain_names: ClassVar[Mapping[str, str] | None] = {
-        **_NORM,
+        **NORM_NAMES,
         "mlp_norm.weight": "model.layers.{E}.post_attention_layernorm.weight",
         "gate_proj.weight": "model.layers.{E}.mlp.gate_proj.weight",
         "up_proj.weight": "model.layers.{E}.mlp.up_proj.weight",
@@ -182,18 +117,19 @@ class GatedMlp(OwnNorm):
             for weight in (self.gate_proj_weight, self.up_proj_weight):
                 nn.init.normal_(weight, std=config.hidden_size**-0.5)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def read(self, x_RD: Tensor) -> Tensor:
         """See ExitModule."""
-        n_TD = rms_norm(x_TD, self.shape, self.mlp_norm_weight.to(x_TD.dtype), self.eps)
-        gate_TF = silu(linear(n_TD, self.gate_proj_weight))
-        delta_TD = linear(gate_TF * linear(n_TD, self.up_proj_weight), self.down_proj_weight)
-        return super().forward(x_TD + delta_TD)
+        n_RD = rms_norm(x_RD, self.shape, self.mlp_norm_weight.to(x_RD.dtype), self.eps)
+        gate_RF = silu(linear(n_RD, self.gate_proj_weight))
+        delta_RD = linear(gate_RF * linear(n_RD, self.up_proj_weight), self.down_proj_weight)
+        return super().read(x_RD + delta_RD)
 
 
 TRAINED_EXIT_MODULES: dict[str, type[ExitModule]] = {
     "norm": OwnNorm,
     "affine": Affine,
     "mlp": GatedMlp,
+    "layer": WholeLayer,
 }
 """By the names of ``EXIT_MODULE_KINDS``; a kind without tensors has nothing to train."""
 
@@ -223,12 +159,12 @@ class ExitModules(nn.ModuleDict):
             for name, tensor in module.tensors().items()
         }
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the weights of an ``exit_modules.safetensors``."""
-        for exit_layer, module in self.by_exit.items():
+    def load(self, tensors: Mapping[str, Tensor], exits: Iterable[int]) -> None:
+        """Take the weights of an ``exit_modules.safetensors`` at some exits that have a module."""
+        for exit_layer in exits:
             prefix = f"exits.{exit_layer}."
             own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            module.load(own)
+            self.by_exit[exit_layer].load(own)
 
     def kinds(self, exits: Sequence[int]) -> dict[int, str]:
         """The name of the kind at each of ``exits`` that has one."""

@@ -86,7 +86,7 @@ def load_for_training(settings: ModelSettings, method: Method) -> LoadedModel:
         if not settings.trains_weights:
             trunk.requires_grad_(False)
         trunk = _with_adapter(trunk, layout, settings, method)
-        kinds = _module_kinds(layout, exits, method)
+        kinds = _module_kinds(layout, exits, method, asked=settings.exit_modules)
         final_norm = _final_norm(trunk)
         modules = ExitModules(kinds, config, final_norm)
         trained = _load_modules(modules, layout)
@@ -288,24 +288,23 @@ def _final_norm(trunk: Any) -> torch.Tensor:
 
 
 def _module_kinds(
-    layout: CheckpointLayout, exits: Sequence[int], method: Method
+    layout: CheckpointLayout, exits: Sequence[int], method: Method, *, asked: str | None
 ) -> Mapping[int, str]:
-    """The method's kind everywhere, but where the base has a module already."""
+    """The kind that was asked for; else the method's, but where the base has a module already."""
     info = layout.sorted_info
-    own = info.exit_modules if info is not None else {}
+    own = info.exit_modules if info is not None and asked is None else {}
     return {e: own.get(e, method.exit_modules) for e in exits[:-1]}
 
 
 def _load_modules(modules: ExitModules, layout: CheckpointLayout) -> frozenset[int]:
-    """Fill in what the checkpoint has; returns the exits that were filled."""
+    """Fill in what the checkpoint has of these kinds; returns the exits that were filled."""
     path: Path = layout.own / EXIT_MODULES
     info = layout.sorted_info
     if info is None or not path.is_file():
         return frozenset()
-    tensors = load_file(path)
-    modules.load(tensors)
-    names = {name.split(".")[1] for name in tensors}
-    return frozenset(int(e) for e in modules if e in names)
+    kept = [e for e, module in modules.by_exit.items() if info.module_kind(e) == module.kind]
+    modules.load(load_file(path), kept)
+    return frozenset(kept)
 
 
 def _load_heads(layout: CheckpointLayout) -> dict[int, torch.Tensor]:

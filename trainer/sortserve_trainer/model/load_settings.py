@@ -28,6 +28,10 @@ class ModelSettings(Protocol):
         """To train."""
 
     @property
+    def exit_modules(self) -> str | None:
+        """Kind of every exit's module, if it was given; then modules of other kinds are dropped."""
+
+    @property
     def device(self) -> str:
         """Where to train."""
 

@@ -14,14 +14,28 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sortserve_trainer.data import IGNORED
 from sortserve_trainer.model.attention import PACKED_ATTENTION
+from sortserve_trainer.model.exit_module import PackedRow, take_rows
 from sortserve_trainer.model.exit_modules import ExitModules
 from sortserve_trainer.model.loss import Teacher, VocabSample, exit_losses, unlikelihood_loss
 from sortserve_trainer.run.terms import ExitTerm
 
 __all__ = ["SortedModel"]
+
+
+class TrunkStates(dict[int, Tensor]):
+    """Exit layer to the residual stream after that many layers, [T, D] each, before any norm.
+
+    Attributes:
+        row: what they are the states of.
+    """
+
+    def __init__(self, row: PackedRow) -> None:
+        super().__init__()
+        self.row = row
 
 
 class SortedModel(nn.Module):
@@ -157,8 +171,8 @@ class SortedModel(nn.Module):
 
     def trunk_states(
         self, input_ids: Tensor, position_ids: Tensor, lengths: Tensor, exits: Iterable[int]
-    ) -> dict[int, Tensor]:
-        """The residual stream after each of ``exits`` layers, before any norm: [T, D] each."""
+    ) -> TrunkStates:
+        """The residual stream after each of ``exits`` layers, of every token."""
         wanted = set(exits)
         decoder = self.base.model
         hidden = decoder.embed_tokens(input_ids)
@@ -166,7 +180,7 @@ class SortedModel(nn.Module):
             hidden.requires_grad_()  # else checkpointed layers would see nothing to train
         position_embeddings = decoder.rotary_emb(hidden, position_ids=position_ids)
         spans = tuple(lengths.tolist())
-        states = {}
+        states = TrunkStates(PackedRow(position_embeddings, spans))
         for depth, layer in enumerate(decoder.layers[: max(wanted)], start=1):
             hidden = layer(
                 hidden,
@@ -187,20 +201,29 @@ class SortedModel(nn.Module):
             return head
         return _effective_weight(self.base.get_output_embeddings())
 
-    def _read_rows(
-        self, trunk_states: Mapping[int, Tensor], rows: Tensor | None
-    ) -> dict[int, Tensor]:
+    def _read_rows(self, trunk_states: TrunkStates, rows: Tensor | None) -> dict[int, Tensor]:
         return {
-            exit_layer: self._read_out(exit_layer, h_TD if rows is None else h_TD[rows])
+            exit_layer: self._read_out(exit_layer, h_TD, trunk_states.row, rows)
             for exit_layer, h_TD in trunk_states.items()
         }
 
-    def _read_out(self, exit_layer: int, h_TD: Tensor) -> Tensor:
+    def _read_out(
+        self, exit_layer: int, h_TD: Tensor, row: PackedRow, rows: Tensor | None
+    ) -> Tensor:
         name = str(exit_layer)
-        if name in self.exit_modules:
-            out: Tensor = self.exit_modules[name](h_TD)
+        if name not in self.exit_modules:
+            out: Tensor = self.base.model.norm(take_rows(h_TD, rows))
+        elif self.training and torch.is_grad_enabled() and _is_checkpointing(self.base.model):
+            out = checkpoint(
+                self.exit_modules[name],
+                h_TD,
+                row,
+                rows,
+                use_reentrant=False,
+                preserve_rng_state=False,  # nothing in a module is drawn
+            )
         else:
-            out = self.base.model.norm(h_TD)
+            out = self.exit_modules[name](h_TD, row, rows)
         return out
 
 

@@ -76,7 +76,8 @@ class TrainSettings(BaseModel):
     exits_per_step: Count | None = None
     """Exits below full depth that a step trains, drawn anew each step. Default: all."""
     exit_modules: Annotated[str, AfterValidator(exit_module_kind)] | None = None
-    """Module of each exit before the shared head. Default: the method's."""
+    """Module of each exit before the shared head; where the base has one of another kind, a new
+    one takes its place. Default: the base's own, and the method's where it has none."""
     vocab_sample: CountOrZero | None = None
     """Head columns that stand for all in the loss; 0 is all. Default: the method's."""
     learning_rate: Positive | None = None

@@ -1,7 +1,7 @@
-"""What exit modules learn before the first step, from a few thousand tokens.
+"""What exit modules learn before the first step, from some thousand tokens.
 
-Modules that ask for it (``ExitModule.reads_states``) are shown the second moments of the states at
-their exit, and of the normed states at full depth beside them.
+Modules that ask for it (``ExitModule.reads_states``) are shown the states at their exit and those
+at full depth, and the weights of the last layer.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sortserve_trainer.model.moments import Moments
-from sortserve_trainer.model.sorted_model import SortedModel
+from sortserve_trainer.model.exit_module import SeenStates
+from sortserve_trainer.model.last_layer import last_layer_tensors
+from sortserve_trainer.model.sorted_model import SortedModel, TrunkStates
 
 __all__ = ["warm_start"]
 
@@ -26,26 +27,24 @@ def warm_start(
     Args:
         model: the trunk whose states are read.
         new: exits whose module was made now; the others have been trained.
-        batches: packed rows as ``collate`` makes them; their first tokens are left out, whose
-            states are outliers of another scale.
+        batches: packed rows as ``collate`` makes them.
     """
     modules = {e: module for e, module in model.exit_modules.by_exit.items() if module.reads_states}
     if not modules:
         return
     full = model.exits[-1]
     device = model.base.model.norm.weight.device
-    moments = {e: Moments(model.config.hidden_size, device) for e in modules}
+    seen: list[tuple[TrunkStates, Tensor]] = []
     for batch in batches:
-        keep = batch["position_ids"][0].to(device) > 0
+        position_ids = batch["position_ids"].to(device)
         states = model.trunk_states(
-            batch["input_ids"].to(device),
-            batch["position_ids"].to(device),
-            batch["lengths"],
-            [*modules, full],
+            batch["input_ids"].to(device), position_ids, batch["lengths"], [*modules, full]
         )
-        y_TD = states[full][keep].double()
-        y_TD = y_TD * y_TD.square().mean(-1, keepdim=True).rsqrt()
-        for exit_layer in modules:
-            moments[exit_layer].add(states[exit_layer][keep].double(), y_TD)
+        seen.append((states, position_ids[0] > 0))
+    last_layer = last_layer_tensors(model.base.model.layers[-1])
     for exit_layer, module in modules.items():
-        module.warm_start(moments[exit_layer], is_new=exit_layer in new)
+        own = [
+            SeenStates(states.row, states[exit_layer], states[full], is_typical_T)
+            for states, is_typical_T in seen
+        ]
+        module.warm_start(own, last_layer, is_new=exit_layer in new)
