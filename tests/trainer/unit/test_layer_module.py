@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from sortserve.checkpoint.families import read_model_config
 from sortserve_trainer.model.exit_modules import ExitModules
+from sortserve_trainer.model.last_layer import last_layer_tensors
 from sortserve_trainer.model.load import load_for_evaluation
 from sortserve_trainer.model.sorted_model import SortedModel
 from sortserve_trainer.run.terms import ExitTerm
+from sortserve_trainer.run.warm_start import warm_start
 from support.layer_modules import hf_layer_logits
 from support.tiny_models import (
     VARIANTS,
@@ -160,3 +163,65 @@ def test_a_module_under_autocast_is_near_to_the_exact_one() -> None:
             close = exit_states(model, batch)
 
     assert (close.float() - exact).norm() / exact.norm() < 0.05
+
+
+def distance_to_full(model: SortedModel, exit_layer: int) -> float:
+    """Of what the head reads there from what it reads at full depth, on tokens of their own."""
+    batch = packed([60] * 10, seed=1)
+    with torch.no_grad():
+        states = model.exit_states(
+            batch["input_ids"], batch["position_ids"], batch["lengths"], [exit_layer, 6]
+        )
+    return float((states[exit_layer] - states[6]).norm() / states[6].norm())
+
+
+@pytest.mark.parametrize("variant", ["llama-tied", "llama-bias", "qwen3-tied"])
+def test_a_module_that_has_seen_states_starts_near_the_full_depth(variant: str) -> None:
+    model, blind = make_model(variant, random=False), make_model(variant, random=False)
+
+    warm_start(model, [2, 3, 4], [packed([60] * 20, seed=seed) for seed in (2, 3)])
+
+    last = last_layer_tensors(model.base.model.layers[-1])
+    for exit_layer in (2, 4):
+        blind.exit_modules.by_exit[exit_layer].load(last)
+        distance = distance_to_full(model, exit_layer)
+        assert distance < 0.95 * distance_to_full(blind, exit_layer)
+    assert distance_to_full(model, 4) < distance_to_full(model, 2)
+
+
+def test_one_layer_below_full_depth_a_new_module_is_the_layer_that_is_missing() -> None:
+    trunk = tiny_hf_model()
+    config = read_model_config(trunk.config)
+    modules = ExitModules({5: "layer"}, config, trunk.model.norm.weight.detach())
+    model = SortedModel(trunk, (5, 6), modules)
+
+    warm_start(model, [5], [packed([60] * 20, seed=seed) for seed in (2, 3)])
+
+    assert distance_to_full(model, 5) < 0.03
+
+
+def test_a_module_that_was_trained_is_left_alone() -> None:
+    model = make_model()
+    before = {n: p.clone() for n, p in model.exit_modules.by_exit[2].named_parameters()}
+
+    warm_start(model, [4], [packed([40, 40])])
+
+    for name, parameter in model.exit_modules.by_exit[2].named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_the_last_layer_is_taken_with_its_adapter() -> None:
+    targets = ["q_proj", "down_proj"]
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        tiny_hf_model("qwen3-bias"),
+        LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False),
+    )
+    found = last_layer_tensors(adapted.get_base_model().model.layers[-1])
+
+    layer = adapted.merge_and_unload().model.layers[-1]
+    assert len(found) == len(layer.state_dict())
+    torch.testing.assert_close(found["q_proj.weight"], layer.self_attn.q_proj.weight)
+    torch.testing.assert_close(found["down_proj.weight"], layer.mlp.down_proj.weight)
+    assert torch.equal(found["k_norm.weight"], layer.self_attn.k_norm.weight)
+    assert torch.equal(found["o_proj.bias"], layer.self_attn.o_proj.bias)

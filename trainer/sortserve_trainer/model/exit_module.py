@@ -40,6 +40,8 @@ class SeenStates:
     row: PackedRow
     x_TD: Tensor
     """The residual stream at the module's exit."""
+    before_last_TD: Tensor
+    """The residual stream before the trunk's last layer."""
     full_TD: Tensor
     """The residual stream at full depth."""
     is_typical_T: Tensor

@@ -6,7 +6,7 @@ N query heads, K key/value heads, H head_dim, A = N * H.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -123,20 +123,53 @@ class WholeLayer(OwnNorm):
         if not is_new:
             return
         self.load(last_layer)
+        aims = [self._behind_attention(s.before_last_TD, s) for s in seen]
+        pairs = [(s.x_TD[s.is_typical_T], s.before_last_TD[s.is_typical_T]) for s in seen]
+        self._read_through("attn_norm", ("q_proj", "k_proj", "v_proj"), pairs)
+        behind = [self._behind_attention(s.x_TD, s) for s in seen]
+        self._read_through("mlp_norm", ("gate_proj", "up_proj"), zip(behind, aims, strict=True))
         moments = Moments()
-        for states in seen:
-            x_TD = take_rows(states.x_TD, states.is_typical_T)
-            full_TD = take_rows(states.full_TD, states.is_typical_T)
-            z_TA = take_rows(self.attend(states.x_TD, states.row), states.is_typical_T)
-            x_TD = x_TD + self._linear("o_proj", z_TA)
-            # Of each state the direction counts, so that errors count by the length of the aim.
-            scale_T1 = full_TD.double().square().mean(-1, keepdim=True).rsqrt()
-            missing_TD = full_TD - x_TD
+        for x_RD, states in zip(behind, seen, strict=True):
+            full_RD = states.full_TD[states.is_typical_T]
+            missing_RD = full_RD - x_RD
             if "down_proj.bias" in last_layer:
-                missing_TD = missing_TD - last_layer["down_proj.bias"]
-            moments.add(self.mlp_hidden(x_TD) * scale_T1, missing_TD * scale_T1)
+                missing_RD = missing_RD - last_layer["down_proj.bias"]
+            # The norm that follows reads directions, so errors count by the length of the aim.
+            scale_R1 = full_RD.double().square().mean(-1, keepdim=True).rsqrt()
+            moments.add(self.mlp_hidden(x_RD) * scale_R1, missing_RD * scale_R1)
         with torch.no_grad():
             self.down_proj_weight.copy_(moments.fit())
+
+    def _behind_attention(self, x_TD: Tensor, states: SeenStates) -> Tensor:
+        """The residual stream between attention and MLP, at the typical tokens."""
+        out_TD = x_TD + self._linear("o_proj", self.attend(x_TD, states.row))
+        return out_TD[states.is_typical_T]
+
+    def _read_through(
+        self, norm: str, names: Iterable[str], pairs: Iterable[tuple[Tensor, Tensor]]
+    ) -> None:
+        """Let linear layers find in one state what they were made to find in another.
+
+        A linear map from the one, normed, to the other by ridge regression goes into their
+        weights, and the sizes of its dimensions into the norm before them: then Adam's equal steps
+        are steps of equal size in all dimensions.
+
+        Args:
+            norm: the name of the norm before them.
+            names: of the linear layers.
+            pairs: states [R, D] that they are to read, and those that they were made for.
+        """
+        moments = Moments()
+        for x_RD, aim_RD in pairs:
+            moments.add(_normed(x_RD), _normed(aim_RD))
+        size_D = moments.sizes()
+        norm_D = getattr(self, f"{norm}_weight")
+        map_DD = norm_D[:, None] * moments.fit() * size_D
+        with torch.no_grad():
+            norm_D.copy_(1.0 / size_D)
+            for name in names:
+                weight = getattr(self, f"{name}_weight")
+                weight.copy_(weight.double() @ map_DD)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return linear(x, getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias", None))
@@ -148,6 +181,11 @@ class WholeLayer(OwnNorm):
         """Where the family has none, ``x_TNH`` itself."""
         has_norm = hasattr(self, f"{name}_weight")
         return self._norm(name, x_TNH, self.head_shape) if has_norm else x_TNH
+
+
+def _normed(x_TD: Tensor) -> Tensor:
+    x_TD = x_TD.double()
+    return x_TD * x_TD.square().mean(-1, keepdim=True).rsqrt()
 
 
 def _rotate(x_TNH: Tensor, cos_1TH: Tensor, sin_1TH: Tensor) -> Tensor:

@@ -38,13 +38,22 @@ def warm_start(
     for batch in batches:
         position_ids = batch["position_ids"].to(device)
         states = model.trunk_states(
-            batch["input_ids"].to(device), position_ids, batch["lengths"], [*modules, full]
+            batch["input_ids"].to(device),
+            position_ids,
+            batch["lengths"],
+            [*modules, full - 1, full],
         )
         seen.append((states, position_ids[0] > 0))
     last_layer = last_layer_tensors(model.base.model.layers[-1])
     for exit_layer, module in modules.items():
         own = [
-            SeenStates(states.row, states[exit_layer], states[full], is_typical_T)
+            SeenStates(
+                row=states.row,
+                x_TD=states[exit_layer],
+                before_last_TD=states[full - 1],
+                full_TD=states[full],
+                is_typical_T=is_typical_T,
+            )
             for states, is_typical_T in seen
         ]
         module.warm_start(own, last_layer, is_new=exit_layer in new)
