@@ -110,15 +110,17 @@ def test_soft_with_the_full_depth_alone_is_sft(base: Path, tmp_path: Path) -> No
     assert_equal(soft, sft)
 
 
-def test_gradient_checkpointing_changes_nothing(base: Path, tmp_path: Path) -> None:
-    kept = run(base, tmp_path / "kept")
-    recomputed = run(base, tmp_path / "recomputed", gradient_checkpointing=True)
+@pytest.mark.parametrize("kind", ["affine", "layer"])
+def test_gradient_checkpointing_changes_nothing(base: Path, tmp_path: Path, kind: str) -> None:
+    kept = run(base, tmp_path / "kept", exit_modules=kind)
+    recomputed = run(base, tmp_path / "recomputed", exit_modules=kind, gradient_checkpointing=True)
 
     assert_close(kept, recomputed)
 
 
-def test_a_frozen_trunk_stays_what_it_was(base: Path, tmp_path: Path) -> None:
-    names = run(base, tmp_path / "frozen", freeze_trunk=True, exit_modules="mlp")
+@pytest.mark.parametrize("kind", ["mlp", "layer"])
+def test_a_frozen_trunk_stays_what_it_was(base: Path, tmp_path: Path, kind: str) -> None:
+    names = run(base, tmp_path / "frozen", freeze_trunk=True, exit_modules=kind)
 
     assert {name.partition(":")[0] for name in names} == {"exit_modules.safetensors"}
 
@@ -134,6 +136,34 @@ def test_a_frozen_trunk_keeps_the_adapter_that_it_was_trained_with(
     assert first.keys() == then.keys()
     for name, tensor in then.items():
         assert torch.equal(tensor, first[name]) is name.startswith("adapter_model"), name
+
+
+def test_modules_of_a_kind_that_is_asked_for_take_the_place_of_others(
+    base: Path, tmp_path: Path
+) -> None:
+    first = run(base, tmp_path / "first", exits="2")  # affine
+
+    run(tmp_path / "first", tmp_path / "kept", freeze_trunk=True, exits="2,4")
+    asked = run(
+        tmp_path / "first", tmp_path / "asked", freeze_trunk=True, exits="2", exit_modules="layer"
+    )
+
+    assert kinds(tmp_path / "kept") == {"2": "affine", "4": "affine"}
+    assert kinds(tmp_path / "asked") == {"2": "layer"}
+    trunk = {name: tensor for name, tensor in first.items() if name.startswith("adapter_model")}
+    assert_equal({name: asked[name] for name in trunk}, trunk)
+    modules = {name.rpartition(":")[2] for name in asked.keys() - trunk.keys()}
+    assert {"exits.2.q_proj.weight", "exits.2.norm.weight"} < modules
+    assert "exits.2.affine.weight" not in modules
+    then = run(tmp_path / "asked", tmp_path / "then", freeze_trunk=True, exits="2,4")
+    assert then.keys() > asked.keys()
+    assert kinds(tmp_path / "then") == {"2": "layer", "4": "affine"}
+
+
+def kinds(folder: Path) -> dict[str, str]:
+    """Of the exit modules, by exit."""
+    found: dict[str, str] = json.loads((folder / "sorted.json").read_text())["exit_modules"]
+    return found
 
 
 COMMAND = (
@@ -161,10 +191,11 @@ def wait_for(path_pattern: str, folder: Path, process: subprocess.Popen[bytes]) 
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", ["affine", "layer"])
 def test_a_run_that_is_killed_and_started_again_ends_at_the_same_weights(
-    base: Path, tmp_path: Path
+    base: Path, tmp_path: Path, kind: str
 ) -> None:
-    options = {"save_every": 2, "max_tokens": 3000}
+    options = {"save_every": 2, "max_tokens": 3000, "exit_modules": kind}
     undisturbed = tmp_path / "undisturbed"
     assert start(base, undisturbed, **options).wait() == 0
 
