@@ -130,7 +130,10 @@ def _name(attribute: str) -> str:
 
 def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
     """``x`` [T, ...] at ``rows`` (bool [T] or int64 [R]); None is all of it."""
-    return x if rows is None else x[rows]
+    if rows is None:
+        return x
+    # By numbers nothing waits for a GPU, which has to count what is true.
+    return x[rows] if rows.dtype is torch.bool else x.index_select(0, rows)
 
 
 class OwnNorm(ExitModule):
