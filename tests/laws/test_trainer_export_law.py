@@ -32,14 +32,14 @@ from support.tiny_models import (
 )
 
 EXITS = (2, 3, 5, 6)
-KINDS = {2: "norm", 3: "mlp"}
+KINDS = {2: "norm", 3: "mlp", 5: "layer"}
 PROMPT = list(range(40, 75))
 NUM_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Checkpoints with exits of three kinds, by variant, each made once."""
+    """Checkpoints with exits of four kinds, by variant, each made once."""
 
     @cache
     def make(variant: str) -> Path:
@@ -100,7 +100,7 @@ def test_an_exported_exit_served_again_is_the_exit_it_came_from(
     exported = export_submodel(str(folder), exit_layer, tmp_path / "exported")
 
     depth = serve(exported).checkpoint.exits.full
-    assert depth == exit_layer + (KINDS.get(exit_layer) == "mlp")
+    assert depth == exit_layer + (KINDS.get(exit_layer) in ("mlp", "layer"))
     assert served_tokens(exported, depth) == served_tokens(folder, exit_layer)
 
 

@@ -294,7 +294,9 @@ def hf_submodel(model: Any, num_layers: int, *, final_norm: bool = True) -> Any:
 def hf_layered_submodel(model: Any, num_layers: int, tensors: Mapping[str, Tensor]) -> Any:
     """transformers' model of the first layers, one more with these weights, and the norm there."""
     sub = hf_submodel(model, num_layers + 1)
-    layer, norm = copy.deepcopy(sub.model.layers[-1]), copy.deepcopy(model.model.norm)
+    # A plain one, whatever an adapter has made of those of the model.
+    layer = type(model.model.layers[0])(sub.config, num_layers)
+    norm = copy.deepcopy(model.model.norm)
     state = dict(tensors)
     norm.load_state_dict({"weight": state.pop("norm.weight")})
     layer.load_state_dict({_in_a_layer(name): tensor for name, tensor in state.items()})

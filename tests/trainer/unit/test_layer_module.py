@@ -16,7 +16,6 @@ from sortserve_trainer.model.load import load_for_evaluation
 from sortserve_trainer.model.sorted_model import SortedModel
 from sortserve_trainer.run.terms import ExitTerm
 from sortserve_trainer.run.warm_start import warm_start
-from support.layer_modules import hf_layer_logits
 from support.tiny_models import (
     VARIANTS,
     hf_logits,
@@ -75,8 +74,7 @@ def test_each_exit_of_each_family_reads_what_transformers_computes(
     ids = batch["input_ids"][0].tolist()
     for exit_layer in EXITS:
         module = read_exit_module(folder, exit_layer)
-        logits_of = hf_layer_logits if KINDS.get(exit_layer) == "layer" else hf_logits
-        expected = logits_of(reference, ids, exit_layer, module)
+        expected = hf_logits(reference, ids, exit_layer, module)
         logits = states[exit_layer] @ model.head(exit_layer).T
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 

@@ -4,8 +4,8 @@ Sub-model E is the first E layers, the final norm and the head, so a folder of t
 holds it, whatever stands before the head at that exit, if its kind has a place there:
 
     none           as it is
-    norm, mlp ...  its tensors go to the names in ``ExitModule.plain_names``: to the final norm, or
-                   to a layer that is added, where what it has no tensors for adds nothing
+    norm, mlp,     its tensors go to the names in ``ExitModule.plain_names``: to the final norm, or
+    layer ...      to a layer that is added, where what it has no tensors for adds nothing
     affine ...     has no place in these architectures, and is refused
 """
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sortserve import __version__
 from sortserve.checkpoint.adapter import merge_adapter
-from sortserve.checkpoint.exit_modules import load_exit_modules
+from sortserve.checkpoint.exit_modules import EXIT_MODULES, load_exit_modules
 from sortserve.checkpoint.families import FAMILIES, read_model_config, tensor_shapes
 from sortserve.checkpoint.files import read_json, read_optional_json
 from sortserve.checkpoint.generation_config import GENERATION_CONFIG, generation_settings
@@ -34,10 +34,10 @@ from sortserve.checkpoint.hf import load_hf_config, load_tokenizer
 from sortserve.checkpoint.layout import CheckpointLayout
 from sortserve.checkpoint.load import open_checkpoint
 from sortserve.checkpoint.loader import open_trunk
-from sortserve.checkpoint.tensors import StateDictReader, TensorReader
+from sortserve.checkpoint.tensors import SafetensorsReader, StateDictReader, TensorReader
 from sortserve.core.errors import ConfigError
 from sortserve.model.config import ModelConfig
-from sortserve.model.exit_module import NO_MODULE
+from sortserve.model.exit_module import EXIT_MODULE_KINDS, NO_MODULE
 from sortserve_trainer.model.exit_modules import TRAINED_EXIT_MODULES, ExitModule
 from sortserve_trainer.run.save import atomic_folder, check_output
 
@@ -180,11 +180,14 @@ def _weights(
 def _read_module(
     layout: CheckpointLayout, config: ModelConfig, exit_layer: int
 ) -> Mapping[str, Tensor]:
+    """Its tensors, by their names there without the prefix."""
     assert layout.sorted_info is not None
     kinds = layout.sorted_info.exit_modules
-    device = torch.device("cpu")
-    modules = load_exit_modules(layout.own, kinds, [exit_layer], config, torch.float32, device)
-    return modules[exit_layer].tensors
+    # Nothing is loaded of no exits, but the whole file is checked.
+    load_exit_modules(layout.own, kinds, [], config, torch.float32, torch.device("cpu"))
+    names = EXIT_MODULE_KINDS[kinds[exit_layer]].shapes(config)
+    with SafetensorsReader([layout.own / EXIT_MODULES], str(layout.own)) as reader:
+        return {name: reader.read(f"exits.{exit_layer}.{name}").clone() for name in names}
 
 
 class _Folded:
