@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sortserve.checkpoint.families import read_model_config
+from sortserve.checkpoint.quantize import QUANTIZERS
 from sortserve_trainer.model.exit_modules import ExitModules
 from sortserve_trainer.model.last_layer import last_layer_tensors
 from sortserve_trainer.model.load import load_for_evaluation
@@ -25,6 +28,7 @@ from support.tiny_models import (
     read_exit_module,
     tiny_hf_model,
 )
+from support.toy_quantizer import TOY, quantize_toy
 
 EXITS = (2, 3, 4, 6)
 KINDS = {2: "layer", 3: "affine", 4: "layer"}
@@ -110,6 +114,29 @@ def test_a_new_module_that_has_seen_nothing_changes_nothing() -> None:
     h_TD = model.trunk_states(batch["input_ids"], batch["position_ids"], batch["lengths"], [4])[4]
 
     torch.testing.assert_close(exit_states(model, batch), model.base.model.norm(h_TD))
+
+
+def test_a_quantised_module_computes_with_the_matrices_it_stands_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(QUANTIZERS, "toy", TOY)
+    folder = make_tiny_checkpoint(tmp_path / "plain", "qwen3-bias", EXITS, KINDS)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    for name in ("model.safetensors", "exit_modules.safetensors"):
+        tensors = {
+            key: quantize_toy(tensor).dequantize(torch.float32) if "proj.weight" in key else tensor
+            for key, tensor in load_file(folder / name).items()
+        }
+        save_file(tensors, copy / name, metadata={"format": "pt"})
+
+    def states(path: Path, quantize: str) -> Tensor:
+        loaded = load_for_evaluation(str(path), dtype="float32", device="cpu", quantize=quantize)
+        return exit_states(loaded.model, packed([9, 12]))
+
+    found = states(folder, "toy")
+
+    torch.testing.assert_close(found, states(copy, "none"))
+    assert (found - states(folder, "none")).norm() > 0.01 * found.norm()
 
 
 def gradients(model: SortedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ Shape legend: T tokens of a packed row, R rows that the head reads, D hidden, H 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +16,7 @@ from torch.nn.functional import rms_norm
 
 from sortserve.model.config import ModelConfig
 from sortserve.model.exit_module import EXIT_MODULE_KINDS
+from sortserve.model.weight import Weight
 
 __all__ = ["NORM_NAMES", "ExitModule", "OwnNorm", "PackedRow", "SeenStates", "take_rows"]
 
@@ -105,6 +106,9 @@ class ExitModule(nn.Module):
                 kind ``layer``.
             is_new: whether it has not been trained.
         """
+
+    def quantize(self, quantize: Callable[[Tensor], Weight]) -> None:
+        """For evaluation: compute with such weights wherever the server does."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Its weights under their names on disk, without the ``exits.{E}.`` prefix."""

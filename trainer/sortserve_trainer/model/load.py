@@ -160,6 +160,8 @@ def load_for_evaluation(
     model.requires_grad_(False)
     if quantize != NO_QUANTIZER:
         quantize_layers(trunk.model.layers, make_weight)
+        for module in modules.by_exit.values():
+            module.quantize(make_weight)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,

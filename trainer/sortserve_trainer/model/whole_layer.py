@@ -6,7 +6,7 @@ N query heads, K key/value heads, H head_dim, A = N * H.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
 
 from sortserve.model.config import ModelConfig
+from sortserve.model.weight import Weight
 from sortserve_trainer.model.attention import packed_attention
 from sortserve_trainer.model.exit_module import (
     NORM_NAMES,
@@ -23,6 +24,7 @@ from sortserve_trainer.model.exit_module import (
     take_rows,
 )
 from sortserve_trainer.model.moments import Moments
+from sortserve_trainer.model.quantized import QuantizedLinear
 
 __all__ = ["LAYER_NAMES", "WholeLayer"]
 
@@ -39,6 +41,7 @@ _MODULES = {
     "up_proj": "mlp.up_proj",
     "down_proj": "mlp.down_proj",
 }
+_LINEARS = tuple(name for name in _MODULES if name.endswith("_proj"))
 LAYER_NAMES = {
     f"{own}.{part}": f"{plain}.{part}"
     for own, plain in _MODULES.items()
@@ -74,6 +77,7 @@ class WholeLayer(OwnNorm):
     def __init__(self, kind: str, config: ModelConfig, final_norm: Tensor) -> None:
         super().__init__(kind, config, final_norm)
         self.head_shape = (config.head_dim,)
+        self._quantized: dict[str, QuantizedLinear] = {}
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if name in (
@@ -171,7 +175,17 @@ class WholeLayer(OwnNorm):
                 weight = getattr(self, f"{name}_weight")
                 weight.copy_(weight.double() @ map_DD)
 
+    def quantize(self, quantize: Callable[[Tensor], Weight]) -> None:
+        """See ExitModule."""
+        for name in _LINEARS:
+            bias = getattr(self, f"{name}_bias", None)
+            weight = quantize(getattr(self, f"{name}_weight").detach())
+            self._quantized[name] = QuantizedLinear(weight, None if bias is None else bias.detach())
+
     def _linear(self, name: str, x: Tensor) -> Tensor:
+        if name in self._quantized:
+            out: Tensor = self._quantized[name](x)
+            return out
         return linear(x, getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias", None))
 
     def _norm(self, name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
