@@ -97,6 +97,19 @@ def test_an_mlp_module_is_one_more_layer_whose_attention_adds_nothing(
     assert torch.equal(tensors["model.norm.weight"], module["norm.weight"])
 
 
+@pytest.mark.parametrize("variant", ["llama-tied", "llama-untied", "llama-bias"])
+def test_an_affine_module_of_a_llama_is_one_more_layer_whose_mlp_is_linear(
+    tmp_path: Path, variant: str
+) -> None:
+    model = make_tiny_checkpoint(tmp_path / "tiny", variant, EXITS, KINDS)
+
+    out = export_submodel(str(model), 3, tmp_path / "out")
+
+    assert (read(out)["num_hidden_layers"], read(out)["mlp_bias"]) == (4, True)
+    expected = hf_logits(load_hf(model), IDS, 3, read_exit_module(model, 3))
+    torch.testing.assert_close(hf_logits(load_hf(out), IDS), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_tied_head_is_written_once(model: Path, tmp_path: Path) -> None:
     untied = make_tiny_checkpoint(tmp_path / "untied", "llama-untied", exits=EXITS)
 
@@ -194,12 +207,14 @@ def test_an_empty_folder_may_be_written_into(model: Path, tmp_path: Path) -> Non
 
 
 def test_an_affine_module_is_refused_with_the_reason_and_the_way_out(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    model = make_tiny_checkpoint(tmp_path / "tiny", "qwen3-tied", EXITS, KINDS)
+
     error = refused(capsys, model, "--exit", 3, "--output", tmp_path / "out")
 
     assert "--exit 3 of tiny has an affine module" in error
-    assert "has no place in a plain llama model" in error
+    assert "has no place in a plain qwen3 model" in error
     assert "--exit 6" in error
     assert not (tmp_path / "out").exists()
 

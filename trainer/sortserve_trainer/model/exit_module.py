@@ -67,10 +67,33 @@ class ExitModule(nn.Module):
     plain_names: ClassVar[Mapping[str, str] | None] = None
     """For ``sortserve export``: its tensors' names in a plain model, where ``{E}`` is the index of
     a layer that is added; None where a plain model has no place for it."""
+    plain_needs_mlp_bias: ClassVar[bool] = False
+    """Whether the plain model has biases in its MLPs for it, zero in all other layers."""
     export_note: ClassVar[str] = ""
     """What the card of an exported sub-model says of it."""
     export_obstacle: ClassVar[str] = "an exit module that"
     """What has no place in a plain model: the middle of a sentence."""
+
+    @classmethod
+    def has_plain_form(cls, config: ModelConfig) -> bool:
+        """Whether a plain model of this architecture has a place for it."""
+        return cls.plain_names is not None
+
+    @classmethod
+    def plain_tensors(
+        cls, tensors: Mapping[str, Tensor], exit_layer: int, config: ModelConfig
+    ) -> dict[str, Tensor]:
+        """For ``sortserve export``: its tensors as those of a plain model, if that has a place.
+
+        Args:
+            tensors: by their names on disk.
+            exit_layer: where it stands, and the index of the layer that is added for it.
+            config: of the plain model.
+        """
+        assert cls.plain_names is not None
+        return {
+            cls.plain_names[name].format(E=exit_layer): tensor for name, tensor in tensors.items()
+        }
 
     def __init__(self, kind: str, config: ModelConfig, final_norm: Tensor) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import linear, pad, rms_norm, silu
 
 from sortserve.model.config import ModelConfig
 from sortserve.model.exit_module import EXIT_MODULE_KINDS
@@ -22,6 +22,10 @@ from sortserve_trainer.model.moments import Moments
 from sortserve_trainer.model.whole_layer import WholeLayer
 
 __all__ = ["TRAINED_EXIT_MODULES", "Affine", "ExitModule", "ExitModules", "GatedMlp", "OwnNorm"]
+
+_MAGNITUDE = 2.0**24
+"""Of an exported linear map: so large that the residual stream beside it is rounding, and squares
+of its sums are far from the end of float32 and bfloat16."""
 
 
 class Affine(OwnNorm):
@@ -44,7 +48,36 @@ class Affine(OwnNorm):
 
     reads_states = True
     plain_names = None
+    plain_needs_mlp_bias = True
+    export_note = "The last layer is the exit's linear map: its attention is zero, its gate is one."
     export_obstacle = "an affine module, and a linear map between the last layer and the norm"
+
+    @classmethod
+    def has_plain_form(cls, config: ModelConfig) -> bool:
+        """See ExitModule; in the other families an MLP has no bias."""
+        return config.family == "llama" and config.intermediate_size >= config.hidden_size
+
+    @classmethod
+    def plain_tensors(
+        cls, tensors: Mapping[str, Tensor], exit_layer: int, config: ModelConfig
+    ) -> dict[str, Tensor]:
+        """See ExitModule; a layer without attention whose MLP is linear.
+
+        With a gate that is a bias alone, the MLP adds ``c (n + W n)`` to ``x``, n = x / rms(x). So
+        the sum is ``(c + rms(x)) n + c W n``, and the norm behind it, to which its length is
+        nothing, finds ``x + W x`` but for a share of rms(x) / c of ``W x``.
+        """
+        assert cls.has_plain_form(config)
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        affine_DD = tensors["affine.weight"].double() + torch.eye(hidden, dtype=torch.float64)
+        rest = intermediate - hidden
+        mlp = f"model.layers.{exit_layer}.mlp."
+        return {
+            "model.norm.weight": tensors["norm.weight"],
+            f"{mlp}gate_proj.bias": torch.ones(intermediate),
+            f"{mlp}up_proj.weight": pad(torch.eye(hidden), (0, 0, 0, rest)),
+            f"{mlp}down_proj.weight": pad((_MAGNITUDE * affine_DD).float(), (0, rest)),
+        }
 
     def __init__(self, kind: str, config: ModelConfig, final_norm: Tensor) -> None:
         super().__init__(kind, config, final_norm)

@@ -6,7 +6,8 @@ holds it, whatever stands before the head at that exit, if its kind has a place 
     none           as it is
     norm, mlp,     its tensors go to the names in ``ExitModule.plain_names``: to the final norm, or
     layer ...      to a layer that is added, where what it has no tensors for adds nothing
-    affine ...     has no place in these architectures, and is refused
+    affine ...     may have a place in some of these architectures (``has_plain_form``): else it is
+                   refused
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def _check_exit(
     if name == NO_MODULE:
         return None
     kind = TRAINED_EXIT_MODULES[name]
-    if kind.plain_names is None:
+    if not kind.has_plain_form(config):
         raise ConfigError(
             f"--exit {exit_layer} of {layout.name} has {kind.export_obstacle} has no place in a "
             f"plain {config.family} model. Serve it with sortserve, or export the full depth: "
@@ -168,11 +169,8 @@ def _weights(
         if kind is None:
             yield source, replace(config, num_layers=exit_layer)
             return
-        assert kind.plain_names is not None
-        module = {
-            kind.plain_names[name].format(E=exit_layer): tensor
-            for name, tensor in _read_module(layout, config, exit_layer).items()
-        }
+        module = kind.plain_tensors(_read_module(layout, config, exit_layer), exit_layer, config)
+        config = replace(config, mlp_bias=config.mlp_bias or kind.plain_needs_mlp_bias)
         folded = _Folded(source, config, exit_layer, module)
         yield folded, replace(config, num_layers=exit_layer + folded.has_added_layer)
 
@@ -215,11 +213,16 @@ class _Folded:
         self.shapes = tensor_shapes(config)
         added = f"model.layers.{exit_layer}."
         self.has_added_layer = any(name.startswith(added) for name in module)
-        # What the layer has no use for is zero, its norms are one.
+        # What the layer has no use for is zero, its norms are one; biases that the trunk has not
+        # are zero, too.
         unused = {
             name: (torch.ones if "norm" in name else torch.zeros)(shape)
             for name, shape in self.shapes.items()
-            if self.has_added_layer and name.startswith(added) and name not in module
+            if name not in module
+            and (
+                (self.has_added_layer and name.startswith(added))
+                or (name.endswith(".bias") and name not in trunk.shapes)
+            )
         }
         self._own = {**unused, **module}
 
@@ -276,6 +279,7 @@ def _config_document(model: Path, config: ModelConfig, dtype: str) -> dict[str, 
         "architectures": [FAMILIES[config.family].architecture],
         "num_hidden_layers": layers,
         "tie_word_embeddings": config.tie_word_embeddings,
+        **({"mlp_bias": True} if config.mlp_bias else {}),
         "dtype": dtype,
         "use_cache": True,
     }
