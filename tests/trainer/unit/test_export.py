@@ -219,6 +219,17 @@ def test_an_affine_module_is_refused_with_the_reason_and_the_way_out(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_affine_module_does_not_fit_float16(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+
+    error = refused(capsys, model, "--exit", 3, "--dtype", "float16", "--output", out)
+
+    assert error.startswith("--dtype float16 is too small for the affine module of exit 3")
+    assert not out.exists()
+
+
 def test_the_full_depth_of_a_model_with_affine_modules_is_exported(
     model: Path, tmp_path: Path
 ) -> None:

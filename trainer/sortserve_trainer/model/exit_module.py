@@ -69,6 +69,8 @@ class ExitModule(nn.Module):
     a layer that is added; None where a plain model has no place for it."""
     plain_needs_mlp_bias: ClassVar[bool] = False
     """Whether the plain model has biases in its MLPs for it, zero in all other layers."""
+    plain_max: ClassVar[float] = 0.0
+    """What the numbers of the plain model must be able to hold for it."""
     export_note: ClassVar[str] = ""
     """What the card of an exported sub-model says of it."""
     export_obstacle: ClassVar[str] = "an exit module that"

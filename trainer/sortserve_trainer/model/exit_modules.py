@@ -49,6 +49,7 @@ class Affine(OwnNorm):
     reads_states = True
     plain_names = None
     plain_needs_mlp_bias = True
+    plain_max = _MAGNITUDE
     export_note = "The last layer is the exit's linear map: its attention is zero, its gate is one."
     export_obstacle = "an affine module, and a linear map between the last layer and the norm"
 

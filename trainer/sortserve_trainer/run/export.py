@@ -97,7 +97,7 @@ def export_submodel(
     with open_checkpoint(source, revision=revision) as layout:
         hf_config = load_hf_config(layout.model)
         config = read_model_config(hf_config)
-        kind = _check_exit(exit_layer, config, layout)
+        kind = _check_exit(exit_layer, config, layout, dtype)
         has_own = (layout.own / "tokenizer.json").is_file()
         tokenizer_folder = layout.own if has_own else layout.model
         eos_token_ids, _ = generation_settings(
@@ -122,7 +122,7 @@ def export_submodel(
 
 
 def _check_exit(
-    exit_layer: int, config: ModelConfig, layout: CheckpointLayout
+    exit_layer: int, config: ModelConfig, layout: CheckpointLayout, dtype: str
 ) -> type[ExitModule] | None:
     """The kind of the exit's module; refuses what cannot be exported before weights are read."""
     info = layout.sorted_info
@@ -154,6 +154,12 @@ def _check_exit(
             f"plain {config.family} model. Serve it with sortserve, or export the full depth: "
             f"--exit {config.num_layers}.",
             param="exit",
+        )
+    if kind.plain_max > torch.finfo(EXPORT_DTYPES[dtype]).max:
+        raise ConfigError(
+            f"--dtype {dtype} is too small for the {name} module of exit {exit_layer}: "
+            "choose float32 or bfloat16.",
+            param="dtype",
         )
     return kind
 
