@@ -85,6 +85,8 @@ def test_a_batch_is_one_row_with_shifted_labels_and_positions_that_start_anew() 
         "unwanted": [[-100, -100, -100, -100, -100, 22, -100, -100, -100, -100]],
         "position_ids": [[0, 1, 2, 3, 0, 1, 2, 0, 1, 2]],
         "lengths": [4, 3, 3],
+        "target_rows": [1, 2, 4, 7],
+        "unwanted_rows": [5],
     }
     assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}

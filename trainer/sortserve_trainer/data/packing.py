@@ -71,6 +71,8 @@ def collate(packs: Sequence[Pack]) -> dict[str, Tensor]:
             ``IGNORED``.
         position_ids: int64 [1, T], from 0 in every example.
         lengths: int64 [num_examples], tokens of each example in order; they sum to T.
+        target_rows: int64 [num_targets], where ``labels`` has one, ascending.
+        unwanted_rows: int64 [num_unwanted], the same of ``unwanted``.
     """
     examples = [example for pack in packs for example in pack.examples]
     input_ids = np.concatenate([example.token_ids for example in examples]).astype(np.int64)
@@ -87,6 +89,8 @@ def collate(packs: Sequence[Pack]) -> dict[str, Tensor]:
         "unwanted": torch.from_numpy(unwanted)[None],
         "position_ids": torch.from_numpy(position_ids)[None],
         "lengths": torch.tensor([len(example) for example in examples]),
+        "target_rows": torch.from_numpy((labels != IGNORED).nonzero()[0]),
+        "unwanted_rows": torch.from_numpy((unwanted != IGNORED).nonzero()[0]),
     }
 
 

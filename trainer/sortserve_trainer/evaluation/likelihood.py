@@ -86,7 +86,7 @@ def measure_likelihood(
             batch["position_ids"],
             batch["lengths"],
             model.exits,
-            rows=is_target,
+            rows=batch["target_rows"],
         )
         for start in range(0, targets.numel(), CHUNK_TOKENS):
             span = slice(start, start + CHUNK_TOKENS)

@@ -6,6 +6,8 @@ attends alone, so the cost is the sum of squares of the lengths, and in bf16 on 
 products with a softmax between take under half the time of SDPA and its backward
 (`python -m benchmarks.train --profile`).
 
+On a GPU all examples attend in one call (``device_attention``).
+
 Shape legend: T tokens of the row, S tokens of one example, N query heads, K key/value heads,
 G = N / K, H head_dim.
 """
@@ -19,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from sortserve_trainer.model.device_attention import PackedLengths, attend_on_device
 
 __all__ = ["PACKED_ATTENTION", "packed_attention"]
 
@@ -48,7 +52,8 @@ def packed_attention(
         scaling: of the scores; by default 1 / sqrt(H).
         dropout: probability on the attention weights.
         lengths: tokens of each example, in order, summing to T; None is one example. No example
-            may be longer than a sliding window of the model, which the data loader sees to.
+            may be longer than a sliding window of the model, which the data loader sees to. As
+            ``PackedLengths``, made once for all layers, where the host must not wait for a GPU.
 
     Returns:
         [1, T, N, H], and None for the weights.
@@ -57,6 +62,17 @@ def packed_attention(
     assert query.shape[0] == 1, "a batch is one packed row"
     num_tokens, head_dim = query.shape[2], query.shape[3]
     scale = head_dim**-0.5 if scaling is None else scaling
+    if query.device.type != "cpu":
+        packed = PackedLengths.of(lengths or (num_tokens,), query.device)
+        out_TNH = attend_on_device(
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            packed,
+            scale,
+            dropout,
+        )
+        return out_TNH[None], None
     attend = _products if _products_are_faster(query) and not dropout else _sdpa
     parts, start = [], 0
     for length in lengths or (num_tokens,):

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sortserve_trainer.data import IGNORED
 from sortserve_trainer.model.attention import PACKED_ATTENTION
+from sortserve_trainer.model.device_attention import PackedLengths
 from sortserve_trainer.model.exit_module import PackedRow, take_rows
 from sortserve_trainer.model.exit_modules import ExitModules
 from sortserve_trainer.model.loss import Teacher, VocabSample, exit_losses, unlikelihood_loss
@@ -87,13 +88,15 @@ class SortedModel(nn.Module):
         input_ids: Tensor,
         labels: Tensor,
         position_ids: Tensor,
-        lengths: Tensor,
+        lengths: Tensor | Sequence[int],
         terms: Mapping[int, ExitTerm],
-        num_targets: float | None = None,
+        num_targets: float | Tensor | None = None,
         sample: VocabSample | None = None,
         teacher: Literal["full", "base"] = "full",
         unwanted: Tensor | None = None,
         unlikelihood: float = 0.0,
+        target_rows: Tensor | None = None,
+        unwanted_rows: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The weighted loss over the target tokens, and each exit's mean cross-entropy.
 
@@ -101,7 +104,7 @@ class SortedModel(nn.Module):
             input_ids: int64 [1, T].
             labels: int64 [1, T]; the token after each position, or -100 where there is no target.
             position_ids: int64 [1, T], from 0 in every example.
-            lengths: int64 [examples].
+            lengths: int64 [examples]; as a sequence of the host's it is not read from a device.
             terms: exits to read, and the weights of their losses.
             num_targets: of the whole global batch; None counts those of this row.
             sample: see ``exit_losses``.
@@ -110,36 +113,39 @@ class SortedModel(nn.Module):
             unwanted: int64 [1, T]; the token to unlearn after each position, or -100; where it is
                 one, ``labels`` is not.
             unlikelihood: weight of the loss on them beside that on targets.
+            target_rows: int64 [targets]; where ``labels`` has one. None looks for them, for which
+                the host waits for a device.
+            unwanted_rows: the same of ``unwanted``.
         """
-        is_target = labels[0] != IGNORED
-        targets = labels[0][is_target]
-        count = float(targets.numel()) if num_targets is None else float(num_targets)
+        rows = _rows_of(labels) if target_rows is None else target_rows
+        targets = labels[0].index_select(0, rows)
+        count = targets.numel() if num_targets is None else num_targets
         # Distillation and vocabulary samples read the full depth, whatever its own weight.
         exits = sorted({*terms, self.exits[-1]}) if _needs_full(terms, sample) else sorted(terms)
         trunk_states = self.trunk_states(input_ids, position_ids, lengths, exits)
         heads = {e: self.head(e) for e in exits}
         loss, means = exit_losses(
-            self._read_rows(trunk_states, is_target),
+            self._read_rows(trunk_states, rows),
             heads,
             targets,
             terms,
             num_targets=count,
             sample=sample,
             teacher=(
-                self._base_teacher(input_ids, position_ids, lengths, is_target)
+                self._base_teacher(input_ids, position_ids, lengths, rows)
                 if teacher == "base" and any(term.kl for term in terms.values())
                 else None
             ),
         )
         if unwanted is None or not unlikelihood:
             return loss, means
-        is_unwanted = unwanted[0] != IGNORED
-        if not is_unwanted.any():
+        rows = _rows_of(unwanted) if unwanted_rows is None else unwanted_rows
+        if not rows.numel():
             return loss, means
         own = unlikelihood_loss(
-            self._read_rows(trunk_states, is_unwanted),
+            self._read_rows(trunk_states, rows),
             heads,
-            unwanted[0][is_unwanted],
+            unwanted[0].index_select(0, rows),
             terms,
             num_targets=count,
         )
@@ -147,7 +153,11 @@ class SortedModel(nn.Module):
 
     @torch.no_grad()
     def _base_teacher(
-        self, input_ids: Tensor, position_ids: Tensor, lengths: Tensor, rows: Tensor
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        lengths: Tensor | Sequence[int],
+        rows: Tensor,
     ) -> Teacher:
         """The trunk as it was before its adapter."""
         full = self.exits[-1]
@@ -159,18 +169,22 @@ class SortedModel(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        lengths: Tensor,
+        lengths: Tensor | Sequence[int],
         exits: Iterable[int],
         rows: Tensor | None = None,
     ) -> dict[int, Tensor]:
         """What the head reads at each of ``exits``: exit layer to [T, D] (or [rows, D]).
 
-        ``rows``: bool [T]; only these positions are kept.
+        ``rows``: int64 [rows]; only these positions are kept.
         """
         return self._read_rows(self.trunk_states(input_ids, position_ids, lengths, exits), rows)
 
     def trunk_states(
-        self, input_ids: Tensor, position_ids: Tensor, lengths: Tensor, exits: Iterable[int]
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        lengths: Tensor | Sequence[int],
+        exits: Iterable[int],
     ) -> TrunkStates:
         """The residual stream after each of ``exits`` layers, of every token."""
         wanted = set(exits)
@@ -179,7 +193,7 @@ class SortedModel(nn.Module):
         if self.training and not hidden.requires_grad and _is_checkpointing(decoder):
             hidden.requires_grad_()  # else checkpointed layers would see nothing to train
         position_embeddings = decoder.rotary_emb(hidden, position_ids=position_ids)
-        spans = tuple(lengths.tolist())
+        spans = _packed(lengths, position_ids)
         states = TrunkStates(PackedRow(position_embeddings, spans))
         for depth, layer in enumerate(decoder.layers[: max(wanted)], start=1):
             hidden = layer(
@@ -229,6 +243,16 @@ class SortedModel(nn.Module):
 
 def _needs_full(terms: Mapping[int, ExitTerm], sample: VocabSample | None) -> bool:
     return sample is not None or any(term.kl for term in terms.values())
+
+
+def _rows_of(labels: Tensor) -> Tensor:
+    return (labels[0] != IGNORED).nonzero().squeeze(1)
+
+
+def _packed(lengths: Tensor | Sequence[int], position_ids: Tensor) -> Sequence[int]:
+    """One value for the attention of all layers; on a CPU the lengths are all it needs."""
+    on_host = tuple(lengths.tolist()) if isinstance(lengths, Tensor) else tuple(lengths)
+    return on_host if position_ids.device.type == "cpu" else PackedLengths.at(on_host, position_ids)
 
 
 def _is_checkpointing(decoder: Any) -> bool:
