@@ -187,6 +187,7 @@ def _training_arguments(
         optim="adamw_torch_fused",
         bf16=loaded.dtype is torch.bfloat16,
         use_cpu=loaded.device.type == "cpu",
+        accelerator_config={"non_blocking": loaded.device.type == "cuda"},
         gradient_checkpointing=settings.gradient_checkpointing,
         ddp_find_unused_parameters=method.exits_per_step is not None,
         eval_strategy="steps" if data.held_out else "no",

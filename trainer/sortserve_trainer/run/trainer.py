@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from sortserve_trainer.data import IGNORED, Mixture, Pack, collate
+from sortserve_trainer.data import Mixture, Pack, collate
 from sortserve_trainer.model.loss import VocabSample
 from sortserve_trainer.model.sorted_model import SortedModel
 from sortserve_trainer.run.methods import Method
@@ -59,7 +59,7 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
         super().__init__(
             model=model,
             args=args,
-            data_collator=collate,
+            data_collator=host_batch,
             train_dataset=mixture,
             eval_dataset=mixture,  # never read: ``evaluate`` is ours, and asks for one
             callbacks=list(callbacks),
@@ -76,14 +76,16 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor]:
-        """The micro-batches of one step, and the target tokens in them over all processes."""
+    ) -> tuple[list[Any], Tensor | int]:
+        """The micro-batches of one step, and the target tokens in them over all processes.
+
+        The host knows those of its own by their shape, and waits for no device.
+        """
         batches = [b for _, b in zip(range(num_batches), epoch_iterator, strict=False)]
-        count = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
-        num_targets = torch.tensor(count, device=device)
-        if self.args.world_size > 1:
-            num_targets = self.accelerator.gather(num_targets).sum()
-        return batches, num_targets
+        count = sum(batch["target_rows"].numel() for batch in batches)
+        if self.args.world_size == 1:
+            return batches, count
+        return batches, self.accelerator.gather(torch.tensor(count, device=device)).sum()
 
     def compute_loss(
         self,
@@ -94,12 +96,14 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
     ) -> Any:
         """The weighted loss of one micro-batch, a share of the whole step's mean."""
         step = self.state.global_step
+        inputs, draw = dict(inputs), int(inputs["draw"])
+        del inputs["draw"]
         terms = self.method.terms(self.sorted_model.exits, step, self._seed)
         loss, means = model(
             **inputs,
             terms=terms,
-            num_targets=float(num_items_in_batch) if num_items_in_batch is not None else None,
-            sample=self._vocab_sample(step, inputs["input_ids"]),
+            num_targets=num_items_in_batch,
+            sample=self._vocab_sample(step, draw),
             teacher=self.method.teacher,
             unlikelihood=self.method.unlikelihood,
         )
@@ -108,9 +112,9 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
         loss = loss * self.args.world_size
         return (loss, means) if return_outputs else loss
 
-    def _vocab_sample(self, step: int, input_ids: Tensor) -> VocabSample | None:
+    def _vocab_sample(self, step: int, draw: int) -> VocabSample | None:
         """Drawn from the seed, the step and the batch alone, so that a resumed run draws alike."""
-        seed = (self._seed * 1_000_003 + step * 8_191 + int(input_ids.sum())) % 2**31
+        seed = (self._seed * 1_000_003 + step * 8_191 + draw) % 2**31
         return VocabSample.of(self.method.vocab_sample, seed)
 
     # ---- what is told ----
@@ -134,11 +138,13 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
         totals = torch.zeros(len(exits) + 1, dtype=torch.float64)
         packs = [pack for packs in self.held_out.values() for pack in packs]
         for pack in packs[self.args.process_index :: self.args.world_size]:
-            inputs = self._prepare_inputs(collate([pack]))
+            batch = host_batch([pack])
+            del batch["draw"]
             with torch.inference_mode(), self.accelerator.autocast():
-                _, means = self.model(**inputs, terms=terms)
-            count = int((inputs["labels"] != IGNORED).sum())
-            totals += torch.tensor([count * float(means[e]) for e in exits] + [count])
+                _, means = self.model(**self._prepare_inputs(batch), terms=terms)
+            count = batch["target_rows"].numel()
+            found = count * torch.stack([means[e] for e in exits]).double().cpu()
+            totals += torch.cat([found, torch.tensor([count], dtype=torch.float64)])
         if self.args.world_size > 1:
             totals = self.accelerator.gather(totals[None].to(self.args.device)).sum(0).cpu()
         self.sorted_model.train()
@@ -227,6 +233,17 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
+def host_batch(packs: Sequence[Pack]) -> dict[str, Any]:
+    """``collate``, with what the host must know kept on it: no step then waits for a device.
+
+    Returns:
+        Its tensors, but ``lengths`` as a tuple; and ``draw``, a number made of the tokens.
+    """
+    batch = collate(packs)
+    lengths, draw = tuple(batch["lengths"].tolist()), int(batch["input_ids"].sum())
+    return {**batch, "lengths": lengths, "draw": draw}
+
+
 class _Meter:
     """Means since the last line of the log."""
 
@@ -240,7 +257,7 @@ class _Meter:
         self._started_s = time.monotonic()
 
     def add(self, means: Mapping[int, Tensor], inputs: Mapping[str, Tensor]) -> None:
-        count = int((inputs["labels"] != IGNORED).sum())
+        count = inputs["target_rows"].numel()
         self._num_tokens += inputs["input_ids"].numel()
         for exit_layer, mean in means.items():
             previous = self._sums.get(exit_layer, torch.zeros_like(mean))
@@ -249,9 +266,12 @@ class _Meter:
 
     def read(self) -> dict[str, float]:
         """``loss_exit_E`` and ``tokens_per_s``, and start anew."""
+        exits = sorted(self._sums)
+        # One copy for all exits, and the only time that the host waits for them.
+        sums = torch.stack([self._sums[e] for e in exits]).tolist() if exits else []
         values = {
-            f"loss_exit_{e}": float(total) / max(1, self._counts[e])
-            for e, total in sorted(self._sums.items())
+            f"loss_exit_{e}": total / max(1, self._counts[e])
+            for e, total in zip(exits, sums, strict=True)
         }
         values["tokens_per_s"] = self._num_tokens / max(1e-9, time.monotonic() - self._started_s)
         self._reset()
