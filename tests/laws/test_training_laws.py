@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sortserve.checkpoint.sorted_json import SortedInfo
 from sortserve_trainer.run.settings import load_train_settings
 from sortserve_trainer.run.train import train
 from support.tiny_models import make_tiny_checkpoint
@@ -208,6 +209,24 @@ def test_a_run_that_is_killed_and_started_again_ends_at_the_same_weights(
     assert start(base, killed, **options).wait() == 0
 
     assert_equal(tensors(undisturbed), tensors(killed))
+
+
+def test_a_run_of_two_steps_at_a_time_ends_at_the_same_weights(base: Path, tmp_path: Path) -> None:
+    expected = run(base, tmp_path / "undisturbed")
+    output = tmp_path / "leased"
+    starts = 0
+
+    while not starts or (tmp_path / "leased.run" / "run.json").exists():
+        starts += 1
+        found = run(base, output, max_steps_per_run=2, log_every=starts)
+        info = SortedInfo.read(output)
+        assert info is not None
+        assert info.exits == (2, 4, 6)
+        assert found.keys() == expected.keys()
+
+    assert starts > 3
+    assert "stopped_by" not in info.recipe
+    assert_equal(expected, found)
 
 
 def test_a_state_that_was_cut_short_is_not_resumed_from(base: Path, tmp_path: Path) -> None:

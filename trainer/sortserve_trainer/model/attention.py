@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from sortserve_trainer.model import device_attention
 from sortserve_trainer.model.device_attention import PackedLengths, attend_on_device
 
 __all__ = ["PACKED_ATTENTION", "packed_attention"]
@@ -62,7 +63,7 @@ def packed_attention(
     assert query.shape[0] == 1, "a batch is one packed row"
     num_tokens, head_dim = query.shape[2], query.shape[3]
     scale = head_dim**-0.5 if scaling is None else scaling
-    if query.device.type != "cpu":
+    if device_attention.in_one_call(query.device):
         packed = PackedLengths.of(lengths or (num_tokens,), query.device)
         out_TNH = attend_on_device(
             query[0].transpose(0, 1),

@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-__all__ = ["PackedLengths", "attend_on_device", "flash", "flash_works", "padded"]
+__all__ = [
+    "PackedLengths",
+    "attend_on_device",
+    "flash",
+    "flash_works",
+    "in_one_call",
+    "padded",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +67,11 @@ class PackedLengths(tuple[int, ...]):
         end = torch.full((1,), num_tokens, device=position_ids.device)
         packed.offsets = torch.cat([starts_T[: len(packed)], end]).to(torch.int32)
         return packed
+
+
+def in_one_call(device: torch.device) -> bool:
+    """Whether all examples attend in one call; a CPU is faster with one after the other."""
+    return device.type != "cpu"
 
 
 def attend_on_device(
@@ -151,7 +163,9 @@ def flash_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool
             ]
             found, wanted = (_with_gradients(attend, inputs, packed) for attend in (flash, padded))
     except (RuntimeError, TypeError, NotImplementedError) as error:
-        logger.warning("FlashAttention over packed rows is not to be had: %s", error)
+        logger.warning(
+            "FlashAttention over packed rows is not to be had: %s", str(error).partition("\n")[0]
+        )
         return False
     worst = max(
         float((x - y).float().norm() / y.float().norm()) for x, y in zip(found, wanted, strict=True)

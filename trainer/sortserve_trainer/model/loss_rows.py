@@ -126,7 +126,7 @@ def row_losses_work(device: torch.device, dtype: torch.dtype) -> bool:
             )
             worst = max(float(error) for error in errors)
     except Exception as error:  # Triton needs a compiler and a driver, and says so in many ways
-        logger.warning("The loss is computed without its kernel: %s", error)
+        logger.warning("The loss is computed without its kernel: %s", str(error).partition("\n")[0])
         return False
     if not worst < 0.02:
         logger.warning("The loss is computed without its kernel, which is %.3g off.", worst)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sortserve_trainer.data import IGNORED
+from sortserve_trainer.model import device_attention
 from sortserve_trainer.model.attention import PACKED_ATTENTION
 from sortserve_trainer.model.device_attention import PackedLengths
 from sortserve_trainer.model.exit_module import PackedRow, take_rows
@@ -250,9 +251,11 @@ def _rows_of(labels: Tensor) -> Tensor:
 
 
 def _packed(lengths: Tensor | Sequence[int], position_ids: Tensor) -> Sequence[int]:
-    """One value for the attention of all layers; on a CPU the lengths are all it needs."""
+    """One value for the attention of all layers."""
     on_host = tuple(lengths.tolist()) if isinstance(lengths, Tensor) else tuple(lengths)
-    return on_host if position_ids.device.type == "cpu" else PackedLengths.at(on_host, position_ids)
+    if not device_attention.in_one_call(position_ids.device):
+        return on_host
+    return PackedLengths.at(on_host, position_ids)
 
 
 def _is_checkpointing(decoder: Any) -> bool:

@@ -12,10 +12,13 @@ from typing import Any
 
 from sortserve.core.atomic_write import write_atomically
 from sortserve.core.errors import ConfigError
-from sortserve_trainer.run.save import check_output, disk_errors
+from sortserve_trainer.run.save import check_output, disk_errors, is_unfinished
 from sortserve_trainer.run.settings import TrainSettings
 
 __all__ = ["Run", "plain_settings"]
+
+FREE = {"log_every", "save_every", "report_to"}
+"""Settings that a run may be resumed with other values of: no weight hangs on them."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,14 @@ class Run:
     @classmethod
     def open(cls, settings: TrainSettings) -> Run:
         """Begin a run, or find the one that these very settings began."""
-        check_output(settings.output)
         run = cls(settings.output.with_name(f"{settings.output.name}.run"))
         record, wanted = run.folder / "run.json", plain_settings(settings)
+        is_begun = record.is_file()
+        if not (is_begun and is_unfinished(settings.output)):
+            check_output(settings.output)
         if int(os.environ.get("RANK", "0")) > 0:
             return run
-        if record.is_file():
+        if is_begun:
             _check_same(json.loads(record.read_text(encoding="utf-8")), wanted, run.folder)
             return run
         with disk_errors(f"--output {settings.output}"):
@@ -48,7 +53,8 @@ class Run:
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    different = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+    names = {*before, *now} - FREE
+    different = sorted(k for k in names if before.get(k) != now.get(k))
     if different:
         name = different[0]
         raise ConfigError(
@@ -60,6 +66,8 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path)
 
 
 def plain_settings(settings: TrainSettings) -> dict[str, Any]:
-    """The settings that change the result, as JSON values."""
-    values: dict[str, Any] = settings.model_dump(mode="json", exclude={"output", "device"})
+    """The settings that the recipe tells, as JSON values."""
+    values: dict[str, Any] = settings.model_dump(
+        mode="json", exclude={"output", "device", "max_time", "max_steps_per_run"}
+    )
     return values

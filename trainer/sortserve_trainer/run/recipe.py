@@ -42,6 +42,9 @@ def card_text(
         f"sha256 `{source['sha256'][:16]}`"
         for source in recipe["data"]
     ]
+    unfinished = ""
+    if "stopped_by" in recipe:
+        unfinished = f" Stopped by {recipe['stopped_by']}, of {recipe['steps_planned']} steps."
     lines = [
         "---",
         "library_name: sortserve",
@@ -65,7 +68,7 @@ def card_text(
         "## How it was made",
         "",
         f"Method `{recipe['method']}`, {recipe['tokens']:,} tokens in {recipe['steps']} steps, "
-        f"seed {recipe['seed']}.",
+        f"seed {recipe['seed']}.{unfinished}",
         "",
         "```",
         recipe["command"],

@@ -6,6 +6,7 @@ a run that is killed, or a disk that is full, leaves nothing that could be taken
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,11 +19,21 @@ from safetensors.torch import save_file
 
 from sortserve.checkpoint.exit_modules import EXIT_MODULES
 from sortserve.checkpoint.hf import quiet
-from sortserve.checkpoint.sorted_json import SortedInfo
+from sortserve.checkpoint.sorted_json import SORTED_JSON, SortedInfo
 from sortserve.core.errors import ConfigError
 from sortserve_trainer.model.load import EXIT_HEADS, LoadedModel
 
-__all__ = ["atomic_folder", "check_output", "disk_errors", "save_checkpoint"]
+__all__ = [
+    "STOPPED_BY",
+    "atomic_folder",
+    "check_output",
+    "disk_errors",
+    "is_unfinished",
+    "save_checkpoint",
+]
+
+STOPPED_BY = "stopped_by"
+"""Key of a recipe: the limit that stopped the run before its last step."""
 
 
 def check_output(folder: Path) -> None:
@@ -38,15 +49,31 @@ def check_output(folder: Path) -> None:
         )
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Whether it is the checkpoint of a run that a limit stopped, which may take its place."""
+    try:
+        recipe = json.loads((folder / SORTED_JSON).read_bytes())["recipe"]
+        return STOPPED_BY in recipe
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path, *, replaces_unfinished: bool = False) -> Iterator[Path]:
     """A draft folder that becomes ``folder`` if the block ends well, and vanishes if not.
+
+    Args:
+        folder: must not exist, or be empty.
+        replaces_unfinished: it may also be what a limit stopped (``is_unfinished``).
 
     Raises:
         ConfigError: the disk is full or cannot be written; one line says which.
     """
-    check_output(folder)
+    replaces = replaces_unfinished and is_unfinished(folder)
+    if not replaces:
+        check_output(folder)
     draft = folder.parent / f".{folder.name}.draft"
+    previous = folder.parent / f".{folder.name}.previous"
     try:
         with disk_errors(f"--output {folder}"):
             shutil.rmtree(draft, ignore_errors=True)
@@ -57,9 +84,13 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 if path.is_file():
                     path.chmod(mode)  # safetensors writes files that only their owner can read
                     _sync(path)
-            if folder.is_dir():
+            if replaces:
+                shutil.rmtree(previous, ignore_errors=True)
+                folder.rename(previous)
+            elif folder.is_dir():
                 folder.rmdir()
             draft.rename(folder)
+            shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -95,7 +126,7 @@ def save_checkpoint(
 
     Args:
         loaded: the model, as it was loaded for training.
-        folder: must not exist, or be empty.
+        folder: must not exist, be empty, or be what a limit stopped.
         recipe: goes into ``sorted.json``.
         card: text of ``README.md``.
         dtype: of the tensors on disk.
@@ -105,7 +136,7 @@ def save_checkpoint(
     """
     model = loaded.model
     own_heads = bool(model.exit_heads)
-    with atomic_folder(folder) as draft, quiet():
+    with atomic_folder(folder, replaces_unfinished=True) as draft, quiet():
         is_self_contained = _save_trunk(loaded, draft, dtype, folder)
         modules = {n: t.to(dtype).contiguous() for n, t in model.exit_modules.tensors().items()}
         if modules:

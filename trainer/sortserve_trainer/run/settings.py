@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from sortserve.model.exit_module import EXIT_MODULE_KINDS, NO_MODULE, exit_module_kind
 from sortserve.process.values import MAX_COUNT, Count, FilePath, Layers, Number, Strings, Text
+from sortserve_trainer.run.duration import parse_duration
 from sortserve_trainer.run.methods import DEFAULT_METHOD, METHODS, Method, Weighting
 from sortserve_trainer.run.validation import validated
 
@@ -21,6 +22,7 @@ GROUPS = {
     "lora_rank": "Weights",
     "max_length": "Batches",
     "held_out": "Evaluation and logs",
+    "max_time": "This start of the run",
 }
 """Title of the group of flags that begins at a field."""
 
@@ -144,6 +146,13 @@ class TrainSettings(BaseModel):
     """Optimiser steps between two lines of the log."""
     report_to: Strings = ("tensorboard",)
     """Trackers that transformers knows, separated by commas; `none` is none."""
+
+    # This start of the run
+    max_time: Annotated[float, BeforeValidator(parse_duration)] | None = None
+    """Wall-clock time from the start, such as 20m or 1h30m, after which the run stops at the next
+    step: with a checkpoint of what there is, and a state from which the same command goes on."""
+    max_steps_per_run: Count | None = None
+    """Optimiser steps after which the run stops, in the same way."""
 
     @model_validator(mode="after")
     def _check_together(self) -> TrainSettings:

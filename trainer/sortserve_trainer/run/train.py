@@ -2,13 +2,14 @@
 
 A run lives in ``OUTPUT.run`` beside its target: what it was started with, states to resume from,
 logs. When it is done, the checkpoint appears at ``OUTPUT`` in one step. Run the same command again
-after any end but success and it goes on from the newest whole state, to the same weights that it
-would have had undisturbed.
+after any end but success, or after a limit (``--max-time``), and it goes on from the newest whole
+state, to the same weights that it would have had undisturbed.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,14 +24,16 @@ from torch import Tensor, nn
 from sortserve.core.errors import ConfigError
 from sortserve.process.arguments import Parser
 from sortserve.process.flags import add_flags
+from sortserve_trainer.commands.console import Console
 from sortserve_trainer.data import Mixture, collate
 from sortserve_trainer.model.load import LoadedModel, load_for_training
 from sortserve_trainer.run.folder import Run, plain_settings
+from sortserve_trainer.run.limits import RunLimits
 from sortserve_trainer.run.methods import Method
 from sortserve_trainer.run.progress import ProgressDisplay
 from sortserve_trainer.run.recipe import card_text, command_line, versions
 from sortserve_trainer.run.run_data import RunData, load_run_data
-from sortserve_trainer.run.save import disk_errors, save_checkpoint
+from sortserve_trainer.run.save import STOPPED_BY, disk_errors, save_checkpoint
 from sortserve_trainer.run.settings import GROUPS, TrainSettings, load_train_settings
 from sortserve_trainer.run.trainer import SortedTrainer, newest_state
 from sortserve_trainer.run.warm_start import warm_start
@@ -67,19 +70,22 @@ def train(settings: TrainSettings, *, command: str = "") -> Path:
         ConfigError: settings, data or output are wrong; one line says which and why.
         CheckpointError: the base cannot be trained.
     """
+    started_s = time.monotonic()
     run = Run.open(settings)
+    limits = RunLimits(
+        max_time_s=settings.max_time, max_steps=settings.max_steps_per_run, started_s=started_s
+    )
     _seed_everything(settings.seed)
     method = settings.resolved
     loaded = load_for_training(settings, method)
     data = load_run_data(settings, loaded)
-    started_s = time.monotonic()
-    trainer = _train_phase(settings, method, loaded, data, run.folder / "states", run.folder)
+    trainer = _train_phase(settings, method, loaded, data, run.folder, "states", limits)
     held_out = trainer.last_evaluation()
     steps = trainer.state.global_step
-    if method.has_head_phase:
+    if method.has_head_phase and limits.reached is None:
         _freeze_and_add_heads(loaded)
         heads = replace(method, trains_exits=True, protect=0.0, has_head_phase=False)
-        trainer = _train_phase(settings, heads, loaded, data, run.folder / "heads", run.folder)
+        trainer = _train_phase(settings, heads, loaded, data, run.folder, "heads", limits)
         held_out = trainer.last_evaluation()
         steps += trainer.state.global_step
     loaded = _unsharded(trainer, loaded, settings, method)
@@ -88,7 +94,7 @@ def train(settings: TrainSettings, *, command: str = "") -> Path:
             "method": method.name,
             "command": command,
             "steps": steps,
-            "tokens": data.mixture.num_tokens,
+            "tokens": _tokens_trained(trainer, data.mixture),
             "seed": settings.seed,
             "data": data.described,
             "versions": versions(),
@@ -97,6 +103,9 @@ def train(settings: TrainSettings, *, command: str = "") -> Path:
             "world_size": trainer.args.world_size,
             "settings": plain_settings(settings),
         }
+        if limits.reached is not None:
+            recipe[STOPPED_BY] = limits.reached
+            recipe["steps_planned"] = trainer.state.max_steps
         if loaded.sorted_info is not None:
             recipe["continued_from"] = loaded.sorted_info.recipe
         save_checkpoint(
@@ -106,7 +115,10 @@ def train(settings: TrainSettings, *, command: str = "") -> Path:
             card=card_text(settings, loaded.base, loaded.model.exits, recipe),
             dtype=_DTYPES[settings.save_dtype],
         )
-        run.finish()
+        if limits.reached is None:
+            run.finish()
+        else:
+            _tell_unfinished(settings, trainer, limits.reached)
     trainer.accelerator.wait_for_everyone()
     return settings.output
 
@@ -119,10 +131,12 @@ def _train_phase(
     method: Method,
     loaded: LoadedModel,
     data: RunData,
-    states: Path,
-    logs: Path,
+    folder: Path,
+    name: str,
+    limits: RunLimits,
 ) -> SortedTrainer:
-    with _tensorboard_logs_in(logs / "tensorboard"):
+    states = folder / name
+    with _tensorboard_logs_in(folder / "tensorboard"):
         trainer = SortedTrainer(
             loaded.model,
             method,
@@ -130,7 +144,7 @@ def _train_phase(
             mixture=data.mixture,
             held_out=data.held_out,
             args=_training_arguments(settings, method, loaded, data, states),
-            callbacks=[ProgressDisplay()],
+            callbacks=[ProgressDisplay(), limits],
         )
     state = newest_state(states)
     loaded.model.train()
@@ -141,6 +155,25 @@ def _train_phase(
     with disk_errors(str(states)):
         trainer.train(resume_from_checkpoint=None if state is None else str(state))
     return trainer
+
+
+def _tokens_trained(trainer: SortedTrainer, mixture: Mixture) -> int:
+    """Of the last phase; all of them where it was not stopped."""
+    if trainer.state.global_step >= trainer.state.max_steps:
+        return mixture.num_tokens
+    args = trainer.args
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return sum(mixture[i].num_tokens for i in range(trainer.state.global_step * per_step))
+
+
+def _tell_unfinished(settings: TrainSettings, trainer: SortedTrainer, reached: str) -> None:
+    state = trainer.state
+    Console(file=sys.stderr).print(
+        f"stopped by {reached} after step {state.global_step} of {state.max_steps}: "
+        f"{settings.output} is a checkpoint of it, and the same command goes on.",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def _warm_start(loaded: LoadedModel, mixture: Mixture) -> None:
