@@ -48,7 +48,7 @@ def load(tmp_path: Path, **flags: Any) -> tuple[LoadedModel, TrainSettings]:
 
 
 def step(loaded: LoadedModel, settings: TrainSettings, batch: dict[str, Any]) -> None:
-    """What the trainer does between two batches."""
+    """What the trainer does between two batches, but for torch's own cut of the gradients."""
     method = settings.resolved
     trained = [p for p in loaded.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
@@ -61,7 +61,6 @@ def step(loaded: LoadedModel, settings: TrainSettings, batch: dict[str, Any]) ->
         unlikelihood=method.unlikelihood,
     )
     torch.autograd.backward(loss)
-    torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     optimizer.zero_grad()
 
