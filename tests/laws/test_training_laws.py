@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sortserve.checkpoint.sorted_json import SortedInfo
+from sortserve_trainer.run.prepare import prepare
 from sortserve_trainer.run.settings import load_train_settings
 from sortserve_trainer.run.train import train
 from support.tiny_models import make_tiny_checkpoint
@@ -214,7 +215,7 @@ def test_a_run_that_is_killed_and_started_again_ends_at_the_same_weights(
 def test_a_run_of_two_steps_at_a_time_ends_at_the_same_weights(base: Path, tmp_path: Path) -> None:
     expected = run(base, tmp_path / "undisturbed")
     output = tmp_path / "leased"
-    starts = 0
+    starts, is_done = 0, False
 
     while not starts or (tmp_path / "leased.run" / "run.json").exists():
         starts += 1
@@ -224,9 +225,24 @@ def test_a_run_of_two_steps_at_a_time_ends_at_the_same_weights(base: Path, tmp_p
         assert info.exits == (2, 4, 6)
         assert found.keys() == expected.keys()
 
+        is_done = "stopped_by" not in info.recipe
+
     assert starts > 3
-    assert "stopped_by" not in info.recipe
+    assert is_done
     assert_equal(expected, found)
+
+
+def test_prepared_data_trains_to_the_same_weights_without_its_files(
+    base: Path, tmp_path: Path
+) -> None:
+    expected = run(base, tmp_path / "undisturbed")
+    settings = load_train_settings(flags(base, tmp_path / "prepared"))
+
+    prepare(settings)
+    (base.parent / "data.jsonl").unlink()
+
+    assert_equal(tensors(train(settings)), expected)
+    assert not (tmp_path / "prepared.run" / "data").exists()
 
 
 def test_a_state_that_was_cut_short_is_not_resumed_from(base: Path, tmp_path: Path) -> None:

@@ -7,13 +7,15 @@
     batch = collate([mixture[0]])
 
 ``rows`` reads files, ``hub`` the hub; ``forms`` knows the forms of a row, ``chat_format`` how a
-conversation reads as text and which part of it is answer, ``loading`` makes examples of them.
+conversation reads as text and which part of it is answer, ``loading`` makes examples of them, and
+``prepared`` keeps them on disk.
 """
 
 from sortserve_trainer.data.examples import Example, split_held_out
 from sortserve_trainer.data.loading import load_examples
 from sortserve_trainer.data.mixture import Mixture
 from sortserve_trainer.data.packing import IGNORED, Pack, collate, pack_examples
+from sortserve_trainer.data.prepared import PreparedData
 from sortserve_trainer.data.source import DataSource, file_digest, parse_source
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "Example",
     "Mixture",
     "Pack",
+    "PreparedData",
     "collate",
     "file_digest",
     "load_examples",

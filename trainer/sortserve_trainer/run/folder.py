@@ -17,6 +17,8 @@ from sortserve_trainer.run.settings import TrainSettings
 
 __all__ = ["Run", "plain_settings"]
 
+OF_ONE_START = {"max_time", "max_steps_per_run", "prepare_only"}
+"""Settings that are not the run's, but of one start of it."""
 FREE = {"log_every", "save_every", "report_to"}
 """Settings that a run may be resumed with other values of: no weight hangs on them."""
 
@@ -45,10 +47,15 @@ class Run:
             write_atomically(record, json.dumps(wanted, indent=2).encode())
         return run
 
+    @property
+    def prepared(self) -> Path:
+        """Folder of examples that ``--prepare-only`` has made."""
+        return self.folder / "data"
+
     def finish(self) -> None:
         """The states have done their work; the logs stay."""
-        for name in ("states", "heads"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for path in (self.folder / "states", self.folder / "heads", self.prepared):
+            shutil.rmtree(path, ignore_errors=True)
         (self.folder / "run.json").unlink(missing_ok=True)
 
 
@@ -68,6 +75,6 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path)
 def plain_settings(settings: TrainSettings) -> dict[str, Any]:
     """The settings that the recipe tells, as JSON values."""
     values: dict[str, Any] = settings.model_dump(
-        mode="json", exclude={"output", "device", "max_time", "max_steps_per_run"}
+        mode="json", exclude={"output", "device", *OF_ONE_START}
     )
     return values

@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sortserve.model.config import ModelConfig
 from sortserve_trainer.data import (
     DataSource,
     Example,
     Mixture,
     Pack,
-    file_digest,
-    load_examples,
+    PreparedData,
     pack_examples,
     parse_source,
     split_held_out,
 )
-from sortserve_trainer.model.load import LoadedModel
 from sortserve_trainer.run.settings import TrainSettings
 
 __all__ = ["RunData", "load_run_data"]
@@ -34,8 +33,22 @@ class RunData:
     """Of each source: name, weight, rows, digest."""
 
 
-def load_run_data(settings: TrainSettings, loaded: LoadedModel) -> RunData:
+def load_run_data(
+    settings: TrainSettings,
+    tokenizer: Any,
+    config: ModelConfig,
+    folder: Path,
+    *,
+    prepares: bool = False,
+) -> RunData:
     """Read all ``--data``.
+
+    Args:
+        settings: of the run.
+        tokenizer: the base's.
+        config: the base's.
+        folder: where prepared examples are looked for.
+        prepares: keep there what is not.
 
     Raises:
         ConfigError: a source is bad; one line names it, and the line of a bad row.
@@ -43,29 +56,25 @@ def load_run_data(settings: TrainSettings, loaded: LoadedModel) -> RunData:
     parts: list[tuple[DataSource, list[Example]]] = []
     held_out: dict[str, Sequence[Pack]] = {}
     described = []
-    config = loaded.config
     # Attention in training is causal over the whole example: a sliding window must hold it all.
     longest = min(config.max_position_embeddings, config.sliding_window or settings.max_length)
+    prepared = PreparedData(
+        folder, tokenizer, min(settings.max_length, longest), settings.train_on_prompts
+    )
     for text in settings.data:
         source = parse_source(text)
-        examples = load_examples(
-            source,
-            loaded.tokenizer,
-            max_length=min(settings.max_length, longest),
-            train_on_prompts=settings.train_on_prompts,
-        )
+        examples, digest = prepared.prepare(source) if prepares else prepared.load(source)
         kept, rest = split_held_out(examples, settings.held_out, settings.seed)
         parts.append((source, kept))
         if rest:
             held_out[source.reference] = pack_examples(rest, settings.pack_length)
-        path = Path(source.reference)
         described.append(
             {
-                "name": path.name if path.is_file() else source.reference,
+                "name": Path(source.reference).name if digest else source.reference,
                 "weight": source.weight,
                 "rows": len(kept),
                 "held_out_rows": len(rest),
-                "sha256": file_digest(path) if path.is_file() else "",
+                "sha256": digest,
             }
         )
     mixture = Mixture(

@@ -153,6 +153,9 @@ class TrainSettings(BaseModel):
     step: with a checkpoint of what there is, and a state from which the same command goes on."""
     max_steps_per_run: Count | None = None
     """Optimiser steps after which the run stops, in the same way."""
+    prepare_only: bool = False
+    """Tokenise the data into OUTPUT.run and end: the same command then trains from there, on this
+    machine or on one that the folder is copied to, which needs no data files."""
 
     @model_validator(mode="after")
     def _check_together(self) -> TrainSettings:

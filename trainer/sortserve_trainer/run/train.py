@@ -30,6 +30,7 @@ from sortserve_trainer.model.load import LoadedModel, load_for_training
 from sortserve_trainer.run.folder import Run, plain_settings
 from sortserve_trainer.run.limits import RunLimits
 from sortserve_trainer.run.methods import Method
+from sortserve_trainer.run.prepare import prepare
 from sortserve_trainer.run.progress import ProgressDisplay
 from sortserve_trainer.run.recipe import card_text, command_line, versions
 from sortserve_trainer.run.run_data import RunData, load_run_data
@@ -59,7 +60,10 @@ def train_command(argv: Sequence[str]) -> int:
     with warnings.catch_warnings():
         # Names that transformers and peft are about to change are not the user's concern.
         warnings.filterwarnings("ignore", category=FutureWarning)
-        train(settings, command=command_line(argv))
+        if settings.prepare_only:
+            prepare(settings)
+        else:
+            train(settings, command=command_line(argv))
     return 0
 
 
@@ -78,7 +82,7 @@ def train(settings: TrainSettings, *, command: str = "") -> Path:
     _seed_everything(settings.seed)
     method = settings.resolved
     loaded = load_for_training(settings, method)
-    data = load_run_data(settings, loaded)
+    data = load_run_data(settings, loaded.tokenizer, loaded.config, run.prepared)
     trainer = _train_phase(settings, method, loaded, data, run.folder, "states", limits)
     held_out = trainer.last_evaluation()
     steps = trainer.state.global_step
