@@ -17,7 +17,7 @@ from sortserve_trainer.run.settings import TrainSettings
 
 __all__ = ["Run", "plain_settings"]
 
-OF_ONE_START = {"max_time", "max_steps_per_run", "prepare_only"}
+OF_ONE_START = {"max_time", "max_steps_per_run", "prepare_only", "dry_run"}
 """Settings that are not the run's, but of one start of it."""
 FREE = {"log_every", "save_every", "report_to"}
 """Settings that a run may be resumed with other values of: no weight hangs on them."""

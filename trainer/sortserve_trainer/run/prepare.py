@@ -1,4 +1,4 @@
-"""``sortserve train --prepare-only``: the data of a run as tokens, before there is a GPU."""
+"""What can be done before there is a GPU: the data of a run as tokens, and what it will need."""
 
 from __future__ import annotations
 
@@ -8,16 +8,31 @@ from sortserve.checkpoint.families import read_model_config
 from sortserve.checkpoint.hf import load_hf_config, load_tokenizer
 from sortserve.checkpoint.load import open_checkpoint
 from sortserve_trainer.commands.console import Console
+from sortserve_trainer.model.load import choose_exits
+from sortserve_trainer.run.estimate import estimate, estimate_text
 from sortserve_trainer.run.folder import Run
 from sortserve_trainer.run.run_data import RunData, load_run_data
 from sortserve_trainer.run.save import disk_errors
 from sortserve_trainer.run.settings import TrainSettings
 
-__all__ = ["prepare"]
+__all__ = ["dry_run", "prepare"]
+
+
+def dry_run(settings: TrainSettings) -> str:
+    """``--dry-run``: what the run would need, as text.
+
+    Raises:
+        CheckpointError: the base has no configuration, or is not supported.
+        ConfigError: the exits do not fit it.
+    """
+    with open_checkpoint(settings.base, revision=settings.revision) as layout:
+        config = read_model_config(load_hf_config(layout.model))
+    exits = choose_exits(settings.exits, config.num_layers)
+    return estimate_text(estimate(settings, config, exits), exits)
 
 
 def prepare(settings: TrainSettings) -> RunData:
-    """Tokenise what is not tokenised yet; says what a run would train on.
+    """``--prepare-only``: tokenise what is not tokenised yet; says what a run would train on.
 
     Raises:
         ConfigError: settings, data or output are wrong; one line says which and why.

@@ -153,6 +153,9 @@ class TrainSettings(BaseModel):
     step: with a checkpoint of what there is, and a state from which the same command goes on."""
     max_steps_per_run: Count | None = None
     """Optimiser steps after which the run stops, in the same way."""
+    dry_run: bool = False
+    """Print what the run would need, from the base's configuration alone, and end: parameters,
+    FLOPs, memory and a guess of tokens/s on one to eight cards, and what each exit costs."""
     prepare_only: bool = False
     """Tokenise the data into OUTPUT.run and end: the same command then trains from there, on this
     machine or on one that the folder is copied to, which needs no data files."""

@@ -30,7 +30,7 @@ from sortserve_trainer.model.load import LoadedModel, load_for_training
 from sortserve_trainer.run.folder import Run, plain_settings
 from sortserve_trainer.run.limits import RunLimits
 from sortserve_trainer.run.methods import Method
-from sortserve_trainer.run.prepare import prepare
+from sortserve_trainer.run.prepare import dry_run, prepare
 from sortserve_trainer.run.progress import ProgressDisplay
 from sortserve_trainer.run.recipe import card_text, command_line, versions
 from sortserve_trainer.run.run_data import RunData, load_run_data
@@ -60,7 +60,9 @@ def train_command(argv: Sequence[str]) -> int:
     with warnings.catch_warnings():
         # Names that transformers and peft are about to change are not the user's concern.
         warnings.filterwarnings("ignore", category=FutureWarning)
-        if settings.prepare_only:
+        if settings.dry_run:
+            print(dry_run(settings))
+        elif settings.prepare_only:
             prepare(settings)
         else:
             train(settings, command=command_line(argv))

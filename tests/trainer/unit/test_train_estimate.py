@@ -1,0 +1,110 @@
+"""What a run needs is known before it begins, from the shape of its base alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sortserve.cli import main
+from sortserve.model.config import ModelConfig
+from sortserve_trainer.model.load import load_for_training
+from sortserve_trainer.run.estimate import estimate, estimate_text
+from sortserve_trainer.run.settings import TrainSettings
+from support.tiny_models import make_tiny_checkpoint
+
+LLAMA_2_13B = ModelConfig(
+    family="llama",
+    num_layers=40,
+    hidden_size=5120,
+    intermediate_size=13824,
+    num_heads=40,
+    num_kv_heads=40,
+    head_dim=128,
+    vocab_size=32000,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=4096,
+    tie_word_embeddings=False,
+)
+EXITS = (12, 16, 20, 24, 28, 32, 36, 40)
+
+
+def settings(**flags: object) -> TrainSettings:
+    return TrainSettings(
+        data=("none.jsonl",),
+        output="out",  # type: ignore[arg-type]
+        exits=EXITS[:-1],
+        device="cpu",
+        **flags,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("flags", [{"method": "soft+kd"}, {"method": "soft"}], ids=["lora", "all"])
+def test_parameters_are_those_of_the_model_that_is_trained(
+    tmp_path: Path, flags: dict[str, str]
+) -> None:
+    base = make_tiny_checkpoint(tmp_path / "base", exits=None)
+    own = settings(**flags, base=str(base), lora_rank=None).model_copy(update={"exits": (2, 4)})
+    if own.trains_adapter:
+        own = own.model_copy(update={"lora_rank": 4})
+    loaded = load_for_training(own, own.resolved)
+
+    found = estimate(own, loaded.config, loaded.model.exits)
+
+    trained = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
+    assert found.num_trained == trained
+
+
+def test_soft_of_llama_2_13b_wants_eight_cards_of_80_gib() -> None:
+    plain = settings(method="soft", gradient_checkpointing=True)
+
+    found = estimate(plain, LLAMA_2_13B, EXITS)
+
+    assert found.num_parameters == pytest.approx(13.0e9, rel=0.01)
+    assert found.num_trained == found.num_parameters
+    # Sixteen bytes a parameter: 194 GiB, more than four cards hold.
+    assert found.bytes_per_card(4) > 48 * 2**30
+    assert found.bytes_per_card(8) < 70 * 2**30
+    # 8 N a token with recomputation, and six for each exit's head.
+    assert found.flops_per_token == pytest.approx(8 * 12.7e9 + 6 * 8 * 164e6, rel=0.02)
+
+
+def test_less_is_trained_for_less_and_recomputation_trades_time_for_memory() -> None:
+    whole = estimate(settings(method="soft"), LLAMA_2_13B, EXITS)
+    lora = estimate(settings(method="soft", lora_rank=16), LLAMA_2_13B, EXITS)
+    recomputed = estimate(
+        settings(method="soft", lora_rank=16, gradient_checkpointing=True), LLAMA_2_13B, EXITS
+    )
+
+    assert lora.weight_bytes < whole.weight_bytes / 5
+    assert lora.flops_per_token < whole.flops_per_token
+    assert recomputed.activation_bytes < lora.activation_bytes / 3
+    assert recomputed.flops_per_token > lora.flops_per_token
+    assert lora.tokens_per_s(1e15, 2) == pytest.approx(2 * lora.tokens_per_s(1e15, 1))
+
+
+def test_an_exit_costs_its_share_of_the_layers_and_the_head() -> None:
+    found = estimate(settings(method="soft"), replace(LLAMA_2_13B, vocab_size=1), EXITS)
+
+    assert found.exit_costs[20] == pytest.approx(0.5, abs=0.001)
+    assert found.exit_costs[40] == 1.0
+    assert "20: 50%" in estimate_text(found, EXITS)
+
+
+def test_a_dry_run_needs_a_config_alone_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make_tiny_checkpoint(tmp_path / "base", exits=None)
+    for path in base.iterdir():
+        if path.suffix == ".safetensors" or path.name.startswith("tokenizer"):
+            path.unlink()
+    arguments = ["train", "--dry-run", "--base", str(base), "--data", "nowhere.jsonl"]
+    arguments += ["--exits", "2,4", "--lora-rank", "4", "--output", str(tmp_path / "out")]
+
+    assert main(arguments) == 0
+
+    text = capsys.readouterr().out
+    assert "trained" in text
+    assert "tokens/s (H100)" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]

@@ -1,0 +1,187 @@
+"""``sortserve train --dry-run``: what a run will need, by arithmetic, before anything is loaded.
+
+A token's FLOPs are those of matrix products (2 for each element of a matrix that it meets, and as
+many for each gradient), as in Kaplan et al. 2020, section 2.1. Memory counts what a step holds at
+once; what torch keeps in reserve comes on top.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sortserve.checkpoint.families import count_layer_parameters
+from sortserve.model.config import ModelConfig
+from sortserve.model.exit_module import EXIT_MODULE_KINDS
+from sortserve_trainer.run.settings import TrainSettings
+
+__all__ = ["Estimate", "estimate", "estimate_text"]
+
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12}
+"""Of dense bfloat16 products, by their makers' data sheets."""
+UTILISATION = 0.4
+"""Of the peak that training of such models reaches (PaLM, table 3, has 0.21 to 0.46)."""
+NUM_CARDS = (1, 2, 4, 8)
+LOGIT_ROWS = 8192
+"""At most, of one chunk of the loss on a GPU."""
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run needs."""
+
+    num_parameters: int
+    """Of the base."""
+    num_trained: int
+    flops_per_token: float
+    """Of a training step."""
+    weight_bytes: int
+    """Weights, gradients and the optimiser's state, of all cards together under FSDP."""
+    activation_bytes: int
+    """Of one card's micro-batch, the logits among it."""
+    exit_costs: Mapping[int, float]
+    """Exit layer to the share of the full depth's products in a forward pass."""
+    tokens_per_step: int
+    """On one card."""
+
+    def bytes_per_card(self, num_cards: int) -> float:
+        """With weights, gradients and optimiser sharded over the cards."""
+        return self.weight_bytes / num_cards + self.activation_bytes
+
+    def tokens_per_s(self, flops_per_s: float, num_cards: int) -> float:
+        """By a card's peak."""
+        return UTILISATION * flops_per_s * num_cards / self.flops_per_token
+
+
+def estimate(settings: TrainSettings, config: ModelConfig, exits: tuple[int, ...]) -> Estimate:
+    """From the settings and the shape of the base.
+
+    Args:
+        settings: of the run.
+        config: the base's.
+        exits: ascending, the last the full depth.
+    """
+    method = settings.resolved
+    layer, matrices = count_layer_parameters(config)
+    num_layers, hidden, vocab = config.num_layers, config.hidden_size, config.vocab_size
+    trunk, head = num_layers * matrices, vocab * hidden
+    num_base = num_layers * layer + hidden + head * (1 if config.tie_word_embeddings else 2)
+    kind = EXIT_MODULE_KINDS[method.exit_modules]
+    modules = (len(exits) - 1) * sum(map(math.prod, kind.shapes(config).values()))
+    adapter = _adapter_size(settings, config) if settings.trains_adapter else 0
+    trained = modules + adapter + (num_base if settings.trains_weights else 0)
+    compute_bytes = 4 if settings.dtype == "float32" else 2
+    base_bytes = 0.55 if settings.quantize == "nf4" else compute_bytes
+    frozen = 0 if settings.trains_weights else num_base
+    micro = settings.batch_size * settings.pack_length
+    return Estimate(
+        num_parameters=num_base,
+        num_trained=trained,
+        flops_per_token=_flops(settings, config, exits, trunk, modules, adapter),
+        # Weight, gradient and AdamW's two moments, all in float32.
+        weight_bytes=int(frozen * base_bytes + trained * 16),
+        activation_bytes=_activations(settings, config, exits, micro, compute_bytes),
+        exit_costs=_exit_costs(exits, matrices, head, kind.num_matrix_elements(config)),
+        tokens_per_step=micro * settings.gradient_accumulation,
+    )
+
+
+def estimate_text(found: Estimate, exits: tuple[int, ...]) -> str:
+    """The estimate as a person reads it."""
+    costs = ", ".join(f"{e}: {found.exit_costs[e]:.0%}" for e in exits)
+    lines = [
+        f"parameters   {found.num_parameters:,} in the base, {found.num_trained:,} trained "
+        f"({found.num_trained / found.num_parameters:.1%})",
+        f"compute      {found.flops_per_token / 1e9:.2f} GFLOP a token, "
+        f"{found.tokens_per_step:,} tokens a step of each card",
+        f"exits        {costs} of the full depth's products",
+        f"memory       {found.weight_bytes / GIB:.1f} GiB of weights, gradients and optimiser, "
+        "shared among the cards under FSDP; "
+        f"{found.activation_bytes / GIB:.1f} GiB of activations on each",
+        "",
+        "cards   GiB on each   " + "   ".join(f"tokens/s ({name})" for name in PEAK_FLOPS),
+    ]
+    for count in NUM_CARDS:
+        rates = (found.tokens_per_s(peak, count) for peak in PEAK_FLOPS.values())
+        cells = "   ".join(f"{rate:>15,.0f}" for rate in rates)
+        lines.append(f"{count:>5}   {found.bytes_per_card(count) / GIB:>11.1f}   {cells}")
+    lines.append(
+        f"Rates are {UTILISATION:.0%} of a card's peak in bfloat16: a guess, not a promise."
+    )
+    return "\n".join(lines)
+
+
+def _adapter_size(settings: TrainSettings, config: ModelConfig) -> int:
+    q, kv, hidden, inner = (
+        config.q_size,
+        config.kv_size,
+        config.hidden_size,
+        config.intermediate_size,
+    )
+    sides = {
+        "q_proj": hidden + q,
+        "k_proj": hidden + kv,
+        "v_proj": hidden + kv,
+        "o_proj": q + hidden,
+        "gate_proj": hidden + inner,
+        "up_proj": hidden + inner,
+        "down_proj": inner + hidden,
+    }
+    names = settings.lora_targets or tuple(sides)
+    rank = settings.resolved.lora_rank
+    return config.num_layers * rank * sum(sides.get(name, 0) for name in names)
+
+
+def _flops(
+    settings: TrainSettings,
+    config: ModelConfig,
+    exits: tuple[int, ...],
+    trunk: int,
+    modules: int,
+    adapter: int,
+) -> float:
+    """Forward, gradients of activations, gradients of what is trained."""
+    method = settings.resolved
+    columns = min(method.vocab_sample or config.vocab_size, config.vocab_size)
+    heads = len(method.terms(exits, 0, 0)) * columns * config.hidden_size
+    whole_head = config.vocab_size * config.hidden_size
+    flops = 2.0 * trunk + 6.0 * modules + 4.0 * heads
+    if not settings.freeze_trunk:
+        flops += 2.0 * trunk
+    if settings.trains_weights:
+        flops += 2.0 * trunk + 2.0 * heads
+    if method.vocab_sample:
+        flops += 2.0 * whole_head
+    if method.teacher == "base" and method.distill:
+        flops += 2.0 * (trunk + whole_head)
+    if settings.gradient_checkpointing:
+        flops += 2.0 * trunk
+    return flops + 4.0 * adapter  # two thin products for each of A's and B's gradients
+
+
+def _activations(
+    settings: TrainSettings,
+    config: ModelConfig,
+    exits: tuple[int, ...],
+    num_tokens: int,
+    compute_bytes: int,
+) -> int:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads = config.q_size + config.kv_size
+    # Of a layer, for its backward: both norms in float32, what each product reads, RoPE, SwiGLU.
+    of_layer = 2 * 4 * 4 * hidden + compute_bytes * (4 * hidden + 3 * heads + 4 * inner)
+    kept = compute_bytes * hidden * config.num_layers + of_layer
+    if not settings.gradient_checkpointing:
+        kept = of_layer * config.num_layers
+    if settings.freeze_trunk:
+        kept = compute_bytes * hidden
+    read = len(exits) * hidden * (3 * compute_bytes + 4)
+    columns = config.vocab_size * compute_bytes * 2
+    return num_tokens * (kept + read) + min(num_tokens, LOGIT_ROWS) * columns
+
+
+def _exit_costs(exits: tuple[int, ...], matrices: int, head: int, module: int) -> dict[int, float]:
+    full = exits[-1] * matrices + head
+    return {e: (e * matrices + head + (module if e != exits[-1] else 0)) / full for e in exits}
