@@ -82,7 +82,10 @@ def attend_on_device(
     Returns:
         [T, N, H].
     """
-    head_dim = q_TNH.shape[2]
+    head_dim, device = q_TNH.shape[2], q_TNH.device.type
+    if torch.is_autocast_enabled(device):  # of which torch's operations by this name know nothing
+        dtype = torch.get_autocast_dtype(device)
+        q_TNH, k_TKH, v_TKH = (x.to(dtype) for x in (q_TNH, k_TKH, v_TKH))
     uses_flash = (
         q_TNH.dtype in FLASH_DTYPES
         and head_dim % 8 == 0
