@@ -19,9 +19,10 @@ from sortserve.engine.runner import ModelRunner
 from sortserve.engine.sampling.sampler import Sampler
 from sortserve.llm.llm import LLM
 from support.interpreter import interpreted, patience
+from support.model_laws import GREEDY, SEEDED, assert_offline
 from support.recorded_graphs import RerunMaker
 from support.scripted import Collected, FakeClock, add, collect, go_shallower, make_request, run
-from support.serving import Served, offline_tokens, serve
+from support.serving import Served, serve
 from support.tiny_models import make_tiny_checkpoint
 
 pytestmark = [interpreted, patience]
@@ -34,8 +35,6 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 PROMPT = list(range(40, 57))
-GREEDY: dict[str, Any] = {"temperature": 0.0}
-SEEDED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "seed": 11}
 
 
 @pytest.fixture(name="path", scope="module")
@@ -43,15 +42,6 @@ def _path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "qwen3"
     kinds = {1: "norm", 2: "mlp"}
     return make_tiny_checkpoint(folder, "qwen3-untied", exits=EXITS, exit_kinds=kinds, **SIZES)
-
-
-def offline(
-    served: Served, prompt: list[int], exits: list[int], sampling: dict[str, Any]
-) -> list[int]:
-    params = SamplingParams(max_tokens=len(exits), **sampling)
-    return offline_tokens(
-        served.path, prompt, params, exits, eos_token_ids=served.tokenizer.eos_token_ids
-    )
 
 
 def engine_as_on_a_gpu(served: Served, *, overlap: bool) -> Engine:
@@ -87,7 +77,7 @@ def test_laws_1_2_and_15_padded_rows_of_fixed_tensors_change_no_token(
     results = run(engine)
 
     for i, (prompt, exit_layer, sampling) in enumerate(requests):
-        assert results[str(i)].token_ids == offline(served, prompt, [exit_layer] * 4, sampling)
+        assert_offline(served, prompt, [exit_layer] * 4, sampling, results[str(i)].token_ids)
 
 
 def test_law_7_a_row_that_goes_shallower_becomes_padding_in_the_segments_above(
@@ -107,8 +97,8 @@ def test_law_7_a_row_that_goes_shallower_becomes_padding_in_the_segments_above(
         collect(engine.step(), results)
 
     exits = [3] * done + [1] * (5 - done)
-    assert results["r"].token_ids == offline(served, PROMPT, exits, GREEDY)
-    assert results["deep"].token_ids == offline(served, PROMPT[:9], [3] * 5, SEEDED)
+    assert_offline(served, PROMPT, exits, GREEDY, results["r"].token_ids)
+    assert_offline(served, PROMPT[:9], [3] * 5, SEEDED, results["deep"].token_ids)
 
 
 @pytest.mark.parametrize(

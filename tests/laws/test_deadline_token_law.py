@@ -26,7 +26,7 @@ from sortserve.scheduling.policies.deadline import DEADLINE
 from sortserve.scheduling.policies.table import POLICIES
 from sortserve.scheduling.policy import Lowering
 from support.scripted import make_request
-from support.serving import Served, offline_next_tokens, serve
+from support.serving import Served, offline_tokens, serve
 from support.timed import Timed
 from support.tiny_models import VOCAB_SIZE, make_tiny_checkpoint, mixed_kinds
 
@@ -131,8 +131,13 @@ def check_tokens(served: Served, timed: Timed, request: Request) -> None:
     assert dict(report.tokens_by_exit) == Counter(result.exits)
     if report.finish_reason == "length":
         assert len(result.token_ids) == request.sampling.max_tokens
-    expected = offline_next_tokens(
-        served.path, request.prompt_token_ids, result.token_ids, request.sampling, result.exits
+    expected = offline_tokens(
+        served.path,
+        request.prompt_token_ids,
+        request.sampling,
+        result.exits,
+        eos_token_ids=served.tokenizer.eos_token_ids,
+        guess=result.token_ids,
     )
     assert result.token_ids == expected
 

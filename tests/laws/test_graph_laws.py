@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from sortserve.core.sampling_params import SamplingParams
 from sortserve.engine.assemble import make_engine
 from sortserve.engine.engine import Engine, EngineConfig
 from sortserve.engine.runner import ModelRunner
 from sortserve.engine.sampling.sampler import Sampler
+from support.model_laws import assert_offline
 from support.recorded_graphs import RecordingMaker
 from support.scripted import Collected, FakeClock, add, collect, go_shallower, make_request, run
 from support.scripted_grammar import Form
-from support.serving import Served, offline_tokens, serve
+from support.serving import Served, serve
 from support.tiny_models import make_tiny_checkpoint, mixed_kinds
 
 EXITS = (1, 2, 4, 5, 6)
@@ -71,15 +71,6 @@ def engine_of(served: Served, *, overlap: bool = False) -> tuple[Engine, Recordi
     return engine, maker
 
 
-def offline(
-    served: Served, prompt: list[int], exits: list[int], sampling: dict[str, Any]
-) -> list[int]:
-    params = SamplingParams(max_tokens=len(exits), **sampling)
-    return offline_tokens(
-        served.path, prompt, params, exits, eos_token_ids=served.tokenizer.eos_token_ids
-    )
-
-
 def assert_every_row_is_what_it_is_alone(
     served: Served, engine: Engine, samplings: Sequence[dict[str, Any]] = SAMPLING
 ) -> None:
@@ -93,8 +84,8 @@ def assert_every_row_is_what_it_is_alone(
     results = run(engine)
 
     for i, (prompt, exit_layer, sampling) in enumerate(requests):
-        expected = offline(served, prompt, [exit_layer] * NUM_TOKENS, sampling)
-        assert results[str(i)].token_ids == expected
+        exits = [exit_layer] * NUM_TOKENS
+        assert_offline(served, prompt, exits, sampling, results[str(i)].token_ids)
 
 
 def test_laws_1_and_2_every_row_of_a_batch_of_all_depths_is_what_it_is_alone(
@@ -167,5 +158,5 @@ def test_law_7_going_shallower_continues_on_the_same_kv(
         engine.check_invariants()
 
     exits = [5] * done + [1] * (9 - done)
-    assert results["r"].token_ids == offline(served, PROMPT, exits, sampling)
-    assert results["deep"].token_ids == offline(served, PROMPT[:20], [6] * 9, sampling)
+    assert_offline(served, PROMPT, exits, sampling, results["r"].token_ids)
+    assert_offline(served, PROMPT[:20], [6] * 9, sampling, results["deep"].token_ids)

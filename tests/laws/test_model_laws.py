@@ -14,10 +14,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sortserve.core.sampling_params import SamplingParams
-from support.scripted import Collected, add, collect, go_shallower, make_request, run
-from support.serving import Served, offline_tokens, serve
-from support.tiny_models import EXIT_KINDS, VOCAB_SIZE, make_tiny_checkpoint
+from support.model_laws import (
+    GREEDY,
+    SEEDED,
+    assert_offline,
+    check_a_changed_depth,
+    check_a_lonely_request,
+    check_a_preemption,
+    check_a_prefix_hit,
+    check_company,
+    companies,
+)
+from support.scripted import add, go_shallower, make_request, run
+from support.serving import serve
+from support.tiny_models import EXIT_KINDS, make_tiny_checkpoint
 
 EXITS = (1, 2, 4, 5, 6)
 KINDS = dict(zip(EXITS[:-1], EXIT_KINDS, strict=True))
@@ -29,8 +39,6 @@ MODELS = {
 FAMILIES = tuple(MODELS)
 PROMPT = list(range(40, 75))
 
-GREEDY: dict[str, Any] = {"temperature": 0.0}
-SEEDED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "seed": 11}
 PENALISED: dict[str, Any] = {
     "temperature": 0.7,
     "min_p": 0.02,
@@ -50,52 +58,25 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def offline(
-    served: Served, prompt: list[int], exits: list[int], sampling: dict[str, Any]
-) -> list[int]:
-    params = SamplingParams(max_tokens=len(exits), **sampling)
-    return offline_tokens(
-        served.path, prompt, params, exits, eos_token_ids=served.tokenizer.eos_token_ids
-    )
-
-
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED, PENALISED], ids=["greedy", "seeded", "pen"])
 @pytest.mark.parametrize("exit_layer", EXITS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_law_1_served_at_an_exit_is_what_transformers_gives_with_its_first_layers(
     folders: dict[str, Path], family: str, exit_layer: int, sampling: dict[str, Any]
 ) -> None:
-    served = serve(folders[family])
-    engine = served.engine()
-
-    add(engine, make_request("r", PROMPT, max_tokens=10, **sampling), exit_layer)
-
-    assert run(engine)["r"].token_ids == offline(served, PROMPT, [exit_layer] * 10, sampling)
-
-
-@st.composite
-def requests(draw: st.DrawFn) -> list[dict[str, Any]]:
-    """Requests with shared prefixes, of all depths and kinds of sampling."""
-    return draw(
-        st.lists(
-            st.fixed_dictionaries(
-                {
-                    "prefix": st.integers(0, 24),
-                    "suffix": st.lists(st.integers(3, VOCAB_SIZE - 30), min_size=1, max_size=12),
-                    "max_tokens": st.integers(1, 8),
-                    "exit_layer": st.sampled_from(EXITS),
-                    "sampling": st.sampled_from([GREEDY, SEEDED, PENALISED]),
-                }
-            ),
-            min_size=2,
-            max_size=7,
-        )
-    )
+    check_a_lonely_request(serve(folders[family]), PROMPT, exit_layer, 10, sampling)
 
 
 @given(
     family=st.sampled_from(FAMILIES),
-    workload=requests(),
+    company=companies(
+        EXITS,
+        [GREEDY, SEEDED, PENALISED],
+        max_prefix=24,
+        max_suffix=12,
+        max_tokens=8,
+        max_size=7,
+    ),
     policy=st.sampled_from(["fair", "lockstep"]),
     num_pages=st.sampled_from([70, 120, 600]),
     chunk=st.sampled_from([8, 13, 256]),
@@ -111,7 +92,7 @@ def requests(draw: st.DrawFn) -> list[dict[str, Any]]:
 def test_laws_2_to_5_any_batch_chunk_cache_and_pressure_leaves_every_answer_as_it_is(
     folders: dict[str, Path],
     family: str,
-    workload: list[dict[str, Any]],
+    company: list[dict[str, Any]],
     policy: str,
     num_pages: int,
     chunk: int,
@@ -130,24 +111,10 @@ def test_laws_2_to_5_any_batch_chunk_cache_and_pressure_leaves_every_answer_as_i
     if warm:  # a donor whose prefix is there in full depth, and gone by then
         add(engine, make_request("warm", PROMPT[:24], max_tokens=1), EXITS[-1])
         run(engine)
-    prompts = [PROMPT[: w["prefix"]] + w["suffix"] for w in workload]
-    for i, (w, prompt) in enumerate(zip(workload, prompts, strict=True)):
-        request = make_request(str(i), prompt, max_tokens=w["max_tokens"], **w["sampling"])
-        add(engine, request, w["exit_layer"])
-    add(engine, make_request("aborted", PROMPT, max_tokens=50), EXITS[0])
 
-    results: dict[str, Collected] = {}
-    for _ in range(abort_after):
-        collect(engine.step(), results)
-    engine.abort("aborted")
-    while engine.has_work:
-        collect(engine.step(), results)
-        engine.check_invariants()
-
-    for i, (w, prompt) in enumerate(zip(workload, prompts, strict=True)):
-        expected = offline(served, prompt, [w["exit_layer"]] * w["max_tokens"], w["sampling"])
-        assert results[str(i)].token_ids == expected
-    assert engine.stats().kv_pages_used == 0
+    check_company(
+        served, engine, company, prompt=PROMPT, aborted=(EXITS[0], 50), abort_after=abort_after
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -155,18 +122,15 @@ def test_law_4_a_prefix_hit_from_a_deeper_donor_changes_nothing(
     folders: dict[str, Path], family: str
 ) -> None:
     served = serve(folders[family])
-    engine = served.engine()
-    add(engine, make_request("donor", PROMPT, max_tokens=3, **GREEDY), 6)
-    run(engine)
-
-    for exit_layer in (4, 2):
-        add(engine, make_request("taker", PROMPT, max_tokens=8, **GREEDY), exit_layer)
-        result = run(engine)["taker"]
-
-        assert result.last is not None
-        assert result.last.report is not None
-        assert result.last.report.num_cached_tokens == 32  # 8 blocks of 4 of the 35 tokens
-        assert result.token_ids == offline(served, PROMPT, [exit_layer] * 8, GREEDY)
+    for taker in (4, 2):
+        check_a_prefix_hit(
+            served,
+            PROMPT,
+            donor=6,
+            taker=taker,
+            max_tokens=8,
+            num_cached_tokens=32,  # 8 blocks of 4 of the 35 tokens
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -180,7 +144,7 @@ def test_law_4_blocks_that_were_shallow_first_serve_all_depths(
 
         result = run(engine)[str(request_id)]
 
-        assert result.token_ids == offline(served, PROMPT, [exit_layer] * 4, GREEDY)
+        assert_offline(served, PROMPT, [exit_layer] * 4, GREEDY, result.token_ids)
         engine.check_invariants()
 
 
@@ -188,18 +152,7 @@ def test_law_4_blocks_that_were_shallow_first_serve_all_depths(
 def test_law_5_a_preempted_request_goes_on_as_if_nothing_had_been(
     folders: dict[str, Path], family: str
 ) -> None:
-    served = serve(folders[family])
-    engine = served.engine(enable_prefix_caching=False)
-    add(engine, make_request("r", PROMPT, max_tokens=10, **SEEDED), 5)
-    results: dict[str, Collected] = {}
-    for _ in range(4):
-        collect(engine.step(), results)
-
-    engine.scheduler.preempt(next(engine.scheduler.sequences()))
-    while engine.has_work:
-        collect(engine.step(), results)
-
-    assert results["r"].token_ids == offline(served, PROMPT, [5] * 10, SEEDED)
+    check_a_preemption(serve(folders[family]), PROMPT, 5, after=4, max_tokens=10)
 
 
 @pytest.mark.parametrize("prompt", ["the tin", "naïve 日本語 🙂", "on and on"])
@@ -220,19 +173,15 @@ def test_law_6_streamed_text_is_the_whole_text(folders: dict[str, Path], prompt:
 def test_law_7_going_shallower_continues_on_the_same_kv(
     folders: dict[str, Path], family: str, deep: int, shallow: int, sampling: dict[str, Any]
 ) -> None:
-    served = serve(folders[family])
-    engine = served.engine()
-    add(engine, make_request("r", PROMPT, max_tokens=9, **sampling), deep)
-    results: dict[str, Collected] = {}
-    for _ in range(4):
-        collect(engine.step(), results)
-
-    go_shallower(engine, "r", shallow)
-    while engine.has_work:
-        collect(engine.step(), results)
-        engine.check_invariants()
-
-    assert results["r"].token_ids == offline(served, PROMPT, [deep] * 4 + [shallow] * 5, sampling)
+    check_a_changed_depth(
+        serve(folders[family]),
+        PROMPT,
+        deep=deep,
+        shallow=shallow,
+        after=4,
+        max_tokens=9,
+        sampling=sampling,
+    )
 
 
 def test_law_7_holds_in_the_middle_of_a_chunked_prompt(folders: dict[str, Path]) -> None:
@@ -243,4 +192,4 @@ def test_law_7_holds_in_the_middle_of_a_chunked_prompt(folders: dict[str, Path])
 
     go_shallower(engine, "r", 2)
 
-    assert run(engine)["r"].token_ids == offline(served, PROMPT, [2] * 5, GREEDY)
+    assert_offline(served, PROMPT, [2] * 5, GREEDY, run(engine)["r"].token_ids)

@@ -16,17 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sortserve.core.budget import Budget
-from sortserve.core.sampling_params import SamplingParams
 from sortserve.core.schedule import DepthSchedule
+from support.model_laws import GREEDY, SEEDED, assert_offline
 from support.scripted import Collected, add, collect, go_shallower, make_request, run
-from support.serving import Served, offline_tokens, serve
+from support.serving import serve
 from support.tiny_models import VOCAB_SIZE, make_tiny_checkpoint, mixed_kinds
 
 EXITS = (1, 2, 4, 5, 6)
 FAMILIES = ("llama-tied", "qwen3-untied")
 PROMPT = list(range(40, 75))
-GREEDY: dict[str, Any] = {"temperature": 0.0}
-SEEDED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "seed": 11}
 PARTS = ((0, 6), (3, 5), (5, 2))
 DEPTHS = [6, 6, 6, 5, 5, 2, 2, 2, 2, 2]
 
@@ -40,15 +38,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         )
         for family in FAMILIES
     }
-
-
-def offline(
-    served: Served, prompt: list[int], exits: list[int], sampling: dict[str, Any]
-) -> list[int]:
-    params = SamplingParams(max_tokens=len(exits), **sampling)
-    return offline_tokens(
-        served.path, prompt, params, exits, eos_token_ids=served.tokenizer.eos_token_ids
-    )
 
 
 def scheduled(
@@ -70,7 +59,7 @@ def test_each_token_is_what_transformers_gives_at_the_exit_of_its_place(
 
     result = run(engine)["r"]
 
-    assert result.token_ids == offline(served, PROMPT, DEPTHS, sampling)
+    assert_offline(served, PROMPT, DEPTHS, sampling, result.token_ids)
     assert result.exits == DEPTHS
     assert result.last is not None
     report = result.last.report
@@ -102,7 +91,7 @@ def test_whoever_loses_its_pages_in_the_middle_goes_on_as_if_nothing_had_been(
         collect(engine.step(), results)
         engine.check_invariants()
 
-    assert results["r"].token_ids == offline(served, PROMPT, DEPTHS, SEEDED)
+    assert_offline(served, PROMPT, DEPTHS, SEEDED, results["r"].token_ids)
     assert results["r"].exits == DEPTHS
 
 
@@ -116,7 +105,7 @@ def test_a_prefix_hit_changes_nothing(folders: dict[str, Path], donor: int) -> N
     add(engine, scheduled(**GREEDY))
     result = run(engine)["r"]
 
-    assert result.token_ids == offline(served, PROMPT, DEPTHS, GREEDY)
+    assert_offline(served, PROMPT, DEPTHS, GREEDY, result.token_ids)
     assert result.last is not None
     assert result.last.report is not None
     assert result.last.report.num_cached_tokens == (32 if donor == 6 else 0)
@@ -144,7 +133,7 @@ def test_who_was_taken_further_down_is_never_taken_deeper_again(
         engine.check_invariants()
 
     assert results["r"].exits == depths
-    assert results["r"].token_ids == offline(served, PROMPT, depths, GREEDY)
+    assert_offline(served, PROMPT, depths, GREEDY, results["r"].token_ids)
 
 
 @st.composite
@@ -216,6 +205,6 @@ def test_in_any_company_chunks_cache_and_pressure_every_token_is_the_offline_one
     for i, (w, prompt) in enumerate(zip(workload, prompts, strict=True)):
         schedule = DepthSchedule(w["parts"])
         depths = [schedule.exit_at(k) for k in range(w["max_tokens"])]
-        assert results[str(i)].token_ids == offline(served, prompt, depths, w["sampling"])
+        assert_offline(served, prompt, depths, w["sampling"], results[str(i)].token_ids)
         assert results[str(i)].exits == depths[: len(results[str(i)].exits)]
     assert engine.stats().kv_pages_used == 0

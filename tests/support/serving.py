@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
 from sortserve.core.plan import Runner
 from sortserve.core.sampling_params import SamplingParams, SamplingRow
@@ -117,47 +119,29 @@ def offline_tokens(
     exits: Sequence[int],
     *,
     eos_token_ids: frozenset[int],
+    guess: Sequence[int] = (),
 ) -> list[int]:
-    """What transformers answers, one whole forward pass per token.
+    """What transformers answers: no cache, each token from a whole forward pass over all before it.
 
     ``exits[i]`` is the depth that token i is made at: KV of the shallower layers depends on the
     tokens alone, so a change of depth needs no other bookkeeping here.
+
+    With a ``guess``, such as what was served, as far as it is right one pass a depth tells all its
+    tokens: no token sees those after it. A wrong guess costs time and changes nothing.
     """
-    model = _hf(path)
-    output: list[int] = []
+    passes: dict[tuple[int, tuple[int, ...]], Tensor] = {}
     eos: frozenset[int] = frozenset() if params.ignore_eos else eos_token_ids
     stop = eos | frozenset(params.stop_token_ids)
+    output: list[int] = []
     for exit_layer in exits[: params.max_tokens]:
-        logits_V = hf_logits(
-            model, [*prompt, *output], exit_layer, read_exit_module(path, exit_layer)
-        )[-1]
+        known = tuple(guess if list(guess[: len(output)]) == output else output)
+        if (exit_layer, known) not in passes:
+            module = read_exit_module(path, exit_layer)
+            ids = [*prompt, *known]
+            passes[exit_layer, known] = hf_logits(_hf(path), ids, exit_layer, module)
+        logits_V = passes[exit_layer, known][len(prompt) + len(output) - 1]
         row = SamplingRow(params, params.seed or 0, tuple(prompt), tuple(output), stop)
         output.append(sample_reference(logits_V, row))
         if output[-1] in stop:
             break
     return output
-
-
-def offline_next_tokens(
-    path: Path,
-    prompt: Sequence[int],
-    output: Sequence[int],
-    params: SamplingParams,
-    exits: Sequence[int],
-) -> list[int]:
-    """What transformers gives after each beginning of an answer, at the exit of each token.
-
-    If that is the answer itself, it is what ``offline_tokens`` gives, by induction: at the price of
-    one whole forward pass a depth, not one a token.
-    """
-    ids = [*prompt, *output]
-    logits = {
-        e: hf_logits(_hf(path), ids, e, read_exit_module(path, e)) for e in sorted(set(exits))
-    }
-    return [
-        sample_reference(
-            logits[exit_layer][len(prompt) + i - 1],
-            SamplingRow(params, params.seed or 0, tuple(prompt), tuple(output[:i]), frozenset()),
-        )
-        for i, exit_layer in enumerate(exits)
-    ]

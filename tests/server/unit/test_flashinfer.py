@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sortserve.core.sampling_params import SamplingParams
 from sortserve.model import backends
 from sortserve.model.backend import Target, Unusable
 from sortserve.model.backends.flashinfer.backend import FlashInferBackend, make_flashinfer_backend
@@ -21,8 +20,9 @@ from sortserve.model.backends.reference.attention import ReferenceAttention
 from support import fake_flashinfer
 from support.attention_cases import MIXED_ROWS, Case, make_config, make_rope
 from support.batches import BLOCK_SIZE, Chunk, Pages, random_ids, run_chunks
+from support.model_laws import assert_offline
 from support.scripted import add, make_request, run
-from support.serving import offline_tokens, serve
+from support.serving import serve
 from support.tiny_models import make_tiny_checkpoint
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -155,11 +155,8 @@ def test_laws_1_to_3_through_an_engine(
 
     results = run(engine)
 
-    eos = served.tokenizer.eos_token_ids
     for i, (prompt, exit_layer, params) in enumerate(requests):
-        wanted = SamplingParams(max_tokens=5, **params)
-        expected = offline_tokens(path, prompt, wanted, [exit_layer] * 5, eos_token_ids=eos)
-        assert results[str(i)].token_ids == expected
+        assert_offline(served, prompt, [exit_layer] * 5, params, results[str(i)].token_ids)
 
 
 def test_a_plan_is_not_overwritten_while_the_copies_of_the_last_may_be_on_their_way() -> None:
