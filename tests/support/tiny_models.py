@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -134,6 +135,11 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 VARIANTS: tuple[str, ...] = tuple(_VARIANTS)
 
+_FILES: dict[str, dict[str, bytes]] = {}
+"""Files of the checkpoints made so far, by what they were made of."""
+_CONFIGS: dict[bytes, ModelConfig] = {}
+"""By the contents of ``config.json``."""
+
 
 @cache
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -197,9 +203,14 @@ def make_tiny_checkpoint(
         overrides: further fields of the transformers config.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model = tiny_hf_model(variant, **overrides)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    tiny_tokenizer().save_pretrained(folder)
+    key = repr((variant, max_shard_size, sorted(overrides.items())))
+    if key not in _FILES:  # the same every time, and made hundreds of times in a run of the suite
+        with tempfile.TemporaryDirectory() as made:
+            tiny_hf_model(variant, **overrides).save_pretrained(made, max_shard_size=max_shard_size)
+            tiny_tokenizer().save_pretrained(made)
+            _FILES[key] = {path.name: path.read_bytes() for path in Path(made).iterdir()}
+    for name, content in _FILES[key].items():
+        (folder / name).write_bytes(content)
     if exits is not None:
         write_sorted_json(folder, exits, exit_kinds)
     return folder
@@ -235,7 +246,7 @@ def write_sorted_json(
     (folder / "sorted.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
     if not exit_kinds or not (folder / "config.json").is_file():
         return
-    config = read_model_config(load_hf_config(folder))
+    config = _config_of(folder)
     tensors = {
         f"exits.{exit_layer}.{name}": tensor
         for exit_layer, kind in exit_kinds.items()
@@ -243,6 +254,13 @@ def write_sorted_json(
     }
     if tensors:
         save_file(tensors, folder / "exit_modules.safetensors")
+
+
+def _config_of(folder: Path) -> ModelConfig:
+    content = (folder / "config.json").read_bytes()
+    if content not in _CONFIGS:
+        _CONFIGS[content] = read_model_config(load_hf_config(folder))
+    return _CONFIGS[content]
 
 
 def random_exit_module(kind: str, config: ModelConfig, *, seed: int) -> dict[str, Tensor]:
