@@ -88,9 +88,8 @@ class ScriptedRunner:
         assert all(row.exit_layer <= plan.depth_cap for row in plan.rows)
         assert all(row.token_from is None for row in plan.rows)
         for row in plan.rows:  # all rows write before any reads, as in a layer
-            for i, token_id in enumerate(row.token_ids):
-                block, offset = divmod(row.start + i, self.block_size)
-                self._pages[row.block_table_SB[:, block], offset] = token_id
+            positions = np.arange(row.start, row.start + len(row.token_ids))
+            self._pages[self._places(row.block_table_SB, positions)] = row.token_ids
         sampled: list[Any] = []  # a row whose grammar fails has a failure
         for row in plan.rows:
             if row.prompt_logprobs is not None:
@@ -105,12 +104,19 @@ class ScriptedRunner:
                 known.append(row.token_ids[-1])
             assert len(known) == row.context_len
             assert row.block_table_SB.shape[0] == self.slabs.count(row.exit_layer)
-            for position, token_id in enumerate(known):
-                block, offset = divmod(position, self.block_size)
-                held = self._pages[row.block_table_SB[:, block], offset]
-                assert (held == token_id).all(), f"{row.request_id} position {position}: {held}"
+            known_T = np.asarray(known)
+            held_ST = self._pages[self._places(row.block_table_SB, np.arange(len(known)))]
+            if (held_ST != known_T).any():
+                slab, position = np.argwhere(held_ST != known_T)[0]
+                held = held_ST[slab, position]
+                raise AssertionError(f"{row.request_id} position {position}, slab {slab}: {held}")
             sampled.append(self._sample(row.sampling, known, row.exit_layer))
         return sampled
+
+    def _places(self, block_table_SB: Any, positions_T: Any) -> tuple[Any, Any]:
+        """The pages [slab, position] of positions of a row, and the offsets in them."""
+        blocks_T, offsets_T = np.divmod(positions_T, self.block_size)
+        return block_table_SB[:, blocks_T], offsets_T
 
     def _sample(
         self, row: SamplingRow, known: Sequence[int], exit_layer: int
