@@ -13,44 +13,13 @@ import pytest
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from sortserve.core.budget import Budget
-from sortserve.core.request import EngineStats, FinishReason, RequestReport, StepRecord
+from sortserve.core.request import EngineStats, FinishReason
 from sortserve.telemetry.metrics import Metrics
 from sortserve.telemetry.vllm_names import SAME, MetricsWithVllmNames
+from support.records import EXITS, REPORT, STEP
 
-EXITS = (9, 30)
 PAGE = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
-STEP = StepRecord(
-    duration_s=0.02,
-    predicted_s=0.021,
-    depth_cap=30,
-    rows_by_exit={9: 3, 30: 1},
-    tokens_by_exit={9: 3, 30: 1},
-    layers_run=327,
-    layers_full=390,
-    ttfts=((30, 0.05), (9, 0.03)),
-    itls=((9, 0.004), (9, 0.02)),
-    num_prompt_tokens=26,
-    prefix_cache_queries=26,
-    prefix_cache_hits=16,
-)
-REPORT = RequestReport(
-    request_id="r1",
-    budget=Budget(),
-    finish_reason=FinishReason.STOP,
-    num_prompt_tokens=26,
-    num_cached_tokens=16,
-    num_output_tokens=11,
-    exit_layer=9,
-    tokens_by_exit={9: 11},
-    compute=0.4,
-    predicted=None,
-    arrival_s=100.0,
-    first_scheduled_s=100.25,
-    first_token_s=100.5,
-    last_token_s=101.5,
-    finished_s=101.5,
-)
+TWO_FIRST_TOKENS = replace(STEP, ttfts=((30, 0.05), (9, 0.03)), itls=((9, 0.004), (9, 0.02)))
 
 
 @pytest.fixture
@@ -62,7 +31,7 @@ def metrics() -> MetricsWithVllmNames:
         running_by_exit={9: 2, 30: 3}, num_waiting=5, kv_pages_used=30, kv_pages_total=40
     )
     metrics.watch(lambda: stats)
-    metrics.on_step(STEP)
+    metrics.on_step(TWO_FIRST_TOKENS)
     metrics.on_finished(REPORT)
     metrics.on_finished(replace(REPORT, exit_layer=30))
     metrics.on_finished(replace(REPORT, finish_reason=FinishReason.ABORT))
