@@ -8,32 +8,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from benchmarks.lib.shapes import config_of
 from sortserve.model.attention import RopeTables
-from sortserve.model.config import ModelConfig
 from sortserve.model.weight import Weight
 from sortserve.model.weights import LayerWeights, ModelWeights
 
 __all__ = ["CONFIG", "LINEARS", "generator", "make_rope", "matrix", "random", "random_weights"]
 
-CONFIG = ModelConfig(
-    family="llama",
-    num_layers=30,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    vocab_size=49152,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=8192,
-    tie_word_embeddings=True,
-)
+CONFIG = config_of("smollm2-135m")
 LINEARS = {
-    "qkv": (960, 576),
-    "o": (576, 576),
-    "gate_up": (3072, 576),
-    "down": (576, 1536),
-    "head": (49152, 576),
+    "qkv": (CONFIG.q_size + 2 * CONFIG.kv_size, CONFIG.hidden_size),
+    "o": (CONFIG.hidden_size, CONFIG.q_size),
+    "gate_up": (2 * CONFIG.intermediate_size, CONFIG.hidden_size),
+    "down": (CONFIG.hidden_size, CONFIG.intermediate_size),
+    "head": (CONFIG.vocab_size, CONFIG.hidden_size),
 }
 
 

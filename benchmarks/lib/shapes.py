@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from support.tiny_models import tiny_tokenizer
+from sortserve.model.config import ModelConfig
 
-__all__ = ["SHAPES", "exits_of", "make_random_llama"]
+__all__ = ["SHAPES", "config_of", "exits_of", "make_random_llama"]
 
 _LLAMA: dict[str, Any] = {
     "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
     "bos_token_id": 0,
     "eos_token_id": 2,
@@ -57,6 +58,24 @@ SHAPES: dict[str, dict[str, Any]] = {
 _EXITS = {"1b": "8,16", "smollm2-135m": "18,24,30", "tiny": "2,4"}
 
 
+def config_of(shape: str) -> ModelConfig:
+    """The same as our model code has it."""
+    fields = SHAPES[shape]
+    return ModelConfig(
+        family="llama",
+        num_layers=fields["num_hidden_layers"],
+        hidden_size=fields["hidden_size"],
+        intermediate_size=fields["intermediate_size"],
+        num_heads=fields["num_attention_heads"],
+        num_kv_heads=fields["num_key_value_heads"],
+        head_dim=fields["head_dim"],
+        vocab_size=fields["vocab_size"],
+        rms_norm_eps=fields["rms_norm_eps"],
+        max_position_embeddings=fields["max_position_embeddings"],
+        tie_word_embeddings=fields["tie_word_embeddings"],
+    )
+
+
 def exits_of(shape: str) -> str:
     """The exits that a model of this shape is measured at, separated by commas."""
     return _EXITS[shape]
@@ -65,6 +84,8 @@ def exits_of(shape: str) -> str:
 def make_random_llama(folder: Path, shape: str, device: str) -> None:
     """A checkpoint in bf16, with the tokenizer of the tests."""
     from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from support.tiny_models import tiny_tokenizer
 
     with torch.device(device):
         torch.manual_seed(0)

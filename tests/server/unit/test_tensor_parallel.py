@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.lib.shapes import config_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -36,19 +37,6 @@ KINDS = {2: "layer", 4: "affine", 5: "mlp"}
 TOLERANCE = 1e-5
 """Largest difference of two logits in fp32, relative to the largest logit: ranks add up the same
 numbers in another order."""
-SMOLLM2 = ModelConfig(
-    family="llama",
-    num_layers=30,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    vocab_size=49152,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=8192,
-    tie_word_embeddings=True,
-)
 LOADING: dict[str, Any] = {
     "exits": None,
     "dtype": "float32",
@@ -153,7 +141,7 @@ def test_the_matrices_of_all_ranks_are_those_of_the_model(case: tuple[ModelConfi
 
 def test_a_model_that_cannot_be_divided_is_refused_with_the_numbers_that_can() -> None:
     with pytest.raises(ConfigError) as refused:
-        LocalShape.of(SMOLLM2, 0, 2)
+        LocalShape.of(config_of("smollm2-135m"), 0, 2)
 
     assert str(refused.value) == (
         "--tensor-parallel-size=2: 9 query heads, 3 key/value heads and an MLP of 1536 cannot be "
