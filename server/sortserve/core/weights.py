@@ -14,7 +14,15 @@ from typing import NamedTuple
 
 from sortserve.core.ranges import Range, integers
 
-__all__ = ["PRIORITY", "TIER_WEIGHTS", "WEIGHT", "KeyWeights", "WeightRules", "Worth"]
+__all__ = [
+    "PRIORITY",
+    "TIER_WEIGHTS",
+    "WEIGHT",
+    "KeyWeights",
+    "WeightRules",
+    "Worth",
+    "read_weight",
+]
 
 PRIORITY = integers(-100, 100)
 WEIGHT = Range(least=1e-3, most=1e3, allowed="a number from 0.001 to 1000")
@@ -23,6 +31,15 @@ TIER_WEIGHTS = {"flex": 0.25, "default": 1.0, "priority": 4.0}
 DEFAULT_TIER = "default"
 UNNAMED = (None, "auto")
 """What leaves the tier to the server: the key's default weight counts."""
+
+
+def read_weight(text: str) -> float | None:
+    """The weight that a text says; None: it says none, or one that is not in ``WEIGHT``."""
+    try:
+        weight = float(text)
+    except ValueError:
+        return None
+    return weight if weight in WEIGHT else None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sortserve.core.weights import WEIGHT, KeyWeights
+from sortserve.core.weights import WEIGHT, KeyWeights, read_weight
 from sortserve.process.sources import read_small_file
 
 __all__ = ["read_keys"]
@@ -43,11 +43,8 @@ def _weights(options: list[str], where: str) -> KeyWeights:
         name, _, text = option.partition("=")
         if name not in OPTIONS:
             raise ValueError(f"{where}: after the key there may be default=WEIGHT and max=WEIGHT")
-        try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
-        if value not in WEIGHT:
+        value = read_weight(text)
+        if value is None:
             raise ValueError(f"{where}: {name} should be {WEIGHT.allowed}")
         if OPTIONS[name] in given:
             raise ValueError(f"{where} has {name} twice")

@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr
 
 from sortserve.core.budget import Budget
-from sortserve.core.weights import TIER_WEIGHTS, WEIGHT
+from sortserve.core.weights import TIER_WEIGHTS, WEIGHT, read_weight
 
 __all__ = [
     "MAX_COUNT",
@@ -117,11 +117,8 @@ def tier_weights_of(pairs: tuple[str, ...]) -> dict[str, float]:
             raise ValueError(f"the tiers are {', '.join(TIER_WEIGHTS)}, each as NAME=WEIGHT")
         if name.strip() in weights:
             raise ValueError(f"{name.strip()} is given twice")
-        try:
-            weight = float(text)
-        except ValueError:
-            weight = -1.0
-        if weight not in WEIGHT:
+        weight = read_weight(text)
+        if weight is None:
             raise ValueError(f"the weight of {name.strip()} should be {WEIGHT.allowed}")
         weights[name.strip()] = weight
     return {**TIER_WEIGHTS, **weights}
