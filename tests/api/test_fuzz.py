@@ -11,15 +11,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import schemathesis
 from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from schemathesis.core.result import Ok
-from schemathesis.specs.openapi import checks
 
 from sortserve.api.app import create_app
 from sortserve.api.settings import ApiSettings
@@ -28,6 +25,9 @@ from sortserve.engine.worker import EngineWorker
 from support.http_service import WAIT_S, as_json, listening
 from support.serving import Served, serve
 from support.tiny_models import make_tiny_checkpoint
+
+if TYPE_CHECKING:  # importing it takes seconds, which only those who run these tests shall pay
+    import schemathesis
 
 MAX_QUEUED = 300
 GOOD: dict[str, dict[str, Any]] = {
@@ -80,6 +80,9 @@ def whole(served: Served) -> Iterator[Whole]:
 
 def cases(app: FastAPI) -> st.SearchStrategy[tuple[schemathesis.Case[Any], random.Random]]:
     """A request of any operation, right or wrong, and dice."""
+    import schemathesis
+    from schemathesis.core.result import Ok
+
     document = schemathesis.openapi.from_dict(app.openapi())
     operations = [r.ok() for r in document.get_all_operations() if isinstance(r, Ok)]
     made_up = st.one_of(
@@ -104,6 +107,8 @@ def mend(case: schemathesis.Case[Any], rng: random.Random) -> None:
 
 def check(case: schemathesis.Case[Any], reply: schemathesis.Response) -> None:
     """The reply is one that the document announces, and an error says what is wrong."""
+    from schemathesis.specs.openapi import checks
+
     if reply.status_code >= 400:
         error = reply.json()["error"]
         assert reply.status_code < 500, error

@@ -13,13 +13,12 @@ from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
 from sortserve.model.decoder import Decoder
 from sortserve.model.weight import Weight
 from support.batches import BLOCK_SIZE, Chunk, Pages, make_batch, random_ids
+from support.bnb_checkpoints import BNB_CONFIGS, make_quantised_checkpoint, needs_bitsandbytes
 from support.tiny_models import EXIT_KINDS, make_tiny_checkpoint
-
-pytest.importorskip("bitsandbytes")
-from support.bnb_checkpoints import BNB_CONFIGS, make_quantised_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,
+    needs_bitsandbytes,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
 

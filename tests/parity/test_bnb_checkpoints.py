@@ -16,15 +16,16 @@ from sortserve.model.decoder import Decoder
 from sortserve_trainer.model.load import load_for_evaluation
 from sortserve_trainer.run.export import export_submodel
 from support.batches import BLOCK_SIZE, Chunk, Pages, random_ids, run_chunks
-from support.reference import reference_forward
-from support.tiny_models import EXIT_KINDS, hf_logits, load_hf, read_exit_module, write_sorted_json
-
-pytest.importorskip("bitsandbytes")
 from support.bnb_checkpoints import (
     BNB_CONFIGS,
     load_quantised_hf,
     make_quantised_checkpoint,
+    needs_bitsandbytes,
 )
+from support.reference import reference_forward
+from support.tiny_models import EXIT_KINDS, hf_logits, load_hf, read_exit_module, write_sorted_json
+
+pytestmark = needs_bitsandbytes
 
 EXITS = (1, 2, 4, 5, 6)
 KINDS = dict(zip(EXITS[:-1], EXIT_KINDS, strict=True))

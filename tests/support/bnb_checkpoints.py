@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -19,7 +21,12 @@ from support.tiny_models import make_tiny_checkpoint
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-__all__ = ["BNB_CONFIGS", "load_quantised_hf", "make_quantised_checkpoint"]
+__all__ = ["BNB_CONFIGS", "load_quantised_hf", "make_quantised_checkpoint", "needs_bitsandbytes"]
+
+needs_bitsandbytes = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="the extra `quant` is not installed"
+)
+"""Of a module: importing the library takes seconds, and only who runs its tests shall pay them."""
 
 BNB_CONFIGS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},

@@ -18,8 +18,9 @@ from sortserve.model.bnb import (
     quantize_four_bit,
 )
 from sortserve.model.weight import StackedFormat, Weight
+from support.bnb_checkpoints import needs_bitsandbytes
 
-bnb = pytest.importorskip("bitsandbytes")
+pytestmark = needs_bitsandbytes
 
 OUTPUTS, INPUTS = 192, 128
 KINDS: dict[str, Callable[[Tensor], Weight]] = {
@@ -78,6 +79,8 @@ def test_in_bf16_a_token_does_not_depend_on_those_beside_it(kind: str, num_token
 def test_8_bits_are_what_bitsandbytes_makes_of_a_token_alone(
     dtype: torch.dtype, outlier: float
 ) -> None:
+    import bitsandbytes as bnb
+
     weight = quantize_eight_bit(random(OUTPUTS, INPUTS))
     x_1I, bias_O = random(1, INPUTS, seed=1, dtype=dtype), random(OUTPUTS, seed=2, dtype=dtype)
     x_1I[0, 5] = outlier
@@ -155,6 +158,8 @@ def test_a_block_lies_in_one_part_or_the_parts_are_not_joined() -> None:
 
 
 def test_on_a_cpu_with_avx512_bf16_their_kernel_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bitsandbytes as bnb
+
     if not bnb.functional.has_avx512bf16():
         pytest.skip("bitsandbytes has no kernel for this CPU: no AVX-512 BF16")
     calls = []

@@ -18,9 +18,13 @@ from sortserve.checkpoint import quantization as quantization_module
 from sortserve.checkpoint.load import load_checkpoint
 from sortserve.cli import main
 from sortserve.core.errors import CheckpointError
+from support.bnb_checkpoints import (
+    BNB_CONFIGS,
+    make_quantised_checkpoint,
+    needs_bitsandbytes,
+)
 
-pytest.importorskip("bitsandbytes")
-from support.bnb_checkpoints import BNB_CONFIGS, make_quantised_checkpoint
+pytestmark = needs_bitsandbytes
 
 Q = "model.layers.3.self_attn.q_proj"
 W = f"{Q}.weight"
