@@ -91,7 +91,7 @@ class EngineBench:
         self._engine.add_request(request, ExitChoice(exit_layer, estimate=None, fits=True))
 
     def _until_tokens(self, num_rows: int) -> float:
-        """Seconds until a step gives a token to each row; with overlap the first call gives none."""
+        """Seconds until a step gives a token to each row; with overlap the first gives none."""
         started_s = time.perf_counter()
         while not (outputs := self._engine.step()):
             pass
