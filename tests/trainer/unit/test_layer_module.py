@@ -61,8 +61,9 @@ def make_model(variant: str = "llama-tied", *, random: bool = True) -> SortedMod
 
 def exit_states(model: SortedModel, batch: dict[str, Tensor], rows: Tensor | None = None) -> Tensor:
     """Of exit 4."""
-    arguments = (batch[name] for name in ("input_ids", "position_ids", "lengths"))
-    return model.exit_states(*arguments, [4], rows)[4]
+    return model.exit_states(
+        batch["input_ids"], batch["position_ids"], batch["lengths"], [4], rows
+    )[4]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -153,7 +154,7 @@ def test_every_tensor_of_a_module_has_a_gradient_and_it_is_the_slope(variant: st
     module = model.exit_modules.by_exit[4]
     weight_RD = torch.randn(21, 64, dtype=torch.float64)
 
-    (exit_states(model, batch) * weight_RD).sum().backward()
+    torch.autograd.backward((exit_states(model, batch) * weight_RD).sum())
 
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None, name
@@ -161,7 +162,7 @@ def test_every_tensor_of_a_module_has_a_gradient_and_it_is_the_slope(variant: st
         ends = []
         for sign in (1, -2):
             with torch.no_grad():
-                parameter += sign * step * direction
+                parameter.add_(direction, alpha=sign * step)
                 ends.append(float((exit_states(model, batch) * weight_RD).sum()))
         slope = (ends[0] - ends[1]) / (2 * step)
         expected = float((parameter.grad * direction).sum())

@@ -56,7 +56,7 @@ class Run:
             self.now_s += self.step_s
             self.state.global_step += 1
             limits.on_step_end(self.args, self.state, self.control)
-        return self.state.global_step
+        return int(self.state.global_step)
 
 
 def test_a_run_stops_after_the_step_that_reaches_its_time() -> None:
