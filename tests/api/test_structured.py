@@ -278,3 +278,30 @@ async def test_the_responses_api_takes_a_schema_too(client: httpx.AsyncClient) -
     [part] = reply.json()["output"][0]["content"]
     assert reply.json()["status"] == "completed"
     check_document(part["text"], FIVE_FIELDS)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "person"}])
+async def test_the_responses_api_forces_calls_too_and_streams_the_same(
+    client: httpx.AsyncClient, choice: Any
+) -> None:
+    tools = [{"type": "function", "name": "person", "parameters": FIVE_FIELDS}]
+    body = {
+        "input": "the",
+        "tools": tools,
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
+        "max_output_tokens": 150,
+        "seed": 7,
+    }
+
+    whole = (await client.post("/v1/responses", json=body)).json()
+    stream = await client.post("/v1/responses", json={**body, "stream": True})
+
+    [call] = whole["output"]
+    assert (call["type"], call["name"], call["status"]) == ("function_call", "person", "completed")
+    check_document(call["arguments"], FIVE_FIELDS)
+    events = [json.loads(line[6:]) for line in stream.text.splitlines() if line[:6] == "data: "]
+    deltas = [e["delta"] for e in events if e["type"] == "response.function_call_arguments.delta"]
+    assert "".join(deltas) == call["arguments"]
+    [last] = events[-1]["response"]["output"]
+    assert last["arguments"] == call["arguments"]

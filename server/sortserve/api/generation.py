@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from sortserve.api.problems import renamed
@@ -38,6 +39,8 @@ class ChoiceResult:
 
     num_tokens: int = 0
     texts: list[str] = field(default_factory=list)
+    token_counts: list[int] = field(default_factory=list)
+    """How many of ``tokens`` came with each text."""
     tokens: list[SampledToken] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     report: RequestReport | None = None
@@ -46,6 +49,12 @@ class ChoiceResult:
     def text(self) -> str:
         """The text so far."""
         return "".join(self.texts)
+
+    def pieces(self) -> Iterator[tuple[str, Sequence[SampledToken]]]:
+        """Each text with its tokens, as they came."""
+        tokens = iter(self.tokens)
+        for text, count in zip(self.texts, self.token_counts, strict=True):
+            yield text, list(islice(tokens, count))
 
 
 class Generation:
@@ -145,6 +154,7 @@ class Generation:
         choice.num_tokens += len(output.tokens)
         if self._keep:
             choice.texts.append(output.text)
+            choice.token_counts.append(len(output.tokens))
             choice.tokens.extend(output.tokens)
         if output.finish_reason is not None:
             if self._is_timed_out and output.finish_reason is FinishReason.ABORT:

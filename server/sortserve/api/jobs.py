@@ -70,6 +70,7 @@ def make_job(
     vocab_size: int,
     field_names: Mapping[str, str] | None = None,
     format_: OutputFormat | None = None,
+    format_source: str = "tool_choice",
 ) -> Job:
     """Check everything that can be checked without tokenising.
 
@@ -85,7 +86,8 @@ def make_job(
         settings: what counts for fields that the body does not give.
         vocab_size: token ids are below it.
         field_names: the engine's field names as this route spells them.
-        format_: what the answer must look like, where no field of the body says it.
+        format_: what the answer must look like, where a field of this route alone says it.
+        format_source: that field.
 
     Raises:
         InvalidRequestError: ``param`` names the field.
@@ -109,9 +111,9 @@ def make_job(
     if format_ is not None:
         if sampling.output_format is not None:
             raise InvalidRequestError(
-                f"{sampling.output_format.param} cannot be given with a tool_choice that forces a "
-                "call. Drop one of the two.",
-                param="tool_choice",
+                f"{sampling.output_format.param} cannot be given with a {format_source} that asks "
+                "for another form. Drop one of the two.",
+                param=format_source,
             )
         sampling = replace(sampling, format=format_)
     if sampling.output_format is not None:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sortserve.api.tools.choice import read_tool_choice
+from sortserve.api.tools.choice import ToolChoice, read_tool_choice, require_dialect
+from sortserve.api.tools.offered import RESPONSES
 from sortserve.api.tools.parsers import Delta, Parser, make_parser
 from sortserve.core.errors import InvalidRequestError
 from sortserve.text.tokenizer import Tokenizer
@@ -37,6 +38,17 @@ CITY = {
 }
 WEATHER, CLOCK = tool("weather", CITY), tool("clock")
 NAMED = {"type": "function", "function": {"name": "weather"}}
+AUTO, REQUIRED = ToolChoice(kind="auto"), ToolChoice(kind="required")
+
+
+def flat(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool as the responses API writes it."""
+    return {"type": "function", **tool["function"]}
+
+
+def allowed(mode: str, *tools: dict[str, Any]) -> dict[str, Any]:
+    names = [{"type": "function", "function": {"name": t["function"]["name"]}} for t in tools]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": names}}
 
 
 def read(parser: Parser, text: str, cuts: list[int]) -> tuple[str, list[tuple[str, str]]]:
@@ -68,7 +80,7 @@ def test_forced_calls_are_read_as_they_are_written(cuts: list[int]) -> None:
     first, second = f'"weather", "arguments": {ARGUMENTS}', '"clock", "arguments": {}'
     text = f'[{{"name": {first}}}, {{"name": {second}}}]'
 
-    content, calls = read(make_parser("required", "", None), text, cuts)
+    content, calls = read(make_parser(REQUIRED, None), text, cuts)
 
     assert content == ""
     assert calls == [("weather", ARGUMENTS), ("clock", "{}")]
@@ -76,7 +88,9 @@ def test_forced_calls_are_read_as_they_are_written(cuts: list[int]) -> None:
 
 @given(cuts=CUTS)
 def test_the_text_of_a_named_function_is_its_arguments(cuts: list[int]) -> None:
-    content, calls = read(make_parser("named", "weather", None), ARGUMENTS, cuts)
+    content, calls = read(
+        make_parser(ToolChoice(kind="named", name="weather"), None), ARGUMENTS, cuts
+    )
 
     assert (content, calls) == ("", [("weather", ARGUMENTS)])
 
@@ -107,9 +121,42 @@ READ = [("clock", '{"zone": "\\u00e9"}')]
 def test_calls_of_a_models_own_accord_are_read_in_its_form(
     dialect: str, text: str, content: str, calls: list[tuple[str, str]], cuts: list[int]
 ) -> None:
-    found, found_calls = read(make_parser("auto", "", dialect), text, cuts)
+    found, found_calls = read(make_parser(AUTO, dialect), text, cuts)
 
     assert (found.strip(), found_calls) == (content, calls)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "text"),
+    [
+        ("hermes", f"<tool_call>{CALL}</tool_call>"),
+        ("llama3", LLAMA),
+        ("mistral", f"[{CALL}]"),
+    ],
+)
+def test_a_call_of_what_is_not_allowed_is_text(dialect: str, text: str) -> None:
+    may = [read_tool_choice([WEATHER, CLOCK], allowed("auto", t), None) for t in (CLOCK, WEATHER)]
+
+    assert read(make_parser(may[0], dialect), text, []) == ("", READ)
+    assert read(make_parser(may[1], dialect), text, []) == (text, [])
+
+
+@pytest.mark.parametrize(
+    ("choice", "text"),
+    [
+        (AUTO, f"[{CALL}]"),
+        (REQUIRED, f"[{CALL}]"),
+        (ToolChoice(kind="named", name="clock"), "{}"),
+    ],
+)
+def test_ids_are_such_as_mistrals_templates_take(choice: ToolChoice, text: str) -> None:
+    parser = make_parser(choice, "mistral")
+
+    [call_id] = [call.id for d in (parser.push(text), parser.finish()) for call in d.calls]
+
+    assert call_id is not None
+    assert len(call_id) == 9
+    assert call_id.isalnum()
 
 
 @pytest.mark.parametrize("parallel", [None, False])
@@ -126,7 +173,7 @@ def test_a_required_answer_is_a_list_of_valid_calls(parallel: bool | None) -> No
             continue
         text = TOKENIZER.decode(tokens)
         check_document(text, json.loads(format_.text))
-        _, calls = read(make_parser("required", "", None), text, [seed])
+        _, calls = read(make_parser(REQUIRED, None), text, [seed])
         assert 1 <= len(calls) <= (1 if parallel is False else 16)
         for name, arguments in calls:
             if name == "weather":
@@ -168,6 +215,37 @@ def test_a_named_function_has_its_own_parameters() -> None:
     assert format_.param == "tools.1.function.parameters"
 
 
+def test_of_the_allowed_tools_alone_is_one_called_and_the_template_told() -> None:
+    choice = read_tool_choice([CLOCK, WEATHER], allowed("required", WEATHER), None)
+    format_ = choice.output_format()
+
+    assert format_ is not None
+    calls = json.loads(format_.text)["items"]
+    assert calls["properties"]["name"] == {"const": "weather"}
+    assert format_.places == (("tools.$defs.tool0", "tools.1.function.parameters"),)
+    assert choice.template_arguments == {"tools": [WEATHER]}
+
+
+def test_the_responses_api_writes_the_same_without_the_inner_object() -> None:
+    tools = [flat(CLOCK), flat(WEATHER)]
+    named = read_tool_choice(tools, {"type": "function", "name": "weather"}, None, RESPONSES)
+    some = {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "clock"}]}
+
+    assert named.template_arguments == {"tools": [CLOCK, WEATHER]}
+    format_ = named.output_format()
+    assert format_ is not None
+    assert format_.param == "tools.1.parameters"
+    assert json.loads(format_.text) == CITY
+    assert read_tool_choice(tools, some, None, RESPONSES).callable_names == frozenset({"clock"})
+
+
+def test_calls_are_left_to_the_model_only_where_they_can_be_read() -> None:
+    require_dialect(AUTO, "hermes")
+    require_dialect(REQUIRED, None)
+    with pytest.raises(InvalidRequestError, match="Hermes"):
+        require_dialect(AUTO, None)
+
+
 @pytest.mark.parametrize(
     ("tools", "choice", "kind"),
     [
@@ -177,6 +255,8 @@ def test_a_named_function_has_its_own_parameters() -> None:
         ([CLOCK], "none", "none"),
         ([CLOCK], "required", "required"),
         ([WEATHER], NAMED, "named"),
+        ([CLOCK, WEATHER], allowed("auto", CLOCK), "auto"),
+        ([CLOCK, WEATHER], allowed("required", CLOCK), "required"),
     ],
 )
 def test_what_is_asked_of_the_model(tools: Any, choice: Any, kind: str) -> None:
@@ -186,18 +266,45 @@ def test_what_is_asked_of_the_model(tools: Any, choice: Any, kind: str) -> None:
 @pytest.mark.parametrize(
     ("tools", "choice", "param"),
     [
-        ([{"type": "retrieval"}], None, "tools.0"),
+        ([{"type": "retrieval"}], None, "tools.0.type"),
+        (["clock"], None, "tools.0"),
+        ([{"type": "function", "name": "clock"}], None, "tools.0.function"),
         ([tool("a b")], None, "tools.0.function.name"),
         ([CLOCK, tool("f", [])], None, "tools.1.function.parameters"),  # type: ignore[arg-type]
         ([CLOCK, CLOCK], None, "tools"),
         ([CLOCK], "always", "tool_choice"),
         ([CLOCK], NAMED, "tool_choice.function.name"),
         (None, "required", "tool_choice"),
+        ([CLOCK], {"type": "function"}, "tool_choice.function"),
+        ([CLOCK], {"type": "web_search"}, "tool_choice"),
+        ([CLOCK], {"type": "allowed_tools"}, "tool_choice.allowed_tools"),
+        ([CLOCK], allowed("none", CLOCK), "tool_choice.allowed_tools.mode"),
+        ([CLOCK], allowed("auto"), "tool_choice.allowed_tools.tools"),
+        ([CLOCK], allowed("auto", CLOCK, CLOCK), "tool_choice.allowed_tools.tools"),
+        ([CLOCK], allowed("auto", WEATHER), "tool_choice.allowed_tools.tools.0.function.name"),
+        (None, allowed("auto", CLOCK), "tool_choice.allowed_tools.tools"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_its_place(tools: Any, choice: Any, param: str) -> None:
     with pytest.raises(InvalidRequestError) as refused:
         read_tool_choice(tools, choice, None)
+
+    assert refused.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "param"),
+    [
+        ([CLOCK], None, "tools.0.name"),
+        ([flat(CLOCK)], {"type": "function", "name": "weather"}, "tool_choice.name"),
+        ([flat(CLOCK)], NAMED, "tool_choice.name"),
+        ([flat(CLOCK)], {"type": "allowed_tools", "mode": "all"}, "tool_choice.mode"),
+        ([flat(CLOCK)], allowed("auto", CLOCK), "tool_choice.mode"),
+    ],
+)
+def test_places_are_those_of_the_route(tools: Any, choice: Any, param: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        read_tool_choice(tools, choice, None, RESPONSES)
 
     assert refused.value.param == param
 

@@ -282,7 +282,8 @@ class ChatCompletionBody(OpenAIFields):
     tools: Annotated[list[Any], Field(max_length=limits.MAX_TOOLS)] | None = None
     """Functions that the model may call, as OpenAI has them."""
     tool_choice: str | dict[str, Any] | None = None
-    """`none`, `auto`, `required` or `{"type": "function", "function": {"name"}}`."""
+    """`none`, `auto`, `required`, `{"type": "function", "function": {"name"}}` or
+    `{"type": "allowed_tools", "allowed_tools": {"mode", "tools"}}`."""
     parallel_tool_calls: bool | None = None
     """False: one call at most in an answer that must have one."""
 

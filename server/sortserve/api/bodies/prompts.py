@@ -210,10 +210,12 @@ def read_messages(
     add_generation_prompt: bool | None,
     template_arguments: Mapping[str, Any] | None,
     name: str = "messages",
+    places: Sequence[str] | None = None,
 ) -> ChatPrompt:
     """A conversation for the template, which reads contents as texts or as lists of parts.
 
-    ``name`` is the field that it came in.
+    ``name`` is the field that it came in, and ``places`` are those of its messages, if they are
+    not ``name.0`` and so on.
 
     Raises:
         InvalidRequestError: ``param`` is the dotted path of what is wrong.
@@ -226,8 +228,10 @@ def read_messages(
                 f"chat_template_kwargs.{argument} is not allowed: the server sets it.",
                 param=f"chat_template_kwargs.{argument}",
             )
+    if places is None:
+        places = [f"{name}.{i}" for i in range(len(values))]
     prompt = ChatPrompt(
-        [_read_message(value, f"{name}.{i}") for i, value in enumerate(values)],
+        [_read_message(value, place) for value, place in zip(values, places, strict=True)],
         add_generation_prompt=add_generation_prompt is not False,
         template_arguments=template_arguments or {},
     )

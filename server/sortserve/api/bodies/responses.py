@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, WithJsonSchema
 
 from sortserve.api.bodies import limits
+from sortserve.api.bodies.input_items import messages_of
 from sortserve.api.bodies.messages import not_allowed
 from sortserve.api.bodies.models import OpenAIFields, ranged
 from sortserve.api.bodies.prompts import ChatPrompt, check_chars, read_messages
@@ -48,7 +50,8 @@ class ResponsesBody(OpenAIFields):
     )
 
     input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)] = None
-    """A text, or a list of messages, the answers of earlier responses among them."""
+    """A text, or a list of messages, of `function_call`s of earlier responses and of each's
+    `function_call_output`."""
     instructions: str | None = None
     """Said before the input, as a system message."""
     max_output_tokens: Annotated[int, ranged("max_tokens")] | None = None
@@ -60,6 +63,13 @@ class ResponsesBody(OpenAIFields):
     """`message.output_text.logprobs`. All else is of outputs that no response here has."""
     top_logprobs: Annotated[int, ranged("logprobs")] | None = None
     """And of this many rivals, 0 to 20."""
+    tools: Annotated[list[Any], Field(max_length=limits.MAX_TOOLS)] | None = None
+    """Functions that the model may call: `{"type": "function", "name", "parameters"}`."""
+    tool_choice: str | dict[str, Any] | None = None
+    """`none`, `auto`, `required`, `{"type": "function", "name"}` or
+    `{"type": "allowed_tools", "mode", "tools"}`."""
+    parallel_tool_calls: bool | None = None
+    """False: one call at most in an answer that must have one."""
     metadata: Annotated[dict[str, Any], Field(max_length=16)] | None = None
     """Comes back in the reply; not used."""
     store: bool | None = None
@@ -116,25 +126,34 @@ def reads_logprobs(body: ResponsesBody) -> int | None:
     return (body.top_logprobs or 0) if asked else None
 
 
-def read_input(body: ResponsesBody, *, max_chars: int) -> ChatPrompt:
+def read_input(
+    body: ResponsesBody, *, max_chars: int, template_arguments: Mapping[str, Any]
+) -> ChatPrompt:
     """The conversation that the input is, after the instructions.
+
+    Args:
+        body: the request.
+        max_chars: no longer text can fit.
+        template_arguments: what the template is told besides the body's own variables.
 
     Raises:
         InvalidRequestError: ``param`` is the dotted path of what is wrong.
     """
     items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
     if not isinstance(items, list) or not items:
-        raise not_allowed("input", body.input, "a string, or a list of at least one message")
+        raise not_allowed("input", body.input, "a string, or a list of at least one item")
     if len(items) > limits.MAX_MESSAGES:
         raise InvalidRequestError(
             f"input has {len(items)} items; {limits.MAX_MESSAGES} are allowed.", param="input"
         )
+    messages, places = messages_of(items, "input")
     prompt = read_messages(
-        [_message_of(item, f"input.{i}") for i, item in enumerate(items)],
+        messages,
         max_chars=max_chars,
         add_generation_prompt=True,
-        template_arguments=body.chat_template_kwargs,
+        template_arguments={**(body.chat_template_kwargs or {}), **template_arguments},
         name="input",
+        places=places,
     )
     if not body.instructions:
         return prompt
@@ -142,16 +161,6 @@ def read_input(body: ResponsesBody, *, max_chars: int) -> ChatPrompt:
     prompt = replace(prompt, messages=[said, *prompt.messages])
     check_chars(prompt.num_chars, "input", max_chars)
     return prompt
-
-
-def _message_of(item: object, param: str) -> object:
-    """A message without what only the responses API knows; other items are refused by name."""
-    if not isinstance(item, dict):
-        return item
-    kind = item.get("type", "message")
-    if kind != "message":
-        raise not_allowed(f"{param}.type", kind, "message")
-    return {name: item.get(name) for name in ("role", "content")}
 
 
 def _unsupported(param: str, value: str, instead: str) -> InvalidRequestError:

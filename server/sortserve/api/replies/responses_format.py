@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,6 +13,9 @@ from sortserve.api.problems import error_body
 from sortserve.api.replies.formats import GenerateFormat
 from sortserve.api.replies.logprobs import token_entries
 from sortserve.api.replies.models import BudgetReport
+from sortserve.api.replies.response_items import ResponseItems
+from sortserve.api.tools.choice import ToolChoice
+from sortserve.api.tools.parsers import make_parser
 from sortserve.core.errors import SortserveError
 from sortserve.core.request import FinishReason, RequestOutput
 from sortserve.core.sampling_params import SampledToken
@@ -37,86 +40,88 @@ class ResponsesResponse(BaseModel):
 
 @dataclass(kw_only=True)
 class ResponsesFormat(GenerateFormat):
-    """A response has one answer, which is one message with one part of text."""
+    """A response has one answer: messages with one part of text each, and calls of functions."""
 
     request: Mapping[str, Any]
     """The fields of the reply that repeat what was asked."""
+    choice: ToolChoice
+    dialect: str | None
+    """In which the model writes calls of its own accord."""
 
     end: ClassVar[str] = ""
     """This API's streams end with their last event, and no ``[DONE]``."""
-    _texts: list[str] = field(default_factory=list)
-    _tokens: list[SampledToken] = field(default_factory=list)
+    _events: list[str] = field(default_factory=list)
     _num_events: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._items = self._new_items(self._emit)
+
+    def _new_items(self, emit: Callable[..., None]) -> ResponseItems:
+        may_call = self.choice.kind != "none"
+        return ResponseItems(
+            str(self.head["id"]),
+            make_parser(self.choice, self.dialect) if may_call else None,
+            emit=emit,
+            say=self._said_of,
+            with_tokens=self.with_logprobs,
+        )
 
     # ---- streams ----
 
     def opening(self) -> str:
-        """The response, the message and its part begin."""
+        """The response begins."""
         begun = self._response(self.generation.start_layer, "in_progress", None, [])
-        message = self._message("in_progress", [])
-        return (
-            self._event("response.created", response=begun)
-            + self._event("response.in_progress", response=begun)
-            + self._event("response.output_item.added", output_index=0, item=message)
-            + self._event("response.content_part.added", **self._place, part=self._part("", ()))
-        )
+        self._emit("response.created", response=begun)
+        self._emit("response.in_progress", response=begun)
+        return self._taken()
 
     def chunk(self, index: int, output: RequestOutput) -> str:
-        """More text; with the last of it, everything that ends."""
-        self._texts.append(output.text)
-        events = ""
-        if self.with_logprobs:
-            self._tokens += output.tokens
-        if output.text or (self.with_logprobs and output.tokens):
-            events = self._event(
-                "response.output_text.delta",
-                **self._place,
-                delta=output.text,
-                logprobs=self._said_of(output.tokens),
-                exit_layer=output.exit_layer,
-            )
-        return events if output.finish_reason is None else events + self._ending()
-
-    def _ending(self) -> str:
-        text, said = "".join(self._texts), self._said_of(self._tokens)
-        part = self._part(text, self._tokens)
-        whole = self.body_of(text, self._tokens)
-        [message] = whole["output"]
-        done = "response.output_text.done"
-        return (
-            self._event(done, **self._place, text=text, logprobs=said)
-            + self._event("response.content_part.done", **self._place, part=part)
-            + self._event("response.output_item.done", output_index=0, item=message)
-            + self._event(f"response.{whole['status']}", response=whole)
-        )
+        """What is new; with the last of it, everything that ends."""
+        self._items.push(output.text, output.tokens, output.exit_layer)
+        if output.finish_reason is not None:
+            whole = self._ended(self._items)
+            self._emit(f"response.{whole['status']}", response=whole)
+        return self._taken()
 
     def failure(self, error: SortserveError) -> str:
         """The last event of a stream that failed; OpenAI's client raises for it."""
         problem = error_body(error)
-        return self._event("error", **{**problem["error"], "type": "error"}, **problem)
+        self._emit("error", **problem, **problem["error"] | {"type": "error"})
+        return self._taken()
 
-    def _event(self, kind: str, **fields: Any) -> str:
+    def _emit(self, kind: str, /, **fields: Any) -> None:
         message = {"sequence_number": self._num_events, **fields, "type": kind}
         self._num_events += 1
-        return f"event: {kind}\ndata: {json.dumps(message, separators=(',', ':'))}\n\n"
+        data = json.dumps(message, separators=(",", ":"))
+        self._events.append(f"event: {kind}\ndata: {data}\n\n")
+
+    def _taken(self) -> str:
+        text = "".join(self._events)
+        self._events.clear()
+        return text
 
     # ---- whole replies ----
 
     def body(self) -> dict[str, Any]:
-        """The reply to a request that is not streamed."""
+        """The reply to a request that is not streamed: what its stream would end with."""
         [choice] = self.generation.choices
-        return self.body_of(choice.text, choice.tokens)
+        items = self._new_items(lambda *args, **fields: None)
+        for text, tokens in choice.pieces():  # as they came, so that the items are the stream's
+            items.push(text, tokens, self.generation.exit_layer)
+        return self._ended(items)
 
-    def body_of(self, text: str, tokens: Sequence[SampledToken]) -> dict[str, Any]:
+    def _ended(self, items: ResponseItems) -> dict[str, Any]:
         """The response at its end."""
         [choice] = self.generation.choices
         is_whole = choice.finish_reason is FinishReason.STOP
-        status = "completed" if is_whole else "incomplete"
-        output = [self._message(status, [self._part(text, tokens)])]
+        exit_layer = self.generation.exit_layer
+        output = items.finish(exit_layer, is_whole=is_whole)
         reasons = {FinishReason.LENGTH: "max_output_tokens"}
         why = choice.finish_reason
         reason = None if is_whole or why is None else reasons.get(why, str(why))
-        return self._response(self.generation.exit_layer, status, reason, output)
+        status = "completed" if is_whole else "incomplete"
+        return self._response(exit_layer, status, reason, output)
 
     def _response(
         self, exit_layer: int, status: str, reason: str | None, output: list[dict[str, Any]]
@@ -142,29 +147,6 @@ class ResponsesFormat(GenerateFormat):
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage["total_tokens"],
         }
-
-    # ---- parts ----
-
-    @property
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": self._message_id, "output_index": 0, "content_index": 0}
-
-    @property
-    def _message_id(self) -> str:
-        return "msg_" + str(self.head["id"]).removeprefix("resp_")
-
-    def _message(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self._message_id,
-            "type": "message",
-            "role": "assistant",
-            "status": status,
-            "content": content,
-        }
-
-    def _part(self, text: str, tokens: Sequence[SampledToken]) -> dict[str, Any]:
-        said = self._said_of(tokens)
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": said}
 
     def _said_of(self, tokens: Sequence[SampledToken]) -> list[dict[str, Any]]:
         return token_entries(self.tokenizer, tokens) if self.with_logprobs else []

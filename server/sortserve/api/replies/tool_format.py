@@ -27,7 +27,7 @@ class ToolFormat(ChatFormat):
         self._parsers: dict[int, Parser] = {}
 
     def _parser(self) -> Parser:
-        return make_parser(self.choice.kind, self.choice.name, self.dialect)
+        return make_parser(self.choice, self.dialect)
 
     def chunk(self, index: int, output: RequestOutput) -> str:
         """The event of a token step; none where its text may still become a call."""

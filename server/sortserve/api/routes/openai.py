@@ -29,7 +29,7 @@ from sortserve.api.replies.tool_format import ToolFormat
 from sortserve.api.routes.dependencies import Serving, body_of
 from sortserve.api.routes.responses import GENERATION_RESPONSES, errors
 from sortserve.api.service import Service
-from sortserve.api.tools.choice import ToolChoice, read_tool_choice
+from sortserve.api.tools.choice import ToolChoice, read_tool_choice, require_dialect
 from sortserve.core.errors import InvalidRequestError
 
 __all__ = ["router"]
@@ -175,19 +175,12 @@ def _chat_job(
     model = read_model(body.model, settings.served_model_name, service.worker.exits)
     refuse_unsupported(body.model_extra or {})
     choice = read_tool_choice(body.tools, body.tool_choice, body.parallel_tool_calls)
-    if choice.kind == "auto" and service.tokenizer.tool_dialect is None:
-        raise InvalidRequestError(
-            "tool_choice=auto is not possible: the chat template of this checkpoint knows no tools "
-            "in a form that can be read (Hermes, Qwen, Llama 3, Mistral). Send tool_choice "
-            "required, none, or a function's name.",
-            param="tool_choice",
-        )
-    offered = {"tools": list(choice.tools)} if choice.kind != "none" else {}
+    require_dialect(choice, service.tokenizer.tool_dialect)
     prompt = read_messages(
         body.messages,
         max_chars=service.limits.max_text_chars,
         add_generation_prompt=body.add_generation_prompt,
-        template_arguments={**(body.chat_template_kwargs or {}), **offered},
+        template_arguments={**(body.chat_template_kwargs or {}), **choice.template_arguments},
     )
     is_new_name = body.max_completion_tokens is not None
     limit_name = "max_completion_tokens" if is_new_name else "max_tokens"

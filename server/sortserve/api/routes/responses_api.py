@@ -23,6 +23,9 @@ from sortserve.api.replies.streaming import GenerationReply, GenerationStream
 from sortserve.api.routes.dependencies import Serving, body_of
 from sortserve.api.routes.responses import GENERATION_RESPONSES
 from sortserve.api.service import Service
+from sortserve.api.tools.choice import ToolChoice, read_tool_choice, require_dialect
+from sortserve.api.tools.offered import RESPONSES
+from sortserve.core.errors import InvalidRequestError
 
 __all__ = ["router"]
 
@@ -37,7 +40,8 @@ async def responses(
     service: Serving,
 ) -> Response:
     """Answer a conversation; nothing of it is kept."""
-    model, job = await service.work_on_body(request, partial(_job, service, request, headers, body))
+    read = partial(_job, service, request, headers, body)
+    model, choice, job = await service.work_on_body(request, read)
     generation = await service.start(job)
     format_ = ResponsesFormat(
         generation=generation,
@@ -50,7 +54,9 @@ async def responses(
             **tier_of(job),
         },
         with_logprobs=job.sampling.logprobs is not None,
-        request=_repeated(body, job),
+        request=_repeated(body, choice, job),
+        choice=choice,
+        dialect=service.tokenizer.tool_dialect,
     )
     timeout_s = service.settings.request_timeout_s
     if job.stream:
@@ -60,23 +66,38 @@ async def responses(
 
 def _job(
     service: Service, request: Request, headers: BudgetHeaders, body: ResponsesBody
-) -> tuple[ModelChoice, Job]:
+) -> tuple[ModelChoice, ToolChoice, Job]:
     settings = service.settings
     model = read_model(body.model, settings.served_model_name, service.worker.exits)
     refuse_unsupported(body.model_extra or {})
     check_stateless(body)
+    choice = read_tool_choice(body.tools, body.tool_choice, body.parallel_tool_calls, RESPONSES)
+    require_dialect(choice, service.tokenizer.tool_dialect)
+    prompt = read_input(
+        body,
+        max_chars=service.limits.max_text_chars,
+        template_arguments=choice.template_arguments,
+    )
+    text_format, call_format = read_text_format(body), choice.output_format()
+    if text_format is not None and call_format is not None:
+        raise InvalidRequestError(
+            "text.format cannot be given with a tool_choice that asks for another form. Drop one "
+            "of the two.",
+            param="tool_choice",
+        )
     job = make_job(
         request,
         headers,
         body,
-        [read_input(body, max_chars=service.limits.max_text_chars)],
+        [prompt],
         model,
         max_tokens=body.max_output_tokens,
         default_max_tokens=service.worker.max_model_len,
         logprobs=reads_logprobs(body),
         settings=settings,
         vocab_size=service.tokenizer.vocab_size,
-        format_=read_text_format(body),
+        format_=text_format or call_format,
+        format_source="tool_choice" if text_format is None else "text.format",
         field_names={
             "prompt": "input",
             "messages": "input",
@@ -84,24 +105,29 @@ def _job(
             "logprobs": "top_logprobs",
         },
     )
-    return model, job
+    return model, choice, job
 
 
-def _repeated(body: ResponsesBody, job: Job) -> dict[str, Any]:
+def _repeated(body: ResponsesBody, choice: ToolChoice, job: Job) -> dict[str, Any]:
     """What of the request the reply repeats, with what counted where it said nothing."""
     return {
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
         "metadata": body.metadata or {},
-        "parallel_tool_calls": True,
+        "parallel_tool_calls": choice.is_parallel,
         "previous_response_id": None,
         "store": False,
         "temperature": job.sampling.temperature,
         "text": {"format": (body.text or {}).get("format") or {"type": "text"}},
-        "tool_choice": "none",
-        "tools": [],
+        "tool_choice": choice.kind if body.tool_choice is None else body.tool_choice,
+        "tools": [_repeated_tool(tool) for tool in body.tools or ()],
         "top_logprobs": job.sampling.logprobs or 0,
         "top_p": job.sampling.top_p,
         "truncation": "disabled",
         "user": body.user,
     }
+
+
+def _repeated_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool with the fields that clients expect of each: a schema is always kept."""
+    return {"type": "function", "description": None, "parameters": None, "strict": True, **tool}

@@ -12,12 +12,16 @@ and a call is passed on when it is whole; what turns out to be none is text afte
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from uuid import uuid4
 
+from sortserve.api.tools.choice import ToolChoice
+
 __all__ = ["Delta", "Parser", "ToolDelta", "make_parser"]
+
+NewId = Callable[[], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,29 +63,38 @@ class Parser(Protocol):
         """The answer is over: what was held back."""
 
 
-def make_parser(kind: str, name: str, dialect: str | None) -> Parser:
+def make_parser(choice: ToolChoice, dialect: str | None) -> Parser:
     """The parser of a request.
 
     Args:
-        kind: of its ``ToolChoice``.
-        name: of the function that must be called, where one is named.
+        choice: what it asks of the model; not ``none``.
         dialect: of the checkpoint's template, for ``auto``.
     """
-    if kind == "named":
-        return _Named(name)
-    if kind == "required":
-        return _Required()
-    return _Tagged() if dialect == "hermes" else _Bare("[" if dialect == "mistral" else "{")
+    new_id = _short_id if dialect == "mistral" else _long_id
+    if choice.kind == "named":
+        return _Named(new_id, choice.name)
+    if choice.kind == "required":
+        return _Required(new_id)
+    names = choice.callable_names
+    if dialect == "hermes":
+        return _Tagged(new_id, names)
+    return _Bare(new_id, names, "[" if dialect == "mistral" else "{")
 
 
-def _new_id() -> str:
+def _long_id() -> str:
     return f"call_{uuid4().hex[:24]}"
+
+
+def _short_id() -> str:
+    """Mistral's templates refuse every id that has not nine letters and digits."""
+    return uuid4().hex[:9]
 
 
 class _Named:
     """The whole text is the arguments."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, new_id: NewId, name: str) -> None:
+        self._new_id = new_id
         self._name = name
         self.num_calls = 0
 
@@ -89,7 +102,8 @@ class _Named:
         if self.num_calls:
             return Delta(calls=[ToolDelta(index=0, arguments=text)] if text else [])
         self.num_calls = 1
-        return Delta(calls=[ToolDelta(index=0, name=self._name, id=_new_id(), arguments=text)])
+        call = ToolDelta(index=0, name=self._name, id=self._new_id(), arguments=text)
+        return Delta(calls=[call])
 
     def finish(self) -> Delta:
         return Delta()
@@ -101,8 +115,9 @@ class _Required:
     _HEAD = '{"name": "'
     _MIDDLE = '", "arguments": '
 
-    def __init__(self) -> None:
+    def __init__(self, new_id: NewId) -> None:
         self.num_calls = 0
+        self._new_id = new_id
         self._text = ""
         self._depth = 0
         self._in_string = self._escaped = False
@@ -117,7 +132,7 @@ class _Required:
                 if middle < 0 or len(self._text) == start:
                     break
                 name = self._text[self._text.index(self._HEAD) + len(self._HEAD) : middle]
-                call = ToolDelta(index=self.num_calls, name=name, id=_new_id())
+                call = ToolDelta(index=self.num_calls, name=name, id=self._new_id())
                 self.num_calls += 1
                 self._text = self._text[start:]
                 delta.calls.append(call)
@@ -151,8 +166,10 @@ class _Required:
 class _Tagged:
     _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
-    def __init__(self) -> None:
+    def __init__(self, new_id: NewId, names: Collection[str] | None) -> None:
         self.num_calls = 0
+        self._new_id = new_id
+        self._names = names
         self._text = ""
 
     def push(self, text: str) -> Delta:
@@ -186,7 +203,7 @@ class _Tagged:
         return delta
 
     def _add(self, delta: Delta, inner: str, otherwise: str) -> None:
-        calls = _calls_in(inner, self.num_calls)
+        calls = _calls_in(inner, self.num_calls, self._names, self._new_id)
         if calls is None:
             delta.content += otherwise
             return
@@ -200,8 +217,10 @@ class _Bare:
 
     _MARKS = ("<|python_tag|>", "[TOOL_CALLS]")
 
-    def __init__(self, bracket: str) -> None:
+    def __init__(self, new_id: NewId, names: Collection[str] | None, bracket: str) -> None:
         self.num_calls = 0
+        self._new_id = new_id
+        self._names = names
         self._bracket = bracket
         self._text = ""
         self._is_text = False
@@ -225,7 +244,7 @@ class _Bare:
         inner = text.strip()
         for mark in self._MARKS:
             inner = inner.removeprefix(mark)
-        calls = _calls_in(inner, 0)
+        calls = _calls_in(inner, 0, self._names, self._new_id)
         if calls is None:
             return Delta(text)
         self.num_calls = len(calls)
@@ -255,8 +274,10 @@ def _overlap(text: str, mark: str) -> int:
     return 0
 
 
-def _calls_in(text: str, first_index: int) -> list[ToolDelta] | None:
-    """The calls that a text consists of; None if it is anything else."""
+def _calls_in(
+    text: str, first_index: int, names: Collection[str] | None, new_id: NewId
+) -> list[ToolDelta] | None:
+    """The calls that a text consists of; None if it is anything else, or calls what it may not."""
     decoder, found, rest = json.JSONDecoder(), [], text.strip()
     while rest:
         try:
@@ -269,7 +290,9 @@ def _calls_in(text: str, first_index: int) -> list[ToolDelta] | None:
     for i, value in enumerate(found, first_index):
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
             return None
+        if names is not None and value["name"] not in names:
+            return None
         arguments = value.get("arguments", value.get("parameters", {}))
         text = arguments if isinstance(arguments, str) else json.dumps(arguments)
-        calls.append(ToolDelta(index=i, name=value["name"], id=_new_id(), arguments=text))
+        calls.append(ToolDelta(index=i, name=value["name"], id=new_id(), arguments=text))
     return calls or None
