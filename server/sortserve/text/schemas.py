@@ -16,6 +16,7 @@ from typing import Any
 from sortserve.core.errors import InvalidRequestError, shortened
 from sortserve.text.merges import check_merges
 from sortserve.text.schema_nodes import needed_first, walk
+from sortserve.text.schema_rewrites import rewrite
 from sortserve.text.shortest import MAX_SHORTEST_CHARS, Shortest
 
 __all__ = ["check_expression", "check_schema"]
@@ -29,24 +30,29 @@ MAX_EXPANDED = 20_000
 _PASSED_OVER = {
     "divisibleBy": "use multipleOf",
     "extends": "use allOf",
-    "disallow": "it is not supported",
+    "disallow": "leave it out",
     "discriminator": "",  # an annotation of OpenAPI
     "x-guidance": "the server sets it",
 }
 
+_DRAFT = re.compile(r"https?://json-schema\.org/draft")
 _COUNT = re.compile(r"\{(\d{1,9})(?:,(\d{0,9}))?\}")
 
 
 def check_schema(schema: object, param: str) -> None:
-    """Refuse what the compiler would pass over, or take too long for.
+    """Refuse what the compiler would pass over, or take too long for, and rewrite what it must not.
 
     Args:
-        schema: parsed.
+        schema: parsed; it is changed in place (``schema_rewrites``).
         param: its place in the request.
 
     Raises:
         InvalidRequestError: ``param`` is the place of what is wrong.
     """
+    if isinstance(schema, bool):
+        raise InvalidRequestError(
+            f"{param}={str(schema).lower()} is not supported: give an object.", param=param
+        )
     nodes = list(walk(schema, param))
     multiples: set[int] = set()
     for place, node in nodes:
@@ -62,6 +68,8 @@ def check_schema(schema: object, param: str) -> None:
             f"be {MAX_MULTIPLE}.",
             param=param,
         )
+    rewrite(nodes)
+    nodes = list(walk(schema, param))  # there may be more now
     ordered = needed_first(schema, nodes)
     check_merges(schema, nodes, ordered)
     shortest = Shortest(schema, ordered).chars()
@@ -85,6 +93,13 @@ def _check_words(node: Mapping[str, Any], place: str) -> None:
             raise InvalidRequestError(
                 f"{place}.{word} is not supported: {instead}.", param=f"{place}.{word}"
             )
+    draft = node.get("$schema")
+    if draft is not None and not (isinstance(draft, str) and _DRAFT.match(draft)):
+        raise InvalidRequestError(
+            f"{place}.$schema={shortened(draft)} is not supported: name a draft of "
+            "json-schema.org, or leave it out.",
+            param=f"{place}.$schema",
+        )
     for word in ("exclusiveMinimum", "exclusiveMaximum"):
         if isinstance(node.get(word), bool):
             raise InvalidRequestError(

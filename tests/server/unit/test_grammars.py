@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from sortserve.text.tokenizer import Tokenizer
 from support.byte_tokenizer import make_byte_tokenizer, make_metaspace_tokenizer
 from support.schemas import (
     FIVE_FIELDS,
+    can_write,
     check_document,
     compiler,
     format_of,
@@ -170,6 +172,15 @@ def test_most_of_an_object_is_forced() -> None:
         ({"const": 1e300}, ".const", "not exact"),
         ({"type": "integer", "minimum": 5, "maximum": 4}, "", "Unsatisfiable"),
         ({"enum": []}, "", "Unsatisfiable"),
+        ({"oneOf": [{"type": "string"}, {"minLength": 2}]}, "", "oneOf is not supported"),
+        (
+            {"patternProperties": {"a*": {}, "aa*": {"type": "null"}}},
+            "",
+            "patternProperties may not overlap",
+        ),
+        ({"type": "number", "maximum": 1e30}, "", "minimum, maximum, exclusive"),
+        ({"$schema": "http://example.com/mine"}, ".$schema", "json-schema.org"),
+        ({"disallow": "string"}, ".disallow", "not supported"),
         ({"required": "a"}, "", "required"),
         ({"type": "object", "required": [{}]}, "", "required"),
         ({"allOf": [{"pattern": f"{i}"} for i in range(9)]}, "", "patterns"),
@@ -183,6 +194,58 @@ def test_a_schema_that_cannot_be_kept_is_refused_with_its_place(
         compiler().compile(format_of(schema))
 
     assert refused.value.param == f"schema{place}"
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_schema_that_is_no_object_is_refused(value: bool) -> None:
+    with pytest.raises(InvalidRequestError, match="give an object"):
+        compiler().compile(OutputFormat("json", json.dumps(value), "schema"))
+
+
+def allows(schema: dict[str, Any], text: str) -> bool:
+    return can_write(compiler().compile(format_of(schema)), text)
+
+
+@pytest.mark.parametrize(
+    ("schema", "fits", "fits_not"),
+    [
+        ({"type": "array", "maxItems": 1.0, "items": {"const": 1}}, "[1]", "[1, 1]"),
+        ({"type": "string", "minLength": 2.0}, '"ab"', '"a"'),
+        ({"type": "array", "uniqueItems": False, "items": {"const": 1}}, "[1, 1]", "[2]"),
+        ({"type": "string", "format": "date"}, '"2024-02-29"', '"2023-02-29"'),
+        ({"type": "string", "format": "date"}, '"2000-02-29"', '"1900-02-29"'),
+        ({"type": "string", "format": "date"}, '"0001-04-30"', '"0000-04-30"'),
+        ({"type": "string", "format": "date", "pattern": "^2"}, '"2024-01-31"', '"1999-01-31"'),
+        ({"type": "string", "format": "time"}, '"23:59:59.5Z"', '"23:59:60Z"'),
+        (
+            {"type": "string", "format": "date-time", "allOf": [{"pattern": "Z$"}]},
+            '"2024-02-29T00:00:00Z"',
+            '"2024-02-29T00:00:00+01:00"',
+        ),
+    ],
+)
+def test_what_the_library_does_not_take_so_is_said_otherwise(
+    schema: dict[str, Any], fits: str, fits_not: str
+) -> None:
+    assert allows(schema, fits)
+    assert not allows(schema, fits_not)
+
+
+@given(day=st.dates())
+def test_every_date_can_be_written(day: date) -> None:
+    assert allows({"type": "string", "format": "date"}, f'"{day.isoformat()}"')
+
+
+@given(year=st.integers(1, 9999), month=st.integers(0, 19), day=st.integers(0, 39))
+def test_only_dates_can_be_written(year: int, month: int, day: int) -> None:
+    text = f"{year:04d}-{month:02d}-{day:02d}"
+    try:
+        date.fromisoformat(text)
+        exists = True
+    except ValueError:
+        exists = False
+
+    assert allows({"type": "string", "format": "date"}, f'"{text}"') == exists
 
 
 def test_a_schema_that_may_contain_itself_is_served() -> None:
