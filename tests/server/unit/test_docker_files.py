@@ -27,7 +27,14 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from sortserve.core.budget import Budget
-from sortserve.core.request import EngineStats, Estimate, FinishReason, RequestReport, StepRecord
+from sortserve.core.request import (
+    AdmissionStats,
+    EngineStats,
+    Estimate,
+    FinishReason,
+    RequestReport,
+    StepRecord,
+)
 from sortserve.process.config import ServeSettings
 from sortserve.telemetry.metrics import Metrics
 
@@ -329,12 +336,16 @@ class Series(NamedTuple):
 def exposed() -> tuple[Series, ...]:
     """What Prometheus knows of a server that has done a little of everything."""
     metrics = Metrics("tiny", [9, 30], version="0")
-    metrics.watch(lambda: EngineStats(running_by_exit={9: 1}, kv_pages_total=8))
+    metrics.watch(
+        lambda: EngineStats(running_by_exit={9: 1}, kv_pages_total=8),
+        lambda: AdmissionStats(pressure=0.5),
+    )
     metrics.set_model_config({"backend": "reference", "failed_backends": "triton"})
     metrics.on_step(step_record())
     metrics.on_finished(report())
     metrics.on_rejected("queue_full", Budget(latency_ms=5))
-    metrics.http_request("/generate", "POST", 200)
+    for status in (200, 404, 499, 503):
+        metrics.http_request("/generate", "POST", status)
     text = metrics.render()[0].decode()
     scraped = {"job": "sortserve", "instance": "server:8000"}
     series = [
@@ -401,7 +412,9 @@ def complaints(query: str) -> list[str]:
     """What is wrong with a query: selectors that select nothing, unknown grouping labels."""
     found = []
     labels: set[str] = set()
-    for name, matchers in selectors(query.replace("$model_name", ".+")):
+    for name, matchers in selectors(
+        query.replace("$model_name", ".+").replace("$exit_layer", ".+")
+    ):
         chosen = [series for series in exposed() if selects(series, name, matchers)]
         labels |= {label for series in chosen for label in series.labels}
         if not chosen:
@@ -431,6 +444,41 @@ def test_every_query_of_the_dashboard_selects_series_that_the_server_has(
 ) -> None:
     for target in panel["targets"]:
         assert complaints(target["expr"]) == []
+
+
+def test_the_dashboard_shows_every_series_of_the_server() -> None:
+    """But for those that say what runs, which tables of other boards join."""
+    shown = {name for p in panels() for t in p["targets"] for name, _ in selectors(t["expr"])}
+    families = {re.sub(r"_(bucket|sum|count|created)$", "", name) for name in shown}
+
+    ours = {series.name for series in exposed() if series.name.startswith("sortserve_")}
+    missing = {re.sub(r"_(bucket|sum|count|created|info)$", "", name) for name in ours} - families
+    assert {name for name in missing if f"{name}_info" not in ours} == set(), missing
+
+
+LABEL_VALUES = {"kind": 3, "reason": 4}
+"""Most values of a label that a panel has lines of: a line each."""
+
+
+@pytest.mark.parametrize(
+    "panel",
+    [panel for panel in panels() if panel["type"] == "timeseries"],
+    ids=lambda panel: panel["title"],
+)
+def test_a_panel_has_at_most_four_lines(panel: dict[str, Any]) -> None:
+    num_lines = 0
+    for target in panel["targets"]:
+        label = re.fullmatch(r"\{\{(\w+)\}\}", target["legendFormat"])
+        num_lines += LABEL_VALUES[label[1]] if label else 1
+
+    assert num_lines <= 4
+
+
+def test_each_exit_has_a_row_of_its_own() -> None:
+    [row] = [panel for panel in dashboard()["panels"] if panel.get("repeat")]
+
+    assert row["repeat"] == "exit_layer"
+    assert row["repeat"] in {variable["name"] for variable in dashboard()["templating"]["list"]}
 
 
 @pytest.mark.parametrize("rule", alerts(), ids=lambda rule: rule["alert"])
