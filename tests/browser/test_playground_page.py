@@ -225,6 +225,30 @@ def test_the_fields_become_the_request(visit: Visit) -> None:
     }
 
 
+def test_a_schedule_is_written_in_pairs(visit: Visit) -> None:
+    page = visit.page
+    page.fill("#max_tokens", "8")
+    page.fill("#schedule", "0:6, 3:4 5:2")
+    assert page.text_content("#budget-summary") == "exit 6, 4 from token 3, 2 from token 5"
+    # As predicted a token takes 7.2, 4.8 and 2.4 ms at exits 6, 4 and 2.
+    assert page.text_content("#forecast") == "By the schedule: about 38.4 ms for 8 tokens."
+
+    with page.expect_request("**/generate") as request:
+        visit.ask("a")
+    visit.wait_until_over()
+
+    assert request.value.post_data_json["budget"] == {"schedule": [[0, 6], [3, 4], [5, 2]]}
+    assert page.locator(".run").all_text_contents() == ["bcd", "ef", "ghi"]
+
+
+def test_a_schedule_that_is_none_is_refused_as_the_api_says(visit: Visit) -> None:
+    visit.page.fill("#schedule", "deep, then shallow")
+
+    visit.answer("a")
+
+    assert "budget.schedule" in (visit.page.text_content(".error") or "")
+
+
 def test_the_slider_says_which_exit_a_time_would_buy(visit: Visit) -> None:
     page = visit.page
     page.fill("#max_tokens", "10")

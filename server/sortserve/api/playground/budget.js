@@ -2,6 +2,7 @@
 
 import { $, el, ms, percent } from "./dom.js";
 import { allowed, colour, exits, likelyExit, nameOf, timeAt } from "./exits.js";
+import { readSchedule, scheduleTime, scheduleWords, writeSchedule } from "./schedule.js";
 
 const NUMBERS = ["latency_ms", "ttft_ms", "tpot_ms", "min_quality"];
 const SAMPLING = [
@@ -19,6 +20,7 @@ export function readBudget() {
   for (const name of ["exit_layer", "min_exit_layer"]) {
     if ($(name).value) budget[name] = Number($(name).value);
   }
+  if ($("schedule").value.trim()) budget.schedule = readSchedule($("schedule").value);
   if ($("on_miss").value) budget.on_miss = $("on_miss").value;
   return budget;
 }
@@ -27,6 +29,7 @@ export function writeBudget(budget) {
   for (const name of NUMBERS) $(name).value = budget[name] ?? "";
   $("compute").value = budget.compute === undefined ? "" : Number((100 * budget.compute).toFixed(4));
   for (const name of ["exit_layer", "min_exit_layer", "on_miss"]) $(name).value = budget[name] ?? "";
+  $("schedule").value = writeSchedule(budget.schedule);
   showSlider(budget);
 }
 
@@ -43,6 +46,7 @@ export const maxTokens = () => Number($("max_tokens").value) || TYPICAL_TOKENS;
 export function summary(budget) {
   const parts = [];
   if (budget.exit_layer) parts.push(`exit ${budget.exit_layer}`);
+  if (budget.schedule !== undefined) parts.push(scheduleWords(budget.schedule));
   if (budget.latency_ms !== undefined) parts.push(ms(budget.latency_ms));
   if (budget.ttft_ms !== undefined) parts.push(`first token ${ms(budget.ttft_ms)}`);
   if (budget.tpot_ms !== undefined) parts.push(`${ms(budget.tpot_ms)} a token`);
@@ -105,6 +109,10 @@ function showTrack(budget) {
 function forecast(budget) {
   if (!exits.list.length) return "";
   if (!exits.hasTimes) return "Times are not predicted on this server.";
+  const named = Array.isArray(budget.schedule) ? scheduleTime(budget.schedule, maxTokens()) : null;
+  if (named !== null && named <= (budget.latency_ms ?? Infinity)) {
+    return `By the schedule: about ${ms(named)} for ${maxTokens()} tokens.`;
+  }
   const exit = likelyExit(budget, maxTokens());
   if (exit) {
     const time = ms(timeAt(exit, maxTokens()));
@@ -128,5 +136,10 @@ export function offerExits() {
     );
     select.value = chosen;
   }
+  $("schedules").replaceChildren(
+    ...exits.schedules.map((entry) => el("option", { value: writeSchedule(entry.schedule) })),
+  );
+  const [deep, shallow] = [exits.full, exits.list.find((e) => e.served_unasked) ?? exits.list[0]];
+  $("schedule").placeholder = `0:${deep}, 64:${shallow.exit_layer}`;
   $("min_quality").placeholder = String(exits.minQuality);
 }

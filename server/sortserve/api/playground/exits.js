@@ -4,10 +4,11 @@ import { $, el, ms, percent } from "./dom.js";
 
 const RAMP = 5; // colours of the ramp in style.css, from shallow to deep
 
-export const exits = { list: [], full: 0, minQuality: 0 };
+export const exits = { list: [], schedules: [], full: 0, minQuality: 0 };
 
 export function useExits(reply) {
   exits.list = reply.exits;
+  exits.schedules = reply.schedules;
   exits.full = reply.exits.at(-1).exit_layer;
   exits.minQuality = reply.min_quality;
   exits.hasTimes = reply.exits.every((exit) => exit.estimate);
@@ -38,6 +39,10 @@ export function timeAt(exit, numTokens) {
 /** The exits that a budget leaves, ascending: what the server would choose from. */
 export function allowed(budget) {
   if (budget.exit_layer) return exits.list.filter((e) => e.exit_layer === budget.exit_layer);
+  if (Array.isArray(budget.schedule) && budget.schedule.length) {
+    const [first, last] = [budget.schedule[0][1], budget.schedule.at(-1)[1]];
+    return exits.list.filter((e) => e.exit_layer >= last && e.exit_layer <= first);
+  }
   const named = budget.min_exit_layer !== undefined || budget.min_quality !== undefined;
   return exits.list.filter(
     (e) =>

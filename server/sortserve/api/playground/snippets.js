@@ -40,7 +40,7 @@ export function python(body) {
 }
 
 function pythonValue(value, depth = 0) {
-  if (Array.isArray(value) && value.some((item) => typeof item === "object")) {
+  if (Array.isArray(value) && value.some((item) => typeof item === "object" && !Array.isArray(item))) {
     const pad = INDENT.repeat(depth + 1);
     const items = value.map((item) => `${pad}${pythonValue(item)},\n`);
     return `[\n${items.join("")}${INDENT.repeat(depth)}]`;
