@@ -210,6 +210,15 @@ async def test_an_answer_that_is_cut_leaves_its_last_item_incomplete(
     assert reply["output"][1]["content"][0]["text"] == "and"
 
 
+async def test_a_forced_call_has_no_text_for_a_format(shared: HttpService) -> None:
+    named = {"type": "function", "name": "clock"}
+    text = {"format": {"type": "json_object"}}
+
+    reply = (await shared.post(RESPONSES, asking(tool_choice=named, text=text))).json()
+
+    assert [item["type"] for item in reply["output"]] == ["function_call"]
+
+
 OUTPUT = {"type": "function_call_output", "call_id": "call_1", "output": "c"}
 EARLIER = {"type": "function_call", "call_id": "call_1", "name": "f", "arguments": "{}"}
 
@@ -224,10 +233,7 @@ EARLIER = {"type": "function_call", "call_id": "call_1", "name": "f", "arguments
         ({"tool_choice": {"type": "web_search_preview"}}, "tool_choice"),
         ({"tools": [{"type": "mcp"}], "tool_choice": "required"}, "tools.0.type"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools.0.name"),
-        (
-            {"tool_choice": "required", "text": {"format": {"type": "json_object"}}},
-            "tool_choice",
-        ),
+        ({"tool_choice": "required", "guided_regex": "a"}, "tool_choice"),
         ({"input": [OUTPUT]}, "input.0.call_id"),
         ({"input": [EARLIER, {**OUTPUT, "output": 5}]}, "input.1.output"),
         ({"input": [{**EARLIER, "call_id": None}]}, "input.0.call_id"),

@@ -95,12 +95,18 @@ async def test_none_asks_for_text(shared: HttpService) -> None:
     assert reply.json()["choices"][0]["message"]["content"] == "bc"
 
 
-async def test_a_forced_call_and_a_format_exclude_each_other(shared: HttpService) -> None:
-    fields = {"tool_choice": "required", "response_format": {"type": "json_object"}}
+async def test_a_forced_call_has_no_text_for_a_format(shared: HttpService) -> None:
+    """Frameworks send both; what constrains the whole answer is another thing."""
+    forced = {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "clock"}}}
+    text = {"response_format": {"type": "json_object"}}
+    regex = {"structured_outputs": {"regex": "a"}}
 
-    reply = await shared.post(CHAT, asking(**fields))
+    with_text = await shared.post(CHAT, asking(**forced, **text))
+    with_regex = await shared.post(CHAT, asking(**forced, **regex))
 
-    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "tool_choice")
+    [call] = with_text.json()["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "clock"
+    assert (with_regex.status_code, with_regex.json()["error"]["param"]) == (400, "tool_choice")
 
 
 async def test_earlier_calls_and_their_results_go_to_the_template(shared: HttpService) -> None:

@@ -69,7 +69,8 @@ class _Norm(torch.nn.Module):
 
     def __init__(self, tensors: dict[str, torch.Tensor], eps: float) -> None:
         super().__init__()
-        self._tensors, self._eps = tensors, eps
+        self._tensors = {name: tensor.float() for name, tensor in tensors.items()}
+        self._eps = eps
 
     def forward(self, h_BTD: torch.Tensor) -> torch.Tensor:
         return apply_exit_module(h_BTD, self._tensors, self._eps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["CONVERSATIONS", "LISTS_ONLY", "TEMPLATES", "TOOLS"]
+__all__ = ["CONVERSATIONS", "LISTS_ONLY", "TEMPLATES", "TOOLS", "TOOL_TEMPLATES"]
 
 TEMPLATES: dict[str, str] = {
     "chatml": (
@@ -133,3 +133,57 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
         {"role": "user", "content": "No, I."},
     ],
 }
+
+TOOL_TEMPLATES: dict[str, str] = {
+    "hermes": (
+        "{%- if tools %}<|im_start|>system\n# Tools\n"
+        "{%- for tool in tools %}\n{{ tool | tojson }}{%- endfor %}\n"
+        "Return calls within <tool_call></tool_call>.<|im_end|>\n{%- endif %}"
+        "{%- for m in messages %}"
+        "{%- if m.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m.content }}\n"
+        "</tool_response><|im_end|>\n"
+        "{%- elif m.role == 'assistant' and m.tool_calls %}<|im_start|>assistant\n{{ m.content }}"
+        "{%- for call in m.tool_calls %}<tool_call>\n"
+        "{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}\n"
+        "</tool_call>{%- endfor %}<|im_end|>\n"
+        "{%- else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{%- endif %}"
+        "{%- endfor %}"
+        "{%- if add_generation_prompt %}<|im_start|>assistant\n{%- endif %}"
+    ),
+    "llama3": (
+        "{%- if tools is defined and tools %}[system]\nEnvironment: ipython\n"
+        "{%- for tool in tools %}{{ tool | tojson(indent=4) }}\n{%- endfor %}[end]{%- endif %}"
+        "{%- for m in messages %}"
+        "{%- if 'tool_calls' in m %}"
+        "{%- if m.tool_calls | length != 1 %}"
+        "{{- raise_exception('This model only supports single tool-calls at once!') }}{%- endif %}"
+        "[assistant]\n"
+        '{"name": "{{ m.tool_calls[0].function.name }}", "parameters": '
+        "{{ m.tool_calls[0].function.arguments | tojson }}}[end]"
+        "{%- elif m.role == 'tool' or m.role == 'ipython' %}"
+        "[ipython]\n{{ m.content | tojson }}[end]"
+        "{%- else %}[{{ m.role }}]\n{{ m.content | trim }}[end]{%- endif %}{%- endfor %}"
+        "{%- if add_generation_prompt %}[assistant]\n{%- endif %}"
+    ),
+    "mistral": (
+        "{{- bos_token }}{%- for m in messages %}"
+        "{%- if m.role == 'user' %}"
+        "{%- if loop.index0 == 0 and tools %}[AVAILABLE_TOOLS] {{ tools | tojson }}"
+        "[/AVAILABLE_TOOLS]{%- endif %}[INST] {{ m.content }}[/INST]"
+        "{%- elif m.tool_calls is defined and m.tool_calls %}[TOOL_CALLS] ["
+        "{%- for call in m.tool_calls %}"
+        "{%- if call.id is not defined or call.id | length != 9 %}"
+        "{{- raise_exception('Tool call IDs should be alphanumeric strings with length 9!') }}"
+        "{%- endif %}"
+        "{{ dict(call.function, id=call.id) | tojson }}"
+        "{%- endfor %}]{{ eos_token }}"
+        "{%- elif m.role == 'tool' %}"
+        "{%- if m.tool_call_id is not defined or m.tool_call_id | length != 9 %}"
+        "{{- raise_exception('Tool call IDs should be alphanumeric strings with length 9!') }}"
+        "{%- endif %}"
+        "[TOOL_RESULTS] {{ {'content': m.content, 'call_id': m.tool_call_id} | tojson }}"
+        "[/TOOL_RESULTS]"
+        "{%- else %} {{ m.content }}{{ eos_token }}{%- endif %}{%- endfor %}"
+    ),
+}
+"""Templates that know tools, one for each form in which calls are read."""

@@ -109,9 +109,12 @@ def make_job(
     except InvalidRequestError as error:
         raise renamed(error, names) from None
     if format_ is not None:
-        if sampling.output_format is not None:
+        told = sampling.output_format
+        # A response_format is of the text, and an answer that must be a call has none.
+        is_of_text = told is not None and told.param.startswith("response_format")
+        if told is not None and not (is_of_text and format_source == "tool_choice"):
             raise InvalidRequestError(
-                f"{sampling.output_format.param} cannot be given with a {format_source} that asks "
+                f"{told.param} cannot be given with a {format_source} that asks "
                 "for another form. Drop one of the two.",
                 param=format_source,
             )

@@ -25,7 +25,6 @@ from sortserve.api.routes.responses import GENERATION_RESPONSES
 from sortserve.api.service import Service
 from sortserve.api.tools.choice import ToolChoice, read_tool_choice, require_dialect
 from sortserve.api.tools.offered import RESPONSES
-from sortserve.core.errors import InvalidRequestError
 
 __all__ = ["router"]
 
@@ -78,13 +77,8 @@ def _job(
         max_chars=service.limits.max_text_chars,
         template_arguments=choice.template_arguments,
     )
-    text_format, call_format = read_text_format(body), choice.output_format()
-    if text_format is not None and call_format is not None:
-        raise InvalidRequestError(
-            "text.format cannot be given with a tool_choice that asks for another form. Drop one "
-            "of the two.",
-            param="tool_choice",
-        )
+    # An answer that must be a call has no text that text.format could be of.
+    call_format, text_format = choice.output_format(), read_text_format(body)
     job = make_job(
         request,
         headers,
@@ -96,8 +90,8 @@ def _job(
         logprobs=reads_logprobs(body),
         settings=settings,
         vocab_size=service.tokenizer.vocab_size,
-        format_=text_format or call_format,
-        format_source="tool_choice" if text_format is None else "text.format",
+        format_=call_format or text_format,
+        format_source="text.format" if call_format is None else "tool_choice",
         field_names={
             "prompt": "input",
             "messages": "input",
