@@ -229,7 +229,7 @@ def test_a_schedule_is_written_in_pairs(visit: Visit) -> None:
     page = visit.page
     page.fill("#max_tokens", "8")
     page.fill("#schedule", "0:6, 3:4 5:2")
-    assert page.text_content("#budget-summary") == "exit 6, 4 from token 3, 2 from token 5"
+    assert page.text_content("#budget-summary") == "exit 6, then 4, then 2"
     # As predicted a token takes 7.2, 4.8 and 2.4 ms at exits 6, 4 and 2.
     assert page.text_content("#forecast") == "By the schedule: about 38.4 ms for 8 tokens."
 

@@ -21,7 +21,7 @@ export function writeSchedule(schedule) {
 /** In a few words. */
 export function scheduleWords(schedule) {
   if (!Array.isArray(schedule)) return "a schedule";
-  return schedule.map(([from, exit]) => (from ? `${exit} from token ${from}` : `exit ${exit}`)).join(", ");
+  return `exit ${schedule.map(([, exit]) => exit).join(", then ")}`;
 }
 
 /** What an answer takes that follows it to the letter; null if a name is no exit, or unknown. */
