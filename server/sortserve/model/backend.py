@@ -9,11 +9,13 @@ Shape legend: T tokens, D hidden, I inputs, O outputs, F intermediate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sortserve.core.sampling_params import SamplingParams
@@ -74,9 +76,26 @@ class LayerStack(Protocol):
 class RowSampling(Protocol):
     """Fast ways to what ``engine.sampling`` defines, for some rows of a batch.
 
-    Shapes: R rows of the batch, N those that are meant, V vocabulary, K blocks. Nothing
-    is written to the logits.
+    Shapes: R rows of the batch, N those that are meant, V vocabulary, K blocks of it (K divides V,
+    and a block is a power of two of tokens, at most 64), W words of 32 tokens. Logits and maxima
+    are contiguous float32. Only ``apply_bitmasks`` writes to the logits.
     """
+
+    def block_maxima(self, logits_RV: Tensor, num_blocks: int) -> Tensor:
+        """The largest logit of each block [R, K]; NaN where there is one."""
+        ...
+
+    def apply_bitmasks(
+        self, logits_RV: Tensor, maxima_RK: Tensor, masks: Mapping[int, NDArray[np.int32]]
+    ) -> None:
+        """Set the logits of tokens whose bit is clear to -inf, and the maxima accordingly.
+
+        Args:
+            logits_RV: none of them a NaN.
+            maxima_RK: of the logits as they are.
+            masks: of some rows, W words each; token t is bit ``t % 32`` of word ``t // 32``.
+        """
+        ...
 
     def draw_tokens(
         self,

@@ -291,11 +291,12 @@ class _Matcher:
         self._guard = guard
         self._may_force = may_force
         self._words = np.zeros(num_words(num_ids), dtype=np.int32)
+        self._address = self._words.ctypes.data
 
     def fill_mask(self, mask_W: NDArray[np.int32]) -> None:
         """See ``Matcher``."""
         words = self._words
-        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        self._matcher.unsafe_compute_mask_ptr(self._address, words.nbytes)
         self._check()
         mask_W[:] = words[: len(mask_W)]
         beyond = self._vocab_size % 32

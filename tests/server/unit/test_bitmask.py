@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sortserve.core.grammar import Constraint, clear, num_words
 from sortserve.core.sampling_params import RowFailure, SamplingParams, SamplingRow
-from sortserve.engine.sampling.bitmask import MaskMaker, apply_bitmask, make_masks
+from sortserve.engine.sampling.bitmask import MaskMaker, apply_bitmasks, make_masks
 from sortserve.engine.sampling.sampler import Sampler
 from support.scripted_grammar import Form
 
@@ -45,7 +45,9 @@ def test_the_logits_of_clear_bits_become_minus_infinity(
     logits_RV = torch.arange(3.0 * vocab_size).view(3, vocab_size)
     before_RV = logits_RV.clone()
 
-    apply_bitmask(logits_RV, [0, 2], np.stack([words_of(a, vocab_size) for a in allowed]))
+    apply_bitmasks(
+        logits_RV, {0: words_of(allowed[0], vocab_size), 2: words_of(allowed[1], vocab_size)}
+    )
 
     assert torch.equal(logits_RV[1], before_RV[1])
     for r, mask in zip([0, 2], allowed, strict=True):

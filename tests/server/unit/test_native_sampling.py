@@ -6,17 +6,22 @@ import dataclasses
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from sortserve.core.grammar import Constraint, num_words
 from sortserve.core.sampling_params import RowFailure, SampledToken, SamplingParams, SamplingRow
+from sortserve.engine.sampling.bitmask import apply_bitmasks
 from sortserve.engine.sampling.filters import draw_filtered, has_filter
 from sortserve.engine.sampling.logprobs import log_sums
 from sortserve.engine.sampling.sampler import Sampler
-from sortserve.engine.sampling.vocab_ops import block_maxima, draw
+from sortserve.engine.sampling.vocab_ops import block_maxima, draw, num_blocks
 from sortserve.model.backends.cpu.sampling import NativeSampling
 from support.native import each_isa, instance
+from support.scripted_grammar import Form
 
 LOG_SUM_TOLERANCE = 1e-4
 """torch adds up the exponentials of a long flat row in float32, and is off by so much."""
@@ -181,6 +186,58 @@ def test_the_sums_of_logprobs_are_those_of_float64(isa: str, vocab_size: int) ->
 
 
 @each_isa
+@pytest.mark.parametrize("vocab_size", [*VOCAB_SIZES, 96, 49_152])
+def test_masks_and_the_largest_of_blocks_are_those_of_torch(isa: str, vocab_size: int) -> None:
+    rng, native = random.Random(vocab_size), NativeSampling(instance(isa))
+    generator = np.random.default_rng(vocab_size)
+    logits_RV = random_logits(rng, 12, vocab_size)
+    maxima_RK = native.block_maxima(logits_RV, num_blocks(vocab_size))
+    assert torch.equal(maxima_RK, block_maxima(logits_RV))
+    shares = {0: 0.0, 2: 0.001, 3: 0.01, 5: 0.5, 8: 0.99, 9: 0.999, 11: 1.0}
+    masks = {r: mask_of(generator.random(vocab_size) < share) for r, share in shares.items()}
+
+    expected_RV = logits_RV.clone()
+    apply_bitmasks(expected_RV, masks)
+    native.apply_bitmasks(logits_RV, maxima_RK, masks)
+
+    assert torch.equal(logits_RV, expected_RV)
+    assert torch.equal(maxima_RK, block_maxima(expected_RV))
+
+
+def mask_of(allowed_V: NDArray[np.bool_]) -> NDArray[np.int32]:
+    bits = np.zeros(32 * num_words(len(allowed_V)), dtype=np.bool_)
+    bits[: len(allowed_V)] = allowed_V
+    return np.packbits(bits, bitorder="little").view("<i4")
+
+
+@each_isa
+@pytest.mark.parametrize("vocab_size", [64, 1000, 5003])
+def test_a_block_with_a_nan_has_no_largest(isa: str, vocab_size: int) -> None:
+    logits_RV = torch.randn(64, vocab_size, generator=torch.Generator().manual_seed(3))
+    for r in range(64):
+        logits_RV[r, (r * 37) % vocab_size] = torch.nan
+
+    maxima_RK = NativeSampling(instance(isa)).block_maxima(logits_RV, num_blocks(vocab_size))
+
+    assert torch.equal(maxima_RK.isnan(), block_maxima(logits_RV).isnan())
+
+
+@each_isa
+def test_constrained_rows_sample_what_they_do_in_torch(isa: str) -> None:
+    rng, generator = random.Random(6), np.random.default_rng(6)
+    for vocab_size in (1000, 4096):
+        logits_RV, rows = random_logits(rng, 40, vocab_size), random_rows(rng, 40)
+        rows = [dataclasses.replace(row, constraint=Constraint(Form("?").start())) for row in rows]
+        masks = {
+            row: mask_of(generator.random(vocab_size) < rng.choice([0.01, 0.5, 0.99]))
+            for row in rows
+        }
+        expected = Sampler().sample(logits_RV.clone(), rows, masks)
+        tokens = Sampler(NativeSampling(instance(isa))).sample(logits_RV.clone(), rows, masks)
+        assert all(map(is_same, tokens, expected))
+
+
+@each_isa
 def test_a_row_is_the_same_alone_and_in_any_batch(isa: str) -> None:
     rng = random.Random(4)
     logits_RV, rows = random_logits(rng, 32, 3000), random_rows(rng, 32)
@@ -190,10 +247,11 @@ def test_a_row_is_the_same_alone_and_in_any_batch(isa: str) -> None:
     assert together == alone
 
 
+@each_isa
 @pytest.mark.parametrize("num_rows", [1, 3])
-def test_what_is_left_open_is_drawn_in_torch(num_rows: int) -> None:
-    class Undecided:
-        """Answers for no row."""
+def test_what_is_left_open_is_drawn_in_torch(isa: str, num_rows: int) -> None:
+    class Undecided(NativeSampling):
+        """Draws for no row."""
 
         def draw_tokens(self, logits_RV: Tensor, *args: object) -> list[int | None]:
             return [None] * num_rows
@@ -207,7 +265,7 @@ def test_what_is_left_open_is_drawn_in_torch(num_rows: int) -> None:
         rows = [replace_logprobs(row) for row in rows]
         logits_RV = random_logits(rng, num_rows, 300)
         expected = Sampler().sample(logits_RV.clone(), rows)
-        assert Sampler(Undecided()).sample(logits_RV, rows) == expected
+        assert Sampler(Undecided(instance(isa))).sample(logits_RV, rows) == expected
 
 
 def replace_logprobs(row: SamplingRow) -> SamplingRow:

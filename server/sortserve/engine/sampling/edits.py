@@ -31,6 +31,7 @@ __all__ = [
     "is_below_min_tokens",
     "is_edited",
     "is_plain",
+    "is_touched",
 ]
 
 _LOWEST_PENALTY = 1e-12
@@ -42,9 +43,12 @@ huge logit, and that over the lowest temperature is 1e38."""
 
 def is_edited(row: SamplingRow) -> bool:
     """Whether any logit of the row is changed before one is chosen."""
-    params = row.params
-    touched = params.has_penalties or bool(params.logit_bias) or is_below_min_tokens(row)
-    return touched or row.constraint is not None
+    return is_touched(row) or row.constraint is not None
+
+
+def is_touched(row: SamplingRow) -> bool:
+    """The same, a grammar's mask apart."""
+    return _touches_some(row.params) or is_below_min_tokens(row)
 
 
 def is_below_min_tokens(row: SamplingRow) -> bool:

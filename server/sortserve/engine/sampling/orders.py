@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sortserve.core.grammar import num_words
 from sortserve.core.sampling_params import SamplingRow
-from sortserve.engine.sampling.bitmask import Masks
+from sortserve.engine.sampling.bitmask import Masks, words_of
 from sortserve.engine.sampling.dense_filters import RowFilters
 from sortserve.engine.sampling.edits import Editor, is_edited
 from sortserve.engine.sampling.filters import has_filter
@@ -85,7 +85,7 @@ def upload_orders(
     edits = editor.edits(edited, vocab_size)
     reporting = [r for r, row in enumerate(rows) if row.params.logprobs is not None]
     groups = _groups(rows)
-    words = {r: w for r, row in enumerate(rows) if isinstance(w := masks.get(row), np.ndarray)}
+    words = words_of(edited, masks)
     mask_NW = np.array(list(words.values()), dtype=np.int32).reshape(-1, num_words(vocab_size))
     arrays: list[NDArray[Any]] = [edits.at_P, edits.penalty_P, edits.added_P, edits.masked_M]
     arrays += [np.array(reporting, dtype=np.int64), np.array(list(words), dtype=np.int64), mask_NW]

@@ -24,17 +24,25 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sortserve.core.sampling_params import RowFailure, SampledToken, SamplingRow
 from sortserve.engine.sampling.batched import BatchedSampler
-from sortserve.engine.sampling.bitmask import Masks, apply_bitmask, failures_of, make_masks
+from sortserve.engine.sampling.bitmask import (
+    Masks,
+    apply_bitmasks,
+    failures_of,
+    make_masks,
+    words_of,
+)
 from sortserve.engine.sampling.edits import (
     HUGE_LOGIT,
     Editor,
     is_below_min_tokens,
     is_edited,
     is_plain,
+    is_touched,
 )
 from sortserve.engine.sampling.filters import draw_filtered, has_filter
 from sortserve.engine.sampling.logprobs import Report, log_sums
@@ -50,6 +58,7 @@ from sortserve.engine.sampling.vocab_ops import (
     argmax,
     block_maxima,
     draw,
+    num_blocks,
     take_rows,
 )
 from sortserve.model.backend import RowSampling
@@ -110,7 +119,7 @@ class Sampler:
     ) -> list[SampledToken | RowFailure]:
         """The way of a CPU, where looking is cheap and passes over the vocabulary are dear."""
         failed = failures_of(rows, masks)
-        maxima_RK = block_maxima(logits_RV)
+        maxima_RK = self._block_maxima(logits_RV)
         token_ids, largest = argmax(logits_RV, maxima_RK)
         healthy = [r for r, value in enumerate(largest) if math.isfinite(value) and r not in failed]
         for r in healthy:
@@ -176,22 +185,32 @@ class Sampler:
             The new argmax of greedy rows, which rows have no token left, and what takes the edits
             of the logits back.
         """
-        take_back = self._editor.edit(logits_RV, edited)
-        if not edited:
-            return {}, set(), take_back
-        constrained = [r for r, row in edited.items() if row.constraint is not None]
-        if constrained:
-            words = [masks[edited[r]] for r in constrained]
-            apply_bitmask(logits_RV, constrained, np.stack(words))  # type: ignore[arg-type]
-        everyone = len(edited) == len(logits_RV)
-        maxima_EK = block_maxima(take_rows(logits_RV, list(edited)))
-        maxima_RK[slice(None) if everyone else list(edited)] = maxima_EK
-        looked_at = [r for r, w in edited.items() if w.params.greedy or _is_masked(w)]
-        token_ids, largest = argmax(
-            take_rows(logits_RV, looked_at), take_rows(maxima_RK, looked_at)
-        )
+        touched = {r: row for r, row in edited.items() if is_touched(row)}
+        take_back = self._editor.edit(logits_RV, touched)
+        if touched:
+            maxima_RK[list(touched)] = self._block_maxima(take_rows(logits_RV, list(touched)))
+        if words := words_of(edited, masks):
+            self._apply_bitmasks(logits_RV, maxima_RK, words)
+        greedy = [r for r, row in edited.items() if row.params.greedy]
+        new_ids, _ = argmax(take_rows(logits_RV, greedy), take_rows(maxima_RK, greedy))
+        looked_at = [r for r, row in edited.items() if _is_masked(row)]
+        largest = take_rows(maxima_RK, looked_at).amax(-1).tolist()
         masked = {r for r, value in zip(looked_at, largest, strict=True) if value == -math.inf}
-        return dict(zip(looked_at, token_ids, strict=True)), masked, take_back
+        return dict(zip(greedy, new_ids, strict=True)), masked, take_back
+
+    def _block_maxima(self, logits_RV: Tensor) -> Tensor:
+        if self._fast is None:
+            return block_maxima(logits_RV)
+        return self._fast.block_maxima(logits_RV, num_blocks(logits_RV.shape[1]))
+
+    def _apply_bitmasks(
+        self, logits_RV: Tensor, maxima_RK: Tensor, masks: Mapping[int, NDArray[np.int32]]
+    ) -> None:
+        if self._fast is not None:
+            self._fast.apply_bitmasks(logits_RV, maxima_RK, masks)
+            return
+        apply_bitmasks(logits_RV, masks)
+        maxima_RK[list(masks)] = block_maxima(take_rows(logits_RV, list(masks)))
 
     def _report(
         self,

@@ -20,6 +20,7 @@ __all__ = [
     "draw_in_order",
     "kth_largest",
     "never_falling",
+    "num_blocks",
     "padded_lists",
     "pick",
     "row_sums",
@@ -53,6 +54,11 @@ def argmax(x_NV: Tensor, largest_NK: Tensor | None = None) -> tuple[list[int], l
 def block_maxima(x_NV: Tensor) -> Tensor:
     """The largest value of each block [N, K]: what a search looks at first."""
     return _blocks(x_NV).amax(-1)
+
+
+def num_blocks(vocab_size: int) -> int:
+    """K of a row of so many."""
+    return vocab_size // math.gcd(vocab_size, _BLOCK_SIZE)
 
 
 def pick(x_NC: Tensor, index_N: Tensor) -> Tensor:
@@ -117,9 +123,9 @@ def kth_largest(x_NV: Tensor, ks: Sequence[int], largest_NK: Tensor | None = Non
         largest_NK: their ``block_maxima``, where these are known.
     """
     largest_NK = block_maxima(x_NV) if largest_NK is None else largest_NK
-    num_blocks, width = largest_NK.shape[1], x_NV.shape[1]
-    small = [n for n, k in enumerate(ks) if k <= num_blocks]
-    large = [n for n, k in enumerate(ks) if k > num_blocks]
+    width = x_NV.shape[1]
+    small = [n for n, k in enumerate(ks) if k <= largest_NK.shape[1]]
+    large = [n for n, k in enumerate(ks) if k > largest_NK.shape[1]]
     kth_N1 = torch.empty_like(largest_NK[:, :1])
     if small:
         part_MV, part_MK = take_rows(x_NV, small), take_rows(largest_NK, small)
@@ -220,5 +226,4 @@ def _invert(cumulative_NC: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
 
 def _blocks(x_NV: Tensor) -> Tensor:
     """View [N, K, B]; B is the largest power of two up to the block size that divides V."""
-    block_size = math.gcd(x_NV.shape[1], _BLOCK_SIZE)
-    return x_NV.reshape(len(x_NV), x_NV.shape[1] // block_size, block_size)
+    return x_NV.reshape(len(x_NV), (k := num_blocks(x_NV.shape[1])), x_NV.shape[1] // k)

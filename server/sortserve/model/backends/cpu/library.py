@@ -64,7 +64,7 @@ class NativeLibrary:
                     *("layers", "linear", "linear_fp32", "linear_int8", "pack_int8"),
                     "attention",
                     *("add_rms_norm", "silu_and_mul"),
-                    *("draw_tokens", "log_sum_exp"),
+                    *("draw_tokens", "log_sum_exp", "block_maxima", "apply_bitmasks"),
                 )
             }
         except (OSError, AttributeError) as error:

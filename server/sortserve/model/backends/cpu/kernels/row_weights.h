@@ -10,6 +10,7 @@
 #include <limits>
 #include <vector>
 
+#include "block_maxima.h"
 #include "vec.h"
 
 namespace sortserve {
@@ -42,7 +43,7 @@ inline f32x16 if_below(const f32x16& x, float threshold, const f32x16& value) {
 inline f32x16 load_scores(const float* logits, int64_t n) {
   if (n >= 16) return load(logits);
   float padded[16];
-  std::fill(padded, padded + 16, -std::numeric_limits<float>::infinity());
+  std::fill(padded, padded + 16, kLowest);
   std::copy(logits, logits + n, padded);
   return load(padded);
 }
@@ -56,7 +57,7 @@ struct Logits {
 
 class Row {
  public:
-  // Blocks without a score of at least floor weigh nothing.
+  // Blocks without a score of at least floor weigh nothing, nor those without any.
   void weigh(const Logits& logits, float temperature, float floor);
   void keep_top_k(int64_t k);
   bool keep_top_p(float spare);   // false: it is in doubt what stays
@@ -104,7 +105,8 @@ inline void Row::weigh(const Logits& logits, float temperature, float floor) {
   sums_.resize(num_blocks);
   const f32x16 divisor = temperature, highest = highest_;
   for (int64_t b = 0; b < num_blocks; ++b) {
-    if (logits.num_maxima == num_blocks && logits.maxima[b] / temperature < floor) {
+    if (logits.num_maxima == num_blocks &&
+        (logits.maxima[b] == kLowest || logits.maxima[b] / temperature < floor)) {
       sums_[b] = maxima_[b] = 0;
       continue;
     }

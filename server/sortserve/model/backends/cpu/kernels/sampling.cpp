@@ -6,6 +6,7 @@
 
 #include <functional>
 
+#include "block_maxima.h"
 #include "kernels.h"
 #include "row_weights.h"
 
@@ -28,7 +29,14 @@ struct SamplingCall {
   double* log_sum;           // [num_rows] log of the sum of e^(logit - largest)
 };
 
-constexpr float kLowest = -std::numeric_limits<float>::infinity();
+struct BlocksCall {
+  float* logits;        // [rows, vocab_size]
+  float* maxima;        // [rows, num_maxima]
+  const int64_t* rows;  // [num_rows] which of them; null: the first ones
+  // Of apply_bitmasks:
+  const uint32_t* const* masks;  // [num_rows][words] a bit a token; set: it may come
+  int64_t num_rows, vocab_size, num_maxima, num_threads;
+};
 
 // A score below which no token survives top_k, or min_p where that is the first filter.
 float floor_of(const SamplingCall& call, int64_t n, const Logits& logits) {
@@ -57,7 +65,31 @@ void for_rows(const SamplingCall& call, const Fn& fn) {
   });
 }
 
+// fn(n, logits, maxima) for each row n.
+template <typename Fn>
+void for_blocks(const BlocksCall& call, const Fn& fn) {
+  Team::run(std::min(call.num_threads, call.num_rows), [&](Team& team) {
+    team.parallel_for(call.num_rows, 1, [&](int64_t n) {
+      const int64_t row = call.rows == nullptr ? n : call.rows[n];
+      fn(n, call.logits + row * call.vocab_size, call.maxima + row * call.num_maxima);
+    });
+  });
+}
+
 }  // namespace
+
+extern "C" void sortserve_block_maxima(const BlocksCall* call) {
+  for_blocks(*call, [&](int64_t, const float* logits, float* maxima) {
+    find_maxima(logits, maxima, call->vocab_size, call->vocab_size / call->num_maxima);
+  });
+}
+
+extern "C" void sortserve_apply_bitmasks(const BlocksCall* call) {
+  for_blocks(*call, [&](int64_t n, float* logits, float* maxima) {
+    apply_bitmask(call->masks[n], logits, maxima, call->vocab_size,
+                  call->vocab_size / call->num_maxima);
+  });
+}
 
 extern "C" void sortserve_draw_tokens(const SamplingCall* call) {
   for_rows(*call, [&](Row& row, int64_t n, const Logits& logits) {
