@@ -45,6 +45,9 @@ WAIT_S = 30
 class FormCompiler:
     """Formats of any kind are forms to fill in (``support.scripted_grammar``)."""
 
+    def kept(self, format_: OutputFormat) -> None:
+        """Nothing is kept."""
+
     def compile(self, format_: OutputFormat) -> Form:
         return Form(format_.text)
 

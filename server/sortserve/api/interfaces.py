@@ -13,8 +13,11 @@ __all__ = ["Grammars", "HttpMetrics", "Tokenizer"]
 class Grammars(Protocol):
     """The part of ``sortserve.text.grammars.Grammars`` that requests need."""
 
+    def kept(self, format_: OutputFormat) -> Grammar | None:
+        """What an answer in that format must match, if it is at hand."""
+
     def compile(self, format_: OutputFormat) -> Grammar:
-        """What an answer in that format must match."""
+        """The same, which may take a while."""
 
 
 class Tokenizer(Protocol):

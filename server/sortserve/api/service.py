@@ -21,7 +21,7 @@ from sortserve.api.interfaces import HttpMetrics, Tokenizer
 from sortserve.api.jobs import Job
 from sortserve.api.problems import renamed
 from sortserve.api.settings import ApiSettings
-from sortserve.api.text_threads import TextThreads
+from sortserve.api.text_threads import TextThreads, compiler_threads
 from sortserve.core.errors import InvalidRequestError, SortserveError
 from sortserve.core.grammar import Grammar, length_class_of
 from sortserve.core.prompt_logprobs import PromptLogprobs
@@ -48,6 +48,7 @@ class Service:
     totals: Totals = field(default_factory=Totals)
     """What the engine has done so far."""
     threads: TextThreads = field(default_factory=TextThreads)
+    compilers: TextThreads = field(default_factory=compiler_threads)
     created_s: int = field(default_factory=lambda: int(time.time()))
     """When the service came up, in seconds of the epoch."""
     _serials: Iterator[int] = field(default_factory=itertools.count)
@@ -98,11 +99,14 @@ class Service:
         )
 
     async def _compile(self, job: Job) -> Grammar | None:
-        """What its answers must match, compiled on a thread; None: anything."""
-        format_ = job.sampling.output_format
+        """What its answers must match; None: anything."""
+        format_, grammars = job.sampling.output_format, self.tokenizer.grammars
         if format_ is None:
             return None
-        return await self.threads.run(partial(self.tokenizer.grammars.compile, format_))
+        kept = grammars.kept(format_)
+        if kept is not None:
+            return kept
+        return await self.compilers.run(partial(grammars.compile, format_))
 
     def _log_texts(self, job: Job, prompts: list[list[int]], generation: Generation) -> None:
         """Write what was asked and answered, for operators who switched it on."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,14 +20,13 @@ from tokenizers import Tokenizer
 from sortserve.core.errors import InvalidRequestError
 from sortserve.core.grammar import Grammar, GrammarError, Matcher, OutputFormat, num_words
 from sortserve.text.compile_errors import sentence, with_keyword
+from sortserve.text.kept_grammars import KeptGrammars
 from sortserve.text.number_guard import NumberGuard, NumberTable
 from sortserve.text.schema_nodes import children
 from sortserve.text.schemas import check_expression, check_schema
 
 __all__ = ["GrammarCompiler", "Grammars"]
 
-MAX_KEPT = 128
-"""Compiled grammars; each takes from some KiB to a few MiB."""
 MAX_FORCED_AT_START = 16_384
 NUM_PROBED = 3
 """Tokens of an answer that are tried before its grammar is taken."""
@@ -78,8 +76,11 @@ class GrammarCompiler:
         self._numbers = NumberTable(
             [self._tokenizer.decode_bytes([i]) for i in range(self._num_ids)]
         )
-        self._kept: OrderedDict[str, _Grammar] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept: KeptGrammars[_Grammar] = KeptGrammars()
+
+    def kept(self, format_: OutputFormat) -> Grammar | None:
+        """The same, if it has been compiled already; never takes long."""
+        return self._kept.get(format_.key)
 
     def compile(self, format_: OutputFormat) -> Grammar:
         """The grammar of a format.
@@ -87,19 +88,14 @@ class GrammarCompiler:
         Raises:
             InvalidRequestError: it cannot be compiled; ``param`` is the place.
         """
-        with self._lock:
-            kept = self._kept.get(format_.key)
-            if kept is not None:
-                self._kept.move_to_end(format_.key)
-                return kept
+        kept = self.kept(format_)
+        if kept is not None:
+            return kept
         try:
             grammar = self._compile(format_)
         except InvalidRequestError as error:
             raise _as_written(error, format_) from None
-        with self._lock:
-            self._kept[format_.key] = grammar
-            while len(self._kept) > MAX_KEPT:
-                self._kept.popitem(last=False)
+        self._kept.keep(format_.key, grammar, len(format_.text))
         return grammar
 
     def _compile(self, format_: OutputFormat) -> _Grammar:
@@ -232,6 +228,10 @@ class Grammars:
             except ImportError:
                 return False
         return True
+
+    def kept(self, format_: OutputFormat) -> Grammar | None:
+        """The grammar of a format that has been compiled already; None: it has not."""
+        return None if self._compiler is None else self._compiler.kept(format_)
 
     def compile(self, format_: OutputFormat) -> Grammar:
         """The grammar of a format. Any thread may ask.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from functools import partial
 
 import pytest
 
-from sortserve.api.text_threads import MAX_WAITING, NUM_THREADS, TextThreads
+from sortserve.api.text_threads import MAX_WAITING, NUM_THREADS, TextThreads, compiler_threads
 from sortserve.core.errors import OverloadedError
 
 WAIT_S = 30
@@ -66,3 +67,45 @@ async def test_what_fails_or_is_given_up_frees_its_place() -> None:
     gate.set()
 
     assert await threads.run(lambda: "room") == "room"
+
+
+async def test_of_a_crowd_the_loop_does_one_piece_a_round_and_others_come_between() -> None:
+    threads = TextThreads()
+    order: list[str] = []
+
+    async def other() -> None:
+        for i in range(5):
+            order.append(f"other {i}")
+            await asyncio.sleep(0)
+
+    crowd = [threads.in_turn(partial(order.append, f"piece {i}")) for i in range(5)]
+    await asyncio.gather(*crowd, other())
+
+    places = [order.index(f"piece {i}") for i in range(5)]
+    assert places == sorted(places)
+    assert order.index("other 3") < places[3]
+
+
+async def test_a_piece_that_fails_or_is_given_up_lets_the_next_have_its_turn() -> None:
+    threads = TextThreads()
+    given_up = asyncio.create_task(threads.in_turn(lambda: "given up"))
+    await asyncio.sleep(0)
+    failing = asyncio.create_task(threads.in_turn(lambda: 1 // 0))
+    last = asyncio.create_task(threads.in_turn(lambda: "last"))
+    given_up.cancel()
+
+    assert await asyncio.wait_for(last, WAIT_S) == "last"
+    with pytest.raises(ZeroDivisionError):
+        await failing
+
+
+async def test_grammars_and_texts_do_not_wait_for_each_other() -> None:
+    texts, compilers, gate = TextThreads(), compiler_threads(), threading.Event()
+    crowd = [asyncio.create_task(compilers.run(gate.wait)) for _ in range(MAX_WAITING)]
+    await asyncio.sleep(0)
+
+    assert await asyncio.wait_for(texts.run(lambda: "read"), WAIT_S) == "read"
+    with pytest.raises(OverloadedError, match="256 formats wait to be compiled"):
+        await compilers.run(gate.wait)
+    gate.set()
+    await asyncio.gather(*crowd)

@@ -64,7 +64,7 @@ async def read_body(
         content = await threads.run(partial(decompressed, content, max_body_bytes))
     request.state.is_large = len(content) >= THREAD_FROM_BYTES
     if not request.state.is_large:
-        return _validated(content, model, limits)
+        return await threads.in_turn(lambda: _validated(content, model, limits))
     return await threads.run(lambda: _validated(content, model, limits))
 
 
