@@ -15,7 +15,6 @@ from typing import TypeVar
 
 from sortserve.admission.choose import ExitChoice, choose_exit, worths
 from sortserve.admission.drain import Drains, predicted_drain_s, predicted_places_s, queue_delay_s
-from sortserve.admission.entry import Room
 from sortserve.admission.forecast import Forecast, forecast, newcomer_demand, siblings
 from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.admission.overload import (
@@ -24,6 +23,7 @@ from sortserve.admission.overload import (
     may_start_shallower,
     next_level,
 )
+from sortserve.admission.room import Room
 from sortserve.admission.seen import Seen
 from sortserve.core.budget import Budget, ExitTable, OnMiss
 from sortserve.core.errors import SortserveError

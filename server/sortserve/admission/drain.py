@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from sortserve.admission.entry import Course, course_of
-from sortserve.admission.forecast import batch_paces, forecast
+from sortserve.admission.entry import course_of
+from sortserve.admission.forecast import forecast
 from sortserve.admission.outlook import Load, Newcomer, Outlook
+from sortserve.admission.play import Course
 from sortserve.core.budget import Deadlines
 from sortserve.cost.model import CostModel
 
@@ -129,8 +130,7 @@ def predicted_places_s(num_requests: int, num_tokens: int, load: Load, model: Co
 
 
 def _course(load: Load, model: CostModel) -> Course:
-    outlook = Outlook(load, model)
-    return course_of(load.demands, load.room, outlook.costs, load.policy, batch_paces(outlook))
+    return course_of(Outlook(load, model).queue)
 
 
 def _asking_in(seconds: float, newcomer: Newcomer) -> Newcomer:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from sortserve.admission.entry import Entry, entry_of
 from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.core.request import Estimate
 from sortserve.core.sequence import Promise
-from sortserve.cost.model import StepShape
 from sortserve.scheduling.demand import (
     NO_GAP_S,
     SOFT_GAP_S,
@@ -22,7 +21,7 @@ from sortserve.scheduling.demand import (
 from sortserve.scheduling.demand_table import DemandTable
 from sortserve.scheduling.lowering import MAX_PRESSURE, Times, least_lowering
 
-__all__ = ["Forecast", "batch_paces", "forecast", "newcomer_demand", "siblings"]
+__all__ = ["Forecast", "forecast", "newcomer_demand", "siblings"]
 
 EASES = (1.0, 0.6, 0.3)
 """Ways to spread a budget over prompt and tokens (see ``plan_pace``), in the order of trial."""
@@ -61,8 +60,8 @@ def forecast(
     own = _own_times(exit_layer, newcomer, outlook.costs)
     promise = _promise(newcomer, load.now, own, ease=EASES[0])
     entry = _entry(exit_layer, newcomer, outlook)
-    if entry.start_s > 0.0:  # who is over by then does not count
-        outlook = replace(outlook, load=load.with_demands(entry.beside))
+    if entry.start_s > 0.0 and entry.beside is not None:  # who is over by then does not count
+        outlook = outlook.of_those(entry.beside)
     estimate = _estimate(exit_layer, newcomer, outlook, own, promise, entry)
     if not newcomer.bounds_time:
         return Forecast(estimate, 0.0, promise)
@@ -92,14 +91,13 @@ def _entry(exit_layer: int, newcomer: Newcomer, outlook: Outlook) -> Entry:
     load, costs = outlook.load, outlook.costs
     num_tokens = outlook.most_tokens + newcomer.num_prompt_tokens + newcomer.num_output_tokens
     if load.room.is_ample(len(load.demands) + 1, num_tokens, outlook.exits[-1]):
-        return Entry(0.0, load.demands, True)
+        return Entry(0.0, None, True)
     promise = None
     if newcomer.bounds_time and load.policy.keeps_promises:
         own = _own_times(exit_layer, newcomer, costs)
         promise = _promise(newcomer, load.now, own, ease=EASES[-1])
     demand = newcomer_demand(exit_layer, newcomer, promise, now=load.now)
-    paces = batch_paces(outlook)
-    return entry_of(demand, load.demands, load.room, costs, load.policy, paces, now=load.now)
+    return entry_of(demand, outlook.queue, now=load.now)
 
 
 def _room(
@@ -282,34 +280,4 @@ def _shared_tpot_s(exit_layer: int, newcomer: Newcomer, outlook: Outlook) -> flo
     own_len = newcomer.num_prompt_tokens + newcomer.num_output_tokens // 2
     rows[exit_layer] = (count + 1, tokens + own_len)
     any_soft = not newcomer.bounds_time or outlook.any_soft
-    return _paces(rows, outlook, any_soft=any_soft)[exit_layer]
-
-
-def batch_paces(outlook: Outlook) -> dict[int, float]:
-    """Likewise of those who run, or are about to, by exit: who waits for their slots is no row."""
-    load = outlook.load
-    rows: dict[int, tuple[int, int]] = {}
-    running = [d for d in load.demands if not d.is_waiting]
-    entered = running or load.demands[: load.room.num_slots]
-    for d in entered:
-        count, tokens = rows.get(d.exit_layer, (0, 0))
-        rows[d.exit_layer] = (count + 1, tokens + d.context_len + d.num_pending + d.num_left // 2)
-    return _paces(rows, outlook, any_soft=any(not d.is_promised for d in entered))
-
-
-def _paces(
-    rows: Mapping[int, tuple[int, int]], outlook: Outlook, *, any_soft: bool
-) -> dict[int, float]:
-    """The time of a token by exit, from how many rows each has and the tokens of their contexts."""
-    policy, costs = outlook.load.policy, outlook.costs
-    seconds, num_rows, layer_tokens, layer_kv_tokens = {}, 0, 0, 0
-    for cap in sorted(rows):
-        count, tokens = rows[cap]
-        num_rows, layer_tokens = num_rows + count, layer_tokens + cap * count
-        layer_kv_tokens += cap * tokens
-        shape = StepShape(cap, num_rows, layer_tokens, layer_kv_tokens, num_rows)
-        seconds[cap] = costs.model.step_s(shape) * costs.safety
-    if policy.keeps_promises and not any_soft:
-        # A step is as deep as it can be while all are in time.
-        return dict.fromkeys(seconds, max(seconds.values(), default=0.0))
-    return {e: 1.0 / rate for e, rate in policy.rates(seconds).items()} if seconds else {}
+    return outlook.paces_of(rows, any_soft=any_soft)[exit_layer]

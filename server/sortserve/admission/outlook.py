@@ -9,12 +9,13 @@ from functools import cached_property
 
 import numpy as np
 
-from sortserve.admission.entry import UNLIMITED, Room
+from sortserve.admission.entry import Queue
+from sortserve.admission.room import UNLIMITED, Room
 from sortserve.core.budget import Deadlines
 from sortserve.core.schedule import DepthSchedule, mean_over_tokens
-from sortserve.cost.model import CostModel
+from sortserve.cost.model import CostModel, StepShape
 from sortserve.scheduling.demand import Demand, StepCosts
-from sortserve.scheduling.demand_table import Columns, DemandTable, Floats
+from sortserve.scheduling.demand_table import Columns, DemandTable, Floats, Mask
 from sortserve.scheduling.policy import Policy
 
 __all__ = ["Load", "Newcomer", "Outlook"]
@@ -41,9 +42,9 @@ class Load:
     worth: Mapping[int, float] = field(default_factory=dict)
     """Of a token at each exit, by the objective; an exit that is missing counts its layers."""
 
-    def with_demands(self, demands: Sequence[Demand]) -> Load:
+    def with_demands(self, demands: Sequence[Demand], columns: Columns | None = None) -> Load:
         """The same, if these were the live requests."""
-        return replace(self, demands=demands, columns=None)
+        return replace(self, demands=demands, columns=columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,7 @@ class Outlook:
     model: CostModel
     also: tuple[int, ...] = ()
     """Exits that are asked about, and need not have rows."""
+    _parts: dict[bytes, Outlook] = field(default_factory=dict, init=False, compare=False)
 
     def at(self, load: Load, model: CostModel, also: tuple[int, ...]) -> Outlook:
         """The outlook on another load; of the same demands, only what depends on the time is new.
@@ -90,6 +92,7 @@ class Outlook:
             and (load.columns is mine.columns and load.demands is mine.demands)
             and (model is self.model and load.worth is mine.worth)
             and load.max_num_batched_tokens == mine.max_num_batched_tokens
+            and (load.room is mine.room and load.policy is mine.policy)
             and set(also) <= set(self.exits)
         )
         if is_same:
@@ -186,6 +189,62 @@ class Outlook:
         return {
             e: (int(n), int(t)) for e, n, t in zip(self.exits, counts, tokens, strict=True) if n
         }
+
+    @cached_property
+    def paces(self) -> dict[int, float]:
+        """The time of a token of those who run, or are about to, by exit.
+
+        Who waits for their slots is no row.
+        """
+        columns = self.columns
+        entered = ~columns.is_waiting
+        if not entered.any():
+            entered = np.arange(len(entered)) < self.load.room.num_slots
+        at = np.flatnonzero(entered)
+        level, size = self.table.level[at], len(self.exits)
+        held = columns.context_len + columns.num_pending + columns.num_left // 2
+        counts, tokens = np.bincount(level, minlength=size), np.bincount(level, held[at], size)
+        rows = {
+            e: (int(n), int(t)) for e, n, t in zip(self.exits, counts, tokens, strict=True) if n
+        }
+        return self.paces_of(rows, any_soft=bool((~columns.is_promised[at]).any()))
+
+    def paces_of(self, rows: Mapping[int, tuple[int, int]], *, any_soft: bool) -> dict[int, float]:
+        """The time of a token by exit, if so many rows with so many tokens were at each.
+
+        Args:
+            rows: by exit, their number and the tokens of their contexts.
+            any_soft: whether anybody was promised nothing.
+        """
+        policy, costs = self.load.policy, self.costs
+        seconds, num_rows, layer_tokens, layer_kv_tokens = {}, 0, 0, 0
+        for cap in sorted(rows):
+            count, tokens = rows[cap]
+            num_rows, layer_tokens = num_rows + count, layer_tokens + cap * count
+            layer_kv_tokens += cap * tokens
+            shape = StepShape(cap, num_rows, layer_tokens, layer_kv_tokens, num_rows)
+            seconds[cap] = costs.model.step_s(shape) * costs.safety
+        if policy.keeps_promises and not any_soft:
+            # A step is as deep as it can be while all are in time.
+            return dict.fromkeys(seconds, max(seconds.values(), default=0.0))
+        return {e: 1.0 / rate for e, rate in policy.rates(seconds).items()} if seconds else {}
+
+    @cached_property
+    def queue(self) -> Queue:
+        """What newcomers wait for."""
+        load = self.load
+        return Queue(load.demands, self.columns, load.room, self.costs, load.policy, self.paces)
+
+    def of_those(self, mask: Mask) -> Outlook:
+        """The outlook if only these were live; the same object if asked for the same again."""
+        if mask.all():
+            return self
+        key = mask.tobytes()
+        if key not in self._parts:
+            demands = [self.load.demands[i] for i in np.flatnonzero(mask).tolist()]
+            load = self.load.with_demands(demands, self.columns.rows(mask))
+            self._parts[key] = Outlook(load, self.model, self.also)
+        return self._parts[key]
 
 
 _TIMELESS = tuple(

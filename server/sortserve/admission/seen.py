@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 
-from sortserve.admission.entry import UNLIMITED, Room
+from sortserve.admission.room import UNLIMITED, Room
 from sortserve.scheduling.demand import Demand
 from sortserve.scheduling.demand_table import Columns
 

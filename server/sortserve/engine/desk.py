@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from sortserve.admission.choose import ExitChoice
 from sortserve.admission.desk import AdmissionDesk
-from sortserve.admission.entry import Room
+from sortserve.admission.room import Room
 from sortserve.core.budget import Budget
 from sortserve.core.errors import BudgetUnattainableError
 from sortserve.core.request import Request

@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 from sortserve.cost.model import REGIME_TOKENS
 from sortserve.scheduling.demand import NO_GAP_S, Demand, StepCosts
 
-__all__ = ["LEAST_TIME_S", "Columns", "DemandTable", "Floats", "Levels", "Need"]
+__all__ = [
+    "LEAST_TIME_S",
+    "Columns",
+    "DemandTable",
+    "Floats",
+    "Levels",
+    "Mask",
+    "Need",
+    "reading_lines",
+]
 
 LEAST_TIME_S = 1e-3
 """A prompt that is late counts as due in so many seconds."""
@@ -80,6 +89,10 @@ class Columns:
             next_share=next_share,
             num_left=num_left,
         )
+
+    def rows(self, mask: Mask) -> Columns:
+        """Some of these demands."""
+        return Columns(*(column[mask] for column in vars(self).values()))
 
     def plus(self, other: Columns) -> Columns:
         """These demands, and others after them."""
@@ -145,7 +158,7 @@ class DemandTable:
         layers = np.array(exits, dtype=np.float64)
         bases = [costs.base_s(e) for e in exits]
         row_s, (token_s, context_s) = costs.row_line
-        work_s, work_layer_s = _reading(columns.num_pending, columns.context_len, costs)
+        work_s, work_layer_s = reading_lines(columns.num_pending, columns.context_len, costs)
         prompts = np.flatnonzero(columns.is_hard & ~columns.is_decoding)
         return cls(
             layers=layers,
@@ -245,7 +258,7 @@ def _by_due(prompts: Levels, due_s: Floats) -> Levels:
     return prompts[np.argsort(due_s[prompts], kind="stable")]
 
 
-def _reading(pending: Floats, context: Floats, costs: StepCosts) -> tuple[Floats, Floats]:
+def reading_lines(pending: Floats, context: Floats, costs: StepCosts) -> tuple[Floats, Floats]:
     """Seconds to read what is pending (``StepCosts.prefill_s``), as a line over the layers."""
     chunk = costs.chunk
     small = np.minimum(pending, chunk) <= REGIME_TOKENS

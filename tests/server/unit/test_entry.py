@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from sortserve.admission.drain import predicted_drain_s, predicted_places_s
-from sortserve.admission.entry import UNLIMITED, Room, Stay, foresee
 from sortserve.admission.forecast import Forecast
 from sortserve.admission.forecast import forecast as forecast_from
 from sortserve.admission.outlook import Load, Newcomer, Outlook
+from sortserve.admission.play import Stay, foresee
 from sortserve.admission.queue_limits import QueueLimits
+from sortserve.admission.room import UNLIMITED, Room
 from sortserve.core.budget import Budget
 from sortserve.core.errors import BudgetUnattainableError, OverloadedError
 from sortserve.core.slabs import Slabs
