@@ -187,13 +187,36 @@ class ConfigError(SortserveError, ValueError):
 
 
 def shortened(value: object) -> str:
-    """A value as the client may read it, cut to a hundred characters without writing all of it."""
-    if isinstance(value, Sequence):  # strings too
-        value = value[:MAX_VALUE_CHARS]
-    elif isinstance(value, Mapping):
-        value = dict(itertools.islice(value.items(), MAX_VALUE_CHARS))
-    text = repr(value)
+    """A value as the client may read it, cut to a hundred characters without writing all of it.
+
+    ``true``, ``false`` and ``null`` are written as in JSON.
+    """
+    text = repr(_cut(value))
     return text if len(text) <= MAX_VALUE_CHARS else text[:MAX_VALUE_CHARS] + "..."
+
+
+class _Word(str):
+    """Written without quotes."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _cut(value: object) -> object:
+    """What a repr of a hundred characters may need of a value, with the words of JSON."""
+    if value is None:
+        return _Word("null")
+    if isinstance(value, bool):
+        return _Word("true" if value else "false")
+    if isinstance(value, str | bytes):
+        return value[:MAX_VALUE_CHARS]
+    if isinstance(value, Sequence):
+        return [_cut(item) for item in value[:MAX_VALUE_CHARS]]
+    if isinstance(value, Mapping):
+        return {k: _cut(v) for k, v in itertools.islice(value.items(), MAX_VALUE_CHARS)}
+    return value
 
 
 def _one_line(text: str) -> str:
