@@ -171,15 +171,14 @@ class AdmissionDesk:
 
         if self._may_start_shallower(request):
             starts = self._up_to(level, starts)
-        values = worths(starts, self._worth, request.weight, newcomer.mean)
+        weight = request.weight * asked.num_sequences  # they are taken together
+        values = worths(starts, self._worth, weight, newcomer.mean)
 
         def drain_s() -> float | None:
             # Who comes back has all its time again.
             again = self._newcomer(replace(request, arrival_s=load.now), floor_layer)
             drain = partial(
-                predicted_drain_s,
-                *(floor_layer, again, load, model),
-                limit=values[starts[0]],
+                predicted_drain_s, *(floor_layer, again, load, model), limit=values[starts[0]]
             )
             return self._drains.ask(
                 floor_layer, again, load.now, lambda: self._attempt(drain, None)

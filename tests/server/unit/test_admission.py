@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -382,6 +383,23 @@ def test_several_that_come_together_start_where_all_of_them_fit() -> None:
     assert exits == sorted(exits, reverse=True)
     assert exits[-1] < 6
     assert timed.desk.choose(request, (2, 4, 6), exit_layer=4).exit_layer == 4
+
+
+def test_several_answers_bring_as_much_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that they may cost the others more than one answer may."""
+    asked: list[Mapping[int, float]] = []
+
+    def choose(*args: Any, worth: Mapping[int, float], **others: Any) -> ExitChoice:
+        asked.append(worth)
+        return choose_exit(*args, worth=worth, **others)
+
+    monkeypatch.setattr("sortserve.admission.desk.choose_exit", choose)
+    request = timed_request("r", max_tokens=20, latency_ms=1e4)
+    for num_sequences in (1, 8):
+        make_timed().desk.choose(request, (2, 4, 6), num_sequences=num_sequences)
+
+    one, several = asked
+    assert several == {e: pytest.approx(8 * value) for e, value in one.items()}
 
 
 def test_after_an_idle_while_nobody_pays_for_an_overload_that_is_long_over() -> None:
