@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from sortserve.admission.entry import Entry, entry_of
-from sortserve.admission.outlook import Load, Newcomer, Outlook
+from sortserve.admission.outlook import Newcomer, Outlook
 from sortserve.core.request import Estimate
 from sortserve.core.sequence import Promise
 from sortserve.scheduling.demand import (
@@ -18,7 +18,6 @@ from sortserve.scheduling.demand import (
     plan_pace,
     targets_of,
 )
-from sortserve.scheduling.demand_table import DemandTable
 from sortserve.scheduling.lowering import MAX_PRESSURE, Times, least_lowering
 
 __all__ = ["Forecast", "forecast", "newcomer_demand", "siblings"]
@@ -80,8 +79,8 @@ def _promises(
 ) -> Iterator[Promise]:
     """What could be promised from its entry on, in the order of trial."""
     start_s = now + entry.start_s
-    for ease in EASES:
-        promise = _promise(newcomer, start_s, own, ease=ease)
+    promises = (_promise(newcomer, start_s, own, ease=ease) for ease in EASES)
+    for promise in dict.fromkeys(promises):  # of a pace alone they are all the same
         if entry.start_s <= 0.0 or start_s + own[0] <= promise.first_due_s:
             yield promise
 
@@ -119,10 +118,7 @@ def _room(
         demand = newcomer_demand(exit_layer, pinned, promise, now=now)
         if demand.is_hard and demand.due_s <= now:  # however fast the machine
             continue
-        own = DemandTable.of(
-            [_spread(demand, newcomer, outlook.costs)], outlook.costs, outlook.exits
-        )
-        table = outlook.table.plus(own)
+        table = outlook.table.plus_one(_spread(demand, newcomer, outlook.costs), outlook.costs)
         times = Times(now=now, busy_s=outlook.busy_s, from_due_s=demand.due_s)
         share = table.need(table.level, **times).share
         if share <= MAX_PRESSURE:
@@ -235,11 +231,9 @@ def _estimate(
     entry: Entry,
 ) -> Estimate:
     """Its times if the load stayed as it is, and it began when it gets a slot and pages."""
-    load, costs = outlook.load, outlook.costs
+    load = outlook.load
     tpot_s = newcomer.mean(lambda e: _shared_tpot_s(e, newcomer, outlook), exit_layer)
-    queue_s = sum(
-        d.work_s(costs) for d in outlook.prompts if _goes_before(d, newcomer, promise, load)
-    )
+    queue_s = _queue_s(outlook, promise)
     entry_s = 0.0
     if entry.start_s > 0.0:  # the prompts of those who enter before are reckoned with there
         entry_s, queue_s = entry.start_s, 0.0
@@ -264,13 +258,13 @@ def _kept(estimate: Estimate, newcomer: Newcomer, promise: Promise) -> Estimate:
     return Estimate(ttft_s=ttft_s, tpot_s=tpot_s, e2e_s=ttft_s + num_gaps * tpot_s)
 
 
-def _goes_before(demand: Demand, newcomer: Newcomer, promise: Promise, load: Load) -> bool:
-    """Whether a prompt that is not read yet has its turn before the newcomer's."""
-    if not load.policy.keeps_promises:
-        return True
-    if math.isfinite(promise.first_due_s):
-        return demand.is_hard and demand.due_s <= promise.first_due_s
-    return True
+def _queue_s(outlook: Outlook, promise: Promise) -> float:
+    """Seconds of the prompts that are not read yet and have their turn before the newcomer's."""
+    prompts = outlook.prompts
+    if outlook.load.policy.keeps_promises and math.isfinite(promise.first_due_s):
+        goes_before = prompts.is_hard & (prompts.due_s <= promise.first_due_s)
+        return float(prompts.work_s[goes_before].sum())
+    return float(prompts.work_s.sum())
 
 
 def _shared_tpot_s(exit_layer: int, newcomer: Newcomer, outlook: Outlook) -> float:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -68,6 +69,15 @@ class Newcomer:
     def bounds_time(self) -> bool:
         """Whether it wants anything of a time."""
         return self.deadlines != Deadlines()
+
+
+class Prompts(NamedTuple):
+    """Prompts that are not read yet."""
+
+    work_s: Floats
+    """Predicted seconds of each, alone."""
+    is_hard: Mask
+    due_s: Floats
 
 
 @dataclass(frozen=True)
@@ -159,9 +169,12 @@ class Outlook:
         return int(known + self.columns.num_left.sum())
 
     @cached_property
-    def prompts(self) -> list[Demand]:
+    def prompts(self) -> Prompts:
         """What is not read yet."""
-        return [self.load.demands[int(i)] for i in np.flatnonzero(~self.columns.is_decoding)]
+        columns, table = self.columns, self.table
+        at = np.flatnonzero(~columns.is_decoding)
+        work_s = table.work_s[at] + columns.exit_layer[at] * table.work_layer_s[at]
+        return Prompts(work_s, columns.is_hard[at], columns.due_s[at])
 
     @cached_property
     def any_rows(self) -> bool:

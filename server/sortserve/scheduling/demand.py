@@ -83,6 +83,16 @@ class StepCosts:
         model, chunk = self.model, self.chunk
         return self.safety * model.prefill_s(exit_layer, num_tokens, start=start, chunk=chunk)
 
+    def reading_line(self, num_tokens: int, start: int) -> tuple[float, float]:
+        """``prefill_s`` as a line: at any depth, and per layer."""
+        if num_tokens <= 0:
+            return 0.0, 0.0
+        num_steps = -(-num_tokens // self.chunk)
+        c0, a, b, d, h = self.model.line(min(num_tokens, self.chunk))
+        kv_tokens = num_tokens * (start + num_tokens / 2)
+        per_layer = num_steps * a + b * num_tokens + d * kv_tokens
+        return self.safety * (num_steps * c0 + h), self.safety * per_layer
+
     def decode_s(self, exit_layer: int, context_len: int) -> float:
         """Of a step with one decoding row."""
         c0, a, b, d, h = self._decode_line

@@ -195,6 +195,45 @@ class DemandTable:
             due_s=due_s,
         )
 
+    def plus_one(self, demand: Demand, costs: StepCosts) -> DemandTable:
+        """These demands and one more, at the end, of the same costs and exits.
+
+        A tenth of the time of ``of`` and ``plus``.
+        """
+        exits = self.layers.tolist()
+        is_decoding = demand.is_decoding
+        token_s, context_s = costs.row_line[1]
+        work_s, work_layer_s = costs.reading_line(demand.num_pending, demand.context_len)
+        values = {
+            "level": exits.index(demand.exit_layer),
+            "floor": exits.index(demand.floor_layer),
+            "rate": 1.0 / max(demand.gap_s, NO_GAP_S),
+            "next_share": demand.next_share,
+            "layer_s": token_s + context_s * (demand.context_len + demand.num_pending),
+            "decodes": is_decoding or (demand.is_promised and not demand.is_hard),
+            "promised": demand.is_promised,
+            "weight": 0.0 if demand.is_lost else demand.weight,
+            "left_share": demand.num_left / (demand.num_left + demand.num_done),
+            "work_s": work_s,
+            "work_layer_s": work_layer_s,
+        }
+        due_s, prompts = np.append(self.due_s, demand.due_s), self.prompts
+        if demand.is_hard and not is_decoding:
+            at = np.searchsorted(self.due_s[prompts], demand.due_s, side="right")
+            prompts = np.insert(prompts, at, len(self.level))
+        columns = {
+            name: np.concatenate((column := getattr(self, name), np.array([value], column.dtype)))
+            for name, value in values.items()
+        }
+        return DemandTable(
+            **columns,
+            layers=self.layers,
+            segment_s=self.segment_s,
+            row_s=self.row_s,
+            prompts=prompts,
+            due_s=due_s,
+        )
+
     def without(self, rows: Levels) -> DemandTable:
         """The demands as if some of them asked for nothing."""
         rate, work_s, work_layer_s = self.rate.copy(), self.work_s.copy(), self.work_layer_s.copy()
@@ -228,13 +267,20 @@ class DemandTable:
             least_time_s: no prompt counts as due sooner.
         """
         prompts = self.prompts
-        rate = np.where(levels < self.level, self.rate * self.next_share, self.rate)
+        rate = self.rate
+        if levels is not self.level:
+            rate = np.where(levels < self.level, rate * self.next_share, rate)
         depth = self.layers[levels]
         row = rate * (self.row_s + depth * self.layer_s)
         steps = np.where(levels[:, None] >= np.arange(len(self.layers)), rate[:, None], 0.0)
-        joined = np.vstack((steps[self.decodes].max(axis=0, initial=0.0), steps[prompts]))
-        joined = np.maximum.accumulate(joined)  # as one prompt after the other has been read
-        rows = row[self.decodes].sum() + np.concatenate(([0.0], np.cumsum(row[prompts])))
+        joined = np.empty((len(prompts) + 1, len(self.layers)))
+        steps.max(axis=0, initial=0.0, where=self.decodes[:, None], out=joined[0])
+        joined[1:] = steps[prompts]
+        np.maximum.accumulate(joined, out=joined)  # as one prompt after the other has been read
+        rows = np.empty(len(prompts) + 1)
+        rows[0] = row.sum(where=self.decodes)
+        rows[1:] = row[prompts]
+        rows = rows.cumsum()
         share = joined @ self.segment_s + rows
         if not len(prompts):
             return Need(float(share[0]), 0, np.inf)

@@ -5,19 +5,26 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from sortserve.admission.forecast import forecast
 from sortserve.admission.outlook import Load, Newcomer, Outlook
+from sortserve.admission.play import stays_of
+from sortserve.admission.room import Room
 from sortserve.admission.seen import Seen
 from sortserve.core.budget import Deadlines
 from sortserve.cost.model import CostModel
-from sortserve.scheduling.demand import Demand
+from sortserve.scheduling.demand import Demand, StepCosts
+from sortserve.scheduling.demand_table import DemandTable
 from sortserve.scheduling.policies.table import get_policy
 from support.timed import MODEL, make_demand
 
 EXITS = (2, 4, 6)
 WORTH = {2: 0.4, 4: 0.7, 6: 1.0}
+
+
+ROOM = Room(num_slots=4, num_pages=300, num_free_pages=200, block_size=4, slab_size=2)
 
 
 def some_demand(name: str, rng: random.Random) -> Demand:
@@ -84,3 +91,38 @@ def test_what_is_seen_is_the_same_object_until_something_changes() -> None:
     assert [d.request_id for d in seen.all()[0]] == ["a", "b"]
     seen.show((some_demand("a", rng), some_demand("b", rng)), taken=["b"])
     assert [d.request_id for d in seen.all()[0]] == ["a", "b"]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_one_demand_more_is_the_same_as_a_table_of_all(seed: int) -> None:
+    rng = random.Random(seed)
+    demands = [some_demand(f"r{i}", rng) for i in range(rng.randint(0, 20))]
+    costs = StepCosts(MODEL, num_rows=4, chunk=16, safety=1.1)
+
+    grown = DemandTable.of(demands[:-1], costs, EXITS)
+    if demands:
+        grown = grown.plus_one(demands[-1], costs)
+
+    whole = DemandTable.of(demands, costs, EXITS)
+    for name, expected in vars(whole).items():
+        np.testing.assert_allclose(vars(grown)[name], expected, rtol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_all_take_is_what_each_one_takes(seed: int) -> None:
+    rng = random.Random(seed)
+    demands = [some_demand(f"r{i}", rng) for i in range(12)]
+    load = Load(now=0.0, demands=demands, policy=get_policy("deadline"), room=ROOM)
+    queue = Outlook(load, MODEL, also=EXITS).queue
+    stays = stays_of(demands, queue.columns, ROOM, queue.costs, queue.paces)
+
+    for i, demand in enumerate(demands):
+        alone = queue.stay_of(demand)
+        work_s = 0.0 if demand.is_decoding else alone.work_s
+        held = demand.context_len + demand.num_pending
+        assert stays[i].request_id == demand.request_id
+        assert stays[i].pages == ROOM.pages(held, demand.exit_layer)
+        assert stays[i].last_pages == ROOM.pages(held + demand.num_left, demand.exit_layer)
+        assert stays[i].block_pages == alone.block_pages
+        assert stays[i].lasts_s == pytest.approx(alone.lasts_s)
+        assert stays[i].work_s == pytest.approx(work_s)
