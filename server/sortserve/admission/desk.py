@@ -335,6 +335,7 @@ class AdmissionDesk:
             floor_layer=floor_layer,
             weight=request.weight,
             schedule=request.budget.schedule,
+            num_scored=request.num_scored_tokens,
         )
 
 

@@ -13,6 +13,7 @@ from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.admission.play import Course
 from sortserve.core.budget import Deadlines
 from sortserve.cost.model import CostModel
+from sortserve.scheduling.demand import StepCosts
 
 __all__ = ["Drains", "predicted_drain_s", "predicted_places_s", "queue_delay_s"]
 
@@ -181,9 +182,9 @@ def _load_in(seconds: float, load: Load, course: Course) -> Load:
 
 def queue_delay_s(load: Load, model: CostModel) -> float:
     """Predicted seconds until all prompts that wait or run now have been read."""
-    chunk = load.max_num_batched_tokens
+    costs = StepCosts(model, chunk=load.max_num_batched_tokens)
     return sum(
-        model.prefill_s(d.exit_layer, d.num_pending, start=d.context_len, chunk=chunk)
+        costs.prefill_s(d.exit_layer, d.num_pending, d.context_len, d.num_scored)
         for d in load.demands
         if not d.is_decoding
     )

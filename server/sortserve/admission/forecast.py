@@ -162,7 +162,7 @@ def _own_times(exit_layer: int, newcomer: Newcomer, costs: StepCosts) -> tuple[f
     """Seconds of its prompt and of each further token, were it alone."""
     context_len = newcomer.num_prompt_tokens + newcomer.num_output_tokens // 2
     return (
-        costs.prefill_s(exit_layer, newcomer.num_prompt_tokens),
+        costs.prefill_s(exit_layer, newcomer.num_prompt_tokens, 0, newcomer.num_scored),
         newcomer.mean(lambda e: costs.decode_s(e, context_len), exit_layer),
     )
 
@@ -210,6 +210,7 @@ def newcomer_demand(
         end_s=end_s if promise is not None else math.inf,
         weight=newcomer.weight,
         num_left=newcomer.num_output_tokens,
+        num_scored=newcomer.num_scored,
     )
 
 

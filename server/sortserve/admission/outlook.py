@@ -60,6 +60,8 @@ class Newcomer:
     floor_layer: int | None = None
     weight: float = 1.0
     schedule: DepthSchedule | None = None
+    num_scored: int = 0
+    """As a ``Demand`` has it."""
 
     def mean(self, value: Callable[[int], float], exit_layer: int) -> float:
         """The mean over its tokens after the first, if it starts at an exit."""

@@ -127,7 +127,7 @@ def stays_of(
     pace_s = np.where(columns.is_promised, np.minimum(pace_s, columns.gap_s), pace_s)
     num_tokens = columns.context_len + columns.num_pending
     block_pages = np.array([room.slabs.count(int(e)) for e in exits], dtype=np.float64)[where]
-    at_all, per_layer = reading_lines(columns.num_pending, columns.context_len, costs)
+    at_all, per_layer = reading_lines(columns, costs)
     reading_s = at_all + columns.exit_layer * per_layer
     return Stays(
         request_ids=[demand.request_id for demand in demands],

@@ -85,6 +85,11 @@ class Request:
     """Filled before the first token is out; such a request keeps the exit that it starts at, and
     computes its whole prompt. None: nobody asks what the model says of the prompt."""
 
+    @property
+    def num_scored_tokens(self) -> int:
+        """Tokens of its prompt that pass the head, so that the next one can be judged."""
+        return 0 if self.prompt_logprobs is None else len(self.prompt_token_ids) - 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class RequestReport:

@@ -218,6 +218,11 @@ class Sequence:
         wanted = self.request.prompt_logprobs
         return None if wanted is None or wanted.is_complete else wanted
 
+    @property
+    def num_scored_tokens(self) -> int:
+        """Of what is pending, tokens that pass the head so that the next one can be judged."""
+        return 0 if self.prompt_logprobs is None else self.num_pending_tokens - 1
+
     def sampling_row(self) -> SamplingRow:
         """What the sampler needs to choose the next token: always the same object."""
         return self._sampling_row

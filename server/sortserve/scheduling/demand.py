@@ -78,12 +78,14 @@ class StepCosts:
         _, _, b, d, _ = self.model.large
         return self.safety * exit_layer * (b + d * context_len)
 
-    def prefill_s(self, exit_layer: int, num_tokens: int, start: int = 0) -> float:
-        """Of a prompt by itself."""
-        model, chunk = self.model, self.chunk
-        return self.safety * model.prefill_s(exit_layer, num_tokens, start=start, chunk=chunk)
+    def prefill_s(
+        self, exit_layer: int, num_tokens: int, start: int = 0, num_scored: int = 0
+    ) -> float:
+        """Of a prompt by itself, of which so many tokens pass the head as well."""
+        at_all, per_layer = self.reading_line(num_tokens, start, num_scored)
+        return at_all + exit_layer * per_layer
 
-    def reading_line(self, num_tokens: int, start: int) -> tuple[float, float]:
+    def reading_line(self, num_tokens: int, start: int, num_scored: int = 0) -> tuple[float, float]:
         """``prefill_s`` as a line: at any depth, and per layer."""
         if num_tokens <= 0:
             return 0.0, 0.0
@@ -91,7 +93,8 @@ class StepCosts:
         c0, a, b, d, h = self.model.line(min(num_tokens, self.chunk))
         kv_tokens = num_tokens * (start + num_tokens / 2)
         per_layer = num_steps * a + b * num_tokens + d * kv_tokens
-        return self.safety * (num_steps * c0 + h), self.safety * per_layer
+        at_all = num_steps * c0 + h * (1 + num_scored)
+        return self.safety * at_all, self.safety * per_layer
 
     def decode_s(self, exit_layer: int, context_len: int) -> float:
         """Of a step with one decoding row."""
@@ -139,6 +142,10 @@ class Demand:
     num_ready: int = 1
     """Tokens of one decode step: the last sampled one, and those that its grammar forced."""
 
+    num_scored: int = 0
+    """Of what is pending, tokens after which the model is to judge the next one of the prompt: they
+    pass the head."""
+
     def at(self, exit_layer: int) -> Demand:
         """The same, if it goes shallower now."""
         gap_s = self.gap_s / self.next_share  # at least what its tokens need from there on
@@ -154,7 +161,8 @@ class Demand:
         if self.is_decoding:
             more_s = (self.num_pending - 1) * costs.row_s(self.exit_layer, self.context_len)
             return costs.decode_s(self.exit_layer, self.context_len) + more_s
-        return costs.prefill_s(self.exit_layer, self.num_pending, self.context_len)
+        pending = self.num_pending, self.context_len, self.num_scored
+        return costs.prefill_s(self.exit_layer, *pending)
 
 
 @dataclass(frozen=True)
@@ -264,6 +272,7 @@ def demand_of(
         is_lost=sequence.request.budget.has_latency and not promised,
         next_share=next_share,
         num_ready=sequence.num_ready_tokens,
+        num_scored=sequence.num_scored_tokens,
     )
 
 
@@ -323,7 +332,8 @@ def _is_hopeless(
     """
     deadlines, floor = sequence.deadlines, sequence.floor_layer
     if sequence.num_output_tokens == 0:
-        ready_s = now + costs.prefill_s(floor, sequence.num_pending_tokens)
+        pending = sequence.num_pending_tokens, 0, sequence.num_scored_tokens
+        ready_s = now + costs.prefill_s(floor, *pending)
         if deadlines.ttft_s is not None and ready_s > deadlines.ttft_s:
             return True
         rest_s = (num_left - 1) * costs.decode_s(floor, sequence.num_tokens)

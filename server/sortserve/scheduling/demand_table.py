@@ -39,7 +39,7 @@ Levels = NDArray[np.intp]
 _FIELDS = (
     *("exit_layer", "floor_layer", "num_pending", "context_len", "gap_s", "due_s"),
     *("is_hard", "is_promised", "is_waiting", "is_lost", "weight", "num_left", "num_done"),
-    *("next_share", "num_ready"),
+    *("next_share", "num_ready", "num_scored"),
 )
 _ROW = attrgetter(*_FIELDS)
 
@@ -63,6 +63,7 @@ class Columns:
     left_share: Floats
     next_share: Floats
     num_left: Floats
+    num_scored: Floats
 
     @classmethod
     def of(cls, demands: Sequence[Demand]) -> Columns:
@@ -72,7 +73,7 @@ class Columns:
         exit_layer, floor_layer, pending, context, gap_s, due_s, *rest = flat.reshape(
             -1, len(_FIELDS)
         ).T
-        hard, promised, waiting, lost, weight, num_left, num_done, next_share, ready = rest
+        hard, promised, waiting, lost, weight, num_left, num_done, next_share, ready, scored = rest
         return cls(
             exit_layer=exit_layer,
             floor_layer=floor_layer,
@@ -88,6 +89,7 @@ class Columns:
             left_share=num_left / (num_left + num_done),
             next_share=next_share,
             num_left=num_left,
+            num_scored=scored,
         )
 
     def rows(self, mask: Mask) -> Columns:
@@ -158,7 +160,7 @@ class DemandTable:
         layers = np.array(exits, dtype=np.float64)
         bases = [costs.base_s(e) for e in exits]
         row_s, (token_s, context_s) = costs.row_line
-        work_s, work_layer_s = reading_lines(columns.num_pending, columns.context_len, costs)
+        work_s, work_layer_s = reading_lines(columns, costs)
         prompts = np.flatnonzero(columns.is_hard & ~columns.is_decoding)
         return cls(
             layers=layers,
@@ -203,7 +205,9 @@ class DemandTable:
         exits = self.layers.tolist()
         is_decoding = demand.is_decoding
         token_s, context_s = costs.row_line[1]
-        work_s, work_layer_s = costs.reading_line(demand.num_pending, demand.context_len)
+        work_s, work_layer_s = costs.reading_line(
+            demand.num_pending, demand.context_len, demand.num_scored
+        )
         values = {
             "level": exits.index(demand.exit_layer),
             "floor": exits.index(demand.floor_layer),
@@ -304,14 +308,14 @@ def _by_due(prompts: Levels, due_s: Floats) -> Levels:
     return prompts[np.argsort(due_s[prompts], kind="stable")]
 
 
-def reading_lines(pending: Floats, context: Floats, costs: StepCosts) -> tuple[Floats, Floats]:
+def reading_lines(columns: Columns, costs: StepCosts) -> tuple[Floats, Floats]:
     """Seconds to read what is pending (``StepCosts.prefill_s``), as a line over the layers."""
-    chunk = costs.chunk
+    pending, context, chunk = columns.num_pending, columns.context_len, costs.chunk
     small = np.minimum(pending, chunk) <= REGIME_TOKENS
     lines = np.array([costs.model.large, costs.model.small])
     c0, a, b, d, h = lines[small.astype(np.intp)].T
     num_steps = np.ceil(pending / chunk)
     kv_tokens = pending * (context + pending / 2)
-    at_all = costs.safety * (num_steps * c0 + h)
+    at_all = costs.safety * (num_steps * c0 + h * (1.0 + columns.num_scored))
     per_layer = costs.safety * (num_steps * a + b * pending + d * kv_tokens)
     return np.where(pending > 0, at_all, 0.0), np.where(pending > 0, per_layer, 0.0)

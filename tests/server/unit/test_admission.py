@@ -17,6 +17,7 @@ from sortserve.admission.forecast import Forecast, forecast
 from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.core.budget import Budget, Deadlines, OnMiss
 from sortserve.core.errors import MAX_RETRY_AFTER_S, BudgetUnattainableError, OverloadedError
+from sortserve.core.prompt_logprobs import PromptLogprobs
 from sortserve.core.request import Estimate, Request
 from sortserve.core.sequence import Promise
 from sortserve.cost.model import LEAST, CostModel, Line
@@ -473,3 +474,15 @@ def test_who_is_refused_for_time_lost_on_the_way_may_come_back_at_once() -> None
         timed.desk.choose(lost, (2, 4, 6))
 
     assert error.value.retry_after_s == 1.0
+
+
+def test_the_head_over_a_prompt_that_is_judged_is_counted_before_it_runs() -> None:
+    model = CostModel((0.0, 0.0, 1e-6, 0.0, 1e-3), (0.0, 0.0, 1e-6, 0.0, 1e-3), safety=1.0)
+    timed = make_timed()
+    timed.engine.costs.use(model)
+    plain = timed_request("r", 100, ttft_ms=50, on_miss="reject")
+    judged = replace(plain, prompt_logprobs=PromptLogprobs(plain.prompt_token_ids, 0))
+
+    assert timed.desk.choose(plain, (6,)).fits
+    with pytest.raises(BudgetUnattainableError, match="needs 1"):
+        timed.desk.choose(judged, (6,))
