@@ -14,6 +14,7 @@ from sortserve.admission.play import stays_of
 from sortserve.admission.room import Room
 from sortserve.admission.seen import Seen
 from sortserve.core.budget import Deadlines
+from sortserve.core.slabs import Slabs
 from sortserve.cost.model import CostModel
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.demand_table import DemandTable
@@ -24,7 +25,7 @@ EXITS = (2, 4, 6)
 WORTH = {2: 0.4, 4: 0.7, 6: 1.0}
 
 
-ROOM = Room(num_slots=4, num_pages=300, num_free_pages=200, block_size=4, slab_size=2)
+ROOM = Room(num_slots=4, num_pages=300, num_free_pages=200, block_size=4, slabs=Slabs(2))
 
 
 def some_demand(name: str, rng: random.Random) -> Demand:
