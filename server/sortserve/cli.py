@@ -130,6 +130,7 @@ _TABLE = (
         "exits", "show what each exit costs and how good it is", None, "sortserve.commands.exits"
     ),
     Command("bench", "load a running server, and time it", None, "sortserve.commands.bench"),
+    Command("keys", "make API keys with limits of their own", "server", "sortserve.commands.keys"),
     Command("train", "make a sorted model", "train", "sortserve_trainer.run.train"),
     Command("eval", "measure each exit of a model", "train", "sortserve_trainer.commands.eval"),
     Command(

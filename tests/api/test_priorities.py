@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sortserve.api.settings import ApiSettings
+from sortserve.core.api_keys import KeyPolicy, key_digest
 from sortserve.core.request import RequestReport
 from sortserve.core.weights import KeyWeights, WeightRules
 from support.http_service import HttpService, make_service
@@ -87,9 +88,10 @@ async def test_a_priority_is_an_integer_within_bounds(
     assert reply.json()["error"]["param"] == "priority"
 
 
-def test_weights_of_a_key_are_found_by_its_digest_alone() -> None:
+def test_the_settings_name_a_key_by_its_digest_alone() -> None:
     settings = ApiSettings(
         served_model_name="tiny", api_keys=("k",), key_weights={"k": KeyWeights(most=2.0)}
     )
 
-    assert settings.weights_of("k") == KeyWeights()
+    [policy] = settings.key_policies
+    assert policy == KeyPolicy(digests=(key_digest("k"),), weights=KeyWeights(most=2.0))

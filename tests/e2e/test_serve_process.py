@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import httpx
 import pytest
 
 from sortserve.cli import main
+from sortserve.core.api_keys import key_digest
 from sortserve_client import Client, SamplingOptions
 from support.server_process import Server
 from support.tiny_models import make_tiny_checkpoint
@@ -100,3 +102,55 @@ def test_a_folder_without_a_model_is_one_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert error.startswith("sortserve: error: ")
     assert error.count("\n") == 1
+
+
+def write_keys(file: Path, key: str, **limits: int) -> None:
+    entry = {"name": "alice", "sha256": key_digest(key), **limits}
+    file.write_text(json.dumps({"keys": [entry]}))  # JSON is YAML
+
+
+@pytest.mark.slow
+def test_keys_are_changed_without_a_restart_and_a_broken_file_changes_nothing(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.yaml"
+    write_keys(file, "old")
+    with serving(checkpoint, "--api-keys-file", str(file)) as server:
+
+        def status(key: str) -> int:
+            headers = {"Authorization": f"Bearer {key}"}
+            return httpx.get(f"{server.url}/exits", headers=headers).status_code
+
+        assert (status("old"), status("new")) == (200, 401)
+
+        write_keys(file, "new", max_exit_layer=3)
+        reason = server.wait_for("API keys not reloaded: the old ones stay")["reason"]
+        assert "max_exit_layer: 3 is not allowed: it should be one of" in reason
+        assert status("old") == 200
+
+        write_keys(file, "new", max_exit_layer=4)
+        server.wait_for("API keys reloaded")
+        assert (status("old"), status("new")) == (401, 200)
+
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for("API keys reloaded")
+        text = httpx.get(f"{server.url}/metrics").text
+        assert 'api_key_reloads_total{model_name="tiny",outcome="failed"}' in re.sub(
+            r'model_name="[^"]*"', 'model_name="tiny"', text
+        )
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end() == 0
+
+
+@pytest.mark.slow
+def test_a_deepest_exit_that_the_checkpoint_lacks_ends_the_start(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.yaml"
+    write_keys(file, "k", max_exit_layer=3)
+    command = [sys.executable, "-m", "sortserve", "serve", str(checkpoint), "--port=0"]
+
+    run = subprocess.run([*command, "--api-keys-file", str(file)], capture_output=True, text=True)
+
+    assert run.returncode == 2
+    assert "key 'alice', max_exit_layer: 3 is not allowed" in run.stderr.splitlines()[-1]

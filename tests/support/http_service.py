@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,11 +18,13 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import sortserve
+from sortserve.admission.key_ledger import KeyLedger
 from sortserve.api.app import create_app
 from sortserve.api.http.limits import ConnectionLimits
 from sortserve.api.http.protocol import HttpProtocol
 from sortserve.api.replies.streaming import COMMENT
 from sortserve.api.settings import ApiSettings
+from sortserve.core.api_keys import KeyPolicy
 from sortserve.core.budget import Budget
 from sortserve.core.errors import InvalidRequestError
 from sortserve.core.grammar import OutputFormat
@@ -159,6 +162,7 @@ class HttpService:
     runner: GatedRunner
     tokenizer: AsciiTokenizer
     ended: Ended
+    keys: KeyLedger | None = None
 
     def client(self, **headers: str) -> httpx.AsyncClient:
         transport = httpx.ASGITransport(app=self.app)
@@ -194,6 +198,8 @@ def make_service(
     worker_options: Mapping[str, Any] | None = None,
     engine_options: Mapping[str, Any] | None = None,
     start: bool = True,
+    key_policies: Iterable[KeyPolicy] | None = None,
+    clock: Callable[[], float] = time.monotonic,
     **settings: Any,
 ) -> HttpService:
     """A service over a scripted engine; the caller stops the worker."""
@@ -205,10 +211,13 @@ def make_service(
     worker = EngineWorker(engine, **(worker_options or {}))
     api = ApiSettings(**{"served_model_name": MODEL, "backend": "scripted", **settings})
     metrics.watch(worker.stats, partial(worker.admission_stats, api.default_budget))
-    app = create_app(worker, tokenizer, api, metrics, totals)
+    keys = None
+    if key_policies is not None:
+        keys = KeyLedger(key_policies, clock=clock, observer=metrics.keys)
+    app = create_app(worker, tokenizer, api, metrics, totals, keys)
     if start:
         worker.start()
-    return HttpService(app, worker, engine, runner, tokenizer, ended)
+    return HttpService(app, worker, engine, runner, tokenizer, ended, keys)
 
 
 @contextmanager

@@ -15,13 +15,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sortserve import __version__
+from sortserve.admission.key_ledger import KeyLedger
+from sortserve.api.http.keys import ApiKeyMiddleware
 from sortserve.api.http.middleware import outer_layers
-from sortserve.api.http.security import (
-    OPEN_PATHS,
-    ApiKeyMiddleware,
-    BodyLimitMiddleware,
-    route_path,
-)
+from sortserve.api.http.security import OPEN_PATHS, BodyLimitMiddleware, route_path
 from sortserve.api.interfaces import HttpMetrics, Tokenizer
 from sortserve.api.openapi import install_openapi
 from sortserve.api.problems import (
@@ -46,6 +43,7 @@ def create_app(
     settings: ApiSettings,
     metrics: HttpMetrics | None = None,
     totals: Totals | None = None,
+    keys: KeyLedger | None = None,
 ) -> FastAPI:
     """The application over a worker.
 
@@ -57,7 +55,10 @@ def create_app(
         settings: names, limits, keys.
         metrics: told about requests, and rendered at ``/metrics``.
         totals: an observer of the worker's engine, for ``/status``.
+        keys: who may ask; None: those of the settings, and everybody if there are none.
     """
+    if keys is None and settings.key_policies:
+        keys = KeyLedger(settings.key_policies)
     app = FastAPI(
         title="sortserve",
         version=__version__,
@@ -65,7 +66,7 @@ def create_app(
         redoc_url=None,
         openapi_url="/openapi.json" if settings.enable_docs else None,
         redirect_slashes=False,
-        middleware=_layers(settings, metrics),
+        middleware=_layers(settings, metrics, keys),
     )
     app.state.service = Service(worker, tokenizer, settings, metrics, totals or Totals())
     routers = (
@@ -76,7 +77,7 @@ def create_app(
         app.include_router(router)
     if settings.enable_docs:
         app.include_router(docs.router)
-        install_openapi(app, routers, settings)
+        install_openapi(app, routers, settings, needs_key=keys is not None)
     if settings.playground:
         app.include_router(playground.router)
     app.add_exception_handler(SortserveError, sortserve_error_response)
@@ -111,18 +112,18 @@ async def _answer_while_loading(
     await response(scope, receive, send)
 
 
-def _layers(settings: ApiSettings, metrics: HttpMetrics | None) -> list[Middleware]:
+def _layers(
+    settings: ApiSettings, metrics: HttpMetrics | None, keys: KeyLedger | None
+) -> list[Middleware]:
     """From the outside in; CORS comes before the keys, as its preflights carry none."""
     layers = outer_layers(
         metrics=metrics,
         root_path=settings.root_path,
         cors_allow_origins=settings.cors_allow_origins,
     )
-    if settings.api_keys:
+    if keys is not None:
         pages = (docs.PATHS if settings.enable_docs else frozenset()) | (
             playground.PATHS if settings.playground else frozenset()
         )
-        layers.append(
-            Middleware(ApiKeyMiddleware, api_keys=settings.api_keys, open_paths=OPEN_PATHS | pages)
-        )
+        layers.append(Middleware(ApiKeyMiddleware, keys=keys, open_paths=OPEN_PATHS | pages))
     return [*layers, Middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes)]

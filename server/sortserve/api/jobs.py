@@ -8,6 +8,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from sortserve.admission.key_ledger import KeyUse
 from sortserve.api.bodies.models import GenerationFields
 from sortserve.api.bodies.parameters import (
     BUDGET_HEADERS,
@@ -19,12 +20,18 @@ from sortserve.api.bodies.parameters import (
 from sortserve.api.bodies.prompts import Prompt
 from sortserve.api.problems import renamed
 from sortserve.api.settings import ApiSettings
+from sortserve.core.api_keys import KeyPolicy
 from sortserve.core.budget import Budget
 from sortserve.core.errors import InvalidRequestError
 from sortserve.core.grammar import OutputFormat
 from sortserve.core.sampling_params import SamplingParams
 
 __all__ = ["Job", "make_job", "tier_of"]
+
+
+OPEN = KeyPolicy()
+"""What requests may do where there are no keys."""
+NOTHING = Budget()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +45,10 @@ class Job:
     limit_is_default: bool
     """The client gave no max_tokens: ``sampling.max_tokens`` shrinks to what the context holds."""
     budget: Budget
+    named_budget: Budget
+    """What of it the client gave itself."""
+    key_use: KeyUse | None
+    """The request's account; None where there are no keys."""
     length_class: tuple[str, ...]
     """See ``Request.length_class``: served names and our own routes, so there are not many."""
     weight: float
@@ -119,10 +130,13 @@ def make_job(
                 param=format_source,
             )
         sampling = replace(sampling, format=format_)
+    named = NOTHING if budget is settings.default_budget else budget
     if sampling.output_format is not None:
         budget = _with_floor(budget, settings.structured_min_quality)
-    key = settings.weights_of(getattr(request.state, "key_digest", ""))
-    worth = settings.weight_rules.weigh(body.service_tier, body.priority or 0, key)
+    use: KeyUse | None = getattr(request.state, "key_use", None)
+    key = OPEN if use is None else use.policy
+    priority = key.default_priority if body.priority is None else body.priority
+    worth = settings.weight_rules.weigh(body.service_tier, priority, key.weights)
     return Job(
         request_id=body.request_id or request.state.request_id,
         prompts=prompts,
@@ -130,6 +144,8 @@ def make_job(
         sampling=sampling,
         limit_is_default=max_tokens is None,
         budget=budget,
+        named_budget=named,
+        key_use=use,
         length_class=(request.scope["route"].path, model.name),
         weight=worth.weight,
         service_tier=None if body.service_tier is None else worth.tier,

@@ -19,7 +19,9 @@ __all__ = ["install_openapi"]
 _SCHEMA_REF = "#/components/schemas/{model}"
 
 
-def install_openapi(app: FastAPI, routers: Sequence[APIRouter], settings: ApiSettings) -> None:
+def install_openapi(
+    app: FastAPI, routers: Sequence[APIRouter], settings: ApiSettings, *, needs_key: bool
+) -> None:
     """Make ``app.openapi()`` complete: bodies, and the security scheme if there are keys."""
 
     def openapi() -> dict[str, Any]:
@@ -33,7 +35,7 @@ def install_openapi(app: FastAPI, routers: Sequence[APIRouter], settings: ApiSet
             )
             _add_bodies(document, routers)
             _drop_unused_422(document)
-            if settings.api_keys:
+            if needs_key:
                 _require_key(document)
             app.openapi_schema = document
         return app.openapi_schema

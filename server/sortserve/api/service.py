@@ -19,10 +19,11 @@ from sortserve.api.bodies.prompts import encode_all
 from sortserve.api.generation import Generation
 from sortserve.api.interfaces import HttpMetrics, Tokenizer
 from sortserve.api.jobs import Job
+from sortserve.api.key_depth import refuse_deeper, within
 from sortserve.api.problems import renamed
 from sortserve.api.settings import ApiSettings
 from sortserve.api.text_threads import TextThreads, compiler_threads
-from sortserve.core.errors import InvalidRequestError, SortserveError
+from sortserve.core.errors import InvalidRequestError, PermissionDeniedError, SortserveError
 from sortserve.core.grammar import Grammar, length_class_of
 from sortserve.core.prompt_logprobs import PromptLogprobs
 from sortserve.core.request import EXPECTED_TOKENS, Request
@@ -78,6 +79,9 @@ class Service:
         self._check_num_sequences(job)
         estimate = job.n * sum(prompt.num_tokens_estimate for prompt in job.prompts)
         self._check_num_logprobs(job)
+        job = self._within_key(job)
+        if job.key_use is not None:
+            job.key_use.charge(estimate + self._expected_output(job))
         with self.worker.reserve(num_sequences, estimate) as reservation:
             token_ids = await encode_all(
                 job.prompts, self.tokenizer, self.threads, max_tokens=self.worker.max_model_len
@@ -86,7 +90,7 @@ class Service:
             grammar = await self._compile(job)
             streams = await self._submit(job, token_ids, reservation, grammar, asked)
         log_prompts = self.settings.log_prompts
-        return Generation(
+        generation = Generation(
             streams,
             num_prompt_tokens=[len(ids) for ids in token_ids],
             deepest_layer=self.worker.exits.allowed(job.budget)[-1],
@@ -97,6 +101,32 @@ class Service:
             prompt_logprobs=asked,
             drops_answer=job.drops_answer,
         )
+        if job.key_use is not None:
+            job.key_use.watch(partial(_tokens_of, generation))
+        return generation
+
+    def _within_key(self, job: Job) -> Job:
+        """The job at the depth that its API key may have.
+
+        Raises:
+            PermissionDeniedError: it names an exit that is deeper.
+        """
+        use, exits = job.key_use, self.worker.exits
+        most = None if use is None else use.policy.max_exit_layer
+        if use is None or most is None:
+            return job
+        try:
+            refuse_deeper(job.named_budget, most, exits)
+        except PermissionDeniedError as error:
+            use.refuse_exit()
+            raise renamed(error, job.field_names) from None
+        return replace(job, budget=within(job.budget, most, exits))
+
+    def _expected_output(self, job: Job) -> int:
+        """The output tokens that a key is charged with until it is known how many they are."""
+        most = min(job.sampling.max_tokens, self.worker.max_model_len)
+        each = min(most, EXPECTED_TOKENS) if job.limit_is_default else most
+        return job.n * len(job.prompts) * each
 
     async def _compile(self, job: Job) -> Grammar | None:
         """What its answers must match; None: anything."""
@@ -203,6 +233,12 @@ class Service:
             cache_salt=job.cache_salt,
             is_one_of_several=job.n * len(job.prompts) > 1,
         )
+
+
+def _tokens_of(generation: Generation) -> tuple[int, int]:
+    """Prompt and output tokens so far, as the reply's ``usage`` counts them."""
+    usage = generation.usage()
+    return usage["prompt_tokens"], usage["completion_tokens"]
 
 
 def _asked_of(job: Job, prompts: Sequence[Sequence[int]]) -> list[PromptLogprobs]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
-from sortserve.api.http.security import key_digest
+from sortserve.core.api_keys import KeyPolicy, key_digest
 from sortserve.core.budget import Budget
 from sortserve.core.sampling_params import SamplingParams
 from sortserve.core.weights import KeyWeights, WeightRules
@@ -64,13 +63,13 @@ class ApiSettings:
     def __post_init__(self) -> None:
         SamplingParams(**self.sampling_defaults)
 
-    def weights_of(self, digest: str) -> KeyWeights:
-        """What the requests of a key may be worth, by its digest."""
-        return self._weights_by_digest.get(digest, _NO_WEIGHTS)
-
-    @cached_property
-    def _weights_by_digest(self) -> dict[str, KeyWeights]:
-        return {key_digest(key): weights for key, weights in self.key_weights.items()}
+    @property
+    def key_policies(self) -> tuple[KeyPolicy, ...]:
+        """What each of ``api_keys`` may do: keys without a name, and without limits."""
+        return tuple(
+            KeyPolicy(digests=(key_digest(key),), weights=self.key_weights.get(key, _NO_WEIGHTS))
+            for key in self.api_keys
+        )
 
     @property
     def sampling_defaults(self) -> dict[str, Any]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
+from sortserve.core.budget_ranges import MILLISECONDS, RANGES
 from sortserve.core.errors import InvalidRequestError, shortened
-from sortserve.core.ranges import Range
 from sortserve.core.schedule import DepthSchedule, ScheduleInfo, read_schedule, starting_exits
 
 __all__ = [
+    "BUDGET_FIELDS",
+    "BUDGET_KINDS",
     "DEFAULT_MIN_QUALITY",
     "MILLISECONDS",
     "RANGES",
@@ -28,29 +30,15 @@ __all__ = [
 DEFAULT_MIN_QUALITY = 0.5
 """The floor of requests that name none: a token at least half as likely as at full depth."""
 
-MAX_MS = 86_400_000
-"""The longest time that a budget may name: a day. Beyond it, leave the bound out."""
-MILLISECONDS = Range(
-    least=0,
-    most=MAX_MS,
-    without_least=True,
-    allowed=f"a number of milliseconds above 0, to {MAX_MS}",
-)
-_SHARE = Range(least=0, most=1, without_least=True, allowed="a number above 0, to 1")
-_QUALITY = Range(least=0, most=1, allowed="a number from 0 to 1")
-_LAYER = Range(least=1, is_integer=True, allowed="an integer >= 1, an exit of the checkpoint")
-RANGES = {
-    "latency_ms": MILLISECONDS,
-    "ttft_ms": MILLISECONDS,
-    "tpot_ms": MILLISECONDS,
-    "compute": _SHARE,
-    "min_quality": _QUALITY,
-    "exit_layer": _LAYER,
-    "min_exit_layer": _LAYER,
-}
-"""What the numbers of a ``Budget`` may be."""
 _FIXING = ("exit_layer", "schedule")
 _CHOOSING = ("compute", "min_exit_layer", "min_quality")
+BUDGET_KINDS = (
+    *("latency_ms", "ttft_ms", "tpot_ms", "compute"),
+    *(*_FIXING, "min_exit_layer", "min_quality"),
+)
+"""The bounds that a request may give, for the ``kind`` label of the metrics."""
+BUDGET_FIELDS = (*BUDGET_KINDS, "on_miss")
+"""All that a request may give; ``max_exit_layer`` is the server's to set."""
 
 
 class OnMiss(StrEnum):
@@ -160,7 +148,9 @@ class ExitTable:
                 f"model: the exits are {list(self.layers)}.",
                 param="budget.min_exit_layer",
             )
-        floor = self._above_floor(budget)
+        floor, most = self._above_floor(budget), budget.max_exit_layer
+        if most is not None:
+            floor = tuple(e for e in floor if e <= most) or (most,)
         allowed = tuple(e for e in floor if self._is_cheap(e, budget))
         if not allowed:
             raise self._too_cheap(budget, floor)
@@ -247,6 +237,9 @@ class Budget:
     min_exit_layer: int | None = None
     min_quality: float | None = None
     on_miss: OnMiss = OnMiss.DEGRADE
+    max_exit_layer: int | None = None
+    """The deepest exit to choose, which is one of the checkpoint; the server sets it for a key's
+    sake, and no request can. It wins over ``ExitTable.min_quality``."""
 
     def __post_init__(self) -> None:
         for name, range_ in RANGES.items():
@@ -287,11 +280,10 @@ class Budget:
         Raises:
             InvalidRequestError: an unknown field, or a value that is not allowed.
         """
-        known = [f.name for f in fields(cls)]
         for name in values:
-            if name not in known:
+            if name not in BUDGET_FIELDS:
                 raise InvalidRequestError(
-                    f"budget.{name} is not a field: a budget may have {', '.join(known)}.",
+                    f"budget.{name} is not a field: a budget may have {', '.join(BUDGET_FIELDS)}.",
                     param=f"budget.{name}",
                 )
         return cls(**{name: value for name, value in values.items() if value is not None})
@@ -314,9 +306,7 @@ class Budget:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The bounds that were given, for the ``kind`` label of the metrics."""
-        names = ("latency_ms", "ttft_ms", "tpot_ms", "compute", *_FIXING)
-        floors = ("min_exit_layer", "min_quality")
-        return tuple(n for n in (*names, *floors) if getattr(self, n) is not None)
+        return tuple(name for name in BUDGET_KINDS if getattr(self, name) is not None)
 
     def deadlines(self, arrival_s: float) -> Deadlines:
         """The absolute times this budget means for a request that arrived at ``arrival_s``."""

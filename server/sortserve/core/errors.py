@@ -3,10 +3,12 @@
     SortserveError
     ├── InvalidRequestError        400  a field has a value that is not allowed
     ├── AuthenticationError        401  no key, or a wrong one
+    ├── PermissionDeniedError      403  the API key may not have that
     ├── NotFoundError              404  unknown model or route
     ├── PayloadTooLargeError       413  the body is over the limit
     ├── OverloadedError            429  the queue is over a limit; come back later
-    │   └── BudgetUnattainableError     no allowed exit fits the budget now
+    │   ├── BudgetUnattainableError     no allowed exit fits the budget now
+    │   └── RateLimitError              the API key is over a limit of its own
     ├── EngineError                500  our fault
     ├── UnavailableError           503  loading or draining
     ├── RequestTimeoutError        504  over the server's --request-timeout
@@ -34,6 +36,8 @@ __all__ = [
     "NotFoundError",
     "OverloadedError",
     "PayloadTooLargeError",
+    "PermissionDeniedError",
+    "RateLimitError",
     "RequestTimeoutError",
     "SortserveError",
     "UnavailableError",
@@ -107,6 +111,15 @@ class AuthenticationError(SortserveError):
     is_final = True
 
 
+class PermissionDeniedError(SortserveError):
+    """The API key is right, but it may not have what the request names."""
+
+    status = 403
+    error_type = "permission_error"
+    default_code = "exit_not_allowed"
+    is_final = True
+
+
 class NotFoundError(SortserveError):
     """The model or the route does not exist."""
 
@@ -141,6 +154,13 @@ class BudgetUnattainableError(OverloadedError):
 
     default_code = "budget_unattainable"
     is_final = True
+
+
+class RateLimitError(OverloadedError):
+    """The API key is over a limit of its own, which the message names."""
+
+    error_type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
 
 
 class EngineError(SortserveError):

@@ -72,6 +72,6 @@ def curl(settings: ServeSettings, url: str) -> str:
     }
     parts = ["curl", *(["--unix-socket", settings.uds] if settings.uds else []), f"{url}/generate"]
     parts += ["-H 'Content-Type: application/json'"]
-    if settings.api_keys:
+    if settings.is_guarded:
         parts += ['-H "Authorization: Bearer $SORTSERVE_API_KEY"']
     return " ".join([*parts, f"-d '{json.dumps(body)}'"])

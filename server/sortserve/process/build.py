@@ -26,6 +26,7 @@ from sortserve.engine.memory import CacheShape
 from sortserve.engine.tensor_parallel.ranks import Ranks, other_ranks
 from sortserve.engine.worker import EngineWorker
 from sortserve.model.weights import quantization_of
+from sortserve.process.api_keys import check_exits
 from sortserve.process.config import ServeSettings
 from sortserve.process.notices import tell_of_exits
 from sortserve.telemetry.logs import Observers, RequestLogger
@@ -121,6 +122,7 @@ def _build(
     )
     tell_of_exits(parts.engine.exits)
     _check_default_budget(settings, parts.engine.exits)
+    check_exits(settings.key_policies(), parts.engine.exits.layers)
     worker = EngineWorker(
         parts.engine,
         max_num_queued_reqs=settings.max_num_queued_reqs,

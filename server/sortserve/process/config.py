@@ -22,8 +22,10 @@ from pydantic_settings import (
     PydanticBaseSettingsSource,
 )
 
+from sortserve.core.api_keys import KeyPolicy, key_digest
 from sortserve.core.budget import DEFAULT_MIN_QUALITY, Budget
 from sortserve.core.weights import TIER_WEIGHTS, KeyWeights, WeightRules
+from sortserve.process.api_keys import read_named_keys
 from sortserve.process.config_errors import config_error
 from sortserve.process.device_settings import DeviceSettings
 from sortserve.process.keys import read_keys
@@ -135,6 +137,10 @@ class ServeSettings(DeviceSettings):
     """File with one key a line; empty lines and lines that start with # are skipped. After a key
     there may be `default=WEIGHT`, of its requests that name no service tier, and `max=WEIGHT`, the
     most that any of them gets."""
+    api_keys_file: FilePath | None = None
+    """YAML file of named keys, by their hashes, with limits of their own: requests and tokens a
+    minute, concurrency, deepest exit, priority. `sortserve keys new` makes an entry. It is read
+    anew when it changes, and on SIGHUP."""
 
     # Scheduling
     policy: PolicyName = Field(default=DEFAULT_POLICY, description=ABOUT_POLICIES)
@@ -251,6 +257,7 @@ class ServeSettings(DeviceSettings):
                 read_small_file(path, name, errors="replace")  # comments in it may be anything
         if self.api_key_file is not None and not self.api_keys:
             raise ValueError(f"--api-key-file {self.api_key_file} has no key in it")
+        self.key_policies()
         for proxy in self.forwarded_allow_ips:
             if proxy != "*" and not is_network(proxy):
                 raise ValueError(
@@ -268,6 +275,28 @@ class ServeSettings(DeviceSettings):
     def key_weights(self) -> dict[str, KeyWeights]:
         """The keys of the key file, which is read once, and what their requests are worth."""
         return {} if self.api_key_file is None else read_keys(self.api_key_file)
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether a key is needed."""
+        return bool(self.api_keys) or self.api_keys_file is not None
+
+    def key_policies(self) -> tuple[KeyPolicy, ...]:
+        """What each key may do; the file of named keys is read each time.
+
+        Raises:
+            ConfigError: that file is wrong.
+        """
+        plain = [KeyPolicy(digests=(key_digest(k),), weights=w) for k, w in self._plain_keys()]
+        if self.api_keys_file is None:
+            return tuple(plain)
+        others = [digest for policy in plain for digest in policy.digests]
+        named = read_named_keys(self.api_keys_file, base=self.priority_base, others=others)
+        return (*plain, *named)
+
+    def _plain_keys(self) -> list[tuple[str, KeyWeights]]:
+        """Keys without a name, and what their requests are worth."""
+        return [(key, self.key_weights.get(key, KeyWeights())) for key in self.api_keys]
 
     @property
     def weight_rules(self) -> WeightRules:

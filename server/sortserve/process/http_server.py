@@ -65,7 +65,7 @@ def http_server(
 def _with_host_check(settings: ServeSettings, app: ASGIApp, listener: socket.socket) -> ASGIApp:
     """Guard a server that any page in a local browser could otherwise reach, or that is told to."""
     names, on_loopback = settings.allowed_hosts, is_loopback(listener)
-    is_needed = bool(names) or (on_loopback and not settings.api_keys)
+    is_needed = bool(names) or (on_loopback and not settings.is_guarded)
     if "*" in names or not is_needed:
         return app
     return HostCheckMiddleware(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 import ssl
 import sys
@@ -24,8 +25,11 @@ from typing import TYPE_CHECKING, Any
 from starlette.types import Receive, Scope, Send
 
 from sortserve import __version__
+from sortserve.admission.key_ledger import KeyLedger
 from sortserve.api.app import create_app, create_loading_app
 from sortserve.api.settings import ApiSettings
+from sortserve.core.api_keys import KeyPolicy
+from sortserve.process.api_keys import KeyReloader, check_exits
 from sortserve.process.banner import banner, base_url
 from sortserve.process.config import ServeSettings
 from sortserve.process.garbage import calm_garbage_collector
@@ -116,7 +120,8 @@ class ServerProcess:
             root_path=settings.root_path,
             with_playground=settings.playground,
         )
-        self._guard = SignalGuard(self._hear, last_words=self._say_last_words)
+        also = () if settings.api_keys_file is None else (signal.SIGHUP,)
+        self._guard = SignalGuard(self._hear, last_words=self._say_last_words, also=also)
 
     def run(self) -> int:
         """Listen, load, serve, drain; returns the exit code."""
@@ -125,6 +130,7 @@ class ServerProcess:
             self._loop = runner.get_loop()
             self._signalled = asyncio.Event()
             self._signalled_twice = asyncio.Event()
+            self._keys_asked = asyncio.Event()
             return runner.run(self._run(listener, tls))
 
     async def _run(self, listener: socket.socket, tls: ssl.SSLContext | None) -> int:
@@ -149,7 +155,11 @@ class ServerProcess:
             return _report_http(serving_http) if serving_http.done() else 0
         worker = serving.worker
         api = _api_settings(self.settings, serving)
-        self._door.app = create_app(worker, serving.tokenizer, api, serving.metrics, serving.totals)
+        ledger = self._key_ledger(serving)
+        self._door.app = create_app(
+            worker, serving.tokenizer, api, serving.metrics, serving.totals, ledger
+        )
+        reloading = self._start_reloading(serving, ledger)
         calm_garbage_collector()
         self._announce(serving, listener)
         while not (self._signalled.is_set() or serving_http.done() or worker.state == "failed"):
@@ -165,9 +175,30 @@ class ServerProcess:
             exit_code = _report_http(serving_http)
         else:
             exit_code = await self._drain(serving)
+        if reloading is not None:
+            reloading.cancel()
         self.has_ended = await asyncio.to_thread(worker.stop, STEP_END_S)
         await asyncio.to_thread(serving.close)
         return exit_code
+
+    def _key_ledger(self, serving: Serving) -> KeyLedger | None:
+        """The books of the keys; None: everybody may ask."""
+        if not self.settings.is_guarded:
+            return None
+        return KeyLedger(self.settings.key_policies(), observer=serving.metrics.keys)
+
+    def _start_reloading(self, serving: Serving, ledger: KeyLedger | None) -> _Task | None:
+        settings, path = self.settings, self.settings.api_keys_file
+        if path is None or ledger is None:
+            return None
+
+        def read() -> tuple[KeyPolicy, ...]:
+            policies = settings.key_policies()
+            check_exits(policies, serving.checkpoint.exits.layers)
+            return policies
+
+        reloader = KeyReloader(path, read, ledger, serving.metrics.keys)
+        return asyncio.create_task(reloader.run(self._keys_asked))
 
     async def _load(self, serving_http: _Task) -> Serving | None:
         """The loaded model; None if a signal or the end of the HTTP server came first."""
@@ -245,6 +276,9 @@ class ServerProcess:
 
     def _hear(self, sig: int) -> None:
         """Take a signal: the first drains, the second ends, the third does not even ask."""
+        if sig == signal.SIGHUP:
+            self._tell(self._keys_asked)
+            return
         self._signals.append(sig)
         if len(self._signals) == 1:
             self._guard.end_within(self.settings.shutdown_timeout + MAX_END_S, exit_code=1)

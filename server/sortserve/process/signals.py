@@ -16,7 +16,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, Self
 
@@ -35,6 +35,7 @@ class SignalGuard:
     Args:
         on_signal: told each signal's number, on the guard's thread.
         last_words: called with the exit code before the process is ended; must not block.
+        also: signals beside SIGINT and SIGTERM that are heard, and end nothing by themselves.
         end: ends the process at once.
     """
 
@@ -43,10 +44,12 @@ class SignalGuard:
         on_signal: Callable[[int], None],
         *,
         last_words: Callable[[int], None],
+        also: Sequence[int] = (),
         end: Callable[[int], Any] = os._exit,
     ) -> None:
         self._on_signal = on_signal
         self._last_words = last_words
+        self._heard = (*SIGNALS, *also)
         self._end = end
         self._lock = threading.Lock()
         self._deadline: float | None = None
@@ -56,7 +59,7 @@ class SignalGuard:
     def __enter__(self) -> Self:
         self._ears, self._mouth = socket.socketpair()
         self._mouth.setblocking(False)
-        self._handlers = {number: signal.signal(number, _ignore) for number in SIGNALS}
+        self._handlers = {number: signal.signal(number, _ignore) for number in self._heard}
         self._fd = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
         self._thread.start()
         return self
@@ -102,7 +105,7 @@ class SignalGuard:
             for number in received:
                 if number == _STOP:
                     return
-                if number in SIGNALS:
+                if number in self._heard:
                     self._on_signal(number)
 
 

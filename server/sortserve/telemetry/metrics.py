@@ -7,14 +7,13 @@ series is bounded. ``docs/metrics.md`` lists them all, and a test compares.
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 from collections.abc import Callable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
-from sortserve.core.budget import Budget
+from sortserve.core.budget import BUDGET_KINDS, Budget
 from sortserve.core.request import (
     AdmissionStats,
     EngineStats,
@@ -22,6 +21,7 @@ from sortserve.core.request import (
     RequestReport,
     StepRecord,
 )
+from sortserve.telemetry.key_metrics import KeyMetrics
 from sortserve.telemetry.series import (
     BUDGET_OUTCOMES,
     ERROR_RATIO_BOUNDS,
@@ -39,7 +39,6 @@ from sortserve.telemetry.timings import timings
 
 __all__ = ["Metrics"]
 
-BUDGET_KINDS = tuple(field.name for field in dataclasses.fields(Budget) if field.name != "on_miss")
 SERVED = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.DEADLINE)
 """Ends of requests that got an answer: only their times are worth a histogram."""
 
@@ -60,6 +59,7 @@ class Metrics:
         self._exits = tuple(exits)
         self._registry = CollectorRegistry()
         families = Families(self._registry, model_name, exits)
+        self.keys = KeyMetrics(families)
         self._gauge, self._counter = families.gauge, families.counter
         self._histogram = families.histogram
         self._read_stats: Callable[[], EngineStats] = EngineStats

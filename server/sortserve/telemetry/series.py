@@ -74,6 +74,12 @@ class Children(dict[Key, C]):
         child = self[key] = self._family.labels(self._model_name, *map(str, values))
         return child
 
+    def drop(self, key: Key) -> None:
+        """Tell a child no more."""
+        if self.pop(key, None) is not None:
+            values = key if isinstance(key, tuple) else (key,)
+            self._family.remove(self._model_name, *map(str, values))
+
 
 class WithoutCreated(Collector):
     """A registry without the client library's ``_created`` samples, which nobody here reads."""

@@ -8,11 +8,10 @@ does not change the answer (caching, routing, billing, storage), or only tunes a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from sortserve.api.problems import shortened
-from sortserve.core.budget import Budget
+from sortserve.core.budget import BUDGET_FIELDS
 from sortserve.core.errors import InvalidRequestError
 
 __all__ = ["refuse_unsupported"]
@@ -168,7 +167,7 @@ _HARMLESS_VALUES = {name: values for values, names in _GROUPS for name in names}
 _OUR_NAMES = {name: ours for ours, (_, names) in _ALIASES.items() for name in names}
 _CONSTRAINT_PREFIX = "guided_"
 """vLLM's; whatever comes after it, the text shall have a form."""
-_BUDGET_FIELDS = frozenset(f.name for f in fields(Budget))
+_BUDGET_FIELDS = frozenset(BUDGET_FIELDS)
 
 
 def refuse_unsupported(body_fields: Mapping[str, Any]) -> None:

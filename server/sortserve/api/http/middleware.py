@@ -33,8 +33,10 @@ REQUEST_ID_PATTERN = r"[A-Za-z0-9._:/+=@-]{1,128}"
 """What a client's request id may look like: it goes into logs and reply headers."""
 CLIENT_CLOSED_REQUEST = 499
 """The status, as nginx counts it, of a request whose client left before the reply began."""
+RATE_LIMIT_PARTS = ("limit", "remaining", "reset")
 EXPOSED_HEADERS = (
     *("X-Request-Id", "Retry-After", "X-Should-Retry", "Allow", "WWW-Authenticate"),
+    *(f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in RATE_LIMIT_PARTS),
     *REPLY_HEADERS,
 )
 """Reply headers that scripts of other origins may read."""

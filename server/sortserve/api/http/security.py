@@ -1,72 +1,20 @@
-"""Who may ask, and how much: API keys and the body-size limit, as pure ASGI middleware.
+"""How much may be sent, and what is open to everybody, as pure ASGI middleware.
 
 ``BaseHTTPMiddleware`` is avoided everywhere: behind it a disconnect is never seen.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
-
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sortserve.api.problems import error_response
-from sortserve.core.errors import AuthenticationError, PayloadTooLargeError
+from sortserve.core.errors import PayloadTooLargeError
 
-__all__ = ["OPEN_PATHS", "ApiKeyMiddleware", "BodyLimitMiddleware", "key_digest", "route_path"]
+__all__ = ["OPEN_PATHS", "BodyLimitMiddleware", "route_path"]
 
 OPEN_PATHS = frozenset({"/health", "/readyz", "/livez", "/metrics"})
 """What probes and Prometheus ask for without a key."""
-
-
-def key_digest(key: str) -> str:
-    """What stands for a key wherever the key itself is not needed."""
-    return hashlib.sha256(key.encode()).hexdigest()
-
-
-class ApiKeyMiddleware:
-    """Lets requests pass that carry one of the keys as ``Authorization: Bearer KEY``.
-
-    Routes find the key's digest in ``scope["state"]["key_digest"]``.
-
-    Args:
-        app: what to guard.
-        api_keys: the keys.
-        open_paths: answered without one, such as pages that ask for the key themselves.
-    """
-
-    def __init__(
-        self, app: ASGIApp, *, api_keys: Sequence[str], open_paths: AbstractSet[str] = OPEN_PATHS
-    ) -> None:
-        self._app = app
-        self._open_paths = open_paths
-        self._keys = [key.encode() for key in api_keys]
-        self._digests = [key_digest(key) for key in api_keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 401, or pass on."""
-        if scope["type"] != "http" or route_path(scope) in self._open_paths:
-            await self._app(scope, receive, send)
-            return
-        given = Headers(scope=scope).get("authorization", "")
-        scheme, _, key = given.partition(" ")
-        digest = self._digest_of(key.strip()) if scheme.lower() == "bearer" else None
-        if digest is not None:
-            scope.setdefault("state", {})["key_digest"] = digest
-            await self._app(scope, receive, send)
-            return
-        problem = "The API key is wrong." if key else "An API key is needed."
-        error = AuthenticationError(f"{problem} Send it as `Authorization: Bearer KEY`.")
-        await error_response(error)(scope, receive, send)
-
-    def _digest_of(self, key: str) -> str | None:
-        """Compare with every key, each in constant time, so that timing tells nothing."""
-        given = key.encode("latin-1")  # the header's own bytes
-        matches = [hmac.compare_digest(given, known) for known in self._keys]
-        return self._digests[matches.index(True)] if any(matches) else None
 
 
 class BodyLimitMiddleware:
