@@ -200,13 +200,14 @@ def make_service(
     start: bool = True,
     key_policies: Iterable[KeyPolicy] | None = None,
     clock: Callable[[], float] = time.monotonic,
+    tracing: Any = None,
     **settings: Any,
 ) -> HttpService:
     """A service over a scripted engine; the caller stops the worker."""
     runner, tokenizer = GatedRunner(rule=rule), AsciiTokenizer()
     metrics = Metrics(MODEL, EXITS, version=sortserve.__version__)
     ended, totals = Ended(metrics), Totals()
-    observer = Observers([ended, totals])
+    observer = Observers([ended, totals, *([tracing] if tracing else [])])
     engine = make_engine(exits=EXITS, runner=runner, observer=observer, **(engine_options or {}))
     worker = EngineWorker(engine, **(worker_options or {}))
     api = ApiSettings(**{"served_model_name": MODEL, "backend": "scripted", **settings})
@@ -214,7 +215,7 @@ def make_service(
     keys = None
     if key_policies is not None:
         keys = KeyLedger(key_policies, clock=clock, observer=metrics.keys)
-    app = create_app(worker, tokenizer, api, metrics, totals, keys)
+    app = create_app(worker, tokenizer, api, metrics, totals, keys, tracing)
     if start:
         worker.start()
     return HttpService(app, worker, engine, runner, tokenizer, ended, keys)

@@ -19,6 +19,7 @@ from sortserve.admission.key_ledger import KeyLedger
 from sortserve.api.http.keys import ApiKeyMiddleware
 from sortserve.api.http.middleware import outer_layers
 from sortserve.api.http.security import OPEN_PATHS, BodyLimitMiddleware, route_path
+from sortserve.api.http.tracing import HttpTracer, TracingMiddleware
 from sortserve.api.interfaces import HttpMetrics, Tokenizer
 from sortserve.api.openapi import install_openapi
 from sortserve.api.problems import (
@@ -44,6 +45,7 @@ def create_app(
     metrics: HttpMetrics | None = None,
     totals: Totals | None = None,
     keys: KeyLedger | None = None,
+    tracer: HttpTracer | None = None,
 ) -> FastAPI:
     """The application over a worker.
 
@@ -56,6 +58,7 @@ def create_app(
         metrics: told about requests, and rendered at ``/metrics``.
         totals: an observer of the worker's engine, for ``/status``.
         keys: who may ask; None: those of the settings, and everybody if there are none.
+        tracer: makes the spans of requests; None: nothing is traced.
     """
     if keys is None and settings.key_policies:
         keys = KeyLedger(settings.key_policies)
@@ -66,7 +69,7 @@ def create_app(
         redoc_url=None,
         openapi_url="/openapi.json" if settings.enable_docs else None,
         redirect_slashes=False,
-        middleware=_layers(settings, metrics, keys),
+        middleware=_layers(settings, metrics, keys, tracer),
     )
     app.state.service = Service(worker, tokenizer, settings, metrics, totals or Totals())
     routers = (
@@ -113,7 +116,10 @@ async def _answer_while_loading(
 
 
 def _layers(
-    settings: ApiSettings, metrics: HttpMetrics | None, keys: KeyLedger | None
+    settings: ApiSettings,
+    metrics: HttpMetrics | None,
+    keys: KeyLedger | None,
+    tracer: HttpTracer | None,
 ) -> list[Middleware]:
     """From the outside in; CORS comes before the keys, as its preflights carry none."""
     layers = outer_layers(
@@ -126,4 +132,6 @@ def _layers(
             playground.PATHS if settings.playground else frozenset()
         )
         layers.append(Middleware(ApiKeyMiddleware, keys=keys, open_paths=OPEN_PATHS | pages))
+    if tracer is not None:
+        layers.append(Middleware(TracingMiddleware, tracer=tracer))
     return [*layers, Middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes)]

@@ -18,6 +18,7 @@ from sortserve.api.bodies.parameters import (
     read_sampling,
 )
 from sortserve.api.bodies.prompts import Prompt
+from sortserve.api.http.tracing import trace_parent
 from sortserve.api.problems import renamed
 from sortserve.api.settings import ApiSettings
 from sortserve.core.api_keys import KeyPolicy
@@ -25,6 +26,7 @@ from sortserve.core.budget import Budget
 from sortserve.core.errors import InvalidRequestError
 from sortserve.core.grammar import OutputFormat
 from sortserve.core.sampling_params import SamplingParams
+from sortserve.core.tracing import TraceParent
 
 __all__ = ["Job", "make_job", "tier_of"]
 
@@ -61,6 +63,8 @@ class Job:
     """On the engine's clock."""
     field_names: Mapping[str, str]
     """The engine's field names as this request spells them, for errors."""
+    trace: TraceParent | None = None
+    """Of what its spans are a part; None: it is not traced."""
     prompt_logprobs: int | None = None
     """Rivals per token of the prompts; None: nobody asks what the model says of them."""
     drops_answer: bool = False
@@ -150,6 +154,7 @@ def make_job(
         weight=worth.weight,
         service_tier=None if body.service_tier is None else worth.tier,
         cache_salt=_cache_salt(request, body.cache_salt or ""),
+        trace=trace_parent(request.state, prompts, sampling, model.name),
         stream=bool(body.stream),
         arrival_s=request.state.arrival_s,
         field_names=names,

@@ -231,6 +231,7 @@ class Service:
             length_class=length_class_of(job.length_class, grammar),
             grammar=grammar,
             cache_salt=job.cache_salt,
+            trace=job.trace,
             is_one_of_several=job.n * len(job.prompts) > 1,
         )
 

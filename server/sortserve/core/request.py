@@ -8,19 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from sortserve.core.budget import Budget
 from sortserve.core.errors import SortserveError
 from sortserve.core.grammar import Grammar
 from sortserve.core.prompt_logprobs import PromptLogprobs
 from sortserve.core.sampling_params import SampledToken, SamplingParams
+from sortserve.core.tracing import TraceParent
 
 __all__ = [
     "EXPECTED_TOKENS",
     "AdmissionStats",
     "EngineStats",
     "Estimate",
+    "ExitChange",
     "FinishReason",
     "Observer",
     "Request",
@@ -45,6 +47,19 @@ class FinishReason(StrEnum):
     ABORT = "abort"
     """The client went away, or the server shut down."""
     ERROR = "error"
+
+
+class ExitChange(NamedTuple):
+    """A change of depth in flight."""
+
+    from_layer: int
+    to_layer: int
+    reason: str
+    """As in ``StepRecord.exit_changes``."""
+    num_tokens: int
+    """Output tokens before it."""
+    since_s: float
+    """When the last of them came; before the first, when the prompt was last worked on."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,8 @@ class Request:
     prompt_logprobs: PromptLogprobs | None = None
     """Filled before the first token is out; such a request keeps the exit that it starts at, and
     computes its whole prompt. None: nobody asks what the model says of the prompt."""
+    trace: TraceParent | None = None
+    """Of what its spans are a part; None: it is not traced."""
 
     @property
     def num_scored_tokens(self) -> int:
@@ -124,6 +141,10 @@ class RequestReport:
     score: float = 1.0
     """Mean score of its tokens (``ExitTable.scores``); 1 is as good as full depth."""
     weight: float = 1.0
+    """As of the request."""
+    exit_changes: tuple[ExitChange, ...] = ()
+    """In their order."""
+    trace: TraceParent | None = None
     """As of the request."""
 
     @property

@@ -23,7 +23,7 @@ from enum import Enum
 from sortserve.core.budget import Deadlines
 from sortserve.core.grammar import Constraint
 from sortserve.core.prompt_logprobs import PromptLogprobs
-from sortserve.core.request import Estimate, Request
+from sortserve.core.request import Estimate, ExitChange, Request
 from sortserve.core.sampling_params import SamplingRow
 
 __all__ = ["Promise", "Sequence", "Status"]
@@ -115,6 +115,7 @@ class Sequence:
         self.num_preemptions = 0
         self.expected_tokens: int | None = None
         self.tokens_by_exit: dict[int, int] = {}
+        self.exit_changes: list[ExitChange] = []
 
         self.last_scheduled_s = request.arrival_s
         self.first_scheduled_s: float | None = None
@@ -133,6 +134,14 @@ class Sequence:
             f"{self.request_id}: {self._status.value} -> {status.value} is not allowed"
         )
         self._status = status
+
+    def go_shallower(self, exit_layer: int, reason: str) -> None:
+        """Continue at a shallower exit, from the next token on."""
+        since_s = self.last_scheduled_s if self.last_token_s is None else self.last_token_s
+        change = ExitChange(self.exit_layer, exit_layer, reason, self.num_output_tokens, since_s)
+        self.exit_changes.append(change)
+        self.exit_layer = exit_layer
+        self.floor_layer = min(self.floor_layer, exit_layer)
 
     @property
     def num_output_tokens(self) -> int:

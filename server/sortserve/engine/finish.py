@@ -40,6 +40,8 @@ def make_report(
         degraded=_is_degraded(sequence, exits),
         score=_mean(sequence, exits.scores),
         weight=sequence.request.weight,
+        exit_changes=tuple(sequence.exit_changes),
+        trace=sequence.request.trace,
     )
     return _with_outcome(report, promised)
 

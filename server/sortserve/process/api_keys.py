@@ -1,13 +1,10 @@
-"""The file of named API keys (``--api-keys-file``): reading it, and reading it anew."""
+"""The file of named API keys (``--api-keys-file``): what it may hold, and what is said of it."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import yaml
 from pydantic import (
@@ -20,13 +17,11 @@ from pydantic import (
     model_validator,
 )
 
-from sortserve.admission.key_ledger import KeyLedger
 from sortserve.core.api_keys import (
     LIMIT,
     MAX_KEYS,
     NAME_PATTERN,
     UNNAMED_KEY,
-    KeyObserver,
     KeyPolicy,
     weights_for,
 )
@@ -34,15 +29,10 @@ from sortserve.core.errors import ConfigError
 from sortserve.core.weights import PRIORITY
 from sortserve.process.sources import read_small_file
 from sortserve.process.values import Number, shown
-from sortserve.telemetry.logs import fields
 
-__all__ = ["KeyReloader", "check_exits", "parse_keys", "read_named_keys"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["check_exits", "parse_keys", "read_named_keys"]
 
 FLAG = "--api-keys-file"
-POLL_S = 1.0
-"""How often the file is looked at."""
 MAX_DIGESTS = 8
 """Keys of one name."""
 
@@ -208,73 +198,3 @@ def _policy(entry: _Entry, base: float) -> KeyPolicy:
         default_priority=entry.default_priority,
         weights=weights_for(entry.max_priority, base=base),
     )
-
-
-class KeyReloader:
-    """Reads the file anew when it has changed, or when told to; what is wrong changes nothing.
-
-    Args:
-        path: of the file. It may be replaced, or be a link that moves, as in Kubernetes.
-        read: its keys, with those that were given elsewhere; raises ``ConfigError``.
-        ledger: gets the keys.
-        observer: told how it went.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        read: Callable[[], tuple[KeyPolicy, ...]],
-        ledger: KeyLedger,
-        observer: KeyObserver,
-    ) -> None:
-        self._path = path
-        self._read = read
-        self._ledger = ledger
-        self._observer = observer
-        self._seen: tuple[Any, ...] | None = None
-
-    async def run(self, asked: asyncio.Event) -> None:
-        """Look at the file until cancelled: every second, and when ``asked`` is set."""
-        while True:
-            is_asked = asked.is_set()
-            asked.clear()
-            await self.look(is_asked=is_asked)
-            waiting = asyncio.create_task(asked.wait())
-            try:
-                await asyncio.wait([waiting], timeout=POLL_S)
-            finally:
-                waiting.cancel()
-
-    async def look(self, *, is_asked: bool = False) -> None:
-        """Take the file's keys, if it has changed since it was last read, or somebody asks."""
-        seen = await asyncio.to_thread(self._look_at)
-        if seen == self._seen and not is_asked:
-            return
-        self._seen = seen
-        try:
-            policies = await asyncio.to_thread(self._read)
-        except ConfigError as error:
-            self._observer.on_reloaded("failed")
-            logger.error(
-                "API keys not reloaded: the old ones stay", extra=fields(reason=str(error))
-            )
-            return
-        if policies == self._ledger.policies and not is_asked:
-            return
-        self._ledger.replace(policies)
-        self._observer.on_reloaded("ok")
-        logger.info("API keys reloaded", extra=fields(keys=len(policies)))
-
-    def _look_at(self) -> tuple[Any, ...]:
-        """What differs when the file does."""
-        try:
-            status = os.stat(self._path)
-        except OSError as error:
-            return (error.errno,)
-        return (
-            status.st_dev,
-            status.st_ino,
-            status.st_size,
-            status.st_mtime_ns,
-            status.st_ctime_ns,
-        )

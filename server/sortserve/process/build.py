@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sortserve import __version__
 from sortserve.api.bodies.limits import max_encoded_tokens
 from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
 from sortserve.core.budget import ExitTable
 from sortserve.core.errors import ConfigError, InvalidRequestError
+from sortserve.core.request import Observer
 from sortserve.cost.model import StepShape
 from sortserve.engine.assemble import (
     EngineOptions,
@@ -29,6 +30,7 @@ from sortserve.model.weights import quantization_of
 from sortserve.process.api_keys import check_exits
 from sortserve.process.config import ServeSettings
 from sortserve.process.notices import tell_of_exits
+from sortserve.process.traces import make_tracing
 from sortserve.telemetry.logs import Observers, RequestLogger
 from sortserve.telemetry.logs import fields as log_fields
 from sortserve.telemetry.metrics import Metrics
@@ -36,6 +38,9 @@ from sortserve.telemetry.status_line import phase, phase_over
 from sortserve.telemetry.totals import Totals
 from sortserve.telemetry.vllm_names import MetricsWithVllmNames
 from sortserve.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from sortserve.telemetry.traces import Tracing
 
 __all__ = ["Serving", "build"]
 
@@ -58,6 +63,8 @@ class Serving:
     """Time many steps, for a simulation; likewise."""
     metrics: Metrics
     totals: Totals
+    tracing: Tracing | None
+    """Makes the spans of requests, and is closed with the rest; None: nothing is traced."""
     cache: CacheShape
     close: Callable[[], None]
     """End what is not of this process, after the worker's end."""
@@ -87,6 +94,7 @@ def _build(
     loading: Mapping[str, Any],
     ranks: Ranks | None,
 ) -> Serving:
+    tracing = make_tracing(settings.otlp_traces_endpoint, clock=time.monotonic)
     started_s = time.monotonic()
     start_phase = f"loading {settings.model}"
     logger.info("%s", start_phase, extra=phase(start_phase))
@@ -102,11 +110,14 @@ def _build(
     kind = MetricsWithVllmNames if settings.vllm_metric_names else Metrics
     metrics = kind(model_name, checkpoint.exits.layers, version=__version__)
     totals = Totals()
+    observers: list[Observer] = [metrics, totals, RequestLogger()]
+    if tracing is not None:
+        observers.append(tracing)
     parts = assemble(
         checkpoint,
         options,
         tokenizer=tokenizer,
-        observer=Observers([metrics, totals, RequestLogger()]),
+        observer=Observers(observers),
         release_weights=True,
         ranks=ranks,
     )
@@ -137,6 +148,11 @@ def _build(
         if settings.calibrate:
             parts.calibrate(adapt_threads=settings.num_threads is None)
 
+    def close() -> None:
+        parts.close()
+        if tracing is not None:
+            tracing.close()
+
     cache, decoder = parts.cache, parts.decoder
     computed_in = {
         "dtype": str(decoder.dtype).removeprefix("torch."),
@@ -166,8 +182,9 @@ def _build(
         survey=parts.calibrator.survey,
         metrics=metrics,
         totals=totals,
+        tracing=tracing,
         cache=cache,
-        close=parts.close,
+        close=close,
         computed_in=computed_in,
     )
 

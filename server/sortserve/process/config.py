@@ -224,6 +224,9 @@ class ServeSettings(DeviceSettings):
     """Write prompts and answers into the log. They may be private."""
     access_log: bool = False
     """One line per HTTP request, probes excepted."""
+    otlp_traces_endpoint: Annotated[Text, Field(min_length=1)] | None = None
+    """Address of an OpenTelemetry collector that gets the spans of requests. Needs the extra
+    `otel`. Default: nothing is traced."""
 
     # File
     config: FilePath | None = None

@@ -25,15 +25,13 @@ from typing import TYPE_CHECKING, Any
 from starlette.types import Receive, Scope, Send
 
 from sortserve import __version__
-from sortserve.admission.key_ledger import KeyLedger
 from sortserve.api.app import create_app, create_loading_app
 from sortserve.api.settings import ApiSettings
-from sortserve.core.api_keys import KeyPolicy
-from sortserve.process.api_keys import KeyReloader, check_exits
 from sortserve.process.banner import banner, base_url
 from sortserve.process.config import ServeSettings
 from sortserve.process.garbage import calm_garbage_collector
 from sortserve.process.http_server import http_server
+from sortserve.process.key_reload import key_ledger, start_reloading
 from sortserve.process.listening import listening, tls_context
 from sortserve.process.signals import SignalGuard
 from sortserve.telemetry.log_writer import LogWriter
@@ -155,11 +153,19 @@ class ServerProcess:
             return _report_http(serving_http) if serving_http.done() else 0
         worker = serving.worker
         api = _api_settings(self.settings, serving)
-        ledger = self._key_ledger(serving)
+        keys = serving.metrics.keys
+        ledger = key_ledger(self.settings, keys)
         self._door.app = create_app(
-            worker, serving.tokenizer, api, serving.metrics, serving.totals, ledger
+            worker,
+            serving.tokenizer,
+            api,
+            serving.metrics,
+            serving.totals,
+            ledger,
+            serving.tracing,
         )
-        reloading = self._start_reloading(serving, ledger)
+        exits = serving.checkpoint.exits.layers
+        reloading = start_reloading(self.settings, ledger, keys, exits, self._keys_asked)
         calm_garbage_collector()
         self._announce(serving, listener)
         while not (self._signalled.is_set() or serving_http.done() or worker.state == "failed"):
@@ -180,25 +186,6 @@ class ServerProcess:
         self.has_ended = await asyncio.to_thread(worker.stop, STEP_END_S)
         await asyncio.to_thread(serving.close)
         return exit_code
-
-    def _key_ledger(self, serving: Serving) -> KeyLedger | None:
-        """The books of the keys; None: everybody may ask."""
-        if not self.settings.is_guarded:
-            return None
-        return KeyLedger(self.settings.key_policies(), observer=serving.metrics.keys)
-
-    def _start_reloading(self, serving: Serving, ledger: KeyLedger | None) -> _Task | None:
-        settings, path = self.settings, self.settings.api_keys_file
-        if path is None or ledger is None:
-            return None
-
-        def read() -> tuple[KeyPolicy, ...]:
-            policies = settings.key_policies()
-            check_exits(policies, serving.checkpoint.exits.layers)
-            return policies
-
-        reloader = KeyReloader(path, read, ledger, serving.metrics.keys)
-        return asyncio.create_task(reloader.run(self._keys_asked))
 
     async def _load(self, serving_http: _Task) -> Serving | None:
         """The loaded model; None if a signal or the end of the HTTP server came first."""

@@ -131,8 +131,7 @@ class Scheduler:
         self._news.exit_changes.append((sequence.exit_layer, exit_layer, reason))
         if sequence.status is Status.RUNNING:
             self.kv_cache.go_shallower(sequence, exit_layer)
-        sequence.exit_layer = exit_layer
-        sequence.floor_layer = min(sequence.floor_layer, exit_layer)
+        sequence.go_shallower(exit_layer, reason)
 
     # ---- one step ----
 

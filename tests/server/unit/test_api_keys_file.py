@@ -15,8 +15,9 @@ from sortserve.cli import main
 from sortserve.core.api_keys import KeyObserver, KeyPolicy, key_digest
 from sortserve.core.errors import ConfigError
 from sortserve.core.weights import KeyWeights
-from sortserve.process.api_keys import KeyReloader, check_exits, parse_keys, read_named_keys
+from sortserve.process.api_keys import check_exits, parse_keys, read_named_keys
 from sortserve.process.config import load_settings
+from sortserve.process.key_reload import KeyReloader
 
 HASH = key_digest("k")
 WHOLE = f"""

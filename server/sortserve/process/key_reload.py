@@ -1,0 +1,129 @@
+"""The books of the keys in a server, and reading their file anew while it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sortserve.admission.key_ledger import KeyLedger
+from sortserve.core.api_keys import KeyObserver, KeyPolicy
+from sortserve.core.errors import ConfigError
+from sortserve.process.api_keys import check_exits
+from sortserve.process.config import ServeSettings
+from sortserve.telemetry.logs import fields
+
+__all__ = ["KeyReloader", "key_ledger", "start_reloading"]
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 1.0
+"""How often the file is looked at."""
+
+
+def key_ledger(settings: ServeSettings, observer: KeyObserver) -> KeyLedger | None:
+    """The books of all keys; None: everybody may ask."""
+    if not settings.is_guarded:
+        return None
+    return KeyLedger(settings.key_policies(), observer=observer)
+
+
+def start_reloading(
+    settings: ServeSettings,
+    ledger: KeyLedger | None,
+    observer: KeyObserver,
+    exits: Sequence[int],
+    asked: asyncio.Event,
+) -> asyncio.Task[None] | None:
+    """Watch the file of named keys until the task is cancelled; None if there is no such file.
+
+    Args:
+        settings: name the file.
+        ledger: gets the keys.
+        observer: told how it went.
+        exits: of the checkpoint: what a deepest exit may be.
+        asked: set to have the file read now.
+    """
+    path = settings.api_keys_file
+    if path is None or ledger is None:
+        return None
+
+    def read() -> tuple[KeyPolicy, ...]:
+        policies = settings.key_policies()
+        check_exits(policies, exits)
+        return policies
+
+    return asyncio.create_task(KeyReloader(path, read, ledger, observer).run(asked))
+
+
+class KeyReloader:
+    """Reads the file anew when it has changed, or when told to; what is wrong changes nothing.
+
+    Args:
+        path: of the file. It may be replaced, or be a link that moves, as in Kubernetes.
+        read: its keys, with those that were given elsewhere; raises ``ConfigError``.
+        ledger: gets the keys.
+        observer: told how it went.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        read: Callable[[], tuple[KeyPolicy, ...]],
+        ledger: KeyLedger,
+        observer: KeyObserver,
+    ) -> None:
+        self._path = path
+        self._read = read
+        self._ledger = ledger
+        self._observer = observer
+        self._seen: tuple[Any, ...] | None = None
+
+    async def run(self, asked: asyncio.Event) -> None:
+        """Look at the file until cancelled: every second, and when ``asked`` is set."""
+        while True:
+            is_asked = asked.is_set()
+            asked.clear()
+            await self.look(is_asked=is_asked)
+            waiting = asyncio.create_task(asked.wait())
+            try:
+                await asyncio.wait([waiting], timeout=POLL_S)
+            finally:
+                waiting.cancel()
+
+    async def look(self, *, is_asked: bool = False) -> None:
+        """Take the file's keys, if it has changed since it was last read, or somebody asks."""
+        seen = await asyncio.to_thread(self._look_at)
+        if seen == self._seen and not is_asked:
+            return
+        self._seen = seen
+        try:
+            policies = await asyncio.to_thread(self._read)
+        except ConfigError as error:
+            self._observer.on_reloaded("failed")
+            logger.error(
+                "API keys not reloaded: the old ones stay", extra=fields(reason=str(error))
+            )
+            return
+        if policies == self._ledger.policies and not is_asked:
+            return
+        self._ledger.replace(policies)
+        self._observer.on_reloaded("ok")
+        logger.info("API keys reloaded", extra=fields(keys=len(policies)))
+
+    def _look_at(self) -> tuple[Any, ...]:
+        """What differs when the file does."""
+        try:
+            status = os.stat(self._path)
+        except OSError as error:
+            return (error.errno,)
+        return (
+            status.st_dev,
+            status.st_ino,
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+        )
