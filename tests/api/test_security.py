@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 import pytest
@@ -339,3 +340,27 @@ def test_no_middleware_hides_a_disconnect(shared: HttpService) -> None:
 
     assert classes
     assert not any(issubclass(cls, BaseHTTPMiddleware) for cls in classes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/playground/../app.py",
+        "/playground/..%2f..%2fapp.py",
+        "/playground/%2e%2e/%2e%2e/app.py",
+        "/playground//etc/passwd",
+        "/playground/..\\..\\app.py",
+        "/docs/../../settings.py",
+        "/docs/%2fetc%2fpasswd",
+        "/playground/app.js%00.py",
+    ],
+)
+async def test_no_path_leads_out_of_the_pages(shared: HttpService, path: str) -> None:
+    for decoded in (path, unquote(path)):  # servers hand paths over decoded
+        connection = Connection(shared.app, decoded, b"", method="GET", headers=())
+
+        await connection.open()
+
+        assert connection.status == 404
+        assert b"root:" not in connection.content
+        assert b"from __future__" not in connection.content

@@ -200,6 +200,8 @@ class ServeSettings(DeviceSettings):
     """Seconds from the end of a request's headers to the end of its body; slower ones get 408."""
     write_timeout: PositiveSeconds = 60.0
     """Seconds that a client may leave its answer unread before its connection is cut."""
+    client_timeout: PositiveSeconds | None = None
+    """Most seconds that any of --header-timeout, --body-timeout and --write-timeout allows."""
     request_timeout: Seconds | None = None
     """Seconds after which any request is cut off and answered 504. Default: never."""
     shutdown_timeout: Seconds = 30.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import ssl
 from collections.abc import Iterator
@@ -83,12 +84,13 @@ def _limits(settings: ServeSettings) -> ConnectionLimits:
             "fewer connections than --max-connections: the system allows too few open files",
             extra=fields(max_connections=max_connections),
         )
+    most_s = settings.client_timeout or math.inf
     return ConnectionLimits(
         max_connections=max_connections,
         max_num_headers=settings.max_num_headers,
         max_header_bytes=int(settings.max_header_size),
         keep_alive_s=settings.keep_alive,
-        header_timeout_s=settings.header_timeout,
-        body_timeout_s=settings.body_timeout,
-        write_timeout_s=settings.write_timeout,
+        header_timeout_s=min(settings.header_timeout, most_s),
+        body_timeout_s=min(settings.body_timeout, most_s),
+        write_timeout_s=min(settings.write_timeout, most_s),
     )

@@ -1,4 +1,4 @@
-"""What a person should know of the exits that a server opens, said once at its start."""
+"""What a person should know of a server, said once at its start."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 from sortserve.core.budget import ExitTable
 from sortserve.telemetry.logs import fields
 
-__all__ = ["tell_of_exits"]
+__all__ = ["tell_of_exits", "warn_of_open_door"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,4 +37,18 @@ def tell_of_exits(exits: ExitTable) -> None:
             "exits that the evaluation found not usable: their text repeats itself or is far less "
             "likely than that of the full depth",
             extra=fields(exits=unusable),
+        )
+
+
+def warn_of_open_door(*, is_guarded: bool, is_local: bool) -> None:
+    """Warn if whoever reaches the machine may ask the server.
+
+    Args:
+        is_guarded: whether a key is needed.
+        is_local: whether only this machine reaches it: by a loopback address or a Unix socket.
+    """
+    if not (is_guarded or is_local):
+        logger.warning(
+            "no API key is needed, and other machines may reach this server: give it keys "
+            "(--api-keys-file, --api-key-file), or let a proxy guard it"
         )

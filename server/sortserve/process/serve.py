@@ -32,7 +32,8 @@ from sortserve.process.config import ServeSettings
 from sortserve.process.garbage import calm_garbage_collector
 from sortserve.process.http_server import http_server
 from sortserve.process.key_reload import key_ledger, start_reloading
-from sortserve.process.listening import listening, tls_context
+from sortserve.process.listening import is_loopback, listening, tls_context
+from sortserve.process.notices import warn_of_open_door
 from sortserve.process.signals import SignalGuard
 from sortserve.telemetry.log_writer import LogWriter
 from sortserve.telemetry.logs import fields, logging_to
@@ -238,6 +239,8 @@ class ServerProcess:
     def _announce(self, serving: Serving, listener: socket.socket) -> None:
         """Say where the server listens, what it serves, and one command to try."""
         settings = self.settings
+        is_local = settings.uds is not None or is_loopback(listener)
+        warn_of_open_door(is_guarded=settings.is_guarded, is_local=is_local)
         port = None if settings.uds is not None else listener.getsockname()[1]
         cache, exits = serving.cache, serving.checkpoint.exits
         logger.info(

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from sortserve.core.budget import ExitInfo, ExitTable
-from sortserve.process.notices import tell_of_exits
+from sortserve.process.notices import tell_of_exits, warn_of_open_door
 from support.scripted import make_exits
 
 
@@ -58,3 +58,14 @@ def test_exits_that_are_not_usable_are_a_warning(caplog: pytest.LogCaptureFixtur
     assert "not usable" in line
     assert values == {"exits": [2]}
     assert caplog.records[0].levelno == logging.WARNING
+
+
+@pytest.mark.parametrize("is_guarded", [False, True])
+@pytest.mark.parametrize("is_local", [False, True])
+def test_a_door_that_is_open_to_the_network_is_a_warning(
+    is_guarded: bool, is_local: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_open_door(is_guarded=is_guarded, is_local=is_local)
+
+    warned = [record.levelname for record in caplog.records]
+    assert warned == ["WARNING"] * (not is_guarded and not is_local)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import socket
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -194,3 +195,24 @@ async def test_a_server_under_a_name_answers_to_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
 
     assert (await ask(front({"host": "box.lan"}), host="box.lan")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("flags", "times"),
+    [
+        ({}, (10.0, 60.0, 60.0)),
+        ({"client_timeout": "20"}, (10.0, 20.0, 20.0)),
+        ({"client_timeout": "20", "write_timeout": "5"}, (10.0, 20.0, 5.0)),
+        ({"client_timeout": "2"}, (2.0, 2.0, 2.0)),
+    ],
+)
+def test_one_time_bounds_all_that_a_client_may_take(
+    flags: dict[str, str], times: tuple[float, float, float]
+) -> None:
+    settings = load_settings({"port": "0", **flags})
+    with listening(settings) as listener:
+        config = http_server(settings, FrontDoor(), listener, None).config
+    assert isinstance(config.http, partial)
+    limits = config.http.keywords["limits"]
+
+    assert (limits.header_timeout_s, limits.body_timeout_s, limits.write_timeout_s) == times
