@@ -8,9 +8,10 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sortserve.commands.asking import (
     add_budget_flags,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["bench_command", "bench_parser"]
 
 DEFAULT_CLIENTS = 4
+R = TypeVar("R")
 
 
 def bench_parser() -> Parser:
@@ -39,8 +41,9 @@ def bench_parser() -> Parser:
     parser = Parser(
         prog="sortserve bench",
         description="Send requests of random tokens to a running server, and print what its "
-        "clients saw: TTFT, TPOT, the gaps between tokens (ITL), the whole answer (E2E), and, if "
-        "the budget has a time, how many met it. Latencies count from when a request was due.",
+        "clients saw: TTFT, TPOT, NTPOT, the gaps between tokens (ITL), the whole answer (E2E), "
+        "and, if the budget has a time, how many met it. Latencies count from when a request was "
+        "due.",
     )
     load = parser.add_argument_group("load")
     load.add_argument(
@@ -56,6 +59,14 @@ def bench_parser() -> Parser:
         metavar="R",
         help="instead: R requests a second at random times, however many are unanswered",
     )
+    load.add_argument(
+        "--curve",
+        type=_counts,
+        metavar="N,N,...",
+        help="instead: so many clients one after the other, at each exit (or at --exit); prints "
+        "the tokens a second of all over those of one user",
+    )
+    load.add_argument("--plot", type=Path, metavar="FILE", help="draw --curve as an SVG")
     load.add_argument("--num-requests", type=integer, default=32, metavar="N", help="default: 32")
     load.add_argument(
         "--warmup", type=integer, default=2, metavar="N", help="not counted, before; default: 2"
@@ -91,6 +102,8 @@ def bench_command(arguments: Sequence[str]) -> int:
     _check(options)
     with client_errors(options.url):
         budget = budget_of(options)
+        if options.curve is not None:
+            return _curve(options)
         records, wall_s, cpu_s = asyncio.run(_run(options))
     bounds = Bounds(latency_ms=budget.latency_ms, ttft_ms=budget.ttft_ms, tpot_ms=budget.tpot_ms)
     values = figures(records, wall_s=wall_s, cpu_s=cpu_s, bounds=bounds)
@@ -104,8 +117,11 @@ def _check(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: a flag is not allowed.
     """
-    if options.clients is not None and options.rate is not None:
-        raise ConfigError("--clients and --rate exclude each other.")
+    given = [n for n in ("clients", "rate", "curve") if getattr(options, n) is not None]
+    if len(given) > 1:
+        raise ConfigError(f"--{given[0]} and --{given[1]} exclude each other.")
+    if options.plot is not None and options.curve is None:
+        raise ConfigError("--plot draws a curve: give --curve, too.")
     for flag in ("clients", "rate", "num_requests", "prompt_tokens", "max_tokens"):
         value = getattr(options, flag)
         if value is not None and value <= 0:
@@ -115,8 +131,66 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--warmup {options.warmup} is not allowed: it must be 0 or more.")
 
 
+def _counts(text: str) -> list[int]:
+    """An argument's type: numbers of clients, separated by commas."""
+    counts = [integer(part.strip()) for part in text.split(",")]
+    if any(count < 1 for count in counts):
+        raise argparse.ArgumentTypeError(f"{text[:60]!r}: each number must be above 0")
+    return counts
+
+
+def _curve(options: argparse.Namespace) -> int:
+    """Measure the interactivity curve and print it; returns the exit code."""
+    from sortserve.commands.bench_curve import curve_svg, curve_text
+
+    points = asyncio.run(_with_server(options, _points))
+    print(json.dumps({"points": points}) if options.json else curve_text(points))
+    if options.plot is not None:
+        options.plot.write_bytes(curve_svg(points))
+    return FAILED if all(p["num_failed"] == p["num_requests"] for p in points) else 0
+
+
+async def _points(
+    client: AsyncClient, load: Load, source: Any, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    from sortserve.commands.bench_curve import run_curve
+
+    exits = [info.exit_layer for info in await client.exits()]
+    if load.budget.exit_layer is not None:
+        exits = [load.budget.exit_layer]
+
+    def measure(records: Sequence[Seen], wall_s: float) -> Any:
+        return figures(records, wall_s=wall_s, cpu_s=0.0, bounds=Bounds())
+
+    return await run_curve(
+        client,
+        load,
+        source,
+        exits=exits,
+        clients=options.curve,
+        measure=measure,
+        clock=time.perf_counter,
+        on_point=_progress(len(exits) * len(set(options.curve))),
+    )
+
+
 async def _run(options: argparse.Namespace) -> tuple[list[Seen], float, float]:
     """Warm up and measure; returns what was seen, wall time and own processor time (seconds)."""
+    return await _with_server(options, _records)
+
+
+async def _records(
+    client: AsyncClient, load: Load, source: Any, options: argparse.Namespace
+) -> tuple[list[Seen], float, float]:
+    from sortserve.commands.bench_load import run_load
+
+    started_s, cpu_s = time.perf_counter(), time.process_time()
+    records = await run_load(client, load, source, _progress(options.num_requests))
+    return records, time.perf_counter() - started_s, time.process_time() - cpu_s
+
+
+async def _with_server(options: argparse.Namespace, measure: Callable[..., Awaitable[R]]) -> R:
+    """Warm up, and give ``measure`` a client, the load, prompts and the options."""
     import httpx
 
     from sortserve.commands.bench_load import WORDS, Load, prompts, run_load
@@ -148,9 +222,7 @@ async def _run(options: argparse.Namespace) -> tuple[list[Seen], float, float]:
         source = prompts(tokens, options.prompt_tokens, random.Random(options.seed))
         if options.warmup:
             await _warm_up(client, replace(load, num_requests=options.warmup), source, run_load)
-        started_s, cpu_s = time.perf_counter(), time.process_time()
-        records = await run_load(client, load, source, _progress(options.num_requests))
-        return records, time.perf_counter() - started_s, time.process_time() - cpu_s
+        return await measure(client, load, source, options)
 
 
 async def _warm_up(client: AsyncClient, load: Load, source: Any, run: Callable[..., Any]) -> None:

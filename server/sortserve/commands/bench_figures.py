@@ -12,7 +12,7 @@ from typing import Any
 __all__ = ["Bounds", "Seen", "figures", "figures_text", "percentiles"]
 
 POINTS = (50, 90, 99)
-TIMES = ("ttft", "tpot", "itl", "e2e")
+TIMES = ("ttft", "tpot", "ntpot", "itl", "e2e")
 MAX_ERRORS = 3
 """Kinds of failures that are told; the rest is counted."""
 
@@ -41,9 +41,14 @@ class Seen:
 
     @property
     def tpot_s(self) -> float | None:
-        """Mean time per token after the first; None for one token."""
+        """Mean time per token after the first, (E2E - TTFT) / (n - 1); None for one token."""
         count = len(self.token_times_s) - 1
         return (self.token_times_s[-1] - self.token_times_s[0]) / count if count else None
+
+    @property
+    def ntpot_s(self) -> float:
+        """Normalised time per output token: the whole answer over all of its tokens."""
+        return self.e2e_s / len(self.token_times_s)
 
     @property
     def e2e_s(self) -> float:
@@ -96,6 +101,7 @@ def figures(records: Sequence[Seen], *, wall_s: float, cpu_s: float, bounds: Bou
     samples = {
         "ttft": [seen.ttft_s for seen in done],
         "tpot": [seen.tpot_s for seen in done if seen.tpot_s is not None],
+        "ntpot": [seen.ntpot_s for seen in done],
         "itl": [itl for seen in done for itl in seen.itls_s],
         "e2e": [seen.e2e_s for seen in done],
     }
@@ -113,6 +119,8 @@ def figures(records: Sequence[Seen], *, wall_s: float, cpu_s: float, bounds: Bou
         "num_cut": sum(seen.is_cut for seen in done),
         "goodput_per_s": met / wall_s if bounds.exist else None,
         "met": met if bounds.exist else None,
+        "met_of_arrivals": met / len(records) if bounds.exist and records else None,
+        "met_of_answers": met / len(done) if bounds.exist and done else None,
         "met_says_server": sum(seen.met is True for seen in done) if bounds.exist else None,
         "generator_cpu_share": cpu_s / wall_s,
         **{f"{name}_ms": percentiles([1e3 * s for s in samples[name]]) for name in TIMES},
@@ -141,6 +149,11 @@ def figures_text(values: Mapping[str, Any]) -> str:
         lines.append(
             f"  goodput     {values['goodput_per_s']:.2f} requests/s met the budget "
             f"({values['met']} of {total}; the server says {values['met_says_server']})"
+        )
+        of_answers = values["met_of_answers"]
+        lines.append(
+            f"  share       {values['met_of_arrivals']:.1%} of all requests, "
+            f"{'-' if of_answers is None else format(of_answers, '.1%')} of those answered"
         )
     if values["num_cut"]:
         lines.append(f"  cut         {values['num_cut']} answers ended at their deadline")

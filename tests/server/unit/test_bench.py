@@ -6,11 +6,13 @@ import itertools
 import json
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sortserve.cli import main
+from sortserve.commands.bench_curve import curve_text, point_of
 from sortserve.commands.bench_figures import Bounds, Seen, figures, figures_text, percentiles
 from sortserve.commands.bench_load import arrivals, prompts
 from support.http_service import listening, make_service
@@ -28,6 +30,22 @@ def test_the_times_of_one_answer() -> None:
     one = seen(1.5, 1.75, 2.5, due_s=1.0)
 
     assert (one.ttft_s, one.tpot_s, one.e2e_s, one.itls_s) == (0.5, 0.5, 1.5, [0.25, 0.75])
+
+
+def test_the_times_of_a_token_in_the_two_ways_that_load_tools_count_them() -> None:
+    """TPOT is (E2E - TTFT) / (n - 1), NTPOT is E2E / n."""
+    one = seen(1.5, 1.75, 2.5, due_s=1.0)
+
+    assert one.tpot_s == (one.e2e_s - one.ttft_s) / 2
+    assert one.ntpot_s == one.e2e_s / 3
+    assert summed(one)["ntpot_ms"]["p50"] == pytest.approx(500.0)
+
+
+def test_a_load_that_was_refused_whole_met_nothing() -> None:
+    values = summed(seen(error="E: no"), bounds=Bounds(latency_ms=600))
+
+    assert (values["met_of_arrivals"], values["met_of_answers"]) == (0.0, None)
+    assert "0.0% of all requests, - of those answered" in figures_text(values)
 
 
 def test_a_single_token_has_no_time_per_further_token() -> None:
@@ -75,6 +93,8 @@ def test_goodput_is_what_met_every_bound_on_the_clients_clock(bounds: Bounds, me
     values = summed(quick, slow, failed, bounds=bounds)
 
     assert (values["met"], values["goodput_per_s"]) == (met, met / 2.0)
+    assert values["met_of_arrivals"] == pytest.approx(met / 3)
+    assert values["met_of_answers"] == pytest.approx(met / 2)
     assert values["met_says_server"] == 1
 
 
@@ -184,9 +204,45 @@ def test_requests_that_the_server_refuses_are_failures_and_a_load_of_them_is_exi
     assert "3 x BadRequestError: budget.exit_layer=5" in shown
 
 
+def test_a_curve_has_a_line_for_each_exit_and_a_point_for_each_crowd(
+    url: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    flags = ["--curve=2,1", "--num-requests=3", "--warmup=0", "--prompt-tokens=4"]
+    flags += ["--max-tokens=4", "--json", f"--plot={tmp_path / 'curve.svg'}"]
+
+    assert main(["bench", "--url", url, *flags]) == 0
+
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert [(p["exit_layer"], p["num_clients"]) for p in points] == [
+        *((2, 1), (2, 2)),
+        *((4, 1), (4, 2)),
+        *((6, 1), (6, 2)),
+    ]
+    assert [p["num_requests"] for p in points] == [3, 4] * 3
+    assert all(p["num_failed"] == 0 for p in points)
+    assert all(p["tokens_per_s"] > 0 for p in points)
+    drawn = (tmp_path / "curve.svg").read_text()
+    assert [name for name in ("exit 2", "exit 4", "exit 6") if name not in drawn] == []
+
+
+def test_a_point_of_a_curve_is_what_one_sees_and_what_all_get() -> None:
+    values = summed(seen(0.5, 0.75, 1.0), seen(0.5, 0.75, 1.0))
+
+    point = point_of(24, 2, values)
+
+    assert (point["user_tokens_per_s"], point["tokens_per_s"]) == (4.0, 3.0)
+    lines = curve_text([point, point_of(30, 1, summed(seen(error="no")))]).splitlines()
+    assert lines[1].split() == ["24", "2", "4.0", "3.0", "500", "0"]
+    assert lines[2].split() == ["30", "1", "-", "0.0", "-", "1"]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        (["--curve=1,2", "--rate=1"], "--rate and --curve exclude each other"),
+        (["--curve=1,0"], "each number must be above 0"),
+        (["--curve=1,x"], "'x' is not an integer"),
+        (["--plot=x.svg"], "--plot draws a curve"),
         (["--clients=2", "--rate=1"], "--clients and --rate exclude each other"),
         (["--clients=0"], "--clients 0 is not allowed: it must be above 0"),
         (["--rate=-1"], "--rate -1 is not allowed"),
