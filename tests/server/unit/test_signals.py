@@ -6,6 +6,7 @@ import os
 import queue
 import signal
 import threading
+from collections.abc import Sequence
 
 from sortserve.process.signals import SignalGuard
 
@@ -15,12 +16,13 @@ WAIT_S = 30
 class Told:
     """A guard whose process does not end, and what it said."""
 
-    def __init__(self) -> None:
+    def __init__(self, also: Sequence[int] = ()) -> None:
         self.heard: queue.Queue[int] = queue.Queue()
         self.ended: queue.Queue[tuple[str, int]] = queue.Queue()
         self.guard = SignalGuard(
             self.heard.put,
             last_words=lambda code: self.ended.put(("said", code)),
+            also=also,
             end=lambda code: self.ended.put(("ended", code)),
         )
 
@@ -35,6 +37,18 @@ def test_signals_are_heard_while_the_main_thread_waits() -> None:
             heard.append(told.heard.get(timeout=WAIT_S))
 
     assert heard == [signal.SIGTERM, signal.SIGINT, signal.SIGTERM]
+
+
+def test_further_signals_are_heard_where_somebody_wants_them_and_end_nothing() -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    told = Told(also=(signal.SIGHUP,))
+
+    with told.guard:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert told.heard.get(timeout=WAIT_S) == signal.SIGHUP
+        assert told.ended.empty()
+
+    assert signal.getsignal(signal.SIGHUP) == before
 
 
 def test_the_former_handlers_are_back_afterwards() -> None:
