@@ -445,9 +445,9 @@ async def test_the_document_says_which_numbers_the_engine_takes(
 @pytest.mark.parametrize(
     ("method", "path", "statuses"),
     [
-        ("post", "/generate", {200, 400, 401, 404, 413, 429, 500, 503, 504}),
-        ("post", "/v1/chat/completions", {200, 400, 401, 404, 413, 429, 500, 503, 504}),
-        ("post", "/tokenize", {200, 400, 401, 404, 413, 500}),
+        ("post", "/generate", {200, 400, 401, 403, 404, 413, 429, 500, 503, 504}),
+        ("post", "/v1/chat/completions", {200, 400, 401, 403, 404, 413, 429, 500, 503, 504}),
+        ("post", "/tokenize", {200, 400, 401, 404, 413, 429, 500}),
         ("get", "/v1/models", {200, 401}),
         ("get", "/v1/models/{model_id}", {200, 401, 404}),
         ("get", "/health", {200, 503}),
