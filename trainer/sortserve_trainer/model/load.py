@@ -20,7 +20,6 @@ from sortserve.checkpoint.layout import CheckpointLayout
 from sortserve.checkpoint.load import (
     open_checkpoint,
     resolve_device,
-    resolve_dtype,
 )
 from sortserve.checkpoint.loader import open_trunk
 from sortserve.checkpoint.plain_model import load_plain_model
@@ -30,6 +29,7 @@ from sortserve.checkpoint.tensors import SafetensorsReader
 from sortserve.core.errors import CheckpointError, ConfigError
 from sortserve.model.config import ModelConfig
 from sortserve.model.weight import Weight
+from sortserve_trainer.model.dtypes import resolve_trainer_dtype
 from sortserve_trainer.model.exit_modules import ExitModules
 from sortserve_trainer.model.load_settings import ModelSettings
 from sortserve_trainer.model.lora import merge_in_forward
@@ -79,7 +79,7 @@ def load_for_training(settings: ModelSettings, method: Method) -> LoadedModel:
         hf_config = load_hf_config(layout.model)
         check_not_quantised(settings.quantize, hf_config, layout.name)
         config = _check_weights(layout, read_model_config(hf_config))
-        dtype = resolve_dtype(settings.dtype, device, None)
+        dtype = resolve_trainer_dtype(settings.dtype, device)
         exits = choose_exits(settings.exits, config.num_layers)
         trunk_dtype = torch.float32 if settings.trains_weights else dtype
         trunk = _load_trunk(layout, trunk_dtype, settings.quantize)
@@ -136,7 +136,7 @@ def load_for_evaluation(
         if not layout.is_adapter:
             check_not_quantised(quantize, hf_config, layout.name)
         config = _check_weights(layout, read_model_config(hf_config))
-        torch_dtype = resolve_dtype(dtype, torch_device, None)
+        torch_dtype = resolve_trainer_dtype(dtype, torch_device)
         info = layout.sorted_info
         heads = _load_heads(layout)
         known = info.exits if info is not None else (config.num_layers,)
