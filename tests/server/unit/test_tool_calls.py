@@ -13,10 +13,11 @@ from sortserve.api.tools.choice import ToolChoice, read_tool_choice, require_dia
 from sortserve.api.tools.offered import RESPONSES
 from sortserve.api.tools.parsers import Delta, Parser, make_parser
 from sortserve.core.errors import InvalidRequestError
+from sortserve.core.grammar import Grammar
 from sortserve.text.tokenizer import Tokenizer
 from sortserve.text.tool_dialects import dialect_of
 from support.byte_tokenizer import CHATML_TEMPLATE
-from support.schemas import check_document, compiler, random_choice, write
+from support.schemas import can_write, check_document, compiler, random_choice, write
 from support.tiny_models import tiny_tokenizer
 
 TOKENIZER = Tokenizer(tiny_tokenizer(), frozenset({2}))
@@ -215,6 +216,39 @@ def test_a_named_function_has_its_own_parameters() -> None:
     assert format_.param == "tools.1.function.parameters"
 
 
+def grammar_of_arguments(parameters: dict[str, Any] | None) -> Grammar:
+    """What a forced call of a function with such parameters is held to."""
+    choice = {"type": "function", "function": {"name": "f"}}
+    format_ = read_tool_choice([tool("f", parameters)], choice, None).output_format()
+    assert format_ is not None
+    return compiler().compile(format_)
+
+
+def test_a_function_that_names_no_parameters_has_none() -> None:
+    grammar = grammar_of_arguments(None)
+
+    assert can_write(grammar, "{}")
+    assert not can_write(grammar, '{"zone": 1}')
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {},
+        {"type": ["object", "null", "array"]},
+        {"$ref": "#/$defs/A", "$defs": {"A": {"type": ["object", "array", "null"]}}},
+        {"anyOf": [{"type": "object"}, {"type": "array"}, {"type": "null"}]},
+    ],
+)
+def test_arguments_are_an_object_whatever_else_their_schema_allows(
+    parameters: dict[str, Any],
+) -> None:
+    grammar = grammar_of_arguments(parameters)
+
+    written = [text for text in ('{"a": 1}', "[]", "null") if can_write(grammar, text)]
+    assert written == ['{"a": 1}']
+
+
 def test_of_the_allowed_tools_alone_is_one_called_and_the_template_told() -> None:
     choice = read_tool_choice([CLOCK, WEATHER], allowed("required", WEATHER), None)
     format_ = choice.output_format()
@@ -271,6 +305,8 @@ def test_what_is_asked_of_the_model(tools: Any, choice: Any, kind: str) -> None:
         ([{"type": "function", "name": "clock"}], None, "tools.0.function"),
         ([tool("a b")], None, "tools.0.function.name"),
         ([CLOCK, tool("f", [])], None, "tools.1.function.parameters"),  # type: ignore[arg-type]
+        ([tool("f", {"type": "array"})], None, "tools.0.function.parameters.type"),
+        ([tool("f", {"type": ["string", "null"]})], None, "tools.0.function.parameters.type"),
         ([CLOCK, CLOCK], None, "tools"),
         ([CLOCK], "always", "tool_choice"),
         ([CLOCK], NAMED, "tool_choice.function.name"),

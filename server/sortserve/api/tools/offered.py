@@ -13,6 +13,7 @@ from sortserve.core.errors import InvalidRequestError
 __all__ = ["CHAT", "RESPONSES", "Spelling", "Tool", "read_tools"]
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 @dataclass(frozen=True)
@@ -74,23 +75,29 @@ def _read_tool(tool: object, param: str, spelling: Spelling) -> Tool:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         allowed = "1 to 64 letters, digits, dots, dashes and underscores"
         raise not_allowed(f"{place}.name", name, allowed)
-    parameters = function.get("parameters")
-    if parameters is not None and not isinstance(parameters, dict):
-        raise not_allowed(f"{place}.parameters", parameters, "a JSON schema")
+    parameters = _read_parameters(function.get("parameters"), f"{place}.parameters")
     inside = {key: value for key, value in function.items() if key != "type"}
     return Tool(
         name=name,
-        parameters=_as_object(parameters or {"properties": {}}),
+        parameters=parameters,
         place=f"{place}.parameters",
         written=tool if function is not tool else {"type": "function", "function": inside},
     )
 
 
-def _as_object(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The schema, where it leaves that out, said to be one of objects."""
-    if parameters.get("type", "object") == "object" and "$ref" not in parameters:
-        return {"type": "object", **parameters}
-    return parameters
+def _read_parameters(value: object, param: str) -> dict[str, Any]:
+    """A schema of objects alone, as the arguments of a call are by name.
+
+    A function that leaves its parameters out has none, as OpenAI reads it.
+    """
+    if value is None:
+        return dict(_NO_PARAMETERS)
+    if not isinstance(value, dict):
+        raise not_allowed(param, value, "a JSON schema")
+    kind = value.get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        raise not_allowed(f"{param}.type", kind, "object: arguments have names")
+    return {**value, "type": "object"}
 
 
 def _opened(value: Mapping[str, Any], name: str | None, param: str) -> tuple[object, str]:
