@@ -247,6 +247,7 @@ WRONG_PROMPTS: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"tools": [{"type": "function"}]}, "tools.0.function"),
     (CHAT, {"functions": [{"name": "f"}]}, "functions"),
     (CHAT, {"tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"tool_choice": 3}, "tool_choice"),
     (CHAT, {"response_format": {"type": "xml"}}, "response_format.type"),
     (CHAT, {"modalities": ["audio"]}, "modalities"),
     (CHAT, {"logprobs": 1}, "logprobs"),

@@ -229,6 +229,7 @@ EARLIER = {"type": "function_call", "call_id": "call_1", "name": "f", "arguments
         ({"tool_choice": "auto"}, "tool_choice"),
         ({}, "tool_choice"),
         ({"tool_choice": "always"}, "tool_choice"),
+        ({"tool_choice": []}, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice.name"),
         ({"tool_choice": {"type": "web_search_preview"}}, "tool_choice"),
         ({"tools": [{"type": "mcp"}], "tool_choice": "required"}, "tools.0.type"),

@@ -202,6 +202,8 @@ async def test_penalties_bias_and_min_tokens_go_with_a_grammar(client: httpx.Asy
         (CHAT, {"guided_choice": ["a"], "guided_regex": "a"}, "guided_choice", "Drop one"),
         (CHAT, {"guided_choice": [""]}, "guided_choice", "not empty"),
         (CHAT, {"guided_json": "{"}, "guided_json", "not valid JSON"),
+        (CHAT, {"guided_json": []}, "guided_json", "an object"),
+        (CHAT, {"guided_json": False}, "guided_json", "an object"),
         (CHAT, {"guided_whitespace_pattern": " "}, "guided_whitespace_pattern", "not supported"),
         (NATIVE, {"format": {"json": {"type": "nothing"}}}, "format.json", "Invalid type"),
         (NATIVE, {"format": {"xml": 1}}, "format.xml", "regex"),

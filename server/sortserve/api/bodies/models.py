@@ -26,6 +26,7 @@ __all__ = [
     "GenerationFields",
     "OpenAIFields",
     "StreamOptions",
+    "TextOrObject",
     "TokenizeBody",
     "ranged",
 ]
@@ -123,6 +124,10 @@ LogitBias = Annotated[
 ]
 FormatObject = Annotated[
     dict[str, Any], Field(max_length=limits.MAX_FORMAT_FIELDS), WithJsonSchema(_FORMAT_SCHEMA)
+]
+# Checked by who reads it: pydantic names a field by its place in a union, which no client wrote.
+TextOrObject = Annotated[
+    Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}]})
 ]
 RequestId = Annotated[str, Field(pattern=f"^{REQUEST_ID_PATTERN}$")]
 BudgetObject = Annotated[
@@ -237,7 +242,7 @@ class OpenAIFields(GenerationFields):
     `{"type": "text"}`."""
     structured_outputs: FormatObject | None = None
     """vLLM's: one of `json` (a schema), `regex`, `choice`, `grammar`."""
-    guided_json: dict[str, Any] | str | None = None
+    guided_json: TextOrObject = None
     """vLLM's older name of `structured_outputs.json`; likewise the three below."""
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
@@ -281,7 +286,7 @@ class ChatCompletionBody(OpenAIFields):
     chat_template_kwargs: TemplateVariables | None = None
     tools: Annotated[list[Any], Field(max_length=limits.MAX_TOOLS)] | None = None
     """Functions that the model may call, as OpenAI has them."""
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: TextOrObject = None
     """`none`, `auto`, `required`, `{"type": "function", "function": {"name"}}` or
     `{"type": "allowed_tools", "allowed_tools": {"mode", "tools"}}`."""
     parallel_tool_calls: bool | None = None

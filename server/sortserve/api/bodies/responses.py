@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, WithJsonSchema
 from sortserve.api.bodies import limits
 from sortserve.api.bodies.input_items import messages_of
 from sortserve.api.bodies.messages import not_allowed
-from sortserve.api.bodies.models import OpenAIFields, ranged
+from sortserve.api.bodies.models import OpenAIFields, TextOrObject, ranged
 from sortserve.api.bodies.prompts import ChatPrompt, check_chars, read_messages
 from sortserve.core.errors import InvalidRequestError
 from sortserve.core.formats import read_kind, read_response_format
@@ -65,7 +65,7 @@ class ResponsesBody(OpenAIFields):
     """And of this many rivals, 0 to 20."""
     tools: Annotated[list[Any], Field(max_length=limits.MAX_TOOLS)] | None = None
     """Functions that the model may call: `{"type": "function", "name", "parameters"}`."""
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: TextOrObject = None
     """`none`, `auto`, `required`, `{"type": "function", "name"}` or
     `{"type": "allowed_tools", "mode", "tools"}`."""
     parallel_tool_calls: bool | None = None
