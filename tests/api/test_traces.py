@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("opentelemetry.sdk", reason="needs the extra `otel`")
 
+from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -80,6 +81,21 @@ async def test_a_request_is_a_part_of_its_clients_trace(
     assert parents[name].span_id == ids[f"POST {path}"]
     assert {parents[phase].span_id for phase in ("queue", "prefill", "decode")} == {ids[name]}
     assert {format(span.context.trace_id, "032x") for span in spans.values()} == {TRACE_ID}
+
+
+@pytest.mark.parametrize("body", [BODY, {"prompt": 3}])
+async def test_the_frameworks_own_telemetry_is_off(
+    make: Callable[..., HttpService], monkeypatch: pytest.MonkeyPatch, body: dict[str, Any]
+) -> None:
+    """It would trace a server that nobody asked to, and tell of bodies that are refused."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+
+    await make().post("/generate", body)
+
+    assert exporter.get_finished_spans() == ()
 
 
 async def test_a_span_says_what_the_conventions_ask_and_nothing_of_the_texts(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -36,6 +37,10 @@ from sortserve.engine.worker import EngineWorker
 from sortserve.telemetry.totals import Totals
 
 __all__ = ["create_app", "create_loading_app"]
+
+# FastAPI's newer versions trace by themselves where the process or the environment has any
+# provider, and tell of the bodies that they refuse. Older ones ignore the argument.
+_NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
 
 def create_app(
@@ -70,6 +75,7 @@ def create_app(
         openapi_url="/openapi.json" if settings.enable_docs else None,
         redirect_slashes=False,
         middleware=_layers(settings, metrics, keys, tracer),
+        telemetry=_NO_TELEMETRY,
     )
     app.state.service = Service(worker, tokenizer, settings, metrics, totals or Totals())
     routers = (
