@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sortserve.core.schedule import DepthSchedule
+
 __all__ = ["HELP", "ChatState", "apply_slash"]
 
 Turn = dict[str, str]
@@ -93,6 +95,16 @@ def _exit(state: ChatState, value: str) -> tuple[ChatState, str]:
     )
 
 
+def _schedule(state: ChatState, value: str) -> tuple[ChatState, str]:
+    try:
+        pairs = None if value in OFF else DepthSchedule.parse(value).document
+    except ValueError as error:
+        raise ValueError(f"/schedule {value} is not allowed: {error}; off lifts it.") from None
+    return _budget(
+        state, "schedule", pairs, "compute", "min_quality", "min_exit_layer", "exit_layer"
+    )
+
+
 def _time(name: str) -> Callable[[ChatState, str], tuple[ChatState, str]]:
     def change(state: ChatState, value: str) -> tuple[ChatState, str]:
         return _budget(state, name, None if value in OFF else milliseconds(value))
@@ -173,6 +185,7 @@ def _number(command: str, text: str) -> float:
 
 _COMMANDS: Mapping[str, Callable[[ChatState, str], tuple[ChatState, str]]] = {
     "exit": _exit,
+    "schedule": _schedule,
     "budget": _time("latency_ms"),
     "ttft": _time("ttft_ms"),
     "tpot": _time("tpot_ms"),
@@ -188,6 +201,7 @@ _COMMANDS: Mapping[str, Callable[[ChatState, str], tuple[ChatState, str]]] = {
 
 HELP = """\
   /exit 24          answer with the first 24 layers; /exit auto: the server chooses
+  /schedule 0:30,32:27   exit 30 for 32 tokens, then 27; off: none
   /budget 800ms     the whole answer within this time; off: no bound
   /ttft 200ms       the first token within this time
   /tpot 25ms        each further token within this time

@@ -18,6 +18,7 @@ def after(*lines: str, state: ChatState | None = None) -> ChatState:
     ("line", "budget"),
     [
         ("/exit 24", {"exit_layer": 24}),
+        ("/schedule 0:30, 32:27", {"schedule": [[0, 30], [32, 27]]}),
         ("/budget 800ms", {"latency_ms": 800.0}),
         ("/budget 800", {"latency_ms": 800.0}),
         ("/budget 1.5 s", {"latency_ms": 1500.0}),
@@ -45,6 +46,11 @@ def test_an_exit_takes_the_place_of_what_would_contradict_it_and_the_other_way_r
         "exit_layer": 24,
     }
     assert after("/exit 24", "/floor 0.6").budget == {"min_quality": 0.6}
+    assert after("/exit 24", "/schedule 0:30").budget == {"schedule": [[0, 30]]}
+    assert after("/schedule 0:30", "/ttft 90ms", "/exit 24", "/schedule off").budget == {
+        "ttft_ms": 90.0,
+        "exit_layer": 24,
+    }
 
 
 def test_exit_auto_leaves_the_choice_to_the_server() -> None:
@@ -85,6 +91,9 @@ def test_the_last_question_can_be_asked_again_from_where_it_stood() -> None:
         ("/", "is not a command"),
         ("/exit", "/quit leaves"),
         ("/exit deep", "/exit deep is not allowed: give an integer"),
+        ("/schedule", "as in 0:30,32:27; off lifts it"),
+        ("/schedule 0:30,32", "'32' should be K:E"),
+        ("/schedule 0:24,32:27", "/schedule 0:24,32:27 is not allowed"),
         ("/budget", "'' is not a time: give one such as 800ms or 2s"),
         ("/budget soon", "'soon' is not a time"),
         ("/budget 5 min", "'5 min' is not a time"),
