@@ -199,6 +199,7 @@ WRONG_PROMPTS: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"prompt": []}, "prompt"),
     (COMPLETIONS, {"prompt": ["a", 5]}, "prompt.1"),
     (COMPLETIONS, {"prompt": ["a", ""]}, "prompt.1"),
+    (COMPLETIONS, {"prompt": ["a", ""], "echo": True, "logprobs": 1}, "prompt.1"),
     (COMPLETIONS, {"prompt": ["a", "a" * 300]}, "prompt.1"),
     (COMPLETIONS, {"prompt": [[1], [2, "x"]]}, "prompt.1.1"),
     (COMPLETIONS, {"prompt": ["a"] * 201}, "prompt"),

@@ -248,7 +248,7 @@ def _asked_of(job: Job, prompts: Sequence[Sequence[int]]) -> list[PromptLogprobs
     Raises:
         InvalidRequestError: it would be more than a reply may hold.
     """
-    if job.prompt_logprobs is None:
+    if job.prompt_logprobs is None or not all(prompts):  # an empty one is refused with its name
         return []
     most = job.n * sum(map(len, prompts)) * (job.prompt_logprobs + 1)
     if most > MAX_LOGPROBS_PER_REPLY:
