@@ -18,6 +18,7 @@ _KEYWORDS = (
 
 def sentence(error: str) -> str:
     """The library's words on one line, without the grammar that it quotes."""
+    error = error.partition("; following special tokens are available")[0]  # by hidden names
     lines = [line.strip() for line in error.replace("<non-verbose/>", "").splitlines()]
     text = " ".join(line for line in lines if line)
     return text if text.endswith(".") else f"{text}."

@@ -24,6 +24,7 @@ from sortserve.text.kept_grammars import KeptGrammars
 from sortserve.text.number_guard import NumberGuard, NumberTable
 from sortserve.text.schema_nodes import children
 from sortserve.text.schemas import check_expression, check_schema
+from sortserve.text.special_names import with_hidden_special_tokens
 
 __all__ = ["GrammarCompiler", "Grammars"]
 
@@ -68,7 +69,10 @@ class GrammarCompiler:
         self._num_ids = max(vocab_size, num_token_ids)
         ends = [token_id for token_id in sorted(eos_token_ids) if token_id < self._num_ids]
         self._tokenizer = llguidance.LLTokenizer(
-            tokenizer_json, n_vocab=self._num_ids, eos_token=ends or None
+            # Forced text that names a special token is text, and would be forced as the token.
+            with_hidden_special_tokens(tokenizer_json),
+            n_vocab=self._num_ids,
+            eos_token=ends or None,
         )
         self._limits = llguidance.LLParserLimits(
             max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False

@@ -399,3 +399,30 @@ def test_both_kinds_of_tokenizer_write_what_they_say(make: Any) -> None:
     prompt = tokenizer.encode("a", add_special_tokens=False)
     text = tokenizer.decode([*prompt, *tokens]).removeprefix(tokenizer.decode(prompt))
     assert json.loads(text) in schema["enum"]
+
+
+@pytest.mark.parametrize(
+    ("format_", "texts"),
+    [
+        (OutputFormat("choice", '["<|im_end|>"]'), ["<|im_end|>"]),
+        (OutputFormat("choice", '["x <|im_end|> y", "b"]'), ["x <|im_end|> y", "b"]),
+        (OutputFormat("regex", r"[ab]<\|im_end\|>c"), ["a<|im_end|>c", "b<|im_end|>c"]),
+        (OutputFormat("json", '{"enum": ["a<|im_start|>", "b"]}'), ['"a<|im_start|>"', '"b"']),
+    ],
+)
+def test_what_looks_like_a_special_token_is_text(format_: OutputFormat, texts: list[str]) -> None:
+    grammar = compiler().compile(format_)
+    tokenizer = tiny_tokenizer()
+
+    answers = [write(grammar, choose) for choose in (min, max, *map(random_choice, range(8)))]
+
+    assert all(ended for _, _, ended in answers)
+    assert not {0, 1, 2} & {token for tokens, _, _ in answers for token in tokens}
+    assert {tokenizer.decode(tokens) for tokens, _, _ in answers} == set(texts)
+
+
+def test_a_grammar_cannot_name_a_special_token() -> None:
+    with pytest.raises(InvalidRequestError, match="unknown special token") as refused:
+        compiler().compile(OutputFormat("grammar", 'start: "a" <|im_end|>'))
+
+    assert "available" not in str(refused.value)
