@@ -346,6 +346,7 @@ def exposed() -> tuple[Series, ...]:
     metrics.on_rejected("queue_full", Budget(latency_ms=5))
     for status in (200, 404, 499, 503):
         metrics.http_request("/generate", "POST", status)
+    metrics.keys.on_names(["team"])
     text = metrics.render()[0].decode()
     scraped = {"job": "sortserve", "instance": "server:8000"}
     series = [
