@@ -107,6 +107,7 @@ def build(settings: ServeSettings) -> Any:
         close=lambda: None,
         metrics=Metrics("tiny", EXITS, version=sortserve.__version__),
         totals=Totals(),
+        tracing=None,
         cache=SimpleNamespace(num_pages=1, num_bytes=1, block_size=4, slab_size=2),
         computed_in={
             name: "scripted" for name in ("dtype", "quantization", "backend", "isa", "threads")
