@@ -414,7 +414,8 @@ def test_what_looks_like_a_special_token_is_text(format_: OutputFormat, texts: l
     grammar = compiler().compile(format_)
     tokenizer = tiny_tokenizer()
 
-    answers = [write(grammar, choose) for choose in (min, max, *map(random_choice, range(8)))]
+    ways: list[Callable[[list[int]], int]] = [min, max, *map(random_choice, range(8))]
+    answers = [write(grammar, choose) for choose in ways]
 
     assert all(ended for _, _, ended in answers)
     assert not {0, 1, 2} & {token for tokens, _, _ in answers for token in tokens}
