@@ -5,19 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sortserve.model.backends.cpu import isa
+from sortserve.model.backends.kernels import ISAS, Isa
 from sortserve_trainer.model.dtypes import resolve_trainer_dtype
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", list(isa.ISAS))
+@pytest.mark.parametrize("name", list(ISAS))
 def test_auto_is_bfloat16_where_the_processor_multiplies_it(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    names = list(isa.ISAS)
+    names = list(ISAS)
     allowed = names[names.index(name) :]  # the fastest come first
-    monkeypatch.setattr(isa.Isa, "can_run", lambda self: self.name in allowed)
+    monkeypatch.setattr(Isa, "can_run", lambda self: self.name in allowed)
 
     expected = torch.bfloat16 if name in ("amx", "avx512_bf16") else torch.float32
 

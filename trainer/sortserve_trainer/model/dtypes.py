@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 
 from sortserve.checkpoint.devices import resolve_dtype
-from sortserve.model.backends.cpu.isa import runnable_isas
+from sortserve.model.backends.kernels import has_bf16_products
 
 __all__ = ["resolve_trainer_dtype"]
-
-_FAST_IN_BF16 = {"amx", "avx512_bf16"}
 
 
 def resolve_trainer_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -25,5 +23,4 @@ def resolve_trainer_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """
     if dtype != "auto" or device.type != "cpu":
         return resolve_dtype(dtype, device, None)
-    is_fast = any(isa.name in _FAST_IN_BF16 for isa in runnable_isas())
-    return torch.bfloat16 if is_fast else torch.float32
+    return torch.bfloat16 if has_bf16_products() else torch.float32

@@ -14,7 +14,7 @@ from sortserve.model.backends.cpu.build import (
     prebuild,
     prebuilt_dir,
 )
-from sortserve.model.backends.cpu.isa import ISA_VARIABLE, ISAS, Isa
+from sortserve.model.backends.cpu.isa import ISA_VARIABLE, ISAS, Isa, runnable_isas
 from sortserve.model.backends.cpu.library import load_native
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "BuildError",
     "Isa",
     "cpu_isa",
+    "has_bf16_products",
     "prebuild",
     "prebuilt_dir",
     "start_compiling",
@@ -38,6 +39,11 @@ def cpu_isa() -> str | None:
     """
     library = load_native()
     return None if library is None else library.isa
+
+
+def has_bf16_products() -> bool:
+    """Whether this processor multiplies bfloat16, which PyTorch would have to imitate elsewhere."""
+    return any(isa.name in ("amx", "avx512_bf16") for isa in runnable_isas())
 
 
 def start_compiling() -> None:
