@@ -180,6 +180,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         ("backend", "auto"),
     ):
         parser.add_argument(f"--{name}", default=default)
+    parser.add_argument(
+        "--async-scheduling",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="plan and launch a step before the tokens of the one before are known",
+    )
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -191,12 +197,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_engine_arguments(parser)
     parser.add_argument("--exits", default="9,15,21,30")
-    parser.add_argument(
-        "--async-scheduling",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="plan and launch a step before the tokens of the one before are known",
-    )
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--context", type=int, default=128, help="prompt tokens of decode rows")
     parser.add_argument("--steps", type=int, default=30, help="decode steps a round")

@@ -379,6 +379,7 @@ def test_each_status_is_its_own_error(
 def test_every_error_of_the_server_has_its_twin_here() -> None:
     here = {"InvalidRequestError": "BadRequestError", "EngineError": "ServerError"}
     here["RequestTimeoutError"] = "ServerError"
+    here["RateLimitError"] = "OverloadedError"  # come back later, whoever was too busy
     never_sent = {"SortserveError", "CheckpointError", "ConfigError"}
     for name in set(errors.__all__) - never_sent:
         kind = getattr(errors, name)
