@@ -5,11 +5,13 @@
     │   └── APITimeoutError           no answer came in time
     ├── APIStatusError                the server answered with an error status
     │   ├── BadRequestError           400, 422  a field is wrong; ``param`` names it
-    │   ├── AuthenticationError       401, 403  no API key, or a wrong one
+    │   ├── AuthenticationError       401       no API key, or a wrong one
+    │   │   └── PermissionDeniedError 403       the key may not have that
     │   ├── NotFoundError             404       unknown model or route
     │   ├── PayloadTooLargeError      413       the body is over the server's limit
     │   ├── OverloadedError           429       over a limit; ``retry_after_s`` says until when
-    │   │   └── BudgetUnattainableError         no allowed exit fits the budget now
+    │   │   ├── BudgetUnattainableError         no allowed exit fits the budget now
+    │   │   └── RateLimitError                  the key is over a limit of its own
     │   ├── UnavailableError          503       loading or draining
     │   └── ServerError               other 5xx the server's fault
     ├── InvalidResponseError          an answer that is not what the protocol says
@@ -37,6 +39,8 @@ __all__ = [
     "NotFoundError",
     "OverloadedError",
     "PayloadTooLargeError",
+    "PermissionDeniedError",
+    "RateLimitError",
     "ServerError",
     "SortserveError",
     "StreamError",
@@ -119,6 +123,10 @@ class AuthenticationError(APIStatusError):
     """The API key is missing or wrong."""
 
 
+class PermissionDeniedError(AuthenticationError):
+    """The API key may not have what was asked for, such as an exit deeper than its own."""
+
+
 class NotFoundError(APIStatusError):
     """The server has no such model or route."""
 
@@ -133,6 +141,10 @@ class OverloadedError(APIStatusError):
 
 class BudgetUnattainableError(OverloadedError):
     """No allowed exit fits the budget now, and the budget said ``on_miss="reject"``."""
+
+
+class RateLimitError(OverloadedError):
+    """The API key is over a limit of its own, which the message names."""
 
 
 class UnavailableError(APIStatusError):
@@ -180,14 +192,17 @@ class StreamError(SortserveError):
 _BY_STATUS: dict[int, type[APIStatusError]] = {
     400: BadRequestError,
     401: AuthenticationError,
-    403: AuthenticationError,
+    403: PermissionDeniedError,
     404: NotFoundError,
     413: PayloadTooLargeError,
     422: BadRequestError,
     429: OverloadedError,
     503: UnavailableError,
 }
-_BY_CODE: dict[str, type[APIStatusError]] = {"budget_unattainable": BudgetUnattainableError}
+_BY_CODE: dict[str, type[APIStatusError]] = {
+    "budget_unattainable": BudgetUnattainableError,
+    "rate_limit_exceeded": RateLimitError,
+}
 
 
 def status_error_class(status: int, code: str | None) -> type[APIStatusError]:
