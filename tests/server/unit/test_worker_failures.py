@@ -49,6 +49,16 @@ def submit(worker: EngineWorker, count: int = NUM_LIVE, **options: Any) -> list[
     return [worker.submit(make_request(f"r{i}", **options)) for i in range(count)]
 
 
+def submit_till_it_fails(worker: EngineWorker, **options: Any) -> list[RequestStream]:
+    """As many as are taken: a worker may have failed by the first of them."""
+    streams = []
+    for i in range(NUM_LIVE):
+        with suppress(UnavailableError):
+            streams.append(worker.submit(make_request(f"r{i}", **options)))
+    assert streams
+    return streams
+
+
 # ---- every call of the engine ----
 
 
@@ -66,12 +76,8 @@ async def test_an_engine_that_cannot_go_on_answers_everyone_and_takes_no_more(
         monkeypatch.setattr(engine, name, fault)
     async with running(EngineWorker(engine, step_timeout_s=SHORT_S)) as worker:
         fault.arm(hangs=hangs)
-        streams = []
-        for i in range(NUM_LIVE):
-            with suppress(UnavailableError):  # it may have failed by the first of them
-                streams.append(worker.submit(make_request(f"r{i}", max_tokens=50)))
+        streams = submit_till_it_fails(worker, max_tokens=50)
 
-        assert streams
         assert await outcomes(streams) == ["error"] * len(streams)
         assert worker.state == "failed"
         assert worker.failure
@@ -136,8 +142,9 @@ async def test_a_scheduler_that_raises_leaves_nobody_waiting(
     monkeypatch.setattr(engine.scheduler, part, fault)
     async with running(EngineWorker(engine)) as worker:
         fault.arm()
+        streams = submit_till_it_fails(worker)
 
-        assert await outcomes(submit(worker)) == ["error"] * NUM_LIVE
+        assert await outcomes(streams) == ["error"] * len(streams)
 
 
 @pytest.mark.parametrize("part", ["admit", "grow", "publish", "free"])
@@ -146,7 +153,7 @@ async def test_a_cache_that_raises_leaves_nobody_waiting(
 ) -> None:
     monkeypatch.setattr(KVCacheManager, part, lambda *args, **kwargs: 1 / 0)
     async with running(EngineWorker(make_engine())) as worker:
-        results = await outcomes(submit(worker))
+        results = await outcomes(submit_till_it_fails(worker))
 
         assert "error" in results
         assert worker.state == "failed"
@@ -159,7 +166,8 @@ async def test_a_failure_that_is_no_exception_is_one_too(monkeypatch: pytest.Mon
     engine = make_engine()
     monkeypatch.setattr(engine, "step", leave)
     async with running(EngineWorker(engine)) as worker:
-        assert await outcomes(submit(worker)) == ["error"] * NUM_LIVE
+        streams = submit_till_it_fails(worker)
+        assert await outcomes(streams) == ["error"] * len(streams)
 
 
 # ---- the model ----
