@@ -131,7 +131,11 @@ class SegmentGraphs:
         self.buckets = row_buckets(min(max_rows, MAX_ROWS))
         starts = (0, *decoder.exits[:-1])
         self._segments = [range(a, b) for a, b in zip(starts, decoder.exits, strict=True)]
-        self._inputs = _Inputs(decoder, kv_cache.block_size, scratch_page, self.buckets[-1])
+        self._inputs = _Inputs(
+            *(decoder, kv_cache.block_size, scratch_page),
+            max_rows=self.buckets[-1],
+            max_last_rows=max_rows,
+        )
         self._graphs: dict[tuple[int, int], Graph] = {}
         embedded, _ = decoder.embed(self._inputs.token_ids_R)
         self._h_RD, self._delta_RD = torch.zeros_like(embedded), torch.zeros_like(embedded)
@@ -179,6 +183,9 @@ class SegmentGraphs:
             last_ids_R: on that device, what the step before sampled: int64.
         """
         assert self.is_recorded
+        if host.taken:
+            assert last_ids_R is not None
+            assert max(n for _, n in host.taken) < len(last_ids_R), "it has not been sampled"
         self._inputs.load(inputs, last_ids_R if host.taken else None)
         batch = self._inputs.batch_of(host)
         left: list[Tensor] = []
@@ -216,7 +223,15 @@ class SegmentGraphs:
 class _Inputs:
     """The tensors that all graphs read, for as many rows as there may be."""
 
-    def __init__(self, decoder: Decoder, block_size: int, scratch_page: int, max_rows: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        block_size: int,
+        scratch_page: int,
+        *,
+        max_rows: int,
+        max_last_rows: int,
+    ) -> None:
         device, num_slabs = decoder.device, decoder.num_slabs
         num_blocks = math.ceil(decoder.max_model_len / block_size)
         self._scratch_page = scratch_page
@@ -230,7 +245,8 @@ class _Inputs:
         self._ints_XR = torch.zeros(3 + num_slabs, max_rows, dtype=torch.int64, device=device)
         self.token_ids_R, self._taken_R, self._positions_R = self._ints_XR[:3]
         self._slots_SR = self._ints_XR[3:]
-        self._last_ids_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        # The step before may have been too large for graphs.
+        self._last_ids_R = torch.zeros(max_last_rows, dtype=torch.int64, device=device)
         self._tables_SRB = torch.full(
             (num_slabs, max_rows, num_blocks), scratch_page, dtype=torch.int32, device=device
         )

@@ -162,6 +162,28 @@ def test_of_greedy_rows_only_the_plan_is_sent_and_two_steps_under_way_keep_their
     assert results == [expected, searching.execute(with_tokens(second, expected))]
 
 
+def test_a_replayed_step_takes_tokens_from_one_that_was_too_large_for_graphs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sortserve.model.graphs.MAX_ROWS", 2)
+    runner, searching = runner_of(folder, graphs=True), runner_of(folder, batched=False)
+    first = plan_of(folder, Pages(400), DECODE, start=21)
+    rows = tuple(
+        replace(row, start=22, token_ids=[0], token_from=n) for n, row in enumerate(first.rows)
+    )
+    second = replace(first, rows=rows[4:], depth_cap=rows[4].exit_layer)
+    pending = [runner.launch(first), runner.launch(second)]
+    results = [token_ids(each.result()) for each in pending]
+
+    expected = searching.execute(first)
+    assert results[0] == token_ids(expected)
+    assert results[1] == token_ids(searching.execute(with_tokens(second, expected)))
+
+
+def token_ids(results: list[SampledToken | RowFailure]) -> list[int]:
+    return [result.token_id for result in results if isinstance(result, SampledToken)]
+
+
 def test_a_greedy_row_whose_logits_are_not_finite_fails_alone_in_a_replayed_step(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
