@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -60,10 +61,14 @@ def logits_of(decoder: Decoder, num_threads: int) -> Tensor:
     return run_chunks(decoder, cache, chunks)
 
 
-def num_helpers() -> int:
-    """Threads of the kernels that are there, by their names."""
-    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-    return sum(name.startswith("sortserve-cpu") for name in names)
+def helpers() -> set[str]:
+    """The kernels' threads that are there now, by their ids."""
+    found = set()
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended while it was looked at
+            if path.read_text().startswith("sortserve-cpu"):
+                found.add(path.parent.name)
+    return found
 
 
 def test_the_bits_of_a_step_do_not_depend_on_the_number_of_threads(decoder: Decoder) -> None:
@@ -74,21 +79,21 @@ def test_the_bits_of_a_step_do_not_depend_on_the_number_of_threads(decoder: Deco
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_helpers_are_started_once_for_each_leader_and_end_with_it(decoder: Decoder) -> None:
-    counts: list[int] = []
+    started: list[set[str]] = []
+    others = helpers()
 
     def lead() -> None:
-        before = num_helpers()
         for num_threads in (4, 2, 4):
             logits_of(decoder, num_threads)
-            counts.append(num_helpers() - before)
+            started.append(helpers() - others)
 
-    before = num_helpers()
     leader = threading.Thread(target=lead)
     leader.start()
     leader.join()
 
-    assert counts == [3, 3, 3]
-    while num_helpers() > before:  # each ends as soon as it has a core
+    assert len(started[0]) == 3
+    assert started == [started[0]] * 3
+    while helpers() & started[0]:  # each ends as soon as it has a core
         os.sched_yield()
 
 
