@@ -26,7 +26,7 @@ from sortserve.model.config import ModelConfig
 from sortserve.model.weight import LinearOp, Weight
 from sortserve.model.weights import LayerWeights
 
-__all__ = ["Backend", "LayerStack", "Ops", "RowSampling", "Target", "Unusable"]
+__all__ = ["Backend", "Embedding", "LayerStack", "Ops", "RowSampling", "Target", "Unusable"]
 
 
 class Ops(Protocol):
@@ -45,6 +45,14 @@ class Ops(Protocol):
 
     def silu_and_mul(self, gate_up_TF: Tensor) -> Tensor:
         """``silu(gate) * up`` of the two halves: [T, 2F] to [T, F]."""
+        ...
+
+
+class Embedding(Protocol):
+    """Rows of the matrix of an embedding."""
+
+    def __call__(self, token_ids_T: Tensor, /) -> Tensor:
+        """The rows of these tokens, [T, D] in the dtype of the matrix."""
         ...
 
 
@@ -156,6 +164,13 @@ class Backend(Protocol):
 
     def head(self, weight: Weight) -> LinearOp:
         """``x W^T`` in fp32."""
+        ...
+
+    def tied_embedding(self, head: LinearOp) -> Embedding | None:
+        """The embedding whose matrix is that of a plain ``head``, read where the head keeps it.
+
+        None: the head reads the matrix itself, or has no exact copy of it.
+        """
         ...
 
     def attention(self, rope: RopeTables) -> Attention:

@@ -9,6 +9,7 @@ Shape legend: T tokens, R rows that sample, D hidden, V vocabulary, F intermedia
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.nn.functional import embedding
 
 from sortserve.core.slabs import Slabs
 from sortserve.model.attention import KVCache, RopeTables
-from sortserve.model.backend import Backend
+from sortserve.model.backend import Backend, Embedding
 from sortserve.model.backends import choose_backend
 from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
@@ -76,7 +77,6 @@ class Decoder:
         self.num_slabs = self.slabs.count(exits[-1])
 
         self.backend = backend or choose_backend(config, self.dtype, self.device)
-        self._embed = weights.embed
         rope = RopeTables.build(weights.inv_freq, weights.rope_attention_scaling, max_model_len)
         self._stack = self.backend.stack(
             weights.layers[: exits[-1]], rope, release_weights=release_weights
@@ -91,8 +91,15 @@ class Decoder:
         if release_weights:
             weights.exit_modules.clear()
         self._lm_head = self.backend.head(weights.lm_head)
+        self._embed = self._make_embedding(weights)
         if release_weights:
+            weights.embed = weights.embed.new_empty(0, config.hidden_size)
             weights.lm_head = Weight.nothing()
+
+    def _make_embedding(self, weights: ModelWeights) -> Embedding:
+        is_tied = weights.lm_head.values is weights.embed
+        tied = self.backend.tied_embedding(self._lm_head) if is_tied else None
+        return tied or partial(embedding, weight=weights.embed)
 
     def _pack_own_layers(
         self,
@@ -144,7 +151,7 @@ class Decoder:
 
     def embed(self, token_ids_T: Tensor) -> tuple[Tensor, Tensor]:
         """What the first layer reads: ``h`` and ``delta``, [T, D] both."""
-        h_TD = embedding(token_ids_T, self._embed)
+        h_TD = self._embed(token_ids_T)
         return h_TD, torch.zeros_like(h_TD)
 
     def run_layers(

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from sortserve.core.slabs import Slabs
 from sortserve.model.attention import Attention, KVCache, RopeTables
-from sortserve.model.backend import Backend, LayerStack
+from sortserve.model.backend import Backend, Embedding, LayerStack
 from sortserve.model.config import ModelConfig
 from sortserve.model.layers import PackedLayer, StepwiseStack, pack_layer
 from sortserve.model.local_shape import LocalShape
@@ -93,6 +93,10 @@ class ParallelBackend:
             return torch.cat([p[:, :n] for p, n in zip(parts, sizes, strict=True)], dim=1)
 
         return logits
+
+    def tied_embedding(self, head: LinearOp) -> Embedding | None:
+        """None: a rank's head is a part of the matrix."""
+        return None
 
     def _vocabulary_sizes(self) -> list[int]:
         num_ranks = self._shape.num_ranks

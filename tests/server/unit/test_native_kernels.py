@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from sortserve.model.backends import choose_backend
 from sortserve.model.backends.cpu import backend as cpu_backend
 from sortserve.model.backends.cpu.backend import CpuBackend
 from sortserve.model.backends.cpu.library import NativeLibrary
+from sortserve.model.backends.cpu.linear import NativeLinear, Output
 from sortserve.model.backends.cpu.ops import NativeOps
 from sortserve.model.backends.reference.ops import ReferenceOps
 from sortserve.model.config import ModelConfig
@@ -127,6 +129,19 @@ def test_native_fp32_layers_equal_plain_torch(
     ]:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert library.calls["linear_fp32"] == calls + 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [*SHAPES, (33, 5)])
+def test_a_packed_matrix_gives_back_the_rows_that_it_was_made_of(
+    library: NativeLibrary, num_outputs: int, num_inputs: int, dtype: torch.dtype
+) -> None:
+    weight_OI = random(num_outputs, num_inputs, dtype=dtype)
+    packed = NativeLinear(library, Weight.plain(weight_OI), None, Output.FP32, dtype)
+    outputs = torch.tensor([num_outputs - 1, 0, 3, 3, num_outputs // 2])
+
+    assert torch.equal(packed.rows(outputs), weight_OI[outputs])
+    assert packed.rows(outputs[:0]).shape == (0, num_inputs)
 
 
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), SHAPES)
@@ -269,6 +284,28 @@ def random_weights(config: ModelConfig, dtype: torch.dtype) -> ModelWeights:
         lm_head=weight(config.vocab_size, hidden),
         inv_freq=10_000.0**-half,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_that_is_embedding_and_head_is_in_memory_once(
+    library: NativeLibrary, dtype: torch.dtype
+) -> None:
+    del library  # the kernels are there
+    weights = random_weights(CONFIG, dtype)
+    weights.lm_head = Weight.plain(weights.embed)
+    matrix, rows = weakref.ref(weights.embed), weights.embed.clone()
+    decoder = Decoder(
+        CONFIG,
+        weights,
+        exits=(2, 4),
+        max_model_len=256,
+        release_weights=True,
+        backend=choose_backend(CONFIG, dtype, CPU, "cpu"),
+    )
+
+    assert matrix() is None
+    tokens = torch.tensor([3, 0, CONFIG.vocab_size - 1, 3])
+    assert torch.equal(decoder.embed(tokens)[0], rows[tokens])
 
 
 ROWS = [(4, 0, 30), (4, 40, 1), (4, 9, 5), (2, 0, 11), (2, 21, 1)]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sortserve.model.attention import RopeTables
-from sortserve.model.backend import LayerStack, Ops, Target, Unusable
+from sortserve.model.backend import Embedding, LayerStack, Ops, Target, Unusable
 from sortserve.model.backends.cpu.attention import NativeAttention
 from sortserve.model.backends.cpu.library import DTYPE_CODES, NativeLibrary, load_native
 from sortserve.model.backends.cpu.linear import NativeLinear, Output, PackedLinear
@@ -52,6 +52,10 @@ class CpuBackend(ReferenceBackend):
     def head(self, weight: Weight) -> LinearOp:
         """In one call, its sums as they are."""
         return self._pack(weight, None, Output.FP32) or super().head(weight)
+
+    def tied_embedding(self, head: LinearOp) -> Embedding | None:
+        """Rows of the packed matrix, so that it is in memory once."""
+        return head.rows if isinstance(head, NativeLinear) else None
 
     def _pack(self, weight: Weight, bias_O: Tensor | None, output: Output) -> PackedLinear | None:
         """None: there is no kernel for it."""

@@ -158,6 +158,13 @@ class NativeLinear(PackedLinear):
         self._library.call("linear" if self.dtype == torch.bfloat16 else "linear_fp32", call)
         return y_TO
 
+    def rows(self, outputs_N: Tensor) -> Tensor:
+        """The weights of some outputs, [N, I]: rows of the matrix that was packed (not gated)."""
+        assert self.matrix.output != Output.SILU_MUL
+        words = self._packed.view(torch.int32)[..., 0]  # [panels, I / n, outputs of a panel]
+        rows_NI = words[outputs_N // _PANEL, :, outputs_N % _PANEL].view(self.dtype)
+        return rows_NI[:, : self.matrix.num_inputs].contiguous()
+
 
 def _pack(weight_OI: Tensor) -> Tensor:
     """[O, I] to [panels, I / n, outputs of a panel, n], outputs and inputs filled up with zeros.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sortserve.core.slabs import Slabs
 from sortserve.model.attention import Attention, KVCache, RopeTables
-from sortserve.model.backend import LayerStack, Ops, RowSampling, Target
+from sortserve.model.backend import Embedding, LayerStack, Ops, RowSampling, Target
 from sortserve.model.backends.reference.attention import ReferenceAttention
 from sortserve.model.backends.reference.ops import ReferenceOps
 from sortserve.model.layers import StepwiseStack
@@ -48,6 +48,10 @@ class ReferenceBackend:
         """The product, then fp32."""
         linear = weight.format.linear(weight, None)
         return lambda x_TI: linear(x_TI).float()
+
+    def tied_embedding(self, head: LinearOp) -> Embedding | None:
+        """None: the head reads the matrix itself."""
+        return None
 
     def attention(self, rope: RopeTables) -> Attention:
         """Gathers pages, then ``scaled_dot_product_attention``."""
