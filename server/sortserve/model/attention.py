@@ -9,7 +9,6 @@ Shape legend: T tokens, N query heads, K key/value heads, H head_dim, P pages.
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -20,6 +19,7 @@ from torch import Tensor
 from sortserve.core.slabs import Slabs
 from sortserve.model.batch import Batch
 from sortserve.model.config import ModelConfig
+from sortserve.model.large_pages import large_pages
 
 __all__ = [
     "Attention",
@@ -55,14 +55,14 @@ class KVCache:
     ) -> KVCache:
         """A zeroed pool: padding that attention masks out must be finite.
 
-        On a CPU it is anonymous memory, zeroed by the kernel when a page is first touched: a large
-        pool costs nothing until it is used.
+        On a CPU the system zeroes it as it is first touched: a large pool costs nothing until it is
+        used, but for the first pages of a layer, which come together (``large_pages``).
         """
         shape = (slabs.size, 2, num_pages, config.num_kv_heads, block_size, config.head_dim)
         if torch.device(device).type != "cpu":
             return KVCache(torch.zeros(shape, dtype=dtype, device=device), slabs)
-        memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-        return KVCache(torch.frombuffer(memory, dtype=dtype).view(shape), slabs)
+        memory = large_pages(math.prod(shape) * dtype.itemsize)
+        return KVCache(memory.view(dtype).view(shape), slabs)
 
     @staticmethod
     def page_bytes(config: ModelConfig, slab_size: int, block_size: int, dtype: torch.dtype) -> int:

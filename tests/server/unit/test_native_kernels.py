@@ -14,6 +14,7 @@ from sortserve.core.errors import ConfigError
 from sortserve.model.backend import Target
 from sortserve.model.backends import choose_backend
 from sortserve.model.backends.cpu import backend as cpu_backend
+from sortserve.model.backends.cpu.arena import Arena
 from sortserve.model.backends.cpu.backend import CpuBackend
 from sortserve.model.backends.cpu.library import NativeLibrary
 from sortserve.model.backends.cpu.linear import NativeLinear, Output
@@ -137,7 +138,7 @@ def test_a_packed_matrix_gives_back_the_rows_that_it_was_made_of(
     library: NativeLibrary, num_outputs: int, num_inputs: int, dtype: torch.dtype
 ) -> None:
     weight_OI = random(num_outputs, num_inputs, dtype=dtype)
-    packed = NativeLinear(library, Weight.plain(weight_OI), None, Output.FP32, dtype)
+    packed = NativeLinear(library, Arena(), Weight.plain(weight_OI), None, Output.FP32, dtype)
     outputs = torch.tensor([num_outputs - 1, 0, 3, 3, num_outputs // 2])
 
     assert torch.equal(packed.rows(outputs), weight_OI[outputs])

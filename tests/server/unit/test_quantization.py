@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from sortserve.model.backends.cpu.arena import Arena
 from sortserve.model.backends.cpu.library import NativeLibrary
 from sortserve.model.backends.cpu.linear import Output
 from sortserve.model.backends.cpu.linear_int8 import NativeInt8Linear
@@ -96,7 +97,7 @@ def native(
     output: Output = Output.FP32,
     dtype: torch.dtype = torch.float32,
 ) -> NativeInt8Linear:
-    return NativeInt8Linear(library, weight, bias, output, dtype)
+    return NativeInt8Linear(library, Arena(), weight, bias, output, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

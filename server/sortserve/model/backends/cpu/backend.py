@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sortserve.model.attention import RopeTables
 from sortserve.model.backend import Embedding, LayerStack, Ops, Target, Unusable
+from sortserve.model.backends.cpu.arena import Arena
 from sortserve.model.backends.cpu.attention import NativeAttention
 from sortserve.model.backends.cpu.library import DTYPE_CODES, NativeLibrary, load_native
 from sortserve.model.backends.cpu.linear import NativeLinear, Output, PackedLinear
@@ -38,6 +39,7 @@ class CpuBackend(ReferenceBackend):
         self.ops: Ops = NativeOps(library)
         self.sampling = NativeSampling(library)
         self.library = library
+        self._arena = Arena()
         self.detail = library.isa
 
     def linear(self, weight: Weight, bias_O: Tensor | None = None) -> LinearOp:
@@ -61,7 +63,7 @@ class CpuBackend(ReferenceBackend):
         """None: there is no kernel for it."""
         for kind in (NativeLinear, NativeInt8Linear):
             if kind.can_pack(weight, self.target.dtype):
-                return kind(self.library, weight, bias_O, output, self.target.dtype)
+                return kind(self.library, self._arena, weight, bias_O, output, self.target.dtype)
         return None
 
     def attention(self, rope: RopeTables) -> NativeAttention:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sortserve.model.backends.cpu.arena import Arena
 from sortserve.model.backends.cpu.library import NativeLibrary, pointer
 from sortserve.model.weight import PLAIN, Weight
 
@@ -80,6 +81,7 @@ class PackedLinear(ABC):
 
     Args:
         library: the kernels.
+        arena: where the packed matrix goes.
         weight: with Output.SILU_MUL all gates, then all ups.
         bias_O: in the order of the weight's outputs.
         output: what the sums are made into.
@@ -96,6 +98,7 @@ class PackedLinear(ABC):
     def __init__(
         self,
         library: NativeLibrary,
+        arena: Arena,
         weight: Weight,
         bias_O: Tensor | None,
         output: Output,
@@ -107,7 +110,7 @@ class PackedLinear(ABC):
         self.dtype = dtype
         self._library = library
         self._output_dtype = torch.float32 if output is Output.FP32 else dtype
-        self._packed = self._pack(weight, num_outputs, output)
+        self._packed = self._pack(arena, weight, num_outputs, output)
         self._bias = _pack_bias(bias_O, output)
         self.matrix = Matrix(
             pointer(self._packed),
@@ -119,7 +122,7 @@ class PackedLinear(ABC):
         )
 
     @abstractmethod
-    def _pack(self, weight: Weight, num_outputs: int, output: Output) -> Tensor:
+    def _pack(self, arena: Arena, weight: Weight, num_outputs: int, output: Output) -> Tensor:
         """The matrix in the order of the kernel."""
 
     @abstractmethod
@@ -145,9 +148,9 @@ class NativeLinear(PackedLinear):
         is_plain = weight.format is PLAIN and weight.values.dtype == dtype
         return is_plain and dtype in {torch.bfloat16, torch.float32}
 
-    def _pack(self, weight: Weight, num_outputs: int, output: Output) -> Tensor:
+    def _pack(self, arena: Arena, weight: Weight, num_outputs: int, output: Output) -> Tensor:
         is_gated = output is Output.SILU_MUL
-        return _pack(_interleave_halves(weight.values) if is_gated else weight.values)
+        return _pack(arena, _interleave_halves(weight.values) if is_gated else weight.values)
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         """See LinearOp."""
@@ -166,7 +169,7 @@ class NativeLinear(PackedLinear):
         return rows_NI[:, : self.matrix.num_inputs].contiguous()
 
 
-def _pack(weight_OI: Tensor) -> Tensor:
+def _pack(arena: Arena, weight_OI: Tensor) -> Tensor:
     """[O, I] to [panels, I / n, outputs of a panel, n], outputs and inputs filled up with zeros.
 
     n inputs are four bytes: 2 in bf16, 1 in fp32.
@@ -174,7 +177,8 @@ def _pack(weight_OI: Tensor) -> Tensor:
     n = 4 // weight_OI.itemsize
     weight_OI = pad(weight_OI, (0, -weight_OI.shape[1] % n))
     words = _pad_outputs(weight_OI).view(torch.int32)  # torch moves these 3 times as fast
-    panels = words.view(-1, _PANEL, words.shape[1]).transpose(1, 2).contiguous()
+    words = words.view(-1, _PANEL, words.shape[1]).transpose(1, 2)
+    panels = arena.empty(words.shape, words.dtype).copy_(words)
     return panels.view(weight_OI.dtype).view(*panels.shape, n)
 
 

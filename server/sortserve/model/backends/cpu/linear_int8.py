@@ -10,6 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from sortserve.model.backends.cpu.arena import Arena
 from sortserve.model.backends.cpu.library import DTYPE_CODES, pointer
 from sortserve.model.backends.cpu.linear import Matrix, Output, PackedLinear
 from sortserve.model.quantization import INT8
@@ -49,7 +50,7 @@ class NativeInt8Linear(PackedLinear):
         """Whether there is a kernel for products of ``weight`` with inputs of ``dtype``."""
         return weight.format is INT8 and dtype in {torch.float32, torch.bfloat16}
 
-    def _pack(self, weight: Weight, num_outputs: int, output: Output) -> Tensor:
+    def _pack(self, arena: Arena, weight: Weight, num_outputs: int, output: Output) -> Tensor:
         """uint8, values and scales in the order of the kernel: ``kernels/tile_int8.h``."""
         assert weight.scales is not None
         call = _PackInt8Call(
@@ -62,7 +63,7 @@ class NativeInt8Linear(PackedLinear):
             torch.get_num_threads(),
         )
         self._library.call("pack_int8", call)  # says how many bytes it takes
-        packed = torch.empty(call.packed_bytes, dtype=torch.uint8)
+        packed = arena.empty((call.packed_bytes,), torch.uint8)
         call.packed = pointer(packed)
         self._library.call("pack_int8", call)
         return packed
