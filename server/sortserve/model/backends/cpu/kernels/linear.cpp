@@ -52,12 +52,12 @@ int64_t num_blocks_of(const Rows<T>& rows, int64_t num_tokens) {
   return std::max<int64_t>(1, (num_tokens + block / 2) / block);
 }
 
-// The next panel, which is fetched by the first tile, or half each by the first two. Hence also
-// grains of neighbouring panels.
+// The panel that this thread will probably take next, which is fetched by the first tile, or half
+// each by the first two. Hence also grains of neighbouring panels.
 template <typename T>
-Ahead ahead_of(int64_t tile, int64_t num_tiles, const T* panel, int64_t panel_size) {
-  if (num_tiles == 1) return {panel + panel_size, true};
-  if (tile < 2) return {panel + (2 + tile) * panel_size / 2, false};
+Ahead ahead_of(int64_t tile, int64_t num_tiles, const T* panel, const T* next, int64_t panel_size) {
+  if (num_tiles == 1) return {next, true};
+  if (tile < 2) return {next + tile * panel_size / 2, false};
   return {panel, false};
 }
 
@@ -75,7 +75,13 @@ void multiply(Team& team, const Matrix& matrix, const T* x, void* y, int64_t num
     const int64_t begin = block * num_tokens / num_blocks;
     const int64_t num_rows = (block + 1) * num_tokens / num_blocks - begin;
     const int64_t num_tiles = (num_rows + kMaxRows<T> - 1) / kMaxRows<T>;
-    const T* weights = static_cast<const T*>(matrix.packed) + panel * panel_size;
+    const auto weights_of = [&](int64_t i) {
+      return static_cast<const T*>(matrix.packed) + i % num_panels * panel_size;
+    };
+    const T* weights = weights_of(index);
+    // Threads take grains in turn.
+    const bool is_last = (index + 1) % grain == 0;
+    const T* next = weights_of(index + 1 + (is_last ? grain * (team.num_threads() - 1) : 0));
     for (int64_t i = 0; i < num_tiles; ++i) {
       const int64_t first = begin + i * num_rows / num_tiles;
       const int64_t rows_of_tile = begin + (i + 1) * num_rows / num_tiles - first;
@@ -84,7 +90,7 @@ void multiply(Team& team, const Matrix& matrix, const T* x, void* y, int64_t num
                        [&](int64_t m, const f32x16& a, const f32x16& b) {
                          write_outputs<T>(matrix, y, first + m, panel, a, b);
                        },
-                       ahead_of(i, num_tiles, weights, panel_size));
+                       ahead_of(i, num_tiles, weights, next, panel_size));
     }
   });
 }
