@@ -166,7 +166,8 @@ def _build(
     metrics.set_model_config(computed_in)
     metrics.set_cache_config(
         block_size=cache.block_size,
-        num_gpu_blocks=cache.num_pages,  # the name that gateways look for, on any device
+        # Gateways read it as vLLM's: block_size times this is the tokens that fit, at full depth.
+        num_gpu_blocks=cache.num_pages // decoder.slabs.count(worker.exits.layers[-1]),
         slab_size=cache.slab_size,
         page_bytes=cache.page_bytes,
         cache_dtype=computed_in["dtype"],

@@ -166,8 +166,9 @@ variable, the variable over the `--config` file, the file over the default.
   this folder takes (default: `20GiB`); `SORTSERVE_CPU_ISA`, the instruction
   set of the CPU kernels (`amx`, `avx512_bf16`, `avx2` or `portable`; default: the fastest that the
   processor has); `SORTSERVE_KERNELS_DIR`, the folder of kernels that `sortserve kernels --output`
-  compiled ahead of time; and what Kubernetes sets for a Service called `sortserve`
-  (`SORTSERVE_SERVICE_*`, `SORTSERVE_PORT_*`, and any value that begins with `tcp://`).
+  compiled ahead of time; and what Kubernetes sets for Services called `sortserve` or
+  `sortserve-NAME` (`SORTSERVE_NAME_SERVICE_HOST`, `SORTSERVE_NAME_PORT_8000_TCP_ADDR` and the like,
+  and any value that begins with `tcp://`).
 * `sortserve serve --print-config` shows what was resolved. Keys are never shown.
 
 This page is generated: `make docs`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import stat
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -36,8 +37,12 @@ FOREIGN_VARIABLES = frozenset(
     }
 )
 """Read elsewhere: by ``sortserve generate``, and where converted weights and kernels are kept."""
-KUBERNETES_PREFIXES = ("SORTSERVE_SERVICE_", "SORTSERVE_PORT_")
-"""Kubernetes sets these in every pod beside a Service called ``sortserve``."""
+KUBERNETES_VARIABLE = re.compile(
+    r"SORTSERVE(_\w+)?_(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+KUBERNETES_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
+"""What Kubernetes sets in every pod beside a Service called ``sortserve``, ``sortserve-prod`` ...:
+names such as ``SORTSERVE_PROD_SERVICE_HOST``, and the values of ``SORTSERVE_PROD_PORT``."""
 MAX_FILE_BYTES = 1 << 20
 """Largest file of settings, keys or certificates that is read."""
 
@@ -71,7 +76,7 @@ def read_environment(environ: Mapping[str, str], fields: Collection[str]) -> dic
     for variable, value in environ.items():
         if not variable.startswith(ENV_PREFIX) or variable in FOREIGN_VARIABLES:
             continue
-        if variable.startswith(KUBERNETES_PREFIXES) or value.startswith("tcp://"):
+        if KUBERNETES_VARIABLE.fullmatch(variable) or KUBERNETES_ADDRESS.match(value):
             continue
         name = variable.removeprefix(ENV_PREFIX).lower()
         if name not in fields:

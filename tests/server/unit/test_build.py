@@ -61,7 +61,8 @@ def test_settings_reach_the_parts_they_are_for(tmp_path: Path) -> None:
     samples = [s for f in text_string_to_metric_families(text) for s in f.samples]
     (info,) = (s for s in samples if s.name == "sortserve_cache_config_info")
     assert info.labels["model_name"] == "tiny"
-    assert (info.labels["block_size"], info.labels["num_gpu_blocks"]) == ("8", "72")
+    # Gateways multiply the two: the tokens that fit, all at full depth.
+    assert (info.labels["block_size"], info.labels["num_gpu_blocks"]) == ("8", str(3 * (64 // 8)))
 
 
 def test_a_calibrated_server_can_estimate_and_the_next_start_takes_its_word(

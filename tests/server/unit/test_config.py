@@ -190,12 +190,22 @@ def test_an_unknown_variable_is_refused_with_the_closest_match(
     )
 
 
+@pytest.mark.parametrize("service", ["SORTSERVE", "SORTSERVE_PROD", "SORTSERVE_2_CANARY"])
 def test_what_kubernetes_sets_for_a_service_of_our_name_is_no_setting(
-    monkeypatch: pytest.MonkeyPatch,
+    service: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SORTSERVE_SERVICE_HOST", "10.0.0.1")
-    monkeypatch.setenv("SORTSERVE_PORT", "tcp://10.0.0.1:8000")
-    monkeypatch.setenv("SORTSERVE_PORT_8000_TCP_ADDR", "10.0.0.1")
+    address = "tcp://10.0.0.1:8000"
+    for name, value in {
+        "SERVICE_HOST": "10.0.0.1",
+        "SERVICE_PORT": "8000",
+        "SERVICE_PORT_HTTP": "8000",
+        "PORT": address,
+        "PORT_8000_TCP": address,
+        "PORT_8000_TCP_PROTO": "tcp",
+        "PORT_8000_TCP_PORT": "8000",
+        "PORT_8000_TCP_ADDR": "10.0.0.1",
+    }.items():
+        monkeypatch.setenv(f"{service}_{name}", value)
 
     assert load_settings().port == 8000
 
