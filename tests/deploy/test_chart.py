@@ -95,7 +95,6 @@ EVERYTHING: dict[str, Any] = {
 RAY: dict[str, Any] = {
     "mode": "ray",
     "auth": {"keys": {"existingSecret": "keys"}},
-    "ray": {"deployments": [{"name": "Engine", "max_ongoing_requests": 768}]},
 }
 MATRIX: dict[str, dict[str, Any]] = {
     "defaults": {},

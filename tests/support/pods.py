@@ -81,7 +81,7 @@ def sandbox(
     command = ["bwrap", "--die-with-parent", *_image()]
     for mount in container.get("volumeMounts", []):
         kind = "--ro-bind" if mount.get("readOnly") else "--bind"
-        command += [kind, str(volumes[mount["name"]]), mount["mountPath"]]
+        command += [*_parents(Path(mount["mountPath"])), kind, str(volumes[mount["name"]]), mount["mountPath"]]
     command += ["--dev", "/dev", "--proc", "/proc", "--remount-ro", "/"]
     command += ["--unshare-pid", "--unshare-ipc", "--as-pid-1", "--clearenv"]
     variables = {v["name"]: v.get("value", "") for v in container["env"]} | dict(environment)
@@ -95,15 +95,21 @@ def sandbox(
 def _image() -> list[str]:
     """This machine's programs and libraries, and Python's, read-only: what an image has."""
     names = [*(f"/{name}" for name in PARTS), *(f"/etc/{name}" for name in ETC)]
-    arguments = []
+    arguments = _parents(Path("/etc/passwd"))
     for path in map(Path, names):
         if path.is_symlink():
             arguments += ["--symlink", str(path.readlink()), str(path)]
         elif path.exists():
             arguments += ["--ro-bind", str(path), str(path)]
     for needed in sorted({sys.prefix, sys.base_prefix, str(TESTS.parent)}):
-        arguments += ["--ro-bind", needed, needed]
+        arguments += [*_parents(Path(needed)), "--ro-bind", needed, needed]
     return arguments
+
+
+def _parents(path: Path) -> list[str]:
+    """Makes the folders above a place, which bubblewrap would make for root alone."""
+    above = list(path.parents)[-2::-1]  # but the root
+    return [word for folder in above for word in ("--perms", "0755", "--dir", str(folder))]
 
 
 @contextmanager
