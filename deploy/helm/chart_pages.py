@@ -35,7 +35,11 @@ CHARTS_OWN = (
 
 TEXT: Schema = {"type": "string"}
 BOOLEAN: Schema = {"type": "boolean"}
-NAME: Schema = {"type": "string", "maxLength": 253, "pattern": "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$"}
+NAME: Schema = {
+    "type": "string",
+    "maxLength": 253,
+    "pattern": "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$",
+}
 QUANTITY: Schema = {
     "type": ["string", "number"],
     "pattern": "^[0-9]+(\\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$",
@@ -149,7 +153,7 @@ def values_schema() -> Schema:
         nameOverride=NAME,
         fullnameOverride=NAME,
         commonLabels=STRINGS,
-        replicaCount=count(),
+        replicaCount={"type": ["integer", "null"], "minimum": 0},
         image=closed(
             repository={"type": "string", "minLength": 1},
             tag={"type": "string", "pattern": "^[A-Za-z0-9_.-]{0,128}$"},
@@ -160,7 +164,9 @@ def values_schema() -> Schema:
         model=closed(
             source=one_of("baked", "pvc", "pull"),
             name=TEXT,
-            pvc=closed(claimName=NAME, path={"type": "string", "pattern": "^([^/.][^/]*(/[^/.][^/]*)*)?$"}),
+            pvc=closed(
+                claimName=NAME, path={"type": "string", "pattern": "^([^/.][^/]*(/[^/.][^/]*)*)?$"}
+            ),
             pull=closed(
                 repo=TEXT,
                 revision=TEXT,

@@ -94,7 +94,10 @@ def test_the_runtime_is_as_locked_down_as_the_chart_and_asks_the_same_routes() -
 
     assert (rights["readOnlyRootFilesystem"], rights["capabilities"]) == (True, {"drop": ["ALL"]})
     assert (rights["runAsNonRoot"], rights["allowPrivilegeEscalation"]) == (True, False)
-    assert (service["automountServiceAccountToken"], service["enableServiceLinks"]) == (False, False)
+    assert (service["automountServiceAccountToken"], service["enableServiceLinks"]) == (
+        False,
+        False,
+    )
     routes = {k: container[k]["httpGet"] for k in container if k.endswith("Probe")}
     assert {k: v["path"] for k, v in routes.items()} == {
         "startupProbe": "/health",

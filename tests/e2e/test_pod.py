@@ -10,7 +10,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from support.charts import of_kind, render
 from support.pods import Container, needs_a_sandbox, running, sandbox, secret_folder
 from support.tiny_models import make_tiny_checkpoint
 
-pytestmark = [pytest.mark.slow, charts.needs_helm, needs_a_sandbox, pytest.mark.timeout(600)]
-START_S = 120
+pytestmark = [pytest.mark.slow, charts.needs_helm, needs_a_sandbox, pytest.mark.timeout(900)]
+START_S = 300
 ENTRY_POINT = [sys.executable, "-m", "sortserve", "serve"]
 """Of the images: `sortserve serve`."""
 
@@ -98,14 +98,18 @@ class Pod:
     def start(self) -> Any:
         """Runs the server until the end of the block."""
         command = self.command(self.template, SORTSERVE_PORT=str(self.port))
-        return running(command, [*ENTRY_POINT, *self.container.get("args", [])], self.folder / "log")
+        return running(
+            command, [*ENTRY_POINT, *self.container.get("args", [])], self.folder / "log"
+        )
 
     def probe(self, kind: str) -> bool:
         """Whether a probe of the manifest would pass now."""
         asked = self.container[kind]["httpGet"]
         assert asked["port"] == "http"
         url = f"{asked['scheme'].lower()}://127.0.0.1:{self.port}{asked['path']}"
-        return 200 <= httpx.get(url, timeout=self.container[kind]["timeoutSeconds"]).status_code < 400
+        return (
+            200 <= httpx.get(url, timeout=self.container[kind]["timeoutSeconds"]).status_code < 400
+        )
 
     def status_of(self, key: str) -> int:
         """What a request with a key gets."""
@@ -115,10 +119,13 @@ class Pod:
         return httpx.post(url, json=body, headers=headers, timeout=30).status_code
 
 
-@pytest.fixture
-def pod(tmp_path: Path) -> Iterator[Pod]:
-    tmp_path.chmod(0o755)
-    yield Pod(tmp_path)
+@pytest.fixture(scope="module")
+def pod(tmp_path_factory: pytest.TempPathFactory) -> Pod:
+    """One for all: a container that starts anew finds its volumes as they were."""
+    folder = tmp_path_factory.mktemp("pod")
+    for above in (folder, *folder.parents[:2]):
+        above.chmod(0o755)
+    return Pod(folder)
 
 
 def test_a_pod_of_the_chart_starts_serves_takes_new_keys_and_drains(pod: Pod) -> None:

@@ -3,7 +3,8 @@
     python -m support.helm_child < requests > replies
 
 One JSON object a line: ``{"chart": PATH, "values": {...}, "name": ..., "namespace": ...}`` gives
-``{"manifests": {template: text}}`` or ``{"error": message}``; with ``"lint": true``, ``{"lint": report}``.
+``{"manifests": {template: text}}``, with ``"lint": true`` ``{"lint": report}``, and in either case
+``{"error": message}`` if Helm refuses.
 """
 
 from __future__ import annotations

@@ -11,7 +11,14 @@ __all__ = ["PAGES", "ROOT", "fenced", "inline_commands", "typed_commands"]
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/*.md", "docker/*.md", "checkpoints/**/*.md", "benchmarks/*.md")
+    for pattern in (
+        "*.md",
+        "docs/*.md",
+        "docker/*.md",
+        "checkpoints/**/*.md",
+        "benchmarks/*.md",
+        "deploy/**/*.md",
+    )
     for path in ROOT.glob(pattern)
     if path.name not in ("CHANGELOG.md", "log.md")  # these tell of other versions
 )

@@ -25,7 +25,16 @@ import pytest
 Manifest = dict[str, Any]
 TESTS = Path(__file__).parents[1]
 PARTS = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "opt")
-ETC = ("passwd", "group", "hosts", "nsswitch.conf", "ld.so.cache", "ssl", "localtime", "alternatives")
+ETC = (
+    "passwd",
+    "group",
+    "hosts",
+    "nsswitch.conf",
+    "ld.so.cache",
+    "ssl",
+    "localtime",
+    "alternatives",
+)
 
 needs_a_sandbox = pytest.mark.skipif(
     shutil.which("bwrap") is None or shutil.which("setpriv") is None or os.geteuid() != 0,
@@ -81,7 +90,12 @@ def sandbox(
     command = ["bwrap", "--die-with-parent", *_image()]
     for mount in container.get("volumeMounts", []):
         kind = "--ro-bind" if mount.get("readOnly") else "--bind"
-        command += [*_parents(Path(mount["mountPath"])), kind, str(volumes[mount["name"]]), mount["mountPath"]]
+        command += [
+            *_parents(Path(mount["mountPath"])),
+            kind,
+            str(volumes[mount["name"]]),
+            mount["mountPath"],
+        ]
     command += ["--dev", "/dev", "--proc", "/proc", "--remount-ro", "/"]
     command += ["--unshare-pid", "--unshare-ipc", "--as-pid-1", "--clearenv"]
     variables = {v["name"]: v.get("value", "") for v in container["env"]} | dict(environment)
