@@ -81,7 +81,7 @@ def items(schema: Schema = OBJECT) -> Schema:
     return {"type": "array", "items": schema}
 
 
-def closed(required: tuple[str, ...] = (), **properties: Schema) -> Schema:
+def closed(required: tuple[str, ...] = (), /, **properties: Schema) -> Schema:
     """An object with these keys and no others."""
     return {
         "type": "object",

@@ -22,7 +22,12 @@ from support.charts import CHART, Manifest, faults, of_kind, pod_templates, rend
 
 pytestmark = charts.needs_helm
 POD = "io.k8s.api.core.v1.PodTemplateSpec"
-KEY = {"name": "alice", "sha256": "ab" * 32, "requests_per_minute": 60, "max_exit_layer": 18}
+KEY: dict[str, Any] = {
+    "name": "alice",
+    "sha256": "ab" * 32,
+    "requests_per_minute": 60,
+    "max_exit_layer": 18,
+}
 
 EVERYTHING: dict[str, Any] = {
     "replicaCount": 3,

@@ -198,6 +198,7 @@ def test_ray_runs_an_engine_on_each_worker(values: Manifest, options: Manifest) 
 @charts.needs_helm
 def test_ray_serve_takes_its_config() -> None:
     schema = pytest.importorskip("ray.serve.schema", reason="needs the extra `ray`")
+    pytest.importorskip("sortserve.ray.scaling")  # which it loads
     for values, _ in RAY:
         schema.ServeDeploySchema.model_validate(serve_config(values))
 

@@ -89,9 +89,9 @@ def _rendered(request: str) -> dict[str, str]:
     return {path.split("/", 1)[1]: text for path, text in manifests.items()}
 
 
-def render(values: Mapping[str, Any], **names: str) -> list[Manifest]:
+def render(values: Mapping[str, Any], name: str = "prod", namespace: str = "llm") -> list[Manifest]:
     """All objects that ``helm template`` makes."""
-    texts = render_text(values, **names)
+    texts = render_text(values, name, namespace)
     documents = (
         document
         for path, text in sorted(texts.items())
@@ -107,7 +107,8 @@ class _NoDuplicates(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ign
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         assert len(keys) == len(set(keys)), f"a key comes twice among {keys}"
-        return super().construct_mapping(node, deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def of_kind(manifests: list[Manifest], kind: str) -> Manifest:
