@@ -30,8 +30,10 @@ CHARTS_OWN = (
     "api_key_file",
     "api_keys_file",
     "config",
+    "replicas",
+    "max_replicas",
 )
-"""Settings that the chart makes from other values."""
+"""Settings that the chart makes from other values; pods are replicas here."""
 
 TEXT: Schema = {"type": "string"}
 BOOLEAN: Schema = {"type": "boolean"}
@@ -178,7 +180,7 @@ def values_schema() -> Schema:
                 sizeLimit=QUANTITY,
             ),
         ),
-        config={"$ref": "#/$defs/settings"},
+        config={"$ref": "#/definitions/settings"},
         listenHost={"type": "string", "minLength": 1},
         auth=closed(
             keys=closed(existingSecret=NAME, secretKey=TEXT, inline=items(named_key_schema())),
@@ -271,10 +273,10 @@ def values_schema() -> Schema:
         **{"global": OBJECT},
     )
     return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$schema": "http://json-schema.org/draft-07/schema#",  # which older Helms know, too
         "title": "Values of the chart sortserve",
         **values,
-        "$defs": {"settings": settings_schema()},
+        "definitions": {"settings": settings_schema()},
     }
 
 
