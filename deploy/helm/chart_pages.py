@@ -189,7 +189,11 @@ def values_schema() -> Schema:
         tls=closed(existingSecret=NAME),
         gpu=closed(enabled=BOOLEAN, count=count(1, 64), resourceName=TEXT),
         resources=RESOURCES,
-        cache=closed(sizeLimit=QUANTITY, existingClaim=NAME),
+        cache=closed(
+            sizeLimit=QUANTITY,
+            maxSize={"type": "string", "pattern": "^[0-9.]+ *[KMGT]i?B$"},
+            existingClaim=NAME,
+        ),
         tmp=volume,
         shm=volume,
         preStopSeconds=count(0),

@@ -374,6 +374,7 @@ def test_the_cache_is_a_folder_that_the_server_makes_itself() -> None:
     mounts = {m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")}
 
     assert mounts == {"/data", "/tmp"}
+    assert environment["SORTSERVE_CACHE_SIZE"] == "10GiB"  # below the limit of the emptyDir
     assert Path(environment["SORTSERVE_CACHE_DIR"]).parent == Path("/data")
     for name in ("HF_HOME", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "HOME"):
         assert any(Path(environment[name]).is_relative_to(mount) for mount in mounts), name

@@ -27,6 +27,7 @@
 {{- end }}
 # An emptyDir may be written to by others; a folder that the server makes inside it may not.
 - {name: SORTSERVE_CACHE_DIR, value: /data/sortserve}
+- {name: SORTSERVE_CACHE_SIZE, value: {{ .Values.cache.maxSize | quote }}}
 - {name: XDG_CACHE_HOME, value: /data/cache}
 - {name: TRITON_CACHE_DIR, value: /data/cache/triton}
 - {name: CUDA_CACHE_PATH, value: /data/cache/cuda}
