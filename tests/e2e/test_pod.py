@@ -25,7 +25,6 @@ from support.pods import Container, needs_a_sandbox, running, sandbox, secret_fo
 from support.tiny_models import make_tiny_checkpoint
 
 pytestmark = [pytest.mark.slow, charts.needs_helm, needs_a_sandbox, pytest.mark.timeout(900)]
-START_S = 300
 ENTRY_POINT = [sys.executable, "-m", "sortserve", "serve"]
 """Of the images: `sortserve serve`."""
 
@@ -86,6 +85,12 @@ class Pod:
         """The Secret, and what the kubelet makes of it."""
         secret_folder(self.folder / "keys", keys_file(*keys), user=10001)
 
+    @property
+    def start_s(self) -> int:
+        """What the startup probe allows; kernels are compiled in it, which images have."""
+        probe = self.container["startupProbe"]
+        return int(probe["periodSeconds"] * probe["failureThreshold"])
+
     def command(self, template: dict[str, Any], **environment: str) -> list[str]:
         """For a pod of the manifests: what gives it its view."""
         names = ("models", "config", "cache", "tmp", "keys")
@@ -131,7 +136,7 @@ def pod(tmp_path_factory: pytest.TempPathFactory) -> Pod:
 def test_a_pod_of_the_chart_starts_serves_takes_new_keys_and_drains(pod: Pod) -> None:
     grace_s = pod.template["spec"]["terminationGracePeriodSeconds"]
     with pod.start() as container:
-        eventually(lambda: pod.probe("startupProbe"), START_S, container)
+        eventually(lambda: pod.probe("startupProbe"), pod.start_s, container)
         assert pod.probe("readinessProbe")
         assert pod.probe("livenessProbe")
 
@@ -173,7 +178,7 @@ def test_helms_own_test_passes_on_a_server_that_asks_for_keys(pod: Pod) -> None:
     script = test["spec"]["containers"][0]["command"][2]
     url = f"http://127.0.0.1:{pod.port}"
     with pod.start() as server:
-        eventually(lambda: pod.probe("startupProbe"), START_S, server)
+        eventually(lambda: pod.probe("startupProbe"), pod.start_s, server)
         sandboxed = pod.command(test, URL=url)
         with running(sandboxed, [sys.executable, "-c", script], pod.folder / "test") as asking:
             assert asking.process.wait(120) == 0, asking.log.read_text(encoding="utf-8")
