@@ -54,7 +54,7 @@ def weights_bytes(weights: ModelWeights) -> int:
     for layer in weights.layers:
         values += vars(layer).values()
     for module in weights.exit_modules.values():
-        values += module.tensors.values()
+        values += [*module.tensors.values(), module.head]
         if module.layer is not None:
             values += vars(module.layer).values()
     parts = [*values]

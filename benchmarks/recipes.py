@@ -2,10 +2,8 @@ r"""SoFT, its baselines and ours on the same data and the same number of tokens:
 
 Trains each method by ``sortserve train`` and measures each result by ``sortserve eval``, all with
 the same data, tokens, exits and seed, and each with its own best-known rate unless told. Runs go
-on where they were cut; finished ones are not done again. Reports are kept in ``--work``.
-
-``sft+ict`` has a head per exit, which no engine serves: its likelihoods are measured, its answers
-only at full depth. The last line is one JSON document.
+on where they were cut; finished ones are not done again. Reports are kept in ``--work``. The last
+line is one JSON document.
 
     python -m benchmarks.recipes --work build/recipes --max-tokens 200000 \
         --data train.jsonl --eval-data dev.jsonl --qa questions.jsonl --prompts prompts.jsonl

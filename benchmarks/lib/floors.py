@@ -157,9 +157,10 @@ class ModelCost:
 
     def _top(self, exit_layer: int) -> Work:
         """Exit module and head; FLOPs of one row."""
-        head = self._weights.lm_head
+        module = self._weights.exit_modules.get(exit_layer)
+        head = self._weights.lm_head if module is None or module.head is None else module.head
         parts = [Work(head.nbytes, 2 * head.num_elements)]
-        if module := self._weights.exit_modules.get(exit_layer):
+        if module is not None:
             kind, config = module.kind, self._config
             num_elements = kind.num_matrix_elements(config) - kind.num_passing_elements(config)
             num_bytes: float = sum(tensor.nbytes for tensor in module.tensors.values())

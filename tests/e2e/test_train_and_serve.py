@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from sortserve import LLM, Budget, SamplingParams
 from sortserve.checkpoint.sorted_json import SortedInfo
 from sortserve.cli import main
+from sortserve_trainer.model.load import load_for_evaluation
 from support.tiny_models import make_tiny_checkpoint
 
 DEMO = Path(__file__).parents[2] / "examples" / "data"
@@ -75,7 +77,29 @@ def test_heads_trained_over_frozen_blocks_improve_the_exits_and_leave_the_full_d
     assert with_heads[4] < alone[4] - 0.5
     info = SortedInfo.read(ict)
     assert info is not None
-    assert info.exits == (6,), "an exit with a head of its own is not served"
+    assert info.exit_modules == {2: "head", 4: "head"}
+    assert_served_as_evaluated(ict)
+
+
+def assert_served_as_evaluated(folder: Path) -> None:
+    """At every exit the server's log-probabilities are those that ``sortserve eval`` sums."""
+    prompt = list(range(30, 60))
+    model = load_for_evaluation(str(folder), dtype="float32", device="cpu").model
+    greedy = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0)
+    with LLM(folder, dtype="float32", max_model_len=128) as llm:
+        for exit_layer in EXITS:
+            (result,) = llm.generate([prompt], greedy, budget=Budget(exit_layer=exit_layer))
+            served = result.outputs[0].logprobs
+            assert served is not None
+            ids = [*prompt, *result.outputs[0].token_ids]
+            states = model.exit_states(
+                torch.tensor([ids]), torch.arange(len(ids))[None], [len(ids)], (exit_layer,)
+            )
+            logits_TV = states[exit_layer] @ model.head(exit_layer).T
+            expected_TV = logits_TV[len(prompt) - 1 : -1].log_softmax(-1)
+            assert [token.token_id for token in served] == expected_TV.argmax(-1).tolist()
+            best = expected_TV.max(-1).values.tolist()
+            assert [token.logprob for token in served] == pytest.approx(best, abs=1e-4)
 
 
 @pytest.mark.timeout(300)

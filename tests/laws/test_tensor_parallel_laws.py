@@ -27,7 +27,7 @@ from support.processes import has_ended
 from support.tiny_models import make_tiny_checkpoint
 
 EXITS = (2, 4, 5, 6)
-KINDS = {2: "layer", 4: "affine", 5: "mlp"}
+KINDS = {2: "layer", 4: "head", 5: "mlp"}
 TOLERANCE = 1e-4
 """Largest difference of two log-probabilities, in nats."""
 PROMPTS = ["The sea is", "Rain, rain and more rain in the hills", "xyz", "In the other theatre"]

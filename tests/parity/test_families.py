@@ -85,7 +85,7 @@ def served_logits(checkpoint: LoadedCheckpoint, ids: Sequence[int]) -> dict[int,
     result: dict[int, list[Tensor]] = {exit_layer: [] for exit_layer in exits}
     for start, chunk in ((0, ids[:-1]), (len(ids) - 1, ids[-1:])):
         batch = one_step(dict.fromkeys(exits, chunk), start, decoder.num_slabs)
-        logits_RV = decoder.logits(decoder.forward(batch, cache))
+        logits_RV = decoder.logits(decoder.forward(batch, cache), batch.exit_layers)
         for exit_layer, logits_V in zip(batch.exit_layers, logits_RV, strict=True):
             result[exit_layer].append(logits_V)
     return result

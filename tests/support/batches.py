@@ -7,6 +7,7 @@ logits_RV = run_chunks(decoder, cache, [Chunk(ids, 0, exit_layer=6, table_SB=tab
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def random_ids(count: int, seed: int) -> list[int]:
 
 def run_chunks(decoder: Decoder, cache: KVCache, chunks: Sequence[Chunk]) -> Tensor:
     """The logits of the chunks that sample."""
-    logits_RV: Tensor = decoder.logits(
-        decoder.forward(make_batch(chunks, decoder.num_slabs), cache)
-    )
+    batch = make_batch(chunks, decoder.num_slabs)
+    exits = list(itertools.compress(batch.exit_layers, batch.samples))
+    logits_RV: Tensor = decoder.logits(decoder.forward(batch, cache), exits)
     return logits_RV

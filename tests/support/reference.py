@@ -63,7 +63,8 @@ def reference_forward(
         h_TD = rms_norm(h_TD, weights.final_norm, config.rms_norm_eps)
     else:
         h_TD = apply_exit_module(h_TD, module.tensors, config.rms_norm_eps)
-    return linear(h_TD, _matrix(weights.lm_head))
+    own = None if module is None else module.head
+    return linear(h_TD, _matrix(own or weights.lm_head))
 
 
 def _whole(own: OwnLayerWeights) -> LayerWeights:

@@ -60,8 +60,8 @@ __all__ = [
 NUM_LAYERS = 6
 EXIT_KINDS = ("none", "norm", "affine", "mlp")
 """Those that the laws mix, one at each of four exits."""
-LAYER_KINDS = ("affine", "layer", "none", "layer")
-"""Likewise, with layers, which have keys and values of their own."""
+LAYER_KINDS = ("head", "layer", "none", "layer")
+"""Likewise, with layers, which have keys and values of their own, and an own head."""
 EOS_TOKEN = "<|im_end|>"
 
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", EOS_TOKEN)
@@ -217,7 +217,7 @@ def make_tiny_checkpoint(
 
 
 def mixed_kinds(exits: Sequence[int], variant: str) -> dict[int, str]:
-    """A kind for each of five exits but the last: with layers where the family is Qwen."""
+    """A kind for each of five exits but the last: with layers and a head where it is Qwen."""
     kinds = LAYER_KINDS if variant.startswith("qwen") else EXIT_KINDS
     return dict(zip(exits[:-1], kinds, strict=True))
 
@@ -364,5 +364,7 @@ def hf_logits(
     h_TD = sub.model(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
     if exit_module:
         h_TD = apply_exit_module(h_TD, exit_module, model.model.norm.variance_epsilon)
+    if exit_module and "lm_head.weight" in exit_module:
+        return torch.nn.functional.linear(h_TD, exit_module["lm_head.weight"])
     logits_TV: Tensor = sub.lm_head(h_TD)
     return logits_TV

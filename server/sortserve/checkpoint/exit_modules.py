@@ -17,7 +17,7 @@ from sortserve.checkpoint.shards import shard
 from sortserve.checkpoint.tensors import SafetensorsReader
 from sortserve.core.errors import CheckpointError
 from sortserve.model.config import ModelConfig
-from sortserve.model.exit_module import EXIT_MODULE_KINDS
+from sortserve.model.exit_module import EXIT_MODULE_KINDS, HEAD
 from sortserve.model.local_shape import LocalShape
 from sortserve.model.weight import Weight
 from sortserve.model.weights import ExitModuleWeights, OwnLayerWeights
@@ -46,9 +46,10 @@ def load_exit_modules(
         config: gives the shapes.
         dtype: of the result.
         device: of the result.
-        quantize: makes the weights of the matrices of exits' own layers, as of the trunk's.
-        shape: the share of exits' own layers to load; None: everything. Of all else a rank has the
-            whole.
+        quantize: makes the weights of the matrices of exits' own layers and heads, as of the
+            trunk's.
+        shape: the share of exits' own layers and heads to load; None: everything. Of all else a
+            rank has the whole.
 
     Raises:
         CheckpointError: the file is missing or truncated, or a tensor is missing, of another
@@ -74,14 +75,18 @@ def load_exit_modules(
             tensor = reader.read(f"exits.{layer}.{name}")
             return tensor.to(device=device, dtype=dtype, copy=True)
 
-        def own_layer(layer: int) -> OwnLayerWeights:
-            def part(name: str) -> Tensor:
-                whole = reader.read(f"exits.{layer}.{name}")
-                return whole if shape is None else shard(name, whole, config, shape)
+        def fuse_shares(layer: int, *names: str) -> Tensor:
+            wholes = {name: reader.read(f"exits.{layer}.{name}") for name in names}
+            shares = [
+                whole if shape is None else shard(name, whole, config, shape)
+                for name, whole in wholes.items()
+            ]
+            # A copy, even of a single tensor.
+            return torch.cat(shares).to(device=device, dtype=dtype)
 
+        def own_layer(layer: int) -> OwnLayerWeights:
             def fuse(*names: str) -> Tensor:
-                # A copy, even of a single tensor.
-                return torch.cat([part(name) for name in names]).to(device=device, dtype=dtype)
+                return fuse_shares(layer, *names)
 
             def matrix(*names: str) -> Weight:
                 return quantize(fuse(*(f"{name}.weight" for name in names)))
@@ -108,10 +113,12 @@ def load_exit_modules(
 
         def module(layer: int) -> ExitModuleWeights:
             kind = EXIT_MODULE_KINDS[kinds[layer]]
-            if kind.has_layer:
-                tensors = {"norm.weight": read(layer, "norm.weight")}
-                return ExitModuleWeights(kind=kind, tensors=tensors, layer=own_layer(layer))
-            tensors = {name: read(layer, name) for name in shapes[layer]}
-            return ExitModuleWeights(kind=kind, tensors=tensors)
+            own = {"norm.weight"} if kind.has_layer else shapes[layer].keys() - {HEAD}
+            return ExitModuleWeights(
+                kind=kind,
+                tensors={name: read(layer, name) for name in own},
+                layer=own_layer(layer) if kind.has_layer else None,
+                head=quantize(fuse_shares(layer, HEAD)) if kind.has_head else None,
+            )
 
         return {layer: module(layer) for layer in exits if shapes.get(layer)}

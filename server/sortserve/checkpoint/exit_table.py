@@ -30,7 +30,6 @@ def exit_table(
     """
     layer, layer_matrices = count_layer_parameters(config)
     head = config.vocab_size * config.hidden_size
-    embeddings = head if config.tie_word_embeddings else 2 * head
     modules = {
         exit_layer: EXIT_MODULE_KINDS[
             sorted_info.module_kind(exit_layer) if sorted_info else NO_MODULE
@@ -48,9 +47,12 @@ def exit_table(
     def info(exit_layer: int) -> ExitInfo:
         module = modules[exit_layer]
         quality = dict(sorted_info.quality.get(exit_layer, {})) if sorted_info else {}
+        is_tied = config.tie_word_embeddings and not module.has_head
+        embeddings = head if is_tied else 2 * head
+        own_layers = min(exit_layer, config.num_stack_layers)
         return ExitInfo(
             exit_layer=exit_layer,
-            num_parameters=embeddings + exit_layer * layer + module.num_parameters(config),
+            num_parameters=embeddings + own_layers * layer + module.num_parameters(config),
             compute=num_elements(exit_layer) / full_elements,
             score=quality.pop("score", None),
             quality=quality or None,

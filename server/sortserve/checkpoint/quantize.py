@@ -1,7 +1,7 @@
 """``--quantize``: weights that are made smaller while they are read, each matrix on its own.
 
 A quantiser makes a ``Weight`` of a plain matrix. It sees the matrices of the decoder layers, fused
-as the decoder wants them, those of exits that are layers of their own included, and the head. The
+as the decoder wants them, those of exits that are layers of their own included, and the heads. The
 embedding (a row of it is read for each token, never all), norms, biases and exit modules of other
 kinds stay in the model's dtype.
 

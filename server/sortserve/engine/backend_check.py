@@ -2,9 +2,9 @@
 
 The model of the check is cut from the one that was loaded: its first layers (again from the first
 where it has fewer), its head or the beginning of it, and two kinds of the modules that its exits
-have, ``layer`` first; so matrices, formats of weights, biases, norms and RoPE are those that will
-be served. The backend packs copies of these few layers, so nothing that was loaded is lost, and the
-copies are gone when the answer is there.
+have, ``layer`` and ``head`` first; so matrices, formats of weights, biases, norms and RoPE are
+those that will be served. The backend packs copies of these few layers, so nothing that was loaded
+is lost, and the copies are gone when the answer is there.
 
 Both run the same steps over scattered pages that hold leftovers: prompts whole and in chunks, exact
 blocks, single tokens, rows that leave early and rows that sit a step out, long contexts on a GPU.
@@ -163,25 +163,38 @@ class _Model:
         by_kind: dict[type, ExitModuleWeights] = {
             module.kind: module for module in weights.exit_modules.values()
         }
-        # There is most to get wrong in layers, so one is among those for which there is an exit.
-        modules = sorted(by_kind.values(), key=lambda module: not module.kind.has_layer)
+        # There is most to get wrong in layers, so one is among those for which there is an exit,
+        # and heads are matrices that nothing else stands for.
+        modules = sorted(
+            by_kind.values(), key=lambda m: (not m.kind.has_layer, not m.kind.has_head)
+        )
         return _Model(
             replace(config, num_layers=exits[-1]),
             replace(
                 weights,
                 layers=list(layers),
                 exit_modules=dict(zip(exits, modules, strict=False)),
-                lm_head=_beginning(weights.lm_head),
+                lm_head=weights.lm_head,
             ),
             exits,
-        )
+        )._with_smaller_heads()
+
+    def _with_smaller_heads(self) -> _Model:
+        """With the beginnings of the heads, where all of them can be cut."""
+        weights = self.weights
+        if any(head.format is not PLAIN for head in (weights.lm_head, *weights.own_heads)):
+            return self
+        modules = {
+            exit_layer: replace(module, head=module.head and _beginning(module.head))
+            for exit_layer, module in weights.exit_modules.items()
+        }
+        lm_head = _beginning(weights.lm_head)
+        return replace(self, weights=replace(weights, lm_head=lm_head, exit_modules=modules))
 
 
 def _beginning(head: Weight) -> Weight:
-    num_outputs = HEAD_OUTPUTS + head.shape[0] % 64
-    if head.format is not PLAIN or head.shape[0] <= num_outputs:
-        return head
-    return Weight.plain(head.values[:num_outputs])
+    """Of a plain matrix."""
+    return Weight.plain(head.values[: HEAD_OUTPUTS + head.shape[0] % 64])
 
 
 def _plans(rows: Sequence[_Row], model: _Model, block_size: int) -> Iterator[StepPlan]:
@@ -260,7 +273,8 @@ def _run(
             plan, block_size=block_size, num_slabs=decoder.num_slabs, device=decoder.device
         )
         states.append(decoder.forward(batch, kv_cache))
-    return _Answers(torch.cat(states).float(), decoder.logits(states[-1]).float())
+    last = [row.exit_layer for row in plans[-1].rows]
+    return _Answers(torch.cat(states).float(), decoder.logits(states[-1], last).float())
 
 
 def _shares(expected_RX: Tensor, given_RX: Tensor) -> list[float]:

@@ -39,7 +39,12 @@ class GreedyTail:
         self._h_ND = torch.zeros(num_rows, hidden, dtype=decoder.dtype, device=decoder.device)
         self._token_N = torch.zeros(num_rows, dtype=torch.int64, device=decoder.device)
         self._told_N = torch.zeros_like(self._token_N)
-        self._graphs: dict[int, Graph] = {}
+        self._graphs: dict[tuple[int | None, int], Graph] = {}
+
+    @property
+    def num_graphs(self) -> int:
+        """How many there are when all are recorded."""
+        return len(self._decoder.heads) * len(self._buckets)
 
     @torch.inference_mode()
     def record(self) -> None:
@@ -49,31 +54,46 @@ class GreedyTail:
             RuntimeError: something in them cannot be recorded, or memory is short.
         """
         for num_rows in reversed(self._buckets):
-            self._graphs[num_rows] = self._maker.record(self._run(num_rows))
+            for head in self._decoder.heads:
+                self._graphs[head, num_rows] = self._maker.record(self._run(head, num_rows))
 
-    def _run(self, num_rows: int) -> Callable[[], None]:
+    def _run(self, head: int | None, num_rows: int) -> Callable[[], None]:
         h_ND, token_N, told_N = (
             tensor[:num_rows] for tensor in (self._h_ND, self._token_N, self._told_N)
         )
 
         def run() -> None:
-            token, told = choose_plainly(self._decoder.logits(h_ND))
+            token, told = choose_plainly(self._decoder.apply_head(head, h_ND))
             token_N.copy_(token)
             told_N.copy_(told)
 
         return run
 
     @torch.inference_mode()
-    def start(self, h_RD: Tensor) -> GreedySamples:
-        """The tokens of rows with these hidden states, as many as a graph holds at the most."""
+    def start(self, h_RD: Tensor, exit_layers: Sequence[int]) -> GreedySamples:
+        """The tokens of rows with these hidden states, as many as a graph holds at the most, that
+        have left at these exits.
+        """
+        runs = self._decoder.runs_of_heads(exit_layers)
+        if len(runs) == 1:
+            return GreedySamples(*self._choose(runs[0][0], h_RD))
+        chosen = []
+        for (head, _), part_RD in zip(runs, torch.split(h_RD, [n for _, n in runs]), strict=True):
+            # Copied before the next head's graph writes to the same place.
+            chosen.append([tensor.clone() for tensor in self._choose(head, part_RD)])
+        token_R, told_R = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+        return GreedySamples(token_R, told_R)
+
+    def _choose(self, head: int | None, h_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows' tokens, and what is told of them; until the next call."""
         num_rows = len(h_RD)
         self._h_ND[:num_rows].copy_(h_RD)
-        self._graphs[self._buckets[bisect_left(self._buckets, num_rows)]].replay()
-        return GreedySamples(self._token_N[:num_rows], self._told_N[:num_rows])
+        self._graphs[head, self._buckets[bisect_left(self._buckets, num_rows)]].replay()
+        return self._token_N[:num_rows], self._told_N[:num_rows]
 
 
 class GreedySamples:
-    """See ``Samples``. Both tensors are written again by the next step that is chosen so.
+    """See ``Samples``. Both tensors may be written again by the next step that is chosen so.
 
     Args:
         token_R: int64.

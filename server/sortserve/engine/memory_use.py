@@ -49,13 +49,17 @@ def measure_memory_use(
             max_num_batched_tokens=max_num_batched_tokens,
             block_size=block_size,
         )
-        run_largest_steps(
-            ModelRunner(decoder, num_pages=num_pages, block_size=block_size),
-            depth=decoder.exits[-1],
-            max_model_len=max_model_len,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_num_seqs=max_num_seqs,
-        )
+        *_, last_head = decoder.heads
+        runner = ModelRunner(decoder, num_pages=num_pages, block_size=block_size)
+        for last_exit in {None, last_head}:
+            run_largest_steps(
+                runner,
+                depth=decoder.exits[-1],
+                max_model_len=max_model_len,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_num_seqs=max_num_seqs,
+                last_exit=last_exit,
+            )
 
     with refusing_too_much(memory, "the largest step", None, SMALLER_STEP):
         largest_step = memory.peak_of(run)

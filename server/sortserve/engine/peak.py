@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from sortserve.core.plan import RowPlan, Runner, StepPlan
@@ -30,6 +32,7 @@ def run_largest_steps(
     max_model_len: int,
     max_num_batched_tokens: int,
     max_num_seqs: int,
+    last_exit: int | None = None,
 ) -> None:
     """Run them; what they write and sample means nothing."""
     for plan in largest_steps(
@@ -39,6 +42,7 @@ def run_largest_steps(
         max_model_len=max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
+        last_exit=last_exit,
     ):
         runner.execute(plan)
 
@@ -51,8 +55,12 @@ def largest_steps(
     max_model_len: int,
     max_num_batched_tokens: int,
     max_num_seqs: int,
+    last_exit: int | None = None,
 ) -> list[StepPlan]:
     """One of prompts alone and one in which all rows decode; all rows sample, at full depth.
+
+    If there is a ``last_exit``, a step's last row of several leaves there: through a head of its
+    own, whose logits are joined with those of the others.
 
     All rows and slabs share the same few pages: it is the step's memory that counts, and no cache
     has room for all of them yet.
@@ -78,4 +86,8 @@ def largest_steps(
     prompts = [row(i, 0, length) for i, length in enumerate(lengths[:max_num_seqs])]
     context = min(max_model_len, DECODE_CONTEXT)
     decoding = [row(i, context - 1, 1) for i in range(min(max_num_seqs, max_num_batched_tokens))]
-    return [StepPlan(rows=tuple(rows), depth_cap=depth) for rows in (prompts, decoding)]
+    steps = [prompts, decoding]
+    if last_exit is not None:
+        several = [rows for rows in steps if len(rows) > 1]
+        steps = [[*rows[:-1], replace(rows[-1], exit_layer=last_exit)] for rows in several]
+    return [StepPlan(rows=tuple(rows), depth_cap=depth) for rows in steps]

@@ -6,7 +6,7 @@ Shape legend: B tokens of a block, N tokens of one exit, D hidden, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -44,14 +44,14 @@ def scored_tokens(plan: StepPlan, device: torch.device | str) -> ScoredTokens | 
 
 
 def record_prompts(
-    plan: StepPlan, scored: ScoredTokens, logits: Callable[[Tensor], Tensor]
+    plan: StepPlan, scored: ScoredTokens, logits: Callable[[Tensor, Sequence[int]], Tensor]
 ) -> None:
     """Record what the model says of the prompts that a plan has read.
 
     Args:
         plan: what ran.
         scored: as of ``scored_tokens``, filled by the decoder.
-        logits: the head, [B, D] to fp32 [B, V].
+        logits: the head, [B, D] to fp32 [B, V], given the exits of the tokens.
 
     Raises:
         FloatingPointError: a log probability is not a number.
@@ -71,12 +71,15 @@ def _targets(row: RowPlan) -> list[int]:
     return list(row.prompt_logprobs.targets(row.start, row.num_tokens))
 
 
-def _record(row: RowPlan, hidden_ND: Tensor, logits: Callable[[Tensor], Tensor]) -> None:
+def _record(
+    row: RowPlan, hidden_ND: Tensor, logits: Callable[[Tensor, Sequence[int]], Tensor]
+) -> None:
     wanted, targets = row.prompt_logprobs, _targets(row)
     assert wanted is not None
     for begin, hidden_BD in _blocks(hidden_ND):
         token_ids = targets[begin : begin + len(hidden_BD)]
-        tokens = _describe(logits(hidden_BD), token_ids, wanted.num_top)
+        logits_BV = logits(hidden_BD, [row.exit_layer] * len(hidden_BD))
+        tokens = _describe(logits_BV, token_ids, wanted.num_top)
         if any(token.logprob is None or math.isnan(token.logprob) for token in tokens):
             raise FloatingPointError("a log probability of the prompt is not a number")
         wanted.record(row.start + begin, tokens)

@@ -87,10 +87,10 @@ class ModelRunner:
     @property
     def num_graphs(self) -> int:
         """Graphs that are recorded; 0: steps run as they are."""
-        graphs = self._graphs
-        if graphs is None or not graphs.is_recorded:
+        graphs, tail = self._graphs, self._tail
+        if graphs is None or tail is None or not graphs.is_recorded:
             return 0
-        return graphs.num_graphs + len(graphs.buckets)  # and those of the tail
+        return graphs.num_graphs + tail.num_graphs
 
     def adapt_threads(self, threads: StepThreads) -> None:
         """From now on, let steps use as many threads as ``threads`` finds best."""
@@ -143,11 +143,12 @@ class ModelRunner:
             h_RD = graphs.forward(host, inputs, last_ids_R)
         if not sampling:
             return _Launched(KnownSamples([]))
+        exit_layers = [row.exit_layer for row in plan.rows if row.sampling is not None]
         samples: Samples
         if graphs is not None and self._tail is not None and all(map(is_plain, sampling)):
-            samples = self._tail.start(h_RD)
+            samples = self._tail.start(h_RD, exit_layers)
         else:
-            logits_RV = self._decoder.logits(h_RD)
+            logits_RV = self._decoder.logits(h_RD, exit_layers)
             made = {} if masks is None else masks.result()
             samples = self._sampler.start(logits_RV, sampling, made)
         self._last_ids_R = samples.token_ids_R

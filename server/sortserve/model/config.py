@@ -31,6 +31,17 @@ class ModelConfig:
     """Qwen3: RMSNorm over head_dim of each query and key head, before RoPE."""
     sliding_window: int | None = None
     """If set, the served context is capped to it: below it, sliding and full attention agree."""
+    num_loops: int = 1
+    """Ouro: so often its layers are run, one after another, and the final norm between two times.
+    ``num_layers`` is the depth, each layer counted once for each time: layer l has the weights of
+    layer ``l % num_stack_layers``, and keys and values of its own."""
+    output_norms: bool = False
+    """Ouro: RMSNorm of what attention and MLP give, before it is added to the residual stream."""
+
+    @property
+    def num_stack_layers(self) -> int:
+        """Layers that have weights of their own."""
+        return self.num_layers // self.num_loops
 
     @property
     def q_size(self) -> int:

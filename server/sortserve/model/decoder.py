@@ -8,7 +8,8 @@ Shape legend: T tokens, R rows that sample, D hidden, V vocabulary, F intermedia
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -92,9 +93,16 @@ class Decoder:
             weights.exit_modules.clear()
         self._lm_head = self.backend.head(weights.lm_head)
         self._embed = self._make_embedding(weights)
+        self._own_heads = {
+            exit_layer: self.backend.head(module.head)
+            for exit_layer, module in modules.items()
+            if module.head is not None
+        }
         if release_weights:
             weights.embed = weights.embed.new_empty(0, config.hidden_size)
             weights.lm_head = Weight.nothing()
+            for module in modules.values():
+                module.head = None
 
     def _make_embedding(self, weights: ModelWeights) -> Embedding:
         is_tied = weights.lm_head.values is weights.embed
@@ -197,10 +205,39 @@ class Decoder:
         last_N = batch.last_tokens_N[start : start + len(rows)]
         return hidden(AskedTokens(last_N, [batch.context_lens[row] for row in rows]))
 
+    @property
+    def heads(self) -> tuple[int | None, ...]:
+        """The heads there are: None is the model's, a number the own one of an exit."""
+        return (None, *self._own_heads)
+
+    def runs_of_heads(self, exit_layers: Iterable[int]) -> list[tuple[int | None, int]]:
+        """Which heads rows that leave at these exits pass: one of ``heads``, and how many rows in
+        a row pass it.
+        """
+        own = (e if e in self._own_heads else None for e in exit_layers)
+        return [(head, len(list(rows))) for head, rows in itertools.groupby(own)]
+
     @torch.inference_mode()
-    def logits(self, h_RD: Tensor) -> Tensor:
-        """[R, D] to fp32 [R, V]."""
-        return self._lm_head(h_RD)
+    def logits(self, h_RD: Tensor, exit_layers: Sequence[int] | None = None) -> Tensor:
+        """[R, D] to fp32 [R, V].
+
+        Args:
+            h_RD: as ``forward`` gives it.
+            exit_layers: R, at which they left; None: there is one head.
+        """
+        if not self._own_heads:
+            return self._lm_head(h_RD)
+        assert exit_layers is not None
+        assert len(exit_layers) == len(h_RD)
+        runs = self.runs_of_heads(exit_layers)
+        parts = torch.split(h_RD, [num_rows for _, num_rows in runs])
+        return torch.cat(
+            [self.apply_head(head, part) for (head, _), part in zip(runs, parts, strict=True)]
+        )
+
+    def apply_head(self, head: int | None, h_RD: Tensor) -> Tensor:
+        """[R, D] to fp32 [R, V], through one of ``heads``."""
+        return self._lm_head(h_RD) if head is None else self._own_heads[head](h_RD)
 
 
 _NO_MODULE = ExitModuleWeights(kind=SharedNorm, tensors={})

@@ -1,4 +1,4 @@
-"""What stands between the trunk and the shared head at an exit: one class per kind.
+"""What stands between the trunk and the logits at an exit: one class per kind.
 
 A kind is its name in ``EXIT_MODULE_KINDS``, the class there, and its twin of the same name in the
 trainer. The class knows the kind's tensors and what they cost; an object of it is one exit's
@@ -24,15 +24,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EXIT_MODULE_KINDS",
+    "HEAD",
     "NO_MODULE",
     "Affine",
     "ExitModule",
     "GatedMlp",
+    "OwnHead",
     "OwnNorm",
     "SharedNorm",
     "WholeLayer",
     "exit_module_kind",
 ]
+
+HEAD = "lm_head.weight"
+"""What an exit's own head is called among its tensors."""
 
 
 class ExitModule(ABC):
@@ -47,6 +52,8 @@ class ExitModule(ABC):
 
     has_layer: ClassVar[bool] = False
     """Whether a decoder layer of the exit's own comes first: see ``sortserve.model.own_layer``."""
+    has_head: ClassVar[bool] = False
+    """Whether a head of the exit's own, ``HEAD``, comes last, in place of the model's."""
 
     def __init__(
         self, tensors: Mapping[str, Tensor], final_norm: Tensor, backend: Backend, eps: float
@@ -62,13 +69,16 @@ class ExitModule(ABC):
 
     @classmethod
     def num_parameters(cls, config: ModelConfig) -> int:
-        """What a sub-model with it has beside layers, embedding and head."""
-        return sum(map(math.prod, cls.shapes(config).values()))
+        """What a sub-model with it has beside layers, embedding and a head, whosever that is."""
+        return sum(math.prod(shape) for name, shape in cls.shapes(config).items() if name != HEAD)
 
     @classmethod
     def num_matrix_elements(cls, config: ModelConfig) -> int:
-        """Those of them that are multiplied with each token: half the FLOPs of a row."""
-        return sum(math.prod(shape) for shape in cls.shapes(config).values() if len(shape) == 2)
+        """Those of them that are multiplied with each token: half the FLOPs of a row, of which the
+        head's are apart.
+        """
+        shapes = cls.shapes(config).items()
+        return sum(math.prod(shape) for name, shape in shapes if len(shape) == 2 and name != HEAD)
 
     @classmethod
     def num_passing_elements(cls, config: ModelConfig) -> int:
@@ -199,6 +209,21 @@ class WholeLayer(OwnNorm):
         return 2 * config.kv_size * config.hidden_size
 
 
+class OwnHead(OwnNorm):
+    """Its own norm, and an output matrix of its own in place of the model's head.
+
+    It costs what the shared head costs, and the memory of one head more. Called, it is the norm
+    alone: ``Decoder.logits`` has the heads, since the rows of one head pass it together.
+    """
+
+    has_head = True
+
+    @classmethod
+    def shapes(cls, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """See ExitModule."""
+        return {**super().shapes(config), HEAD: (config.vocab_size, config.hidden_size)}
+
+
 NO_MODULE = "none"
 """The kind of every exit that ``sorted.json`` names none for."""
 
@@ -208,6 +233,7 @@ EXIT_MODULE_KINDS: dict[str, type[ExitModule]] = {
     "affine": Affine,
     "mlp": GatedMlp,
     "layer": WholeLayer,
+    "head": OwnHead,
 }
 """By the names of ``sorted.json`` and ``--exit-modules``."""
 

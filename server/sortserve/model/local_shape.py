@@ -6,8 +6,8 @@ Every rank has all layers, and of each layer some of the heads and a part of the
   and values of its heads, and its part of the MLP's activations, from the whole hidden state.
 * The output projection and down are split by their inputs (row parallel): a rank's result is one
   term of a sum over all ranks, two sums a layer.
-* The head is split by the vocabulary: each rank scores its tokens, and rank 0, which samples,
-  gathers the scores.
+* The heads, the model's and exits' own, are split by the vocabulary: each rank scores its tokens,
+  and rank 0, which samples, gathers the scores.
 * Embedding, norms and exit modules are on every rank. A row of the embedding is read for each
   token, never all of it, and a split one would cost a third sum. Exit modules see only the rows
   that sample. Only a module that is a layer of its own is divided as the others are.

@@ -89,6 +89,8 @@ class ExitModuleWeights:
     """By the names in ``kind.shapes``."""
     layer: OwnLayerWeights | None = None
     """Where ``kind.has_layer``: its layer, whose weights are not among ``tensors``."""
+    head: Weight | None = None
+    """[V, D], where ``kind.has_head``; nor is this."""
 
 
 @dataclass(kw_only=True)
@@ -126,7 +128,7 @@ class ModelWeights:
         if self.lm_head.values is not self.embed:
             parts.append(self.embed)
         for module in self.exit_modules.values():
-            parts += module.tensors.values()
+            parts += [*module.tensors.values(), module.head]
         layers: list[LayerWeights | OwnLayerWeights] = [*self.layers]
         layers += [m.layer for m in self.exit_modules.values() if m.layer is not None]
         for layer in layers:
@@ -134,9 +136,14 @@ class ModelWeights:
         return sum(part.nbytes for part in parts if part is not None)
 
     @property
+    def own_heads(self) -> list[Weight]:
+        """The heads of exits that have their own."""
+        return [m.head for m in self.exit_modules.values() if m.head is not None]
+
+    @property
     def formats(self) -> Mapping[str, int]:
-        """How many of the matrices of layers and head are in each format, by its name."""
-        matrices = [self.lm_head]
+        """How many of the matrices of layers and heads are in each format, by its name."""
+        matrices = [self.lm_head, *self.own_heads]
         for layer in self.layers:
             matrices += [layer.qkv, layer.o, layer.gate_up, layer.down]
         return Counter(matrix.format.name for matrix in matrices)

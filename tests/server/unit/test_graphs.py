@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -99,7 +100,8 @@ def test_any_mix_of_depths_and_rows_is_replayed_to_what_it_is_without_graphs(
         plain_RD = decoder.forward(batch, plain_cache)
         assert torch.equal(h_RD, replay(rerun, batch))
         torch.testing.assert_close(h_RD, plain_RD, rtol=1e-5, atol=2e-5)
-        tokens, plain = (decoder.logits(h).argmax(-1) for h in (h_RD, plain_RD))
+        exits = list(itertools.compress(batch.exit_layers, batch.samples))
+        tokens, plain = (decoder.logits(h, exits).argmax(-1) for h in (h_RD, plain_RD))
         assert torch.equal(tokens, plain)
     assert torch.equal(cache.pages[:, :, :NUM_PAGES], rerun_cache.pages[:, :, :NUM_PAGES])
     torch.testing.assert_close(
@@ -212,7 +214,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(
     )
     assert recording.num_graphs == 0
     recording.record_graphs()
-    assert recording.num_graphs == (len(EXITS) + 1) * len(row_buckets(4))
+    assert recording.num_graphs == (len(EXITS) + 2) * len(row_buckets(4))  # two heads
     [message] = [record.getMessage() for record in caplog.records]
     assert message.endswith("without CUDA graphs: operation not permitted when stream is capturing")
 

@@ -33,7 +33,7 @@ from support.tiny_models import make_tiny_checkpoint
 
 CPU = torch.device("cpu")
 EXITS = (2, 4, 5, 6)
-KINDS = {2: "layer", 4: "affine", 5: "mlp"}
+KINDS = {2: "layer", 4: "head", 5: "mlp"}
 TOLERANCE = 1e-5
 """Largest difference of two logits in fp32, relative to the largest logit: ranks add up the same
 numbers in another order."""

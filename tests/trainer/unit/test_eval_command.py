@@ -10,21 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from sortserve.checkpoint.load import load_checkpoint
 from sortserve.checkpoint.quantize import QUANTIZERS
 from sortserve.checkpoint.sorted_json import SortedInfo
 from sortserve.cli import main
-from sortserve.core.errors import ConfigError
 from sortserve.core.sampling_params import SamplingParams
 from sortserve.core.schedule import DepthSchedule
 from sortserve_trainer.evaluation.evaluate import evaluate
 from sortserve_trainer.evaluation.settings import EvalSettings
 from support.serving import offline_tokens
 from support.serving import serve as serve_tiny
-from support.tiny_models import hf_logits, load_hf, make_tiny_checkpoint, write_sorted_json
+from support.tiny_models import (
+    hf_logits,
+    load_hf,
+    make_tiny_checkpoint,
+    read_exit_module,
+    write_sorted_json,
+)
 from support.toy_quantizer import TOY
 
 EXITS = (2, 4, 6)
@@ -224,11 +228,9 @@ def test_a_schedule_that_cannot_be_is_refused(
 
 
 def test_an_exit_with_a_head_of_its_own_answers_through_it(tmp_path: Path, prompts: Path) -> None:
-    folder = make_tiny_checkpoint(tmp_path / "ict", "llama-untied", exits=(6,))
+    folder = make_tiny_checkpoint(tmp_path / "ict", "llama-untied", (4, 6), {4: "head"})
     hf = load_hf(folder)
-    generator = torch.Generator().manual_seed(3)
-    head = hf.lm_head.weight + 0.3 * torch.randn(hf.lm_head.weight.shape, generator=generator)
-    save_file({"exits.4.lm_head.weight": head}, folder / "exit_heads.safetensors")
+    module = read_exit_module(folder, 4)
 
     report = evaluate(
         EvalSettings(model=str(folder), prompts=(prompts,), max_tokens=8, dtype="float32")
@@ -236,17 +238,13 @@ def test_an_exit_with_a_head_of_its_own_answers_through_it(tmp_path: Path, promp
 
     served = serve_tiny(folder)
     prompt = served.tokenizer.apply_chat_template([{"role": "user", "content": "Sing.\n\na song"}])
-    for exit_, own in zip(report.exits, (head, hf.lm_head.weight), strict=True):
-        hf.lm_head.weight = torch.nn.Parameter(own.detach())
+    for exit_, own in zip(report.exits, (module, None), strict=True):
         tokens: list[int] = []
         while len(tokens) < 8 and tokens[-1:] != [2]:
-            tokens.append(int(hf_logits(hf, [*prompt, *tokens], exit_.exit_layer)[-1].argmax()))
+            logits_TV = hf_logits(hf, [*prompt, *tokens], exit_.exit_layer, own)
+            tokens.append(int(logits_TV[-1].argmax()))
         assert exit_.samples[0].text == served.tokenizer.decode(tokens)
     assert [exit_.exit_layer for exit_ in report.exits] == [4, 6]
-    with pytest.raises(ConfigError, match="exit 4, which has a head of its own"):
-        evaluate(
-            EvalSettings(model=str(folder), prompts=(prompts,), schedule=("0:6,2:4",))  # type: ignore[arg-type]
-        )
 
 
 def test_the_base_is_measured_at_full_depth_for_comparison(tmp_path: Path, data: Path) -> None:

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
 from sortserve.checkpoint.load import (
-    LoadedCheckpoint,
     exit_table,
     load_checkpoint,
 )
-from sortserve.checkpoint.quantize import find_quantizer
 from sortserve.checkpoint.sources import resolve_source
 from sortserve.core.budget import ExitTable
 from sortserve.core.errors import CheckpointError, ConfigError
@@ -103,10 +99,9 @@ def measure(
     if subject.only_full:
         model.exits = model.exits[-1:]
     exits = model.exits
-    heads = {e: model.head(e) for e in exits if str(e) in model.exit_heads}
     measured = {exit_layer: Measured() for exit_layer in exits}
     schedules = {} if subject.only_full else {s: Measured() for s in settings.schedule}
-    _check_schedules(schedules, exits, heads)
+    _check_schedules(schedules, exits)
     _add_likelihoods(measured, schedules, subject, settings, held_out, loaded, display)
     result = Result(
         table=exit_table(loaded.config, loaded.sorted_info, exits),
@@ -121,27 +116,19 @@ def measure(
     gc.collect()  # the engine has weights of its own
     if held_out.questions or held_out.prompts:
         everything: list[tuple[Depth, Measured]] = [*measured.items(), *schedules.items()]
-        samples = _add_answers(dict(everything), heads, subject, settings, held_out, display)
+        samples = _add_answers(dict(everything), subject, settings, held_out, display)
         result = replace(result, samples=samples)
     return result
 
 
-def _check_schedules(
-    schedules: Iterable[DepthSchedule], exits: Sequence[int], heads: Mapping[int, Tensor]
-) -> None:
-    """Refuse exits that are not measured, and those that no server could serve in a schedule."""
+def _check_schedules(schedules: Iterable[DepthSchedule], exits: Sequence[int]) -> None:
+    """Refuse exits that are not measured."""
     for schedule in schedules:
         for exit_layer in schedule.exits:
             if exit_layer not in exits:
                 raise ConfigError(
                     f"--schedule: {schedule} names exit {exit_layer}, which is not measured: the "
                     f"exits are {', '.join(map(str, exits))}.",
-                    param="schedule",
-                )
-            if exit_layer in heads:
-                raise ConfigError(
-                    f"--schedule: {schedule} names exit {exit_layer}, which has a head of its own: "
-                    "only exits that share the head can be in a schedule.",
                     param="schedule",
                 )
 
@@ -208,7 +195,6 @@ def _context(config: ModelConfig) -> int:
 
 def _add_answers(
     measured: Mapping[Depth, Measured],
-    heads: Mapping[int, Tensor],
     subject: Subject,
     settings: EvalSettings,
     held_out: HeldOut,
@@ -218,7 +204,6 @@ def _add_answers(
 
     Args:
         measured: gets what is found.
-        heads: [V, D] of exits with one of their own (sft+ict).
         subject: the model.
         settings: limits and lengths.
         held_out: questions and prompts.
@@ -231,20 +216,21 @@ def _add_answers(
     prompted = {n: [prompt.text for prompt in prompts] for n, prompts in held_out.prompts.items()}
     messages = [m for part in (asked, prompted) for group in part.values() for m in group]
     samples: dict[Depth, tuple[Sample, ...]] = {}
-    for depth, answerer in _answerers(list(measured), heads, subject, settings, messages):
-        ask = _Asking(answerer, depth, f"{subject.name}, exit {depth}", display)
-        own, quoted = measured[depth], []
-        for name, texts in asked.items():
-            answers = ask(texts, f"questions of {name}", settings.qa_max_tokens)
-            own.answers[name] = measure_answers(held_out.questions[name], answers)
-        for name, texts in prompted.items():
-            answers = ask(texts, f"prompts of {name}", settings.max_tokens)
-            own.fluencies[name] = measure_fluency(answers)
-            quoted += [
-                Sample(text, answer.text, has_ended(answer))
-                for text, answer in zip(texts, answers, strict=True)
-            ]
-        samples[depth] = tuple(quoted[: settings.samples])
+    with closing(_answerer(list(measured), subject, settings, messages)) as answerer:
+        for depth, own in measured.items():
+            ask = _Asking(answerer, depth, f"{subject.name}, exit {depth}", display)
+            quoted: list[Sample] = []
+            for name, texts in asked.items():
+                answers = ask(texts, f"questions of {name}", settings.qa_max_tokens)
+                own.answers[name] = measure_answers(held_out.questions[name], answers)
+            for name, texts in prompted.items():
+                answers = ask(texts, f"prompts of {name}", settings.max_tokens)
+                own.fluencies[name] = measure_fluency(answers)
+                quoted += [
+                    Sample(text, answer.text, has_ended(answer))
+                    for text, answer in zip(texts, answers, strict=True)
+                ]
+            samples[depth] = tuple(quoted[: settings.samples])
     return samples
 
 
@@ -264,44 +250,23 @@ class _Asking:
             )
 
 
-def _answerers(
-    depths: Sequence[Depth],
-    heads: Mapping[int, Tensor],
-    subject: Subject,
-    settings: EvalSettings,
-    messages: Sequence[str],
-) -> Iterator[tuple[Depth, Answerer]]:
-    """Each depth and what answers at it: one engine for all, but for exits with heads of their own.
-
-    The server has one head for all exits, so such an exit gets an engine to itself.
-    """
-    shared_depths = [depth for depth in depths if depth not in heads]
-    shared_exits = [depth for depth in shared_depths if isinstance(depth, int)]
+def _answerer(
+    depths: Sequence[Depth], subject: Subject, settings: EvalSettings, messages: Sequence[str]
+) -> Answerer:
+    """What answers at all of these depths."""
     checkpoint = load_checkpoint(
         subject.source,
-        exits=shared_exits or None,
+        exits=[depth for depth in depths if isinstance(depth, int)],
         dtype=settings.dtype,
         device=settings.device,
         quantize=settings.quantize,
         revision=subject.revision,
     )
-    quantize = find_quantizer(settings.quantize, checkpoint.weights.device)
-
-    def make(checkpoint: LoadedCheckpoint) -> Answerer:
-        longest = max(
-            settings.max_tokens if settings.prompts else 1,
-            settings.qa_max_tokens if settings.qa else 1,
-        )
-        return Answerer(checkpoint, messages, max_tokens=longest, max_num_seqs=settings.batch_size)
-
-    for exit_layer in heads:
-        weights = replace(checkpoint.weights, lm_head=quantize(heads[exit_layer]))
-        table = exit_table(checkpoint.config, checkpoint.sorted_info, [exit_layer])
-        with closing(make(replace(checkpoint, weights=weights, exits=table))) as own:
-            yield exit_layer, own
-    if shared_exits:
-        with closing(make(checkpoint)) as shared:
-            yield from ((depth, shared) for depth in shared_depths)
+    longest = max(
+        settings.max_tokens if settings.prompts else 1,
+        settings.qa_max_tokens if settings.qa else 1,
+    )
+    return Answerer(checkpoint, messages, max_tokens=longest, max_num_seqs=settings.batch_size)
 
 
 def _ask(question: str, instruction: str) -> str:

@@ -69,6 +69,8 @@ class ExitModule(nn.Module):
     a layer that is added; None where a plain model has no place for it."""
     plain_needs_mlp_bias: ClassVar[bool] = False
     """Whether the plain model has biases in its MLPs for it, zero in all other layers."""
+    plain_has_head: ClassVar[bool] = False
+    """Whether the head of the plain model is among its tensors, and so cannot be the embedding."""
     plain_max: ClassVar[float] = 0.0
     """What the numbers of the plain model must be able to hold for it."""
     export_note: ClassVar[str] = ""
@@ -131,6 +133,14 @@ class ExitModule(nn.Module):
                 kind ``layer``.
             is_new: whether it has not been trained.
         """
+
+    @property
+    def head(self) -> nn.Parameter | None:
+        """[V, D]: what reads the normed states in place of the shared head."""
+        return None
+
+    def start_from_head(self, head_VD: Tensor) -> None:
+        """What a new module that has a head of its own starts from: the shared one."""
 
     def quantize(self, quantize: Callable[[Tensor], Weight]) -> None:
         """For evaluation: compute with such weights wherever the server does."""

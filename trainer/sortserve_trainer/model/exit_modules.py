@@ -16,12 +16,20 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad, rms_norm, silu
 
 from sortserve.model.config import ModelConfig
-from sortserve.model.exit_module import EXIT_MODULE_KINDS
+from sortserve.model.exit_module import EXIT_MODULE_KINDS, HEAD
 from sortserve_trainer.model.exit_module import NORM_NAMES, ExitModule, OwnNorm, SeenStates
 from sortserve_trainer.model.moments import Moments
 from sortserve_trainer.model.whole_layer import WholeLayer
 
-__all__ = ["TRAINED_EXIT_MODULES", "Affine", "ExitModule", "ExitModules", "GatedMlp", "OwnNorm"]
+__all__ = [
+    "TRAINED_EXIT_MODULES",
+    "Affine",
+    "ExitModule",
+    "ExitModules",
+    "GatedMlp",
+    "OwnHead",
+    "OwnNorm",
+]
 
 _MAGNITUDE = 2.0**24
 """Of an exported linear map: so large that the residual stream beside it is rounding, and squares
@@ -159,11 +167,32 @@ class GatedMlp(OwnNorm):
         return super().read(x_RD + delta_RD)
 
 
+class OwnHead(OwnNorm):
+    """Its own norm and a head of its own: as a plain model, that model's head."""
+
+    lm_head_weight: nn.Parameter
+
+    plain_names: ClassVar[Mapping[str, str] | None] = {**NORM_NAMES, HEAD: HEAD}
+    plain_has_head = True
+    export_note = "The exit's own norm is the final norm, its own head is the head."
+
+    @property
+    def head(self) -> nn.Parameter:
+        """See ExitModule."""
+        return self.lm_head_weight
+
+    def start_from_head(self, head_VD: Tensor) -> None:
+        """See ExitModule."""
+        with torch.no_grad():
+            self.lm_head_weight.copy_(head_VD)
+
+
 TRAINED_EXIT_MODULES: dict[str, type[ExitModule]] = {
     "norm": OwnNorm,
     "affine": Affine,
     "mlp": GatedMlp,
     "layer": WholeLayer,
+    "head": OwnHead,
 }
 """By the names of ``EXIT_MODULE_KINDS``; a kind without tensors has nothing to train."""
 
@@ -199,6 +228,14 @@ class ExitModules(nn.ModuleDict):
             prefix = f"exits.{exit_layer}."
             own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             self.by_exit[exit_layer].load(own)
+
+    def replace(
+        self, exit_layer: int, kind: str, config: ModelConfig, final_norm: Tensor
+    ) -> ExitModule:
+        """A new module in place of the one that an exit has or has not."""
+        module = TRAINED_EXIT_MODULES[kind](kind, config, final_norm)
+        self[str(exit_layer)] = module
+        return module
 
     def kinds(self, exits: Sequence[int]) -> dict[int, str]:
         """The name of the kind at each of ``exits`` that has one."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from sortserve.checkpoint.adapter import ADAPTER_WEIGHTS, merge_adapter
 from sortserve.checkpoint.exit_modules import EXIT_MODULES, load_exit_modules
@@ -37,10 +36,8 @@ from sortserve_trainer.model.quantized import quantize_layers
 from sortserve_trainer.model.sorted_model import SortedModel
 from sortserve_trainer.run.methods import Method
 
-__all__ = ["EXIT_HEADS", "LoadedModel", "choose_exits", "load_for_evaluation", "load_for_training"]
+__all__ = ["LoadedModel", "choose_exits", "load_for_evaluation", "load_for_training"]
 
-EXIT_HEADS = "exit_heads.safetensors"
-"""The heads of sft+ict, ``exits.{E}.lm_head.weight`` [V, D]: for evaluation, never served."""
 BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a block, in every supported family."""
 
@@ -91,7 +88,11 @@ def load_for_training(settings: ModelSettings, method: Method) -> LoadedModel:
         modules = ExitModules(kinds, config, final_norm)
         trained = _load_modules(modules, layout)
         tokenizer = load_tokenizer(layout.model)
-    model = SortedModel(trunk, exits, modules).to(device)
+    model = SortedModel(trunk, exits, modules)
+    new = [e for e in modules.by_exit if e not in trained]
+    for exit_layer in new:
+        modules.by_exit[exit_layer].start_from_head(model.head(exits[-1]).detach())
+    model = model.to(device)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -101,7 +102,7 @@ def load_for_training(settings: ModelSettings, method: Method) -> LoadedModel:
         dtype=dtype,
         device=device,
         trains_weights=settings.trains_weights,
-        new_modules=tuple(e for e in modules.kinds(exits) if e not in trained),
+        new_modules=tuple(new),
     )
 
 
@@ -138,9 +139,7 @@ def load_for_evaluation(
         config = _check_weights(layout, read_model_config(hf_config))
         torch_dtype = resolve_trainer_dtype(dtype, torch_device)
         info = layout.sorted_info
-        heads = _load_heads(layout)
         known = info.exits if info is not None else (config.num_layers,)
-        known = tuple(sorted({*heads, *known}))
         chosen = choose_exits(exits or known, config.num_layers)
         trunk = _load_trunk(layout, torch.float32)
         if layout.is_adapter:
@@ -150,9 +149,6 @@ def load_for_evaluation(
         _load_modules(modules, layout)
         tokenizer = load_tokenizer(layout.model)
     model = SortedModel(trunk, chosen, modules)
-    for exit_layer, head in heads.items():
-        if exit_layer in chosen:
-            model.exit_heads[str(exit_layer)] = nn.Parameter(head, requires_grad=False)
     rotary = trunk.model.rotary_emb
     inv_freq = rotary.inv_freq
     model = model.to(device=torch_device, dtype=torch_dtype).eval()
@@ -307,9 +303,3 @@ def _load_modules(modules: ExitModules, layout: CheckpointLayout) -> frozenset[i
     kept = [e for e, module in modules.by_exit.items() if info.module_kind(e) == module.kind]
     modules.load(load_file(path), kept)
     return frozenset(kept)
-
-
-def _load_heads(layout: CheckpointLayout) -> dict[int, torch.Tensor]:
-    path = layout.own / EXIT_HEADS
-    tensors = load_file(path) if path.is_file() else {}
-    return {int(name.split(".")[1]): tensor for name, tensor in tensors.items()}

@@ -41,7 +41,7 @@ class TrunkStates(dict[int, Tensor]):
 
 
 class SortedModel(nn.Module):
-    """The trunk, the exits' modules, and (for sft+ict only) the exits' own heads.
+    """The trunk and the exits' modules.
 
     Args:
         trunk: a transformers causal model of a supported family, or a peft model over one.
@@ -54,7 +54,6 @@ class SortedModel(nn.Module):
         self.trunk = trunk
         self.exits = tuple(exits)
         self.exit_modules = exit_modules
-        self.exit_heads = nn.ParameterDict()
         self.base.config._attn_implementation = PACKED_ATTENTION
         self.base.config.use_cache = False
 
@@ -209,11 +208,10 @@ class SortedModel(nn.Module):
         return states
 
     def head(self, exit_layer: int) -> Tensor:
-        """The head of an exit, [V, D]: the shared one, but for sft+ict."""
-        own = str(exit_layer)
-        if own in self.exit_heads:
-            head: Tensor = self.exit_heads[own]
-            return head
+        """The head of an exit, [V, D]: the shared one, but where its module has its own."""
+        module = self.exit_modules.by_exit.get(exit_layer)
+        if module is not None and module.head is not None:
+            return module.head
         return _effective_weight(self.base.get_output_embeddings())
 
     def _read_rows(self, trunk_states: TrunkStates, rows: Tensor | None) -> dict[int, Tensor]:

@@ -4,8 +4,9 @@ Sub-model E is the first E layers, the final norm and the head, so a folder of t
 holds it, whatever stands before the head at that exit, if its kind has a place there:
 
     none           as it is
-    norm, mlp,     its tensors go to the names in ``ExitModule.plain_names``: to the final norm, or
-    layer ...      to a layer that is added, where what it has no tensors for adds nothing
+    norm, mlp,     its tensors go to the names in ``ExitModule.plain_names``: to the final norm, the
+    layer,         head, or to a layer that is added, where what it has no tensors for adds nothing
+    head ...
     affine ...     may have a place in some of these architectures (``has_plain_form``): else it is
                    refused
 """
@@ -176,7 +177,11 @@ def _weights(
             yield source, replace(config, num_layers=exit_layer)
             return
         module = kind.plain_tensors(_read_module(layout, config, exit_layer), exit_layer, config)
-        config = replace(config, mlp_bias=config.mlp_bias or kind.plain_needs_mlp_bias)
+        config = replace(
+            config,
+            mlp_bias=config.mlp_bias or kind.plain_needs_mlp_bias,
+            tie_word_embeddings=config.tie_word_embeddings and not kind.plain_has_head,
+        )
         folded = _Folded(source, config, exit_layer, module)
         yield folded, replace(config, num_layers=exit_layer + folded.has_added_layer)
 

@@ -21,7 +21,7 @@ from sortserve.checkpoint.exit_modules import EXIT_MODULES
 from sortserve.checkpoint.hf import quiet
 from sortserve.checkpoint.sorted_json import SORTED_JSON, SortedInfo
 from sortserve.core.errors import ConfigError
-from sortserve_trainer.model.load import EXIT_HEADS, LoadedModel
+from sortserve_trainer.model.load import LoadedModel
 
 __all__ = [
     "STOPPED_BY",
@@ -135,27 +135,18 @@ def save_checkpoint(
         ConfigError: it cannot be written.
     """
     model = loaded.model
-    own_heads = bool(model.exit_heads)
     with atomic_folder(folder, replaces_unfinished=True) as draft, quiet():
         is_self_contained = _save_trunk(loaded, draft, dtype, folder)
         modules = {n: t.to(dtype).contiguous() for n, t in model.exit_modules.tensors().items()}
         if modules:
             save_file(modules, draft / EXIT_MODULES, metadata={"format": "pt"})
-        if own_heads:
-            heads = {
-                f"exits.{e}.lm_head.weight": head.data.to(dtype)
-                for e, head in model.exit_heads.items()
-            }
-            save_file(heads, draft / EXIT_HEADS, metadata={"format": "pt"})
-        # An exit with a head of its own is none that the engine could serve.
-        exits = model.exits[-1:] if own_heads else model.exits
         SortedInfo(
             format_version=1,
             base=None if is_self_contained else portable_base(loaded.base, folder),
             num_layers=model.exits[-1],
-            exits=exits,
+            exits=model.exits,
             recipe=dict(recipe),
-            exit_modules=model.exit_modules.kinds(exits),
+            exit_modules=model.exit_modules.kinds(model.exits),
         ).write(draft)
         (draft / "README.md").write_text(card, encoding="utf-8")
 

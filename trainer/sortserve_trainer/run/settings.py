@@ -185,6 +185,10 @@ class TrainSettings(BaseModel):
             )
         if self.resolved.vocab_sample and self.resolved.has_head_phase:
             raise ValueError("--vocab-sample is not for sft+ict, which is a published baseline")
+        if self.resolved.has_head_phase and self.exit_modules not in (None, NO_MODULE):
+            raise ValueError(
+                f"--exit-modules {self.exit_modules} is not for sft+ict, which has a head per exit"
+            )
         if self.freeze_trunk and self.resolved.exit_modules == NO_MODULE:
             *kinds, last = (kind for kind in EXIT_MODULE_KINDS if kind != NO_MODULE)
             raise ValueError(

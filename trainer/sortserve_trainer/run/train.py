@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sortserve.core.errors import ConfigError
 from sortserve.process.arguments import Parser
@@ -298,12 +298,17 @@ def _unsharded(
 
 
 def _freeze_and_add_heads(loaded: LoadedModel) -> None:
-    """The second phase of sft+ict: blocks frozen, and a copy of the head for every exit."""
+    """The second phase of sft+ict: all frozen, and a copy of the head to train for every exit."""
     model = loaded.model
     model.requires_grad_(False)
+    head_VD = model.head(model.exits[-1]).detach().float()
+    norm_D = model.base.model.norm.weight.detach().float()
     for exit_layer in model.exits[:-1]:
-        head = model.head(exit_layer).detach().float().clone()
-        model.exit_heads[str(exit_layer)] = nn.Parameter(head)
+        own = model.exit_modules.replace(exit_layer, "head", loaded.config, norm_D)
+        own.start_from_head(head_VD)
+        own.requires_grad_(False).to(head_VD.device)
+        assert own.head is not None
+        own.head.requires_grad_(True)
 
 
 def _seed_everything(seed: int) -> None:
