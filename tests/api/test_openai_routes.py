@@ -277,6 +277,15 @@ async def test_models_lists_the_name_and_each_exit(shared: HttpService) -> None:
     assert [entry["id"] for entry in listed["data"]] == ["tiny", "tiny@2", "tiny@4", "tiny@6"]
     assert one in listed["data"]
     assert (one["object"], one["exit_layer"], one["max_model_len"]) == ("model", 4, 256)
+    assert one["license"] is None
+
+
+async def test_a_licence_that_is_known_is_said_of_every_model_name(
+    make: Callable[..., HttpService],
+) -> None:
+    listed = (await make(license="for research only").get("/v1/models")).json()
+
+    assert {entry["license"] for entry in listed["data"]} == {"for research only"}
 
 
 async def test_a_model_name_may_have_slashes_and_an_at_sign(

@@ -28,6 +28,8 @@ class ApiSettings:
 
     served_model_name: str
     """The model's name in requests and replies; ``NAME@E`` is exit E of it."""
+    license: str | None = None
+    """What the model's licence allows, where it is known, for ``/v1/models``."""
     backend: str | None = None
     """Name of what the model computes with, for ``/version``."""
     api_keys: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ import torch
 from sortserve.checkpoint.exit_table import exit_table
 from sortserve.checkpoint.families import read_model_config
 from sortserve.checkpoint.hf import load_hf_config
+from sortserve.checkpoint.known_exits import known_exits
 from sortserve.checkpoint.layout import lay_out
 from sortserve.checkpoint.sources import resolve_source
 from sortserve.core.budget import ExitTable
@@ -28,6 +29,5 @@ def exits_of(source: str) -> tuple[str, ExitTable]:
     with ExitStack() as stack:
         layout = lay_out(resolve_source(source), lambda: torch.float32, stack, with_weights=False)
         config = read_model_config(load_hf_config(layout.model))
-    info = layout.sorted_info
-    layers = info.exits if info is not None else (config.num_layers,)
-    return layout.name, exit_table(config, info, layers)
+        layers = known_exits(layout, config).served
+    return layout.name, exit_table(config, layout.sorted_info, layers)

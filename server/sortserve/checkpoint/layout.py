@@ -12,6 +12,7 @@ import torch
 from sortserve.checkpoint.adapter import ADAPTER_CONFIG, adapter_base
 from sortserve.checkpoint.files import check_folder
 from sortserve.checkpoint.gguf import convert_gguf
+from sortserve.checkpoint.presets import Preset, find_preset
 from sortserve.checkpoint.sorted_json import SORTED_JSON, SortedInfo
 from sortserve.checkpoint.sources import Source, resolve_source
 from sortserve.core.errors import CheckpointError
@@ -37,6 +38,8 @@ class CheckpointLayout:
     has_whole_weights: bool = True
     """False: converted weights that nobody has read yet; ``lay_out`` does, or makes them anew."""
     sorted_info: SortedInfo | None = None
+    preset: Preset | None = None
+    """What is known of a public model that has no ``sorted.json``."""
 
     @property
     def is_gguf(self) -> bool:
@@ -78,7 +81,12 @@ def lay_out(
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     if (folder / "config.json").is_file() and not is_adapter:
         return CheckpointLayout(
-            name=found.name, own=folder, model=folder, base=found.reference, sorted_info=sorted_info
+            name=found.name,
+            own=folder,
+            model=folder,
+            base=found.reference,
+            sorted_info=sorted_info,
+            preset=find_preset(found.reference) if sorted_info is None else None,
         )
     base = sorted_info.base if sorted_info else None
     if is_adapter:

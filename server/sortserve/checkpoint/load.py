@@ -25,6 +25,7 @@ from sortserve.checkpoint.exit_modules import load_exit_modules
 from sortserve.checkpoint.exit_table import exit_table
 from sortserve.checkpoint.families import read_model_config, tensor_shapes
 from sortserve.checkpoint.hf import build_skeleton, load_hf_config
+from sortserve.checkpoint.known_exits import known_exits
 from sortserve.checkpoint.layout import CheckpointLayout, lay_out
 from sortserve.checkpoint.loader import check_tensors, load_weights, open_trunk
 from sortserve.checkpoint.quantize import NO_QUANTIZER, check_not_quantised, find_quantizer
@@ -76,6 +77,8 @@ class LoadedModel:
     """Which share the weights are."""
     sorted_info: SortedInfo | None
     """``sorted.json``; None where there is none."""
+    license: str | None = None
+    """What the licence of a public model allows, where ``presets`` knows it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +213,10 @@ def _load(
         max_model_len=min(limit, config.sliding_window or limit),
         shape=shape,
         sorted_info=layout.sorted_info,
+        license=layout.preset.license if layout.preset else None,
     )
+    if model.license is not None and rank == 0:
+        logger.warning("%s: %s.", model.name, model.license)
     return model, made
 
 
@@ -265,9 +271,9 @@ def _choose_exits(
     override: Sequence[int] | None, config: ModelConfig, layout: CheckpointLayout
 ) -> tuple[int, ...]:
     """The exits to serve, ascending, the last the full depth."""
-    trained = layout.sorted_info.exits if layout.sorted_info else (config.num_layers,)
+    known = known_exits(layout, config)
     if override is None:
-        return trained
+        return known.served
     chosen = tuple(override)
     try:
         check_exits(chosen, config.num_layers)
@@ -275,12 +281,10 @@ def _choose_exits(
         raise ConfigError(f"{error}.", param="exits") from error
     if not chosen or chosen[-1] != config.num_layers:
         chosen = (*chosen, config.num_layers)
-    untrained = [exit_layer for exit_layer in chosen if exit_layer not in trained]
+    untrained = [exit_layer for exit_layer in chosen if exit_layer not in known.trained]
     if untrained:
         logger.warning(
-            "Exits %s are untrained: %s. Their output may be of no use.",
-            untrained,
-            f"{SORTED_JSON} names {list(trained)}" if layout.sorted_info else f"no {SORTED_JSON}",
+            "Exits %s are untrained: %s. Their output may be of no use.", untrained, known.reason
         )
     return chosen
 

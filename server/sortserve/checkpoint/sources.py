@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from sortserve.checkpoint.files import check_regular
+from sortserve.checkpoint.presets import UNREADABLE, find_preset
 from sortserve.core.errors import CheckpointError, ConfigError
 
 __all__ = ["Source", "missing_requirement", "resolve_source"]
@@ -176,6 +177,12 @@ def missing_requirement(reference: str) -> str | None:
 
 
 def _download(repo_id: str, revision: str | None) -> Source:
+    if repo_id in UNREADABLE:
+        raise CheckpointError(
+            f"{repo_id} has {UNREADABLE[repo_id]}, stored for a loader of its own, in a format that "
+            "is not documented, so it is not read here: docs/models.md says how to bring such heads "
+            "into a folder that is."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -191,6 +198,13 @@ def _download(repo_id: str, revision: str | None) -> Source:
         at = f" at revision {revision!r}" if revision else ""
         raise CheckpointError(
             f"{repo_id!r} is no folder here, and the Hugging Face hub did not give it{at}: "
-            f"{type(error).__name__}: {reason}"
+            f"{type(error).__name__}: {reason}{_how_to_get(repo_id)}"
         ) from error
     return Source(repo_id, Path(folder), repo_id)
+
+
+def _how_to_get(repo_id: str) -> str:
+    preset = find_preset(repo_id)
+    if preset is None:
+        return ""
+    return f" ({preset.license}. Accept that on its page there, and give a token in HF_TOKEN.)"

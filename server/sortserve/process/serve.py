@@ -305,6 +305,7 @@ def _report_http(serving_http: _Task) -> int:
 def _api_settings(settings: ServeSettings, serving: Serving) -> ApiSettings:
     return ApiSettings(
         served_model_name=serving.model_name,
+        license=serving.checkpoint.license,
         backend=serving.computed_in["backend"],
         api_keys=settings.api_keys,
         key_weights=settings.key_weights,

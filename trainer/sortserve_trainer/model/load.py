@@ -15,6 +15,7 @@ from sortserve.checkpoint.adapter import ADAPTER_WEIGHTS, merge_adapter
 from sortserve.checkpoint.exit_modules import EXIT_MODULES, load_exit_modules
 from sortserve.checkpoint.families import read_model_config
 from sortserve.checkpoint.hf import load_hf_config, load_tokenizer, quiet
+from sortserve.checkpoint.known_exits import known_exits
 from sortserve.checkpoint.layout import CheckpointLayout
 from sortserve.checkpoint.load import (
     open_checkpoint,
@@ -139,8 +140,7 @@ def load_for_evaluation(
         config = _check_weights(layout, read_model_config(hf_config))
         torch_dtype = resolve_trainer_dtype(dtype, torch_device)
         info = layout.sorted_info
-        known = info.exits if info is not None else (config.num_layers,)
-        chosen = choose_exits(exits or known, config.num_layers)
+        chosen = choose_exits(exits or known_exits(layout, config).served, config.num_layers)
         trunk = _load_trunk(layout, torch.float32)
         if layout.is_adapter:
             trunk.load_state_dict(merge_adapter(layout.own, layout.model))

@@ -33,6 +33,7 @@ from sortserve.checkpoint.families import FAMILIES, read_model_config, tensor_sh
 from sortserve.checkpoint.files import read_json, read_optional_json
 from sortserve.checkpoint.generation_config import GENERATION_CONFIG, generation_settings
 from sortserve.checkpoint.hf import load_hf_config, load_tokenizer
+from sortserve.checkpoint.known_exits import known_exits
 from sortserve.checkpoint.layout import CheckpointLayout
 from sortserve.checkpoint.load import open_checkpoint
 from sortserve.checkpoint.loader import open_trunk
@@ -139,11 +140,12 @@ def _check_exit(
             f"choose one from 1 to {config.num_layers}.",
             param="exit",
         )
-    if info is None and exit_layer != config.num_layers:
+    known = known_exits(layout, config)
+    if exit_layer not in known.trained:
         logger.warning(
-            "Exit %d is untrained: %s has no sorted.json. Its output may be of no use.",
+            "Exit %d is untrained: %s. Its output may be of no use.",
             exit_layer,
-            layout.name,
+            known.reason,
         )
     name = info.module_kind(exit_layer) if info is not None else NO_MODULE
     if name == NO_MODULE:

@@ -138,6 +138,7 @@ class ModelResponse(BaseModel):
     max_model_len: int
     exit_layer: int | None
     exits: list[int]
+    license: str | None
 
 
 class ModelsResponse(BaseModel):

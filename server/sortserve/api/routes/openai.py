@@ -68,6 +68,7 @@ def _model_entry(service: Service, name: str) -> ModelResponse:
         max_model_len=service.worker.max_model_len,
         exit_layer=choice.exit_layer,
         exits=list(exits.layers),
+        license=service.settings.license,
     )
 
 
