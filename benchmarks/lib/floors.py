@@ -145,7 +145,8 @@ class ModelCost:
         """The layers up to the exit, and the keys and values of exits' own layers up to there;
         FLOPs of one token.
         """
-        parts = [_work(layer) for layer in self._weights.layers[:exit_layer]]
+        layers = self._weights.layers
+        parts = [_work(layers[i % len(layers)]) for i in range(exit_layer)]
         for passed, layer in self._own_layers().items():
             if passed <= exit_layer:
                 parts.append(Work(layer.kv.nbytes, 2 * layer.kv.num_elements))

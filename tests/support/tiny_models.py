@@ -282,7 +282,11 @@ def read_exit_module(folder: Path, exit_layer: int) -> dict[str, Tensor]:
 
 
 def load_hf(folder: Path) -> Any:
-    """transformers' own model of a checkpoint folder, fp32, eval."""
+    """transformers' own model of a checkpoint folder, fp32, eval; of an Ouro ours."""
+    if json.loads((folder / "config.json").read_text())["model_type"] == "ouro":
+        from support.ouro import load_ouro
+
+        return load_ouro(folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -354,6 +358,9 @@ def hf_logits(
     (in plain torch) in place of the shared final norm. A module that is a layer is transformers'
     own, the last of a model of one layer more.
     """
+    if hasattr(model, "exit_logits"):
+        looped_TV: Tensor = model.exit_logits(ids, num_layers, exit_module)
+        return looped_TV
     depth = model.config.num_hidden_layers if num_layers is None else num_layers
     if exit_module and "q_proj.weight" in exit_module:
         layered = hf_layered_submodel(model, depth, exit_module)

@@ -56,6 +56,11 @@ def load_exit_modules(
             shape, or of no module that ``sorted.json`` names.
     """
     shapes = {layer: EXIT_MODULE_KINDS[name].shapes(config) for layer, name in kinds.items()}
+    if config.output_norms and any(EXIT_MODULE_KINDS[name].has_layer for name in kinds.values()):
+        raise CheckpointError(
+            f"{folder}: exit modules of kind 'layer' are not supported for models of family "
+            f"{config.family!r}."
+        )
     path = folder / EXIT_MODULES
     if not any(shapes.values()) and not path.exists():
         return {}

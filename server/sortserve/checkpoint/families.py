@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sortserve.checkpoint.ouro_config import num_loops
 from sortserve.checkpoint.quantization import Quantization
 from sortserve.core.errors import CheckpointError
 from sortserve.model.config import ModelConfig
@@ -21,6 +22,7 @@ __all__ = [
     "FAMILIES",
     "Family",
     "check_family",
+    "check_in_transformers",
     "count_layer_parameters",
     "read_model_config",
     "tensor_shapes",
@@ -32,9 +34,12 @@ class Family:
     """What sets a family apart from the others."""
 
     architecture: str
-    """transformers' class."""
-    switches: Callable[[Any], dict[str, bool]]
-    """From a transformers config, the biases and norms of ``ModelConfig`` that are not off."""
+    """The class: transformers', or that of the code that comes with the model."""
+    switches: Callable[[Any], dict[str, Any]]
+    """From a transformers config, the fields of ``ModelConfig`` that are not as in all others."""
+    is_in_transformers: bool = True
+    """Whether transformers has the class: what is not served but trained, evaluated, exported or
+    merged needs it."""
 
 
 def _llama(hf_config: Any) -> dict[str, bool]:
@@ -47,6 +52,10 @@ def _qwen3(hf_config: Any) -> dict[str, bool]:
     return {"qkv_bias": attention_bias, "o_bias": attention_bias, "qk_norm": True}
 
 
+def _ouro(hf_config: Any) -> dict[str, Any]:
+    return {"num_loops": num_loops(hf_config), "output_norms": True}
+
+
 def _flag(hf_config: Any, name: str) -> bool:
     return bool(getattr(hf_config, name, False))
 
@@ -56,6 +65,7 @@ FAMILIES = {
     "mistral": Family("MistralForCausalLM", lambda hf_config: {}),
     "qwen2": Family("Qwen2ForCausalLM", lambda hf_config: {"qkv_bias": True}),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3),
+    "ouro": Family("OuroForCausalLM", _ouro, is_in_transformers=False),
 }
 """By ``model_type``."""
 
@@ -78,6 +88,20 @@ def check_family(raw_config: Mapping[str, Any]) -> None:
     Quantization.read(raw_config)
 
 
+def check_in_transformers(config: ModelConfig) -> None:
+    """Refuse what takes transformers' own model of a family that transformers has not.
+
+    Raises:
+        CheckpointError: it is of such a family.
+    """
+    if not FAMILIES[config.family].is_in_transformers:
+        raise CheckpointError(
+            f"models of family {config.family!r} are served, and that is all: transformers has no "
+            "class for them, so they are not trained, evaluated or exported here, nor are adapters "
+            "merged into them."
+        )
+
+
 def read_model_config(hf_config: Any) -> ModelConfig:
     """The architecture of a transformers config whose family ``check_family`` has accepted.
 
@@ -88,9 +112,10 @@ def read_model_config(hf_config: Any) -> ModelConfig:
     head_dim = getattr(hf_config, "head_dim", None) or hidden_size // num_heads
     check_rope(hf_config.rope_parameters, head_dim)
     family = _ALIASES.get(hf_config.model_type, hf_config.model_type)
+    switches = FAMILIES[family].switches(hf_config)
     config = ModelConfig(
         family=family,
-        num_layers=hf_config.num_hidden_layers,
+        num_layers=hf_config.num_hidden_layers * switches.get("num_loops", 1),
         hidden_size=hidden_size,
         intermediate_size=hf_config.intermediate_size,
         num_heads=num_heads,
@@ -101,7 +126,7 @@ def read_model_config(hf_config: Any) -> ModelConfig:
         max_position_embeddings=context_length(hf_config),
         tie_word_embeddings=bool(hf_config.tie_word_embeddings),
         sliding_window=_sliding_window(hf_config),
-        **FAMILIES[family].switches(hf_config),
+        **switches,
     )
     if hf_config.hidden_act != "silu":
         raise CheckpointError(
@@ -153,7 +178,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor a checkpoint of this architecture must hold, by its Hugging Face name."""
     hidden, vocab = config.hidden_size, config.vocab_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
-    for index in range(config.num_layers):
+    for index in range(config.num_stack_layers):
         prefix = f"model.layers.{index}."
         shapes |= {prefix + name: shape for name, shape in _layer_shapes(config).items()}
     shapes["model.norm.weight"] = (hidden,)
@@ -180,6 +205,9 @@ def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{name}.bias"] = (out_features,)
     shapes["input_layernorm.weight"] = (hidden,)
     shapes["post_attention_layernorm.weight"] = (hidden,)
+    if config.output_norms:
+        shapes["input_layernorm_2.weight"] = (hidden,)
+        shapes["post_attention_layernorm_2.weight"] = (hidden,)
     if config.qk_norm:
         shapes["self_attn.q_norm.weight"] = (head_dim,)
         shapes["self_attn.k_norm.weight"] = (head_dim,)

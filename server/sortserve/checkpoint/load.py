@@ -23,7 +23,12 @@ from sortserve.checkpoint.adapter import check_adapter, merge_adapter
 from sortserve.checkpoint.devices import DTYPES, resolve_device, resolve_dtype
 from sortserve.checkpoint.exit_modules import load_exit_modules
 from sortserve.checkpoint.exit_table import exit_table
-from sortserve.checkpoint.families import read_model_config, tensor_shapes
+from sortserve.checkpoint.families import (
+    FAMILIES,
+    check_in_transformers,
+    read_model_config,
+    tensor_shapes,
+)
 from sortserve.checkpoint.hf import build_skeleton, load_hf_config
 from sortserve.checkpoint.known_exits import known_exits
 from sortserve.checkpoint.layout import CheckpointLayout, lay_out
@@ -183,7 +188,7 @@ def _load(
         looking = _look_for_weights(target, stack)
         check_model = _check_model if rank == 0 else lambda *_: None  # one refusal ends all
         if looking is None:
-            check_model(hf_config, layout)
+            check_model(hf_config, config, layout)
         served = _choose_exits(exits, config, layout)
         made = beside(layout, hf_config, config)
         rope = rope_frequencies(hf_config, config.head_dim)
@@ -194,7 +199,7 @@ def _load(
             if not layout.has_whole_weights:
                 layout = lay_out(found, gguf_dtype, stack)
             if looking is not None:
-                check_model(hf_config, layout)
+                check_model(hf_config, config, layout)
             trunk, config = stack.enter_context(open_trunk(layout.model, config))
         table = exit_table(config, layout.sorted_info, served)
         with refusing_too_much(
@@ -226,6 +231,8 @@ def open_checkpoint(
 ) -> Iterator[CheckpointLayout]:
     """Find the folders of a checkpoint without reading its weights; valid inside ``with``.
 
+    For what is done with transformers' own model of it.
+
     Args:
         source: as in ``load_checkpoint``.
         dtype: what a GGUF file is converted to, if it is not converted yet.
@@ -238,8 +245,9 @@ def open_checkpoint(
     with ExitStack() as stack:
         layout = lay_out(found, lambda: dtype, stack)
         hf_config = load_hf_config(layout.model)
-        _read_config(hf_config, layout)
-        _check_model(hf_config, layout)
+        config = _read_config(hf_config, layout)
+        check_in_transformers(config)
+        _check_model(hf_config, config, layout)
         yield layout
 
 
@@ -257,8 +265,11 @@ def _read_config(hf_config: Any, layout: CheckpointLayout) -> ModelConfig:
     return config
 
 
-def _check_model(hf_config: Any, layout: CheckpointLayout) -> None:
+def _check_model(hf_config: Any, config: ModelConfig, layout: CheckpointLayout) -> None:
     """Let transformers and peft refuse what they would not compute; both take seconds to load."""
+    if not FAMILIES[config.family].is_in_transformers and not layout.is_adapter:
+        return
+    check_in_transformers(config)
     try:
         skeleton = build_skeleton(hf_config)
     except CheckpointError as error:

@@ -37,7 +37,12 @@ __all__ = ["check_tensors", "load_weights", "open_trunk"]
 
 logger = logging.getLogger(__name__)
 
-_IGNORED = ("lm_head.weight", "rotary_emb.inv_freq")
+_IGNORED = (
+    "lm_head.weight",
+    "rotary_emb.inv_freq",
+    "early_exit_gate.weight",  # Ouro's: budgets choose the depth
+    "early_exit_gate.bias",
+)
 _EMBED, _HEAD, _PREFIX = "model.embed_tokens.weight", "lm_head.weight", "model."
 
 
@@ -191,7 +196,9 @@ def load_weights(
     inv_freq, attention_scaling = rope
     return ModelWeights(
         embed=embed,
-        layers=[_load_layer(config, read, matrix, index) for index in range(config.num_layers)],
+        layers=[
+            _load_layer(config, read, matrix, index) for index in range(config.num_stack_layers)
+        ],
         final_norm=read("model.norm.weight"),
         lm_head=quantize(tied) if config.tie_word_embeddings else matrix("lm_head"),
         inv_freq=inv_freq.to(device),
@@ -215,6 +222,9 @@ def _load_layer(
     def bias(wanted: bool, *names: str) -> Tensor | None:
         return read(*(f"{name}.bias" for name in names)) if wanted else None
 
+    def output_norm(name: str) -> Tensor | None:
+        return read(f"model.layers.{index}.{name}.weight") if config.output_norms else None
+
     qkv = [attention + name for name in ("q_proj", "k_proj", "v_proj")]
     gate_up = [mlp + name for name in ("gate_proj", "up_proj")]
     return LayerWeights(
@@ -225,9 +235,11 @@ def _load_layer(
         k_norm=read(f"{attention}k_norm.weight") if config.qk_norm else None,
         o=matrix(f"{attention}o_proj"),
         o_bias=bias(config.o_bias, f"{attention}o_proj"),
+        attention_output_norm=output_norm("input_layernorm_2"),
         post_attention_norm=read(f"model.layers.{index}.post_attention_layernorm.weight"),
         gate_up=matrix(*gate_up),
         gate_up_bias=bias(config.mlp_bias, *gate_up),
         down=matrix(f"{mlp}down_proj"),
         down_bias=bias(config.mlp_bias, f"{mlp}down_proj"),
+        mlp_output_norm=output_norm("post_attention_layernorm_2"),
     )

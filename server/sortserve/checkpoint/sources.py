@@ -179,9 +179,9 @@ def missing_requirement(reference: str) -> str | None:
 def _download(repo_id: str, revision: str | None) -> Source:
     if repo_id in UNREADABLE:
         raise CheckpointError(
-            f"{repo_id} has {UNREADABLE[repo_id]}, stored for a loader of its own, in a format that "
-            "is not documented, so it is not read here: docs/models.md says how to bring such heads "
-            "into a folder that is."
+            f"{repo_id} has {UNREADABLE[repo_id]}, stored for a loader of its own, in a format "
+            "that is not documented, so it is not read here: docs/models.md says how to bring "
+            "such heads into a folder that is."
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

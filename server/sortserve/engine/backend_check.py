@@ -159,7 +159,9 @@ class _Model:
     def of(config: ModelConfig, weights: ModelWeights) -> _Model:
         slab_size = min(MAX_SLAB_SIZE, len(weights.layers))
         exits = tuple(slab_size * (i + 1) for i in range(NUM_EXITS))
-        layers = itertools.islice(itertools.cycle(weights.layers), exits[-1])
+        # Where layers are run several times, here they are, too.
+        num_loops = min(config.num_loops, NUM_EXITS)
+        layers = itertools.islice(itertools.cycle(weights.layers), exits[-1] // num_loops)
         by_kind: dict[type, ExitModuleWeights] = {
             module.kind: module for module in weights.exit_modules.values()
         }
@@ -169,7 +171,7 @@ class _Model:
             by_kind.values(), key=lambda m: (not m.kind.has_layer, not m.kind.has_head)
         )
         return _Model(
-            replace(config, num_layers=exits[-1]),
+            replace(config, num_layers=exits[-1], num_loops=num_loops),
             replace(
                 weights,
                 layers=list(layers),

@@ -72,7 +72,9 @@ class LayerStack(Protocol):
 
         Args:
             batch: the step.
-            layers: to run, in order; the first of them is the first of its slab.
+            layers: to run, in order; the first of them is the first of its slab. Of a model that
+                runs its layers several times they are of one of these times, and layer l has the
+                weights of layer ``l % n``, n the number of layers that the stack was made of.
             num_rows: the first rows of the batch, all alive in these layers; T are their tokens.
             h_TD: the residual stream, without its last addition.
             delta_TD: that addition.

@@ -24,6 +24,7 @@ _SIZES = {
     "max_position_embeddings": 1 << 24,
     "original_max_position_embeddings": 1 << 24,
     "sliding_window": 1 << 31,
+    "total_ut_steps": 64,
 }
 """The largest values that are taken for meant; the smallest is 1."""
 _NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window")

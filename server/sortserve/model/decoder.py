@@ -9,7 +9,7 @@ Shape legend: T tokens, R rows that sample, D hidden, V vocabulary, F intermedia
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -78,15 +78,17 @@ class Decoder:
         self.num_slabs = self.slabs.count(exits[-1])
 
         self.backend = backend or choose_backend(config, self.dtype, self.device)
+        self._final_norm, self._eps = weights.final_norm, config.rms_norm_eps
+        stack = config.num_stack_layers
+        # All but the first time that the layers are run: the stream is normed before.
+        self._loop_starts = range(stack, config.num_layers, stack)
         rope = RopeTables.build(weights.inv_freq, weights.rope_attention_scaling, max_model_len)
         self._stack = self.backend.stack(
             weights.layers[: exits[-1]], rope, release_weights=release_weights
         )
         self._own_layers = self._pack_own_layers(modules, rope, release_weights=release_weights)
         self._exits = {
-            exit_layer: module.kind(
-                module.tensors, weights.final_norm, self.backend, config.rms_norm_eps
-            )
+            exit_layer: module.kind(module.tensors, weights.final_norm, self.backend, self._eps)
             for exit_layer, module in modules.items()
         }
         if release_weights:
@@ -125,7 +127,7 @@ class Decoder:
                 layer,
                 self.backend,
                 attention,
-                self.config.rms_norm_eps,
+                self._eps,
                 exit_layer=exit_layer,
                 release_weights=release_weights,
             )
@@ -177,12 +179,21 @@ class Decoder:
         """
         num_rows = batch.num_rows_deeper_than(layers.start)
         num_tokens = batch.query_starts[num_rows]
-        h_TD, delta_TD = self._stack.run(
-            batch, layers, num_rows, h_TD[:num_tokens], delta_TD[:num_tokens], kv_cache
-        )
+        h_TD, delta_TD = h_TD[:num_tokens], delta_TD[:num_tokens]
+        for part in self._by_loop(layers):
+            if part.start in self._loop_starts:
+                h_TD = self.backend.ops.add_rms_norm(h_TD, delta_TD, self._final_norm, self._eps)
+                delta_TD = torch.zeros_like(h_TD)
+            h_TD, delta_TD = self._stack.run(batch, part, num_rows, h_TD, delta_TD, kv_cache)
         if layers.stop in self._own_layers:
             self._own_layers[layers.stop].write(batch, num_rows, h_TD, delta_TD, kv_cache)
         return h_TD, delta_TD
+
+    def _by_loop(self, layers: range) -> Iterator[range]:
+        """These layers, in parts that are of one time through the model's layers each."""
+        inner = [start for start in self._loop_starts if layers.start < start < layers.stop]
+        for start, end in itertools.pairwise([layers.start, *inner, layers.stop]):
+            yield range(start, end)
 
     def leave(
         self, batch: Batch, exit_layer: int, h_TD: Tensor, delta_TD: Tensor, kv_cache: KVCache

@@ -29,10 +29,14 @@ class PackedLayer:
     qkv: LinearOp
     head_norms: HeadNorms | None
     o: LinearOp
+    attention_output_norm: Tensor | None
+    """[D]"""
     post_attention_norm: Tensor
     """[D]"""
     gated: LinearOp
     down: LinearOp
+    mlp_output_norm: Tensor | None
+    """[D]"""
 
 
 def pack_layer(backend: Backend, weights: LayerWeights, *, release_weights: bool) -> PackedLayer:
@@ -51,9 +55,11 @@ def pack_layer(backend: Backend, weights: LayerWeights, *, release_weights: bool
         qkv=backend.linear(weights.qkv, weights.qkv_bias),
         head_norms=head_norms,
         o=backend.linear(weights.o, weights.o_bias),
+        attention_output_norm=weights.attention_output_norm,
         post_attention_norm=weights.post_attention_norm,
         gated=backend.gated(weights.gate_up, weights.gate_up_bias),
         down=backend.linear(weights.down, weights.down_bias),
+        mlp_output_norm=weights.mlp_output_norm,
     )
     if release_weights:
         weights.qkv = weights.o = weights.gate_up = weights.down = Weight.nothing()
@@ -99,7 +105,8 @@ class StepwiseStack:
         attentions = self._attention.prepare(batch, slabs, num_rows)
         for layer, (slab, plane) in zip(layers, places, strict=True):
             attend, pages = attentions[slab - slabs.start], kv_cache.pages[plane]
-            delta_TD = self._run_layer(self._layers[layer], h_TD, delta_TD, attend, pages)
+            packed = self._layers[layer % len(self._layers)]
+            delta_TD = self._run_layer(packed, h_TD, delta_TD, attend, pages)
         return h_TD, delta_TD
 
     def _run_layer(
@@ -113,5 +120,11 @@ class StepwiseStack:
         """Update ``h`` in place and return the new ``delta``."""
         x_TD = self._ops.add_rms_norm(h_TD, delta_TD, layer.input_norm, self._eps)
         delta_TD = layer.o(attend(layer.qkv(x_TD), layer.head_norms, pages))
+        delta_TD = self._normed(delta_TD, layer.attention_output_norm)
         x_TD = self._ops.add_rms_norm(h_TD, delta_TD, layer.post_attention_norm, self._eps)
-        return layer.down(layer.gated(x_TD))
+        return self._normed(layer.down(layer.gated(x_TD)), layer.mlp_output_norm)
+
+    def _normed(self, delta_TD: Tensor, weight_D: Tensor | None) -> Tensor:
+        if weight_D is None:
+            return delta_TD
+        return self._ops.rms_norm(delta_TD, weight_D, self._eps)

@@ -40,6 +40,8 @@ class LayerWeights:
     o: Weight
     """[D, N * H]"""
     o_bias: Tensor | None = None
+    attention_output_norm: Tensor | None = None
+    """[D] (Ouro)."""
     post_attention_norm: Tensor
     """[D]"""
     gate_up: Weight
@@ -48,6 +50,8 @@ class LayerWeights:
     down: Weight
     """[D, F]"""
     down_bias: Tensor | None = None
+    mlp_output_norm: Tensor | None = None
+    """[D] (Ouro)."""
 
 
 @dataclass(kw_only=True)
@@ -100,6 +104,7 @@ class ModelWeights:
     embed: Tensor
     """[V, D]"""
     layers: list[LayerWeights]
+    """Each once, however often it is run."""
     final_norm: Tensor
     """[D]"""
     lm_head: Weight

@@ -29,7 +29,8 @@ from sortserve.model.config import ModelConfig
 from sortserve.model.decoder import Decoder
 from sortserve.model.local_shape import LocalShape, allowed_numbers_of_ranks
 from support.batches import BLOCK_SIZE, Chunk, Pages, random_ids, run_chunks
-from support.tiny_models import make_tiny_checkpoint
+from support.ouro import make_tiny_ouro
+from support.tiny_models import make_tiny_checkpoint, write_sorted_json
 
 CPU = torch.device("cpu")
 EXITS = (2, 4, 5, 6)
@@ -217,6 +218,7 @@ def mixed_steps(num_slabs: int) -> list[list[Chunk]]:
         ("qwen2-untied", 2),
         ("qwen3-tied", 2),
         ("qwen3-bias", 4),
+        ("ouro", 2),
     ],
 )
 @pytest.mark.parametrize("backend", ["reference", "auto"])
@@ -224,7 +226,12 @@ def test_ranks_give_the_logits_of_one_process(
     variant: str, num_ranks: int, backend: str, tmp_path: Path
 ) -> None:
     """With each kind of exit module at some exit, and logits from two parts of the vocabulary."""
-    model = make_tiny_checkpoint(tmp_path / "model", variant, EXITS, KINDS, vocab_size=289)
+    model = tmp_path / "model"
+    if variant == "ouro":
+        make_tiny_ouro(model, num_hidden_layers=3, total_ut_steps=2, vocab_size=289)
+        write_sorted_json(model, EXITS, {4: "head", 5: "mlp"})
+    else:
+        make_tiny_checkpoint(model, variant, EXITS, KINDS, vocab_size=289)
     whole = whole_decoder(model, backend)
     ranks = Threads(tmp_path, model, num_ranks)
     decoders = ranks.decoders(backend)

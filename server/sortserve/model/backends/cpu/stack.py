@@ -66,7 +66,11 @@ def _places(slabs: Slabs, layers: range) -> _Places:
 
 
 def can_fuse(layers: Sequence[PackedLayer]) -> bool:
-    """Whether all matrices of these layers are packed for the kernels, for bf16."""
+    """Whether all matrices of these layers are packed for the kernels, for bf16, and there is
+    nothing in them that the kernels do not have.
+    """
+    if any(layer.attention_output_norm is not None for layer in layers):
+        return False
     return all(
         isinstance(op, PackedLinear) and op.dtype == torch.bfloat16
         for layer in layers
@@ -100,6 +104,8 @@ class NativeStack:
         assert h_TD.dtype == kv_cache.pages.dtype == torch.bfloat16
         config, places = self._attention.config, _places(kv_cache.slabs, layers)
         num_tokens, hidden_size = h_TD.shape
+        first = layers.start % len(self._layers)
+        assert first + len(layers) <= len(self._layers)
         steps, _rows = self._attention.steps(batch, places.slabs, num_rows, kv_cache.block_size)
         workspaces = [
             h_TD.new_empty(num_tokens, width)
@@ -111,7 +117,7 @@ class NativeStack:
             )
         ]
         call = _LayersCall(
-            ctypes.addressof(self._structures) + layers.start * ctypes.sizeof(_Layer),
+            ctypes.addressof(self._structures) + first * ctypes.sizeof(_Layer),
             places.array,
             steps,
             pointer(kv_cache.pages),
