@@ -16,6 +16,7 @@ PAGES = (
     "CONTRIBUTING.md",
     "docs/architecture.md",
     "docs/training.md",
+    "docs/models.md",
     "benchmarks/README.md",
     "checkpoints/README.md",
 )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -15,11 +17,19 @@ from sortserve.checkpoint.exits_of import exits_of
 from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
 from sortserve.checkpoint.presets import PRESETS, UNREADABLE, find_preset
 from sortserve.core.errors import CheckpointError
-from support.tiny_models import hf_logits, load_hf, make_tiny_checkpoint, write_sorted_json
+from support.tiny_models import (
+    hf_logits,
+    load_hf,
+    make_tiny_checkpoint,
+    random_exit_module,
+    read_exit_module,
+    write_sorted_json,
+)
 
 LAYERSKIP = "facebook/layerskip-llama3.2-1B"
 EXITS = (4, 6, 8, 10, 12, 14, 16)
 PROMPT = list(range(40, 60))
+PAGE = (Path(__file__).parents[3] / "docs" / "models.md").read_text("utf-8")
 
 
 @pytest.fixture
@@ -141,3 +151,37 @@ def test_a_gated_model_that_cannot_be_had_is_refused_with_what_to_do(hub: Path) 
 def test_exits_in_a_format_that_nobody_documented_are_refused(hub: Path, hub_id: str) -> None:
     with pytest.raises(CheckpointError, match=r"a format that is not documented.*docs/models\.md"):
         load(hub_id)
+
+
+# ---- the page ----
+
+
+def test_the_page_has_every_known_model_in_a_row_with_its_depth_and_exits() -> None:
+    for hub_id, preset in PRESETS.items():
+        [row] = [
+            line for line in PAGE.splitlines() if line.startswith("|") and f"`{hub_id}`" in line
+        ]
+        first, second, third, last = (*preset.exits[:3], preset.exits[-1])
+        assert row.endswith(f"| {preset.num_layers} | {first}, {second}, {third}, ..., {last} |")
+    assert all(f"`{hub_id}`" in PAGE for hub_id in UNREADABLE)
+
+
+def test_what_the_page_writes_of_others_heads_is_served(tmp_path: Path) -> None:
+    base = make_tiny_checkpoint(tmp_path / "base", "llama-untied", exits=None)
+    hf, config = load_hf(base), load(str(base)).config
+    heads = {e: random_exit_module("head", config, seed=e)["lm_head.weight"] for e in (2, 5)}
+    [block] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    out = tmp_path / "heads"
+
+    names["write_heads"](base, hf.model.norm.weight.detach(), heads, 6, out)
+
+    greedy = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    with LLM(out, dtype="float32", device="cpu", max_model_len=64) as llm:
+        for exit_layer in (2, 5, 6):
+            (result,) = llm.generate([PROMPT], greedy, budget=Budget(exit_layer=exit_layer))
+            tokens = list(result.outputs[0].token_ids)
+            module = read_exit_module(out, exit_layer)
+            logits_TV = hf_logits(hf, [*PROMPT, *tokens[:-1]], exit_layer, module)
+            assert tokens == logits_TV[len(PROMPT) - 1 :].argmax(-1).tolist()
