@@ -31,15 +31,15 @@ from support.tiny_models import (
     write_sorted_json,
 )
 
-EXITS = (2, 3, 5, 6)
-KINDS = {2: "norm", 3: "mlp", 5: "layer"}
+EXITS = (2, 3, 4, 5, 6)
+KINDS = {2: "norm", 3: "mlp", 4: "head", 5: "layer"}
 PROMPT = list(range(40, 75))
 NUM_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Checkpoints with exits of four kinds, by variant, each made once."""
+    """Checkpoints with exits of five kinds, by variant, each made once."""
 
     @cache
     def make(variant: str) -> Path:
@@ -91,7 +91,7 @@ def test_an_exported_exit_in_transformers_is_that_exit_served(
     torch.testing.assert_close(hf_logits(load_hf(exported), PROMPT), expected)
 
 
-@pytest.mark.parametrize("exit_layer", [2, 3, 5])
+@pytest.mark.parametrize("exit_layer", [2, 3, 4, 5])
 def test_an_exported_exit_served_again_is_the_exit_it_came_from(
     folders: Callable[[str], Path], tmp_path: Path, exit_layer: int
 ) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from sortserve.checkpoint.families import count_layer_parameters
 from sortserve.model.config import ModelConfig
-from sortserve.model.exit_module import EXIT_MODULE_KINDS
+from sortserve.model.exit_module import EXIT_MODULE_KINDS, ExitModule
 from sortserve_trainer.run.settings import TrainSettings
 
 __all__ = ["Estimate", "estimate", "estimate_text"]
@@ -68,7 +68,7 @@ def estimate(settings: TrainSettings, config: ModelConfig, exits: tuple[int, ...
     num_layers, hidden, vocab = config.num_layers, config.hidden_size, config.vocab_size
     trunk, head = num_layers * matrices, vocab * hidden
     num_base = num_layers * layer + hidden + head * (1 if config.tie_word_embeddings else 2)
-    kind = EXIT_MODULE_KINDS[method.exit_modules]
+    kind = EXIT_MODULE_KINDS["head" if method.has_head_phase else method.exit_modules]
     modules = (len(exits) - 1) * sum(map(math.prod, kind.shapes(config).values()))
     adapter = _adapter_size(settings, config) if settings.trains_adapter else 0
     trained = modules + adapter + (num_base if settings.trains_weights else 0)
@@ -79,7 +79,7 @@ def estimate(settings: TrainSettings, config: ModelConfig, exits: tuple[int, ...
     return Estimate(
         num_parameters=num_base,
         num_trained=trained,
-        flops_per_token=_flops(settings, config, exits, trunk, modules, adapter),
+        flops_per_token=_flops(settings, config, exits, trunk, kind, adapter),
         # Weight, gradient and AdamW's two moments, all in float32.
         weight_bytes=int(frozen * base_bytes + trained * 16),
         activation_bytes=_activations(settings, config, exits, micro, compute_bytes),
@@ -139,7 +139,7 @@ def _flops(
     config: ModelConfig,
     exits: tuple[int, ...],
     trunk: int,
-    modules: int,
+    kind: type[ExitModule],
     adapter: int,
 ) -> float:
     """Forward, gradients of activations, gradients of what is trained."""
@@ -147,7 +147,10 @@ def _flops(
     columns = min(method.vocab_sample or config.vocab_size, config.vocab_size)
     heads = len(method.terms(exits, 0, 0)) * columns * config.hidden_size
     whole_head = config.vocab_size * config.hidden_size
-    flops = 2.0 * trunk + 6.0 * modules + 4.0 * heads
+    num_own = len(exits) - 1
+    flops = 2.0 * trunk + 6.0 * num_own * kind.num_matrix_elements(config) + 4.0 * heads
+    if kind.has_head and method.trains_exits:
+        flops += 2.0 * num_own * columns * config.hidden_size
     if not settings.freeze_trunk:
         flops += 2.0 * trunk
     if settings.trains_weights:
