@@ -179,9 +179,9 @@ def test_the_logits_of_a_prompt_are_never_in_memory_at_once(
     sizes: list[int] = []
     head = served.decoder.logits
 
-    def spy(hidden: torch.Tensor) -> torch.Tensor:
+    def spy(hidden: torch.Tensor, exit_layers: list[int]) -> torch.Tensor:
         sizes.append(len(hidden))
-        return head(hidden)
+        return head(hidden, exit_layers)
 
     monkeypatch.setattr(served.decoder, "logits", spy)
     engine = served.engine()
@@ -200,8 +200,8 @@ def test_a_prompt_that_cannot_be_judged_harms_nobody_else(
     served = serve(folders["llama-tied"])
     head = served.decoder.logits
 
-    def broken(hidden: torch.Tensor) -> torch.Tensor:
-        logits = head(hidden)
+    def broken(hidden: torch.Tensor, exit_layers: list[int]) -> torch.Tensor:
+        logits = head(hidden, exit_layers)
         return logits * float("nan") if len(logits) > 2 else logits
 
     monkeypatch.setattr(served.decoder, "logits", broken)

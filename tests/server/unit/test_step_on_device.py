@@ -194,8 +194,14 @@ def test_a_greedy_row_whose_logits_are_not_finite_fails_alone_in_a_replayed_step
     healthy = runner.execute(plan)
     bias_RV = torch.zeros(len(DECODE), runner._decoder.config.vocab_size)
     bias_RV[2, 5], bias_RV[4] = torch.nan, -torch.inf
-    head = runner._decoder.logits
-    monkeypatch.setattr(runner._decoder, "logits", lambda h_RD: head(h_RD) + bias_RV[: len(h_RD)])
+    apply_head = runner._decoder.apply_head
+
+    def biased(head: int | None, h_RD: torch.Tensor) -> torch.Tensor:
+        """But for the last row, which has a head of its own."""
+        logits = apply_head(head, h_RD)
+        return logits if head is not None else logits + bias_RV[: len(h_RD)]
+
+    monkeypatch.setattr(runner._decoder, "apply_head", biased)
 
     results = runner.execute(plan)
 
