@@ -195,8 +195,9 @@ class _Model:
 
 
 def _beginning(head: Weight) -> Weight:
-    """Of a plain matrix."""
-    return Weight.plain(head.values[: HEAD_OUTPUTS + head.shape[0] % 64])
+    """Of a plain matrix; all of it is the very same one, which may be the embedding."""
+    num_outputs = HEAD_OUTPUTS + head.shape[0] % 64
+    return head if head.shape[0] <= num_outputs else Weight.plain(head.values[:num_outputs])
 
 
 def _plans(rows: Sequence[_Row], model: _Model, block_size: int) -> Iterator[StepPlan]:

@@ -26,7 +26,7 @@ from sortserve.model.exit_module import SharedNorm
 from sortserve.model.local_shape import LocalShape
 from sortserve.model.own_layer import OwnLayer
 from sortserve.model.scored import AskedTokens
-from sortserve.model.weight import Weight
+from sortserve.model.weight import LinearOp, Weight
 from sortserve.model.weights import ExitModuleWeights, ModelWeights
 
 __all__ = ["Decoder"]
@@ -95,16 +95,15 @@ class Decoder:
             weights.exit_modules.clear()
         self._lm_head = self.backend.head(weights.lm_head)
         self._embed = self._make_embedding(weights)
-        self._own_heads = {
-            exit_layer: self.backend.head(module.head)
-            for exit_layer, module in modules.items()
-            if module.head is not None
-        }
         if release_weights:
             weights.embed = weights.embed.new_empty(0, config.hidden_size)
             weights.lm_head = Weight.nothing()
-            for module in modules.values():
-                module.head = None
+        self._own_heads: dict[int, LinearOp] = {}
+        for exit_layer, module in modules.items():
+            if module.head is not None:
+                self._own_heads[exit_layer] = self.backend.head(module.head)
+                if release_weights:
+                    module.head = None
 
     def _make_embedding(self, weights: ModelWeights) -> Embedding:
         is_tied = weights.lm_head.values is weights.embed
