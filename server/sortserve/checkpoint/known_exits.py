@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from sortserve.checkpoint.layout import CheckpointLayout
-from sortserve.checkpoint.sorted_json import SORTED_JSON
+from sortserve.checkpoint.sorted_json import SORTED_JSON, check_exits
+from sortserve.core.errors import ConfigError
 from sortserve.model.config import ModelConfig
 
-__all__ = ["KnownExits", "known_exits"]
+__all__ = ["KnownExits", "choose_exits", "known_exits"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,3 +51,29 @@ def known_exits(layout: CheckpointLayout, config: ModelConfig) -> KnownExits:
     if len(loops) > 1:
         reason = f"it was trained to be left at the ends of its loops, {list(loops)}"
     return KnownExits(served=loops, trained=loops, reason=reason)
+
+
+def choose_exits(
+    override: Sequence[int] | None, config: ModelConfig, layout: CheckpointLayout
+) -> tuple[int, ...]:
+    """The exits to serve, ascending, the last the full depth.
+
+    Raises:
+        ConfigError: ``override``, what the user named, does not ascend or is not of the model.
+    """
+    known = known_exits(layout, config)
+    if override is None:
+        return known.served
+    chosen = tuple(override)
+    try:
+        check_exits(chosen, config.num_layers)
+    except ValueError as error:
+        raise ConfigError(f"{error}.", param="exits") from error
+    if not chosen or chosen[-1] != config.num_layers:
+        chosen = (*chosen, config.num_layers)
+    untrained = [exit_layer for exit_layer in chosen if exit_layer not in known.trained]
+    if untrained:
+        logger.warning(
+            "Exits %s are untrained: %s. Their output may be of no use.", untrained, known.reason
+        )
+    return chosen

@@ -30,11 +30,11 @@ from sortserve.checkpoint.families import (
     tensor_shapes,
 )
 from sortserve.checkpoint.hf import build_skeleton, load_hf_config
-from sortserve.checkpoint.known_exits import known_exits
+from sortserve.checkpoint.known_exits import choose_exits
 from sortserve.checkpoint.layout import CheckpointLayout, lay_out
 from sortserve.checkpoint.loader import check_tensors, load_weights, open_trunk
 from sortserve.checkpoint.quantize import NO_QUANTIZER, check_not_quantised, find_quantizer
-from sortserve.checkpoint.sorted_json import SORTED_JSON, SortedInfo, check_exits
+from sortserve.checkpoint.sorted_json import SORTED_JSON, SortedInfo
 from sortserve.checkpoint.sources import resolve_source
 from sortserve.checkpoint.tensors import StateDictReader, WeightReader
 from sortserve.checkpoint.weight_cache import KeptWeights, WeightCache, weight_cache
@@ -189,7 +189,7 @@ def _load(
         check_model = _check_model if rank == 0 else lambda *_: None  # one refusal ends all
         if looking is None:
             check_model(hf_config, config, layout)
-        served = _choose_exits(exits, config, layout)
+        served = choose_exits(exits, config, layout)
         made = beside(layout, hf_config, config)
         rope = rope_frequencies(hf_config, config.head_dim)
         trunk: WeightReader | KeptWeights | None = None if looking is None else looking.result()
@@ -276,28 +276,6 @@ def _check_model(hf_config: Any, config: ModelConfig, layout: CheckpointLayout) 
         raise CheckpointError(f"{layout.model / 'config.json'}: {error.message}") from error
     if layout.is_adapter:
         check_adapter(layout.own, layout.model, skeleton)
-
-
-def _choose_exits(
-    override: Sequence[int] | None, config: ModelConfig, layout: CheckpointLayout
-) -> tuple[int, ...]:
-    """The exits to serve, ascending, the last the full depth."""
-    known = known_exits(layout, config)
-    if override is None:
-        return known.served
-    chosen = tuple(override)
-    try:
-        check_exits(chosen, config.num_layers)
-    except ValueError as error:
-        raise ConfigError(f"{error}.", param="exits") from error
-    if not chosen or chosen[-1] != config.num_layers:
-        chosen = (*chosen, config.num_layers)
-    untrained = [exit_layer for exit_layer in chosen if exit_layer not in known.trained]
-    if untrained:
-        logger.warning(
-            "Exits %s are untrained: %s. Their output may be of no use.", untrained, known.reason
-        )
-    return chosen
 
 
 @dataclass(frozen=True)
