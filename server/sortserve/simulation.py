@@ -32,7 +32,6 @@ Below ``simulate`` is ``Simulation``, which takes any engine whose runner moves 
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -237,13 +236,19 @@ class Simulation:
 
     def run(self, requests: Iterable[Request] = ()) -> None:
         """Let requests arrive when they are due, and step until nothing is left."""
-        queue = deque(sorted(requests, key=lambda request: request.arrival_s))
-        while queue or self.engine.has_work:
-            if not self.engine.has_work:
-                self._idle(until_s=queue[0].arrival_s)
-            while queue and queue[0].arrival_s <= self.clock.now:
-                self.arrive(queue.popleft())
+        for request in sorted(requests, key=lambda request: request.arrival_s):
+            self.run_until(request.arrival_s)
+            self.arrive(request)
+        while self.engine.has_work:
             self.step()
+
+    def run_until(self, until_s: float) -> None:
+        """Step until the clock is there; the step that passes it is the last."""
+        while self.clock.now < until_s:
+            if self.engine.has_work:
+                self.step()
+            else:
+                self._idle(until_s=until_s)
 
     def _idle(self, *, until_s: float) -> None:
         while (due_s := self.prober.due_s()) < until_s and self.clock.now < until_s:

@@ -97,10 +97,7 @@ class AdmissionDesk:
     # ---- the engine's thread ----
 
     def see(
-        self,
-        demands: tuple[Demand, ...],
-        taken: Iterable[str] = (),
-        room: Room | None = None,
+        self, demands: tuple[Demand, ...], taken: Iterable[str] = (), room: Room | None = None
     ) -> None:
         """The engine's present state (see ``Seen.show``)."""
         self._seen.show(demands, taken, room)
@@ -134,8 +131,7 @@ class AdmissionDesk:
 
         def judge(model: CostModel) -> ExitChoice:
             load = self.load()
-            # Most newcomers need not look at the queue: while nothing is taken off, only those do
-            # that something could be taken from.
+            # Who has nothing to be taken off need not look at the queue while nobody has.
             if self._level.num_down or self._may_start_shallower(request):
                 self._level = self._next_level(load, model)
             return self._judge(asked, load, self._level, model)
@@ -154,8 +150,7 @@ class AdmissionDesk:
         self, asked: _Question, load: Load, level: DepthLevel, model: CostModel
     ) -> ExitChoice:
         """The exit for a question; nothing changes."""
-        request, starts = asked.request, asked.starts
-        floor_layer = asked.allowed[0]
+        request, starts, floor_layer = asked.request, asked.starts, asked.allowed[0]
         newcomer = self._newcomer(request, floor_layer)
         outlook = self._outlook_on(load, model, asked.allowed)
 
@@ -232,6 +227,13 @@ class AdmissionDesk:
             busy_until_s=self.busy_until_s(),
         )
 
+    def look(self, question: Callable[[Outlook | None], T]) -> T:
+        """What a question makes of that and the costs; of None, where they fail or are unknown."""
+        blind, also = question(None), self.exits.layers
+        return self._ask(
+            lambda m: question(self._outlook_on(self.load(), m, also)), unknown=blind, failed=blind
+        )
+
     @cached_property
     def _worth(self) -> Worth:
         return self.objective.worth(self.exits)
@@ -265,11 +267,10 @@ class AdmissionDesk:
 
     def places_s(self, num_requests: int, num_tokens: int) -> float:
         """Predicted seconds until so many requests and prompt tokens have left the queue."""
-
-        def predict(model: CostModel) -> float:
-            return predicted_places_s(num_requests, num_tokens, self.load(), model)
-
-        return self._ask(predict, unknown=0.0, failed=0.0)
+        places = num_requests, num_tokens
+        return self._ask(
+            lambda m: predicted_places_s(*places, self.load(), m), unknown=0.0, failed=0.0
+        )
 
     def stats(self, budget: Budget) -> AdmissionStats:
         """How things stand now; nothing changes.
@@ -305,7 +306,6 @@ class AdmissionDesk:
         return may_start_shallower(request, overload_degrade=self.overload_degrade)
 
     def _next_level(self, load: Load, model: CostModel) -> DepthLevel:
-        """The level after a look at the queue as it is now; nothing changes."""
         if self.overload_delay_s <= 0.0:
             return DepthLevel()
         return next_level(

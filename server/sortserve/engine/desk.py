@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 from sortserve.admission.choose import ExitChoice
 from sortserve.admission.desk import AdmissionDesk
 from sortserve.admission.room import Room
 from sortserve.core.budget import Budget
 from sortserve.core.errors import BudgetUnattainableError
-from sortserve.core.request import Request
+from sortserve.core.request import EngineStats, Request
 from sortserve.engine.engine import Engine
 from sortserve.engine.probe import prober_of
+from sortserve.replicas.load import MAX_PREFIXES, EngineLoad, load_of
 
-__all__ = ["Reception", "desk_of", "room_of"]
+__all__ = ["Reception", "desk_of", "load_report", "room_of"]
 
 
 def desk_of(
@@ -60,6 +62,31 @@ def room_of(engine: Engine) -> Room:
     )
 
 
+def load_report(
+    engine: Engine, desk: AdmissionDesk, stats: EngineStats, *, is_accepting: bool = True
+) -> EngineLoad:
+    """What an engine says of itself to those who could send it requests.
+
+    Args:
+        engine: between two steps, or at any moment for the thread of the desk.
+        desk: its own.
+        stats: after its last step.
+        is_accepting: whether it takes requests.
+    """
+    prefixes = engine.kv_cache.held_prefixes(engine.exits.layers, most=MAX_PREFIXES)
+    return desk.look(
+        partial(
+            load_of,
+            exits=engine.exits,
+            stats=stats,
+            room=room_of(engine),
+            time_s=engine.clock(),
+            prefixes=prefixes,
+            is_accepting=is_accepting,
+        )
+    )
+
+
 class Reception:
     """Lets requests in on the event loop's thread; the engine's observer is told of refusals."""
 
@@ -96,6 +123,10 @@ class Reception:
             self.prober.want()
             self.rejected("budget_unattainable", request.budget)
             raise
+
+    def load(self, stats: EngineStats, *, is_accepting: bool) -> EngineLoad:
+        """See ``load_report``."""
+        return load_report(self._engine, self.desk, stats, is_accepting=is_accepting)
 
     def rejected(self, reason: str, budget: Budget | None = None) -> None:
         """A request is refused before any compute."""

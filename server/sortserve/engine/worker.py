@@ -26,6 +26,7 @@ from sortserve.engine.engine import Engine
 from sortserve.engine.ledger import Abort, Ledger, State, Submission, waiting_in
 from sortserve.engine.stall import start_watchdog
 from sortserve.engine.stream import RequestStream
+from sortserve.replicas.load import EngineLoad
 from sortserve.scheduling.demand import Demand
 
 __all__ = ["EngineWorker", "RequestStream"]
@@ -68,9 +69,8 @@ class EngineWorker:
         self._debug = debug
         self._inbox: queue.SimpleQueue[Submission | Abort | None] = queue.SimpleQueue()
         self._stats = engine.stats()
-        self._reception = Reception(engine)
-        self._desk = self._reception.desk
-        self._prober = self._reception.prober
+        self._reception = reception = Reception(engine)
+        self._desk, self._prober = reception.desk, reception.prober
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._ledger = Ledger()
@@ -119,13 +119,13 @@ class EngineWorker:
     async def drain(self, timeout_s: float) -> bool:
         """Take no new work, let live requests finish, end the rest; True if none had to be.
 
-        Takes ``timeout_s`` and ``STOP_TIMEOUT_S`` at most, whatever the engine does.
+        Takes ``timeout_s`` and ``STOP_TIMEOUT_S`` at most.
         """
         self._ledger.move("draining", of=("ready",))
         deadline = self.clock() + timeout_s
-        while not self._is_idle() and self.state != "failed" and self.clock() < deadline:
+        while not self._ledger.is_idle and self.state != "failed" and self.clock() < deadline:
             await asyncio.sleep(0.02)
-        clean = self._is_idle() and self.state != "failed"
+        clean = self._ledger.is_idle and self.state != "failed"
         return await asyncio.to_thread(self.stop, STOP_TIMEOUT_S) and clean
 
     def stop(self, timeout_s: float | None = None) -> bool:
@@ -135,8 +135,7 @@ class EngineWorker:
             timeout_s: how long the step under way may take to end; None: as long as it likes.
 
         Returns:
-            Whether the thread has ended. If not, its requests have been answered with an error, and
-            only the end of the process ends it.
+            Whether it ended. If not, its requests have got an error, and only the process ends it.
         """
         self._ledger.move("draining", of=("loading", "ready", "stopped"))
         self._stopping.set()
@@ -148,9 +147,6 @@ class EngineWorker:
                 return False
         self._ledger.move("stopped", of=("draining",))
         return True
-
-    def _is_idle(self) -> bool:
-        return self._ledger.is_idle
 
     # ---- requests ----
 
@@ -231,6 +227,10 @@ class EngineWorker:
     def stats(self) -> EngineStats:
         """The engine's state after its last step."""
         return self._stats
+
+    def load(self) -> EngineLoad:
+        """What this engine says of itself to those who could send it requests."""
+        return self._reception.load(self._stats, is_accepting=self.state == "ready")
 
     def _request_abort(self, request_id: str) -> None:
         self._inbox.put(Abort(request_id))

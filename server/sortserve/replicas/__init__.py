@@ -1,1 +1,1 @@
-"""Several engines behind one address: what each says of itself, and who gets a request (no torch)."""
+"""Several engines behind one address: what each says of itself, and who gets a request."""

@@ -2,33 +2,26 @@
 
 A router never promises anything for a replica. It ranks them; the replica's own admission has the
 last word, and what it refuses is sent once more, to the next of the ranking.
+
+For each replica the router works out what admission there would find (``place.py``): the deepest
+exit that fits beside what is promised already, what others would lose by making room for it, and
+how full the replica would be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from sortserve.core.budget import Budget
 from sortserve.replicas.load import EngineLoad
+from sortserve.replicas.place import Place, Prospect, RoutedRequest
 
-__all__ = ["Candidate", "Choice", "Ranked", "RoutedRequest", "Sent", "choose_replica"]
+__all__ = ["MAX_AGE_S", "Candidate", "Choice", "Ranked", "RoutedRequest", "Sent", "choose_replica"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class RoutedRequest:
-    """What a router knows of a request. Times are on the router's own clock."""
-
-    arrival_s: float
-    """When it came to the router: deadlines count from here, whoever serves it."""
-    num_prompt_tokens: int
-    num_output_tokens: int
-    """To plan for: ``max_tokens``, or what such answers come to."""
-    budget: Budget = field(default_factory=Budget)
-    """Its times count from ``arrival_s``."""
-    weight: float = 1.0
-    prefixes: Sequence[tuple[int, str]] = ()
-    """Its leading tokens as ``prefix_digests`` names them: (tokens, digest), ascending."""
+MAX_AGE_S = 10.0
+"""A report that is older says nothing any more."""
+SAME_GAIN = 0.01
+"""Answers whose worth differs by less are as good as each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,26 +55,31 @@ class Ranked:
 
     replica_id: str
     exit_layer: int | None
-    """The deepest exit that fits its budget; None: none does."""
-    ttft_ms: float | None
-    """Predicted, from its arrival; None: nothing is known."""
-    tpot_ms: float | None
-    pressure: float
-    """Of the replica, with what was sent there since its report and this request."""
-    num_cached_tokens: int
+    """The deepest exit that fits its budget; None: none does, or nothing is known."""
+    gain: float = 0.0
+    """What its answer is worth there (score times weight), less what others would lose for it."""
+    pressure: float = 0.0
+    """Of the replica, with what was sent there since its report, and this request."""
+    ttft_ms: float | None = None
+    """Predicted, from now; None: nothing is known."""
+    tpot_ms: float | None = None
+    num_cached_tokens: int = 0
     """Of its prompt, as far as the report says."""
+    is_known: bool = True
+    """Whether there is a report to go by."""
+    num_ongoing: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """All replicas, the best first."""
+    """All replicas that take requests, the best first."""
 
     ranked: tuple[Ranked, ...]
 
     @property
     def fits(self) -> bool:
-        """Whether any replica is predicted to keep the budget."""
-        return any(replica.exit_layer is not None for replica in self.ranked)
+        """Whether any replica is predicted to keep the budget, or may, for all that is known."""
+        return any(r.exit_layer is not None or not r.is_known for r in self.ranked)
 
 
 def choose_replica(
@@ -90,12 +88,53 @@ def choose_replica(
     """Rank the replicas for a request: where the deepest exit that fits its budget is reachable.
 
     Of those where the same exit fits, one that has more of its prompt in its cache comes first,
-    then the one with the least pressure; of equals the lower id. Replicas that take nothing are
-    left out; with none left the ranking is empty.
+    then the one with the least pressure; of equals the lower id. What it costs others counts
+    against an exit, as it does in admission. A replica that is not known comes after those where
+    the request fits, and before those where it does not. Replicas that take nothing are left out;
+    with none left the ranking is empty.
 
     Args:
         candidates: in any order, ids distinct.
         request: to be sent.
         now: on the router's clock.
     """
-    raise NotImplementedError
+    ranked = [
+        rank(candidate, request, now=now)
+        for candidate in candidates
+        if candidate.load is None or candidate.load.is_accepting
+    ]
+    return Choice(ranked=tuple(sorted(ranked, key=_order)))
+
+
+def rank(candidate: Candidate, request: RoutedRequest, *, now: float) -> Ranked:
+    """What a request would get at one replica."""
+    load, replica_id = candidate.load, candidate.replica_id
+    if load is None or candidate.age_s > MAX_AGE_S or not load.is_calibrated:
+        return Ranked(
+            replica_id=replica_id,
+            exit_layer=None,
+            is_known=False,
+            num_ongoing=candidate.num_ongoing,
+        )
+    place = Place.of(load, candidate.age_s, now)
+    for sent in candidate.sent:
+        place.add(sent.request, sent.exit_layer)
+    found: Prospect = place.prospect(request)
+    return Ranked(
+        replica_id=replica_id,
+        exit_layer=found.exit_layer,
+        gain=found.gain,
+        pressure=found.pressure,
+        ttft_ms=1e3 * found.ttft_s,
+        tpot_ms=1e3 * found.tpot_s,
+        num_cached_tokens=found.num_cached_tokens,
+        num_ongoing=candidate.num_ongoing,
+    )
+
+
+def _order(ranked: Ranked) -> tuple[float | int | str, ...]:
+    if not ranked.is_known:
+        return (1, 0.0, 0, ranked.num_ongoing, ranked.replica_id)
+    fits = 0 if ranked.exit_layer is not None else 2
+    gain = -round(ranked.gain / SAME_GAIN)
+    return (fits, gain, -ranked.num_cached_tokens, ranked.pressure, ranked.replica_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -12,6 +12,7 @@ from sortserve.core.sequence import Sequence
 from sortserve.core.slabs import Slabs
 from sortserve.scheduling.block_pool import BlockPool
 from sortserve.scheduling.prefix_cache import PrefixCache, block_digest, root_digest
+from sortserve.scheduling.prefix_heads import PrefixHeads
 
 __all__ = ["KVCacheManager"]
 
@@ -65,6 +66,8 @@ class KVCacheManager:
         self.slabs = slabs
         self.enable_prefix_caching = enable_prefix_caching
         self.prefix_cache = PrefixCache()
+        self.prefix_heads = PrefixHeads()
+        """What is in the cache, for those who send requests here."""
         self.pool = BlockPool(
             num_pages, on_evict=self.prefix_cache.forget, resident=pages_are_resident
         )
@@ -121,6 +124,7 @@ class KVCacheManager:
                 self.pool.acquire(page)
             table.append_block(pages)
             table.digests.append(digest)
+            self.prefix_heads.note(digest, len(table.digests))
         assert sequence.request_id not in self._tables
         self._tables[sequence.request_id] = table
         num_cached_tokens = table.num_blocks * self.block_size
@@ -158,6 +162,7 @@ class KVCacheManager:
             digest = block_digest(parent, sequence.tokens(start, start + self.block_size))
             self._publish_block(table, block, digest)
             table.digests.append(digest)
+            self.prefix_heads.note(digest, len(table.digests))
 
     def _publish_block(self, table: _PageTable, block: int, digest: bytes) -> None:
         known = list(self.prefix_cache.pages(digest))
@@ -199,6 +204,25 @@ class KVCacheManager:
             yield pages
         finally:
             self.pool.release(pages, keep=lambda page: False)
+
+    def held_prefixes(self, exits: Collection[int], *, most: int) -> dict[str, int]:
+        """Digests of prefixes that the cache holds, and the deepest exit it holds each of them for.
+
+        Any thread may ask: what it hears may be out of date.
+
+        Args:
+            exits: ascending.
+            most: prefixes to name, the latest used.
+        """
+        held: dict[str, int] = {}
+        for digest in self.prefix_heads.latest():
+            num_slabs = len(self.prefix_cache.pages(digest))
+            deep = [e for e in exits if self.slabs.count(e) <= num_slabs]
+            if deep:
+                held[digest.hex()] = deep[-1]
+            if len(held) == most:
+                break
+        return held
 
     # ---- checks ----
 

@@ -9,6 +9,7 @@ from sortserve.api.problems import unavailable_response
 from sortserve.api.replies.models import StatusResponse, VersionResponse
 from sortserve.api.routes.dependencies import Serving
 from sortserve.api.routes.responses import errors
+from sortserve.replicas.load import EngineLoad
 
 __all__ = ["router"]
 
@@ -39,6 +40,12 @@ async def livez(service: Serving) -> StatusResponse | Response:
 async def version(service: Serving) -> VersionResponse:
     """The server's version, and what its model computes with."""
     return VersionResponse(version=__version__, backend=service.settings.backend)
+
+
+@router.get("/load", responses=errors(401))
+async def load(service: Serving) -> EngineLoad:
+    """What this server would tell a router: predicted times per exit, pressure, room, prefixes."""
+    return service.worker.load()
 
 
 @router.get("/metrics", response_class=Response)

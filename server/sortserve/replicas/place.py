@@ -1,0 +1,261 @@
+"""What one replica would do for a request, worked out from its last report (no torch, no clock).
+
+This is admission (``sortserve.admission.forecast``) seen from afar: the same shares of the machine
+from a dozen figures for each exit, instead of from all live requests. A row that decodes with a gap
+of g needs 1/g steps a second that reach its exit; steps nest, so only a rate beyond the largest one
+costs steps of its own. Prompts must be read by their due times beside that. What is over the whole
+machine must be made room for by others that go shallower, at a loss.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sortserve.core.budget import Budget, Deadlines
+from sortserve.core.errors import InvalidRequestError
+from sortserve.replicas.load import EngineLoad, ExitLoad
+from sortserve.scheduling.demand import SOFT_GAP_S, plan_pace, targets_of
+from sortserve.scheduling.lowering import MAX_PRESSURE
+
+__all__ = ["Place", "Prospect", "RoutedRequest", "num_cached_tokens"]
+
+STALE_S = 5.0
+"""What is left of a report's slack shrinks by a factor e in so many seconds."""
+EASES = (1.0, 0.6, 0.3)
+"""Ways to spread the time, as admission tries them."""
+LEAST_TIME_S = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedRequest:
+    """What a router knows of a request. Times are on the router's own clock."""
+
+    arrival_s: float
+    """When it came to the router: deadlines count from here, whoever serves it."""
+    num_prompt_tokens: int
+    num_output_tokens: int
+    """To plan for: ``max_tokens``, or what such answers come to."""
+    budget: Budget = field(default_factory=Budget)
+    """Its times count from ``arrival_s``."""
+    weight: float = 1.0
+    prefixes: Sequence[tuple[int, str]] = ()
+    """Its leading tokens as ``prefix_digests`` names them: (tokens, digest), ascending."""
+
+    @property
+    def deadlines(self) -> Deadlines:
+        """What it is paced to."""
+        return targets_of(self.budget.deadlines(self.arrival_s), self.arrival_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prospect:
+    """What a request would get."""
+
+    exit_layer: int | None
+    gain: float
+    pressure: float
+    ttft_s: float
+    tpot_s: float
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """What a request needs at an exit."""
+
+    index: int
+    prompt_s: float
+    row_s: float
+    due_s: float
+    gap_s: float
+
+
+@dataclass
+class Place:
+    """A replica as it should be by now: its report, aged, and what was sent since."""
+
+    load: EngineLoad
+    now: float
+    slack: float
+    """Share of the slack that a report of this age is still believed."""
+    rates: list[float]
+    """Steps a second that reach each exit."""
+    decode: float
+    """Share of the machine that decoding needs."""
+    due: list[tuple[float, float]]
+    """(due, work) of prompts, in seconds on the router's clock; not summed."""
+    soft_s: float
+    added: float = 0.0
+    """What was sent since adds to the pressure."""
+    num_free_pages: int = 0
+
+    @classmethod
+    def of(cls, load: EngineLoad, age_s: float, now: float) -> Place:
+        """A report, so much later."""
+        made_s = now - age_s
+        sums = [(made_s + 1e-3 * due, 1e-3 * work) for due, work in load.due]
+        works = itertools.pairwise([(0.0, 0.0), *sums])
+        return cls(
+            load=load,
+            now=now,
+            slack=math.exp(-age_s / STALE_S),
+            rates=[own.steps_per_s for own in load.exits],
+            decode=load.decode_pressure,
+            due=[(due, work - before) for (_, before), (due, work) in works if due > now],
+            soft_s=max(0.0, 1e-3 * load.soft_ms - age_s * max(0.0, 1.0 - load.pressure)),
+            num_free_pages=load.num_free_pages,
+        )
+
+    # ---- what was sent ----
+
+    def add(self, request: RoutedRequest, exit_layer: int | None) -> None:
+        """A request is on its way there."""
+        try:
+            allowed = self.load.table.allowed(request.budget)
+        except InvalidRequestError:
+            return  # it is refused
+        depth = allowed[-1] if exit_layer is None else exit_layer
+        index = next((i for i, e in enumerate(self.load.exits) if e.exit_layer >= depth), -1)
+        own = self.load.exits[index]
+        ask = self._asks(request, own, EASES[0])
+        self.num_free_pages -= self._pages(request, own)
+        if exit_layer is None or not request.budget.has_latency:
+            self.soft_s += ask.prompt_s
+        else:
+            self.due.append((ask.due_s, ask.prompt_s))
+        self.decode = self._decode_with(ask)
+        layers = range(self.load.exits.index(own) + 1)
+        for i in layers:
+            self.rates[i] = max(self.rates[i], 1.0 / ask.gap_s)
+
+    # ---- what a request would get ----
+
+    def prospect(self, request: RoutedRequest) -> Prospect:
+        """The best exit for a request, as admission there would choose."""
+        try:
+            allowed = self.load.table.allowed(request.budget)
+        except InvalidRequestError:
+            allowed = ()
+        best: Prospect | None = None
+        worst: Prospect | None = None
+        for own in reversed(self._open(allowed, request)):
+            if best is not None and request.weight * own.score <= best.gain:
+                break
+            found = self._at(own, request)
+            worst = worst or found
+            if found.exit_layer is not None and (best is None or found.gain > best.gain):
+                best = found
+        if best is not None:
+            return best
+        return worst or Prospect(
+            exit_layer=None,
+            gain=0.0,
+            pressure=math.inf,
+            ttft_s=0.0,
+            tpot_s=0.0,
+            num_cached_tokens=0,
+        )
+
+    def _open(self, allowed: Sequence[int], request: RoutedRequest) -> list[ExitLoad]:
+        """The exits that it may get, ascending: of those that are worth the same the shallowest."""
+        exits = [own for own in self.load.exits if own.exit_layer in allowed]
+        budget = request.budget
+        if budget.fixes_depth or not budget.has_latency or not self.load.is_measured:
+            return exits
+        pairs = itertools.pairwise([-math.inf, *(own.score for own in exits)])
+        return [own for own, (below, score) in zip(exits, pairs, strict=True) if score > below]
+
+    def _at(self, own: ExitLoad, request: RoutedRequest) -> Prospect:
+        cached = num_cached_tokens(self.load, request, own.exit_layer)
+        share = math.inf
+        for ease in EASES:
+            ask = self._asks(request, own, ease)
+            share = min(share, self._share(ask))
+            if share <= MAX_PRESSURE or not request.budget.has_latency:
+                break
+        loss = self._loss(share) if request.budget.has_latency else 0.0
+        fits = loss is not None and not (request.budget.has_latency and ask.due_s <= self.now)
+        return Prospect(
+            exit_layer=own.exit_layer if fits else None,
+            gain=request.weight * own.score - (loss or 0.0),
+            pressure=share,
+            ttft_s=self._ttft_s(ask),
+            tpot_s=1e-3 * (own.tpot_ms or 0.0),
+            num_cached_tokens=cached,
+        )
+
+    def _ttft_s(self, ask: _Ask) -> float:
+        before_s = sum(work for due, work in self.due if due <= ask.due_s)
+        if math.isinf(ask.due_s):
+            before_s += self.soft_s
+        return (before_s + ask.prompt_s) / max(1.0 - self.decode, 0.05)
+
+    def _asks(self, request: RoutedRequest, own: ExitLoad, ease: float) -> _Ask:
+        cached = num_cached_tokens(self.load, request, own.exit_layer)
+        left = max(1, request.num_prompt_tokens - cached)
+        prompt_s = 1e-3 * (own.prompt_ms + left * own.prompt_token_ms)
+        row_s = 1e-3 * own.row_ms
+        pace = plan_pace(
+            request.deadlines,
+            now=self.now,
+            num_tokens=max(1, request.num_output_tokens),
+            prefill_s=prompt_s,
+            decode_s=1e-3 * own.step_ms + row_s,
+            ease=ease,
+        )
+        return _Ask(
+            index=self.load.exits.index(own),
+            prompt_s=prompt_s,
+            row_s=row_s,
+            due_s=pace.first_due_s,
+            gap_s=min(pace.gap_s, SOFT_GAP_S),
+        )
+
+    def _decode_with(self, ask: _Ask) -> float:
+        """The share of decoding, with one more row."""
+        rate, steps, before = 1.0 / ask.gap_s, 0.0, 0.0
+        for own, present in zip(self.load.exits[: ask.index + 1], self.rates, strict=False):
+            step_s = 1e-3 * own.step_ms
+            steps += max(0.0, rate - present) * (step_s - before)
+            before = step_s
+        return self.decode + steps + rate * ask.row_s
+
+    def _share(self, ask: _Ask) -> float:
+        """The share of the machine that is needed with one more request."""
+        decode = self._decode_with(ask)
+        worst = max(decode, self.load.pressure + decode - self.load.decode_pressure)
+        if math.isfinite(ask.due_s):
+            works = sorted([*self.due, (ask.due_s, ask.prompt_s)])
+            work = 0.0
+            for due, own in works:
+                work += own
+                if due >= ask.due_s:
+                    worst = max(worst, decode + work / max(due - self.now, LEAST_TIME_S))
+        return 1.0 - (1.0 - worst) * self.slack if worst < 1.0 else worst
+
+    def _loss(self, share: float) -> float | None:
+        """What others lose by making room; None: they cannot."""
+        over = share - MAX_PRESSURE
+        if over <= 0.0:
+            return 0.0
+        room = max(0.0, self.load.pressure - self.load.floor_pressure)
+        if over > room:
+            return None
+        return self.load.floor_loss * over / room
+
+    def _pages(self, request: RoutedRequest, own: ExitLoad) -> int:
+        tokens = request.num_prompt_tokens + request.num_output_tokens
+        return -(-tokens // self.load.block_size)
+
+
+def num_cached_tokens(load: EngineLoad, request: RoutedRequest, exit_layer: int) -> int:
+    """Leading tokens of a request that a replica's cache holds at least as deep as an exit."""
+    held = [
+        num_tokens
+        for num_tokens, digest in request.prefixes
+        if load.prefixes.get(digest, 0) >= exit_layer
+    ]
+    return max(held, default=0)
