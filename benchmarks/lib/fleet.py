@@ -12,9 +12,10 @@ import heapq
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.lib.routers import Router
+from sortserve.admission.drain import Drains
 from sortserve.core.errors import SortserveError
 from sortserve.core.request import Request, RequestReport
 from sortserve.cost.machine import Machine
@@ -24,7 +25,7 @@ from sortserve.engine.timed_runner import BlankRunner, Clock, TimedRunner
 from sortserve.replicas.load import EngineLoad
 from sortserve.simulation import MAX_MODEL_LEN, Simulation, make_engine
 
-__all__ = ["Fleet", "Replica", "Served"]
+__all__ = ["Fleet", "Replica", "Served", "in_sessions"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,13 @@ class Served:
     error: SortserveError | None
     replica: int
     num_tries: int
+
+
+class _NoDrains(Drains):
+    """Does not ask when a refused request should come back, which would be half of all work."""
+
+    def ask(self, *_: object) -> None:
+        return None
 
 
 class Replica:
@@ -62,6 +70,7 @@ class Replica:
         )
         self.engine = make_engine(machine, runner, self.clock, config)
         self.simulation = Simulation(self.engine, self.clock)
+        self.simulation.desk._drains = _NoDrains()  # nobody comes back
         self._every_s = report_every_s
         self._next_s = 0.0
         self.news: list[tuple[float, str | EngineLoad]] = []
@@ -148,3 +157,30 @@ class Fleet:
             replica=i,
             num_tries=num_tries,
         )
+
+
+SESSION_TURNS = 5
+"""Requests of a session, in the mean."""
+NUM_OPEN = 400
+"""Sessions that go on at once."""
+SHARED = 0.7
+"""Of a prompt is what its session began with."""
+
+
+def in_sessions(requests: Sequence[Request], *, seed: int) -> list[Request]:
+    """The same requests, with prompts that begin alike where they are of the same session."""
+    rng = random.Random(f"{seed}/sessions")
+    sessions: list[int] = []
+    changed, num_sessions = [], 0
+    for i, request in enumerate(requests):
+        if not sessions or rng.random() < 1.0 / SESSION_TURNS:
+            sessions = [*sessions[-NUM_OPEN + 1 :], num_sessions]
+            num_sessions += 1
+            session = sessions[-1]
+        else:
+            session = rng.choice(sessions)
+        num_tokens = len(request.prompt_token_ids)
+        num_shared = int(SHARED * num_tokens)
+        prompt = (2 * session + 2,) * num_shared + (2 * i + 3,) * (num_tokens - num_shared)
+        changed.append(replace(request, prompt_token_ids=prompt))
+    return changed

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from sortserve.core.request import Request
+from sortserve.engine.timed_runner import BLANK
 from sortserve.replicas.book import ReplicaBook
 from sortserve.replicas.choice import Sent, choose_replica
 from sortserve.replicas.load import EngineLoad
@@ -97,15 +98,15 @@ class Ours:
 
     def choose(self, request: Request, open_to: Sequence[int], now: float) -> int:
         """The first of the ranking."""
+        prompt = request.prompt_token_ids
+        is_blank = prompt[0] == BLANK  # where prompts have no tokens, nobody keeps prefixes
         routed = RoutedRequest(
             arrival_s=request.arrival_s,
             num_prompt_tokens=len(request.prompt_token_ids),
             num_output_tokens=request.sampling.max_tokens or 1,
             budget=request.budget,
             weight=request.weight,
-            prefixes=prefix_digests(request.prompt_token_ids, block_size=self.block_size)
-            if request.cache_salt
-            else (),
+            prefixes=() if is_blank else prefix_digests(prompt, block_size=self.block_size),
         )
         candidates = self.book.candidates(map(str, open_to), now=now)
         best = choose_replica(candidates, routed, now=now).ranked[0]

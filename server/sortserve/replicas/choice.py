@@ -10,8 +10,9 @@ how full the replica would be.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sortserve.replicas.load import EngineLoad
 from sortserve.replicas.place import Place, Prospect, RoutedRequest
@@ -20,8 +21,14 @@ __all__ = ["MAX_AGE_S", "Candidate", "Choice", "Ranked", "RoutedRequest", "Sent"
 
 MAX_AGE_S = 10.0
 """A report that is older says nothing any more."""
-SAME_GAIN = 0.01
-"""Answers whose worth differs by less are as good as each other."""
+SAME_VALUE = 0.02
+"""Values that differ by less are the same."""
+STEEPNESS = 10.0
+"""The time of a machine at pressure p has the price exp(STEEPNESS * (p - 1)): who takes as little
+time as it can displaces another answer like it on a full machine, and nobody on an idle one.
+(Online routing with exponential prices: Aspnes, Azar, Fiat, Plotkin and Waarts, 1997.)"""
+MAX_PRICED = 2.0
+"""A pressure beyond has no higher price."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +65,10 @@ class Ranked:
     """The deepest exit that fits its budget; None: none does, or nothing is known."""
     gain: float = 0.0
     """What its answer is worth there (score times weight), less what others would lose for it."""
+    effort: float = 0.0
+    """Time of the machine that it takes there (``Prospect.effort``)."""
+    value: float = 0.0
+    """The gain, less what that time is worth to others."""
     pressure: float = 0.0
     """Of the replica, with what was sent there since its report, and this request."""
     ttft_ms: float | None = None
@@ -103,7 +114,21 @@ def choose_replica(
         for candidate in candidates
         if candidate.load is None or candidate.load.is_accepting
     ]
-    return Choice(ranked=tuple(sorted(ranked, key=_order)))
+    return Choice(ranked=tuple(sorted(_valued(ranked, request.weight), key=_order)))
+
+
+def _valued(ranked: Sequence[Ranked], weight: float) -> list[Ranked]:
+    """The same, each with its value."""
+    efforts = [r.effort for r in ranked if r.exit_layer is not None and r.effort > 0.0]
+    least = min(efforts, default=1.0)
+    return [
+        replace(r, value=r.gain - weight * r.effort / least * _price(r.pressure))
+        for r in ranked
+    ]
+
+
+def _price(pressure: float) -> float:
+    return math.exp(STEEPNESS * (min(pressure, MAX_PRICED) - 1.0))
 
 
 def rank(candidate: Candidate, request: RoutedRequest, *, now: float) -> Ranked:
@@ -124,6 +149,7 @@ def rank(candidate: Candidate, request: RoutedRequest, *, now: float) -> Ranked:
         replica_id=replica_id,
         exit_layer=found.exit_layer,
         gain=found.gain,
+        effort=found.effort,
         pressure=found.pressure,
         ttft_ms=1e3 * found.ttft_s,
         tpot_ms=1e3 * found.tpot_s,
@@ -136,5 +162,5 @@ def _order(ranked: Ranked) -> tuple[float | int | str, ...]:
     if not ranked.is_known:
         return (1, 0.0, 0, ranked.num_ongoing, ranked.replica_id)
     fits = 0 if ranked.exit_layer is not None else 2
-    gain = -round(ranked.gain / SAME_GAIN)
-    return (fits, gain, -ranked.num_cached_tokens, ranked.pressure, ranked.replica_id)
+    value = -round(ranked.value / SAME_VALUE)
+    return (fits, value, -ranked.num_cached_tokens, -ranked.value, ranked.replica_id)

@@ -81,6 +81,8 @@ class EngineLoad:
     due: tuple[tuple[float, float], ...] = ()
     """Prompts to be read: milliseconds of work in all that are due within so many milliseconds.
     At most ``MAX_DUE`` pairs (due, work), both ascending."""
+    busy_ms: float = 0.0
+    """What the step under way still takes, in the mean."""
     soft_ms: float = 0.0
     """Work of the prompts that nobody was promised a time for."""
     num_running: int = 0
@@ -239,6 +241,7 @@ def _pressures(outlook: Outlook) -> dict[str, Any]:
         "floor_pressure": table.need(table.floor, now=now, busy_s=busy_s).share,
         "floor_loss": float((table.weight * table.left_share * lost).sum()),
         "due": _due(outlook),
+        "busy_ms": 1e3 * busy_s,
         "soft_ms": 1e3 * float(outlook.prompts.work_s[~outlook.prompts.is_hard].sum()),
     }
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from sortserve.core.budget import Budget, Deadlines
 from sortserve.core.errors import InvalidRequestError
-from sortserve.replicas.load import EngineLoad, ExitLoad
+from sortserve.replicas.load import TYPICAL_TOKENS, EngineLoad, ExitLoad
 from sortserve.scheduling.demand import SOFT_GAP_S, plan_pace, targets_of
 from sortserve.scheduling.lowering import MAX_PRESSURE
 
@@ -27,6 +27,8 @@ STALE_S = 5.0
 EASES = (1.0, 0.6, 0.3)
 """Ways to spread the time, as admission tries them."""
 LEAST_TIME_S = 1e-3
+LEAST_SHARE = 0.05
+"""Of the machine is left for prompts beside all that decode."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,12 @@ class Prospect:
     """What a request would get."""
 
     exit_layer: int | None
+    """None: none fits."""
     gain: float
+    """Worth of the answer, less what others would lose for it."""
+    effort: float
+    """Time of the machine that it takes beside what runs there, over what a typical request takes
+    alone: machines of all speeds are measured alike. Of one that bounds no time, all its time."""
     pressure: float
     ttft_s: float
     tpot_s: float
@@ -153,6 +160,7 @@ class Place:
         return worst or Prospect(
             exit_layer=None,
             gain=0.0,
+            effort=0.0,
             pressure=math.inf,
             ttft_s=0.0,
             tpot_s=0.0,
@@ -176,22 +184,43 @@ class Place:
             share = min(share, self._share(ask))
             if share <= MAX_PRESSURE or not request.budget.has_latency:
                 break
+        times_s = self._times_s(own, ask)
         loss = self._loss(share) if request.budget.has_latency else 0.0
         fits = loss is not None and not (request.budget.has_latency and ask.due_s <= self.now)
         return Prospect(
             exit_layer=own.exit_layer if fits else None,
             gain=request.weight * own.score - (loss or 0.0),
+            effort=self._effort(ask, request, times_s),
             pressure=share,
-            ttft_s=self._ttft_s(ask),
-            tpot_s=1e-3 * (own.tpot_ms or 0.0),
+            ttft_s=times_s[0],
+            tpot_s=times_s[1],
             num_cached_tokens=cached,
         )
 
-    def _ttft_s(self, ask: _Ask) -> float:
+    def _effort(self, ask: _Ask, request: RoutedRequest, times_s: tuple[float, float]) -> float:
+        """Time of the machine for it, over that of a typical request alone."""
+        num_gaps = max(0, request.num_output_tokens - 1)
+        if request.budget.has_latency:
+            share = self._decode_with(ask) - self.decode
+            own_s = ask.prompt_s + num_gaps * ask.gap_s * share
+        else:
+            own_s = times_s[0] + num_gaps * times_s[1]
+        full = self.load.exits[-1]
+        token_ms = full.prompt_token_ms + full.step_ms + full.row_ms
+        return own_s / (1e-3 * (full.prompt_ms + TYPICAL_TOKENS * token_ms) or 1.0)
+
+    def _times_s(self, own: ExitLoad, ask: _Ask) -> tuple[float, float]:
+        """Predicted time to the first token from now, and per token after it."""
         before_s = sum(work for due, work in self.due if due <= ask.due_s)
         if math.isinf(ask.due_s):
             before_s += self.soft_s
-        return (before_s + ask.prompt_s) / max(1.0 - self.decode, 0.05)
+        busy_s = 1e-3 * self.load.busy_ms
+        ttft_s = busy_s + (before_s + ask.prompt_s) / max(1.0 - self.decode, LEAST_SHARE)
+        if own.ttft_ms is not None and math.isinf(ask.due_s):  # it may have to wait for a slot
+            typical_ms = own.prompt_ms + TYPICAL_TOKENS * own.prompt_token_ms
+            ttft_s = max(ttft_s, 1e-3 * (own.ttft_ms - typical_ms) + ask.prompt_s)
+        tpot_s = 1e-3 * (own.tpot_ms or 0.0)
+        return ttft_s, tpot_s if math.isinf(ask.due_s) else min(tpot_s, ask.gap_s)
 
     def _asks(self, request: RoutedRequest, own: ExitLoad, ease: float) -> _Ask:
         cached = num_cached_tokens(self.load, request, own.exit_layer)
@@ -228,13 +257,17 @@ class Place:
         decode = self._decode_with(ask)
         worst = max(decode, self.load.pressure + decode - self.load.decode_pressure)
         if math.isfinite(ask.due_s):
-            works = sorted([*self.due, (ask.due_s, ask.prompt_s)])
-            work = 0.0
-            for due, own in works:
-                work += own
-                if due >= ask.due_s:
-                    worst = max(worst, decode + work / max(due - self.now, LEAST_TIME_S))
+            work_s = ask.prompt_s + sum(work for due, work in self.due if due <= ask.due_s)
+            # It decodes only once it has been read.
+            worst = max(worst, self.decode + work_s / self._time_s(ask.due_s))
+            for due, own in sorted(self.due):
+                if due > ask.due_s:
+                    work_s += own
+                    worst = max(worst, decode + work_s / self._time_s(due))
         return 1.0 - (1.0 - worst) * self.slack if worst < 1.0 else worst
+
+    def _time_s(self, due_s: float) -> float:
+        return max(due_s - self.now - 1e-3 * self.load.busy_ms, LEAST_TIME_S)
 
     def _loss(self, share: float) -> float | None:
         """What others lose by making room; None: they cannot."""
