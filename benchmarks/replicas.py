@@ -28,7 +28,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -38,6 +38,7 @@ from benchmarks.lib.budget_classes import CLASSES, plan_budgets
 from benchmarks.lib.common import environment, json_line, print_table
 from benchmarks.lib.fleet import Fleet, Replica, Served, in_sessions
 from benchmarks.lib.grading import Graded, grade
+from benchmarks.lib.journal import Journal
 from benchmarks.lib.machines import MACHINES
 from benchmarks.lib.routers import ROUTERS
 from benchmarks.lib.workload import RequestSpec, load_trace
@@ -51,6 +52,8 @@ BASELINE = "power-of-two"
 FLEETS = {"equal": (1.0,), "unequal": (1.0, 0.5), "sessions": (1.0,)}
 """Speeds of the replicas, over and over."""
 LOADS = (1.0, 1.3, 1.7)
+UNJOURNALED = ("fleets", "routers", "loads", "retries", "seeds", "jobs", "journal", "json", "trace")
+"""Arguments that say which runs are made, and nothing about any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,11 @@ class Run:
     router: str
     retries: int
     seed: int
+
+    @property
+    def name(self) -> str:
+        """In the journal."""
+        return f"{self.fleet}, load {self.load:g}, {self.router}, {self.retries}, {self.seed}"
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -86,6 +94,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--on-miss", choices=("reject", "degrade"), default="reject")
     parser.add_argument("--min-quality", type=float, default=0.5, help="floor of every budget")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--journal", type=Path, help="keep finished runs here, and go on from there"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--json", type=Path, help="write the last line here as well")
     return parser.parse_args(argv)
@@ -210,6 +221,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.seed = 0
         half_rate = find_half_rate(machine, trace, unloaded_times(machine), arguments)
     print(f"full depth on one meets half of the budgets at {half_rate:.3g} requests a second")
+    arguments.half_rate = half_rate
+    try:
+        known = {n: v for n, v in vars(arguments).items() if n not in UNJOURNALED}
+        journal = Journal(arguments.journal, known)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
     runs = [
         Run(fleet=fleet, load=load, router=router, retries=retries, seed=seed)
         for fleet, load, retries, seed, router in product(
@@ -218,16 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     ]
     rates = [run.load * half_rate * capacity(run.fleet, arguments.num_replicas) for run in runs]
-    results: dict[Run, Any] = {}
-    with ProcessPoolExecutor(arguments.jobs) as pool:
-        asked = [
-            pool.submit(run_fleet, run, rate, trace, arguments)
-            for run, rate in zip(runs, rates, strict=True)
-        ]
-        for run, future in zip(runs, asked, strict=True):
-            results[run] = future.result()
-            figure = results[run]["quality_goodput"]
-            print(f"{run.fleet} {run.load:g} {run.router} seed {run.seed}: {figure}", flush=True)
+    results = run_all(dict(zip(runs, rates, strict=True)), trace, arguments, journal)
     shown: dict[str, Any] = {}
     for run in runs:
         retried = f"{run.retries} retries" if run.retries != 1 else "1 retry"
@@ -244,6 +253,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.json.write_text(line + "\n", encoding="utf-8")
     print(line)
     return 0
+
+
+def run_all(
+    rates: dict[Run, float], trace: Sequence[RequestSpec], arguments: Any, journal: Journal
+) -> dict[Run, Any]:
+    """The figures of all runs at their rates; those of the journal are not run again."""
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        asked = {
+            pool.submit(run_fleet, run, rate, trace, arguments): run
+            for run, rate in rates.items()
+            if run.name not in journal
+        }
+        for future in as_completed(asked):
+            run = asked[future]
+            found = journal.add(run.name, future.result())
+            print(f"{run.name}: {found['quality_goodput']}", flush=True)
+    return {run: journal[run.name] for run in rates}
 
 
 def capacity(fleet: str, num_replicas: int) -> float:

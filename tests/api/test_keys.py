@@ -231,7 +231,7 @@ async def test_what_is_open_stays_open_and_tells_no_limit(make: Make, path: str)
     assert not [name for name in reply.headers if name.startswith("x-ratelimit")]
 
 
-@pytest.mark.parametrize("path", ["/exits", "/status", "/v1/models", "/openapi.json"])
+@pytest.mark.parametrize("path", ["/exits", "/status", "/load", "/v1/models", "/openapi.json"])
 async def test_without_any_key_nobody_may_ask(make: Make, path: str) -> None:
     """A file with an empty list closes the server; it does not open it."""
     service = make(key_policies=[])

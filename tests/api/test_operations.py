@@ -99,7 +99,7 @@ async def test_version(shared: HttpService) -> None:
 
 GET_ROUTES = [
     *("/health", "/readyz", "/livez", "/version", "/metrics", "/exits"),
-    *("/v1/models", "/v1/models/tiny@2", "/status", "/docs", "/openapi.json"),
+    *("/v1/models", "/v1/models/tiny@2", "/status", "/load", "/docs", "/openapi.json"),
 ]
 
 

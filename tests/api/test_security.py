@@ -28,6 +28,7 @@ GUARDED = [
     ("GET", "/version"),
     ("GET", "/openapi.json"),
     ("GET", "/status"),
+    ("GET", "/load"),
     ("GET", "/nothing"),
     ("GET", "/health/../generate"),
     ("GET", "/metrics/x"),

@@ -99,8 +99,9 @@ def choose_replica(
     """Rank the replicas for a request: where the deepest exit that fits its budget is reachable.
 
     Of those where the same exit fits, one that has more of its prompt in its cache comes first,
-    then the one with the least pressure; of equals the lower id. What it costs others counts
-    against an exit, as it does in admission. A replica that is not known comes after those where
+    then the one where its time is worth least to others, which is the one with the least pressure
+    if all is alike; of equals the lower id. What it costs others counts against an exit, as it does
+    in admission. A replica that is not known comes after those where
     the request fits, and before those where it does not. Replicas that take nothing are left out;
     with none left the ranking is empty.
 
@@ -122,8 +123,7 @@ def _valued(ranked: Sequence[Ranked], weight: float) -> list[Ranked]:
     efforts = [r.effort for r in ranked if r.exit_layer is not None and r.effort > 0.0]
     least = min(efforts, default=1.0)
     return [
-        replace(r, value=r.gain - weight * r.effort / least * _price(r.pressure))
-        for r in ranked
+        replace(r, value=r.gain - weight * r.effort / least * _price(r.pressure)) for r in ranked
     ]
 
 
@@ -163,4 +163,5 @@ def _order(ranked: Ranked) -> tuple[float | int | str, ...]:
         return (1, 0.0, 0, ranked.num_ongoing, ranked.replica_id)
     fits = 0 if ranked.exit_layer is not None else 2
     value = -round(ranked.value / SAME_VALUE)
-    return (fits, value, -ranked.num_cached_tokens, -ranked.value, ranked.replica_id)
+    times = (ranked.ttft_ms or 0.0, ranked.tpot_ms or 0.0)
+    return (fits, value, -ranked.num_cached_tokens, -ranked.value, *times, ranked.replica_id)

@@ -149,7 +149,7 @@ def test_a_report_is_short() -> None:
     assert len(json.dumps(full.document)) < 20_000
 
 
-@pytest.mark.parametrize("latency_ms", [60, 90, 120, 200, 400, 1000])
+@pytest.mark.parametrize("latency_ms", [50, 90, 120, 200, 400, 1000])
 @pytest.mark.parametrize("num_live", [0, 2, 4])
 def test_a_router_finds_the_exit_that_admission_gives(num_live: int, latency_ms: int) -> None:
     """As long as nobody is to go shallower for it, which a report only tells roughly."""
