@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from sortserve.core.request import Request
@@ -123,9 +123,10 @@ class Ours:
         self.book.report(str(replica), load, load.time_s)
 
 
-ROUTERS = {
+ROUTERS: dict[str, Callable[[int, int], Router]] = {
     "round-robin": RoundRobin,
     "power-of-two": PowerOfTwoChoices,
     "shortest-queue": ShortestQueue,
     "ours": Ours,
 }
+"""By name: made of the number of replicas and a seed."""

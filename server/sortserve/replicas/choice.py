@@ -28,7 +28,7 @@ STEEPNESS = 10.0
 time as it can displaces another answer like it on a full machine, and nobody on an idle one.
 (Online routing with exponential prices: Aspnes, Azar, Fiat, Plotkin and Waarts, 1997.)"""
 MAX_PRICED = 2.0
-"""A pressure beyond has no higher price."""
+"""A pressure beyond it has no higher price."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Ranked:
     value: float = 0.0
     """The gain, less what that time is worth to others."""
     pressure: float = 0.0
-    """Of the replica, with what was sent there since its report, and this request."""
+    """Of the replica, with what was sent there since its report, and this request at its floor."""
     ttft_ms: float | None = None
     """Predicted, from now; None: nothing is known."""
     tpot_ms: float | None = None
@@ -164,4 +164,5 @@ def _order(ranked: Ranked) -> tuple[float | int | str, ...]:
     fits = 0 if ranked.exit_layer is not None else 2
     value = -round(ranked.value / SAME_VALUE)
     times = (ranked.ttft_ms or 0.0, ranked.tpot_ms or 0.0)
-    return (fits, value, -ranked.num_cached_tokens, -ranked.value, *times, ranked.replica_id)
+    exact = (-ranked.value, ranked.pressure)  # the price of a pressure has a limit
+    return (fits, value, -ranked.num_cached_tokens, *exact, *times, ranked.replica_id)

@@ -8,7 +8,7 @@ what admission, the cost model and the page pool know anyhow.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -76,6 +76,8 @@ class EngineLoad:
     """The part of it that lasts once all prompts are read."""
     floor_pressure: float = 0.0
     """The pressure if all of them were as shallow as they may be."""
+    floor_decode_pressure: float = 0.0
+    """The lasting part of that."""
     floor_loss: float = 0.0
     """What would be lost by that: scores times weights, summed over their requests."""
     due: tuple[tuple[float, float], ...] = ()
@@ -239,6 +241,7 @@ def _pressures(outlook: Outlook) -> dict[str, Any]:
         "pressure": table.need(table.level, now=now, busy_s=busy_s).share,
         "decode_pressure": table.decode_share(asks),
         "floor_pressure": table.need(table.floor, now=now, busy_s=busy_s).share,
+        "floor_decode_pressure": replace(table, level=table.floor).decode_share(asks),
         "floor_loss": float((table.weight * table.left_share * lost).sum()),
         "due": _due(outlook),
         "busy_ms": 1e3 * busy_s,

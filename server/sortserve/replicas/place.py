@@ -12,7 +12,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 from sortserve.core.budget import Budget, Deadlines
 from sortserve.core.errors import InvalidRequestError
@@ -61,9 +62,11 @@ class Prospect:
     gain: float
     """Worth of the answer, less what others would lose for it."""
     effort: float
-    """Time of the machine that it takes beside what runs there, over what a typical request takes
-    alone: machines of all speeds are measured alike. Of one that bounds no time, all its time."""
+    """Time of the machine that it takes at its floor beside what runs there, over what a typical
+    request takes alone: machines of all speeds are measured alike. Of a request that bounds no
+    time, all its time."""
     pressure: float
+    """With the request at its floor."""
     ttft_s: float
     tpot_s: float
     num_cached_tokens: int
@@ -95,9 +98,6 @@ class Place:
     due: list[tuple[float, float]]
     """(due, work) of prompts, in seconds on the router's clock; not summed."""
     soft_s: float
-    added: float = 0.0
-    """What was sent since adds to the pressure."""
-    num_free_pages: int = 0
 
     @classmethod
     def of(cls, load: EngineLoad, age_s: float, now: float) -> Place:
@@ -113,7 +113,6 @@ class Place:
             decode=load.decode_pressure,
             due=[(due, work - before) for (_, before), (due, work) in works if due > now],
             soft_s=max(0.0, 1e-3 * load.soft_ms - age_s * max(0.0, 1.0 - load.pressure)),
-            num_free_pages=load.num_free_pages,
         )
 
     # ---- what was sent ----
@@ -128,12 +127,11 @@ class Place:
         index = next((i for i, e in enumerate(self.load.exits) if e.exit_layer >= depth), -1)
         own = self.load.exits[index]
         ask = self._asks(request, own, EASES[0])
-        self.num_free_pages -= self._pages(request, own)
         if exit_layer is None or not request.budget.has_latency:
             self.soft_s += ask.prompt_s
         else:
             self.due.append((ask.due_s, ask.prompt_s))
-        self.decode = self._decode_with(ask)
+        self.decode += self._more(ask)
         layers = range(self.load.exits.index(own) + 1)
         for i in layers:
             self.rates[i] = max(self.rates[i], 1.0 / ask.gap_s)
@@ -146,26 +144,18 @@ class Place:
             allowed = self.load.table.allowed(request.budget)
         except InvalidRequestError:
             allowed = ()
-        best: Prospect | None = None
-        worst: Prospect | None = None
-        for own in reversed(self._open(allowed, request)):
-            if best is not None and request.weight * own.score <= best.gain:
+        exits = self._open(allowed, request)
+        if not exits:
+            return _NOWHERE
+        floor = best = self._at(exits[0], request)
+        for own in reversed(exits[1:]):
+            if best.exit_layer is not None and request.weight * own.score <= best.gain:
                 break
             found = self._at(own, request)
-            worst = worst or found
-            if found.exit_layer is not None and (best is None or found.gain > best.gain):
+            if found.exit_layer is not None and (best.exit_layer is None or found.gain > best.gain):
                 best = found
-        if best is not None:
-            return best
-        return worst or Prospect(
-            exit_layer=None,
-            gain=0.0,
-            effort=0.0,
-            pressure=math.inf,
-            ttft_s=0.0,
-            tpot_s=0.0,
-            num_cached_tokens=0,
-        )
+        # What a replica can do better must not count against it: the effort is the floor's.
+        return replace(best, effort=floor.effort, pressure=floor.pressure)
 
     def _open(self, allowed: Sequence[int], request: RoutedRequest) -> list[ExitLoad]:
         """The exits that it may get, ascending: of those that are worth the same the shallowest."""
@@ -178,20 +168,19 @@ class Place:
 
     def _at(self, own: ExitLoad, request: RoutedRequest) -> Prospect:
         cached = num_cached_tokens(self.load, request, own.exit_layer)
-        share = math.inf
-        for ease in EASES:
-            ask = self._asks(request, own, ease)
-            share = min(share, self._share(ask))
-            if share <= MAX_PRESSURE or not request.budget.has_latency:
-                break
+        asks = [self._asks(request, own, ease) for ease in EASES]
+        shares = [(self._share(ask), ask) for ask in asks]
+        # As in admission: the first that can be kept, else the one that needs least.
+        fitting = (pair for pair in shares if pair[0] <= MAX_PRESSURE)
+        share, ask = next(fitting, min(shares, key=itemgetter(0)))
         times_s = self._times_s(own, ask)
-        loss = self._loss(share) if request.budget.has_latency else 0.0
+        loss = self._loss(ask, share) if request.budget.has_latency else 0.0
         fits = loss is not None and not (request.budget.has_latency and ask.due_s <= self.now)
         return Prospect(
             exit_layer=own.exit_layer if fits else None,
             gain=request.weight * own.score - (loss or 0.0),
-            effort=self._effort(ask, request, times_s),
-            pressure=share,
+            effort=self._effort(asks[0], request, times_s),
+            pressure=min(share for share, _ in shares),
             ttft_s=times_s[0],
             tpot_s=times_s[1],
             num_cached_tokens=cached,
@@ -201,8 +190,7 @@ class Place:
         """Time of the machine for it, over that of a typical request alone."""
         num_gaps = max(0, request.num_output_tokens - 1)
         if request.budget.has_latency:
-            share = self._decode_with(ask) - self.decode
-            own_s = ask.prompt_s + num_gaps * ask.gap_s * share
+            own_s = ask.prompt_s + num_gaps * ask.gap_s * self._more(ask)
         else:
             own_s = times_s[0] + num_gaps * times_s[1]
         full = self.load.exits[-1]
@@ -243,45 +231,62 @@ class Place:
             gap_s=min(pace.gap_s, SOFT_GAP_S),
         )
 
-    def _decode_with(self, ask: _Ask) -> float:
-        """The share of decoding, with one more row."""
+    def _more(self, ask: _Ask) -> float:
+        """What one more row adds to the share of decoding."""
         rate, steps, before = 1.0 / ask.gap_s, 0.0, 0.0
         for own, present in zip(self.load.exits[: ask.index + 1], self.rates, strict=False):
             step_s = 1e-3 * own.step_ms
             steps += max(0.0, rate - present) * (step_s - before)
             before = step_s
-        return self.decode + steps + rate * ask.row_s
+        return steps + rate * ask.row_s
 
-    def _share(self, ask: _Ask) -> float:
-        """The share of the machine that is needed with one more request."""
-        decode = self._decode_with(ask)
-        worst = max(decode, self.load.pressure + decode - self.load.decode_pressure)
+    def _share(self, ask: _Ask, *, at_floors: bool = False) -> float:
+        """The share of the machine that is needed with one more request.
+
+        Args:
+            ask: what it needs.
+            at_floors: if all who were there went as shallow as they may.
+        """
+        load, more = self.load, self._more(ask)
+        pressure, decode = load.pressure, load.decode_pressure
+        before = self.decode
+        if at_floors:
+            before += load.floor_decode_pressure - decode
+            pressure, decode = load.floor_pressure, load.floor_decode_pressure
+        worst = before + more + max(0.0, pressure - decode)
         if math.isfinite(ask.due_s):
             work_s = ask.prompt_s + sum(work for due, work in self.due if due <= ask.due_s)
             # It decodes only once it has been read.
-            worst = max(worst, self.decode + work_s / self._time_s(ask.due_s))
+            worst = max(worst, before + work_s / self._time_s(ask.due_s))
             for due, own in sorted(self.due):
                 if due > ask.due_s:
                     work_s += own
-                    worst = max(worst, decode + work_s / self._time_s(due))
+                    worst = max(worst, before + more + work_s / self._time_s(due))
         return 1.0 - (1.0 - worst) * self.slack if worst < 1.0 else worst
 
     def _time_s(self, due_s: float) -> float:
         return max(due_s - self.now - 1e-3 * self.load.busy_ms, LEAST_TIME_S)
 
-    def _loss(self, share: float) -> float | None:
-        """What others lose by making room; None: they cannot."""
-        over = share - MAX_PRESSURE
-        if over <= 0.0:
+    def _loss(self, ask: _Ask, share: float) -> float | None:
+        """What others lose by making room, in proportion to it; None: they cannot."""
+        if share <= MAX_PRESSURE:
             return 0.0
-        room = max(0.0, self.load.pressure - self.load.floor_pressure)
-        if over > room:
+        least = self._share(ask, at_floors=True)
+        if least > MAX_PRESSURE:
             return None
-        return self.load.floor_loss * over / room
+        return self.load.floor_loss * (share - MAX_PRESSURE) / (share - least)
 
-    def _pages(self, request: RoutedRequest, own: ExitLoad) -> int:
-        tokens = request.num_prompt_tokens + request.num_output_tokens
-        return -(-tokens // self.load.block_size)
+
+_NOWHERE = Prospect(
+    exit_layer=None,
+    gain=0.0,
+    effort=0.0,
+    pressure=math.inf,
+    ttft_s=0.0,
+    tpot_s=0.0,
+    num_cached_tokens=0,
+)
+"""Of a request that the replica will refuse as invalid."""
 
 
 def num_cached_tokens(load: EngineLoad, request: RoutedRequest, exit_layer: int) -> int:

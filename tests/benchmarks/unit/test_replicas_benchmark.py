@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.lib.fleet import SHARED, Fleet, Replica, in_sessions
+from benchmarks.lib.machines import MACHINES
 from benchmarks.lib.routers import ROUTERS, PowerOfTwoChoices, RoundRobin, Router
 
 from benchmarks import replicas
@@ -135,7 +136,7 @@ def test_a_run_prints_its_table_and_goes_on_from_its_journal(
     trace, journal = tmp_path / "trace.jsonl", tmp_path / "journal.jsonl"
     line = '{{"t": {}, "prompt_tokens": 80, "output_tokens": 40}}\n'
     trace.write_text("".join(line.format(0.1 * i) for i in range(20)))
-    monkeypatch.setitem(replicas.MACHINES, "soft-13b", SMALL)
+    monkeypatch.setitem(MACHINES, "soft-13b", SMALL)
     known = "--num-replicas 2 --half-rate 10 --loads 1 --fleets equal unequal sessions"
     run = [str(trace), *known.split(), "--journal", str(journal)]
     routers = ["--routers", "power-of-two", "ours"]

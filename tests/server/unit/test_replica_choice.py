@@ -63,7 +63,7 @@ def order(choice: Choice) -> list[str]:
 
 
 IDLE = make_load()
-BUSY = make_load(pressure=0.9, decode_pressure=0.9, floor_pressure=0.9)
+BUSY = make_load(pressure=0.9, decode_pressure=0.9, floor_pressure=0.9, floor_decode_pressure=0.9)
 
 
 # ---- examples ----
@@ -127,7 +127,7 @@ def test_that_nobody_can_keep_the_budget_is_said() -> None:
 
 def test_a_silent_replica_comes_after_those_that_fit_and_before_those_that_do_not() -> None:
     request = make_request(budget=Budget(latency_ms=180, on_miss=OnMiss.REJECT))
-    full = make_load(pressure=2.0, decode_pressure=2.0, floor_pressure=2.0)
+    full = replace(BUSY, floor_pressure=2.0, floor_decode_pressure=2.0, pressure=2.0)
 
     choice = choose(
         candidate("a", full), candidate("b", None), candidate("c", IDLE), request=request
@@ -199,7 +199,8 @@ def loads(draw: st.DrawFn) -> EngineLoad:
         rate=draw(st.floats(0.0, 100.0)),
         decode_pressure=decode,
         pressure=pressure,
-        floor_pressure=pressure * draw(small),
+        floor_pressure=pressure * (part := draw(small)),
+        floor_decode_pressure=decode * part,
         floor_loss=draw(st.floats(0.0, 10.0)),
         due=tuple((d, 100.0 * w) for d, w in zip(due, works, strict=True)),
         soft_ms=draw(st.floats(0.0, 5000.0)),
@@ -233,6 +234,7 @@ def pairs(draw: st.DrawFn) -> tuple[Candidate, Candidate]:
         pressure=load.pressure + more + draw(small),
         decode_pressure=load.decode_pressure + more,
         floor_pressure=load.floor_pressure + more,
+        floor_decode_pressure=load.floor_decode_pressure + more,
         floor_loss=load.floor_loss + draw(small),
         soft_ms=load.soft_ms + 1000.0 * draw(small),
         prefixes=draw(st.sampled_from([{}, load.prefixes])),
