@@ -32,6 +32,7 @@ Below ``simulate`` is ``Simulation``, which takes any engine whose runner moves 
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -236,10 +237,12 @@ class Simulation:
 
     def run(self, requests: Iterable[Request] = ()) -> None:
         """Let requests arrive when they are due, and step until nothing is left."""
-        for request in sorted(requests, key=lambda request: request.arrival_s):
-            self.run_until(request.arrival_s)
-            self.arrive(request)
-        while self.engine.has_work:
+        queue = deque(sorted(requests, key=lambda request: request.arrival_s))
+        while queue or self.engine.has_work:
+            if not self.engine.has_work:
+                self._idle(until_s=queue[0].arrival_s)
+            while queue and queue[0].arrival_s <= self.clock.now:
+                self.arrive(queue.popleft())
             self.step()
 
     def run_until(self, until_s: float) -> None:
