@@ -27,6 +27,8 @@ STEEPNESS = 10.0
 """The time of a machine at pressure p has the price exp(STEEPNESS * (p - 1)): who takes as little
 time as it can displaces another answer like it on a full machine, and nobody on an idle one.
 (Online routing with exponential prices: Aspnes, Azar, Fiat, Plotkin and Waarts, 1997.)"""
+SAME_CROWD = 0.1
+"""Crowds that differ by less than one request, or than this share, are the same."""
 MAX_PRICED = 2.0
 """A pressure beyond it has no higher price."""
 
@@ -76,6 +78,10 @@ class Ranked:
     tpot_ms: float | None = None
     num_cached_tokens: int = 0
     """Of its prompt, as far as the report says."""
+    crowd: int = 0
+    """Of a request that bounds no time: the requests that are there, with this one."""
+    excess: int = 0
+    """By how many steps that is more than at the least crowded replica."""
     is_known: bool = True
     """Whether there is a report to go by."""
     num_ongoing: int = 0
@@ -101,9 +107,9 @@ def choose_replica(
     Of those where the same exit fits, one that has more of its prompt in its cache comes first,
     then the one where its time is worth least to others, which is the one with the least pressure
     if all is alike; of equals the lower id. What it costs others counts against an exit, as it does
-    in admission. A replica that is not known comes after those where
-    the request fits, and before those where it does not. Replicas that take nothing are left out;
-    with none left the ranking is empty.
+    in admission. A request without a bound on time goes to the least crowded, before all that. A
+    replica that is not known comes after those where the request fits, and before those where it
+    does not. Replicas that take nothing are left out; with none left the ranking is empty.
 
     Args:
         candidates: in any order, ids distinct.
@@ -122,8 +128,15 @@ def _valued(ranked: Sequence[Ranked], weight: float) -> list[Ranked]:
     """The same, each with its value."""
     efforts = [r.effort for r in ranked if r.exit_layer is not None and r.effort > 0.0]
     least = min(efforts, default=1.0)
+    crowd = min((r.crowd for r in ranked if r.is_known), default=0)
+    step = max(1.0, SAME_CROWD * crowd)
     return [
-        replace(r, value=r.gain - weight * r.effort / least * _price(r.pressure)) for r in ranked
+        replace(
+            r,
+            value=r.gain - weight * r.effort / least * _price(r.pressure),
+            excess=max(0, int((r.crowd - crowd) / step)),
+        )
+        for r in ranked
     ]
 
 
@@ -154,15 +167,29 @@ def rank(candidate: Candidate, request: RoutedRequest, *, now: float) -> Ranked:
         ttft_ms=1e3 * found.ttft_s,
         tpot_ms=1e3 * found.tpot_s,
         num_cached_tokens=found.num_cached_tokens,
+        crowd=0 if request.budget.has_latency else _crowd(load, len(candidate.sent)),
         num_ongoing=candidate.num_ongoing,
     )
 
 
+def _crowd(load: EngineLoad, num_sent: int) -> int:
+    """Where no time is bounded nothing makes pressure: what counts is who is there."""
+    return 1 + load.num_running + load.num_waiting + num_sent
+
+
 def _order(ranked: Ranked) -> tuple[float | int | str, ...]:
     if not ranked.is_known:
-        return (1, 0.0, 0, ranked.num_ongoing, ranked.replica_id)
+        return (1, 0, 0.0, 0, ranked.num_ongoing, ranked.replica_id)
     fits = 0 if ranked.exit_layer is not None else 2
     value = -round(ranked.value / SAME_VALUE)
     times = (ranked.ttft_ms or 0.0, ranked.tpot_ms or 0.0)
     exact = (-ranked.value, ranked.pressure)  # the price of a pressure has a limit
-    return (fits, value, -ranked.num_cached_tokens, *exact, *times, ranked.replica_id)
+    return (
+        fits,
+        ranked.excess,
+        value,
+        -ranked.num_cached_tokens,
+        *exact,
+        *times,
+        ranked.replica_id,
+    )

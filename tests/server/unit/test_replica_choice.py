@@ -182,6 +182,28 @@ def test_a_request_that_no_exit_is_open_to_is_for_the_replica_to_refuse() -> Non
     assert not choice.fits
 
 
+def test_a_prefix_decides_only_between_replicas_that_are_as_crowded() -> None:
+    """Four chats of one prompt that come at once are shared by two idle replicas."""
+    warm, request = make_load(prefixes={"x": 6}), make_request(prefixes=((64, "x"),))
+    sent: dict[str, list[Sent]] = {"a": [], "b": []}
+    for _ in range(4):
+        cold = candidate("a", IDLE, sent=sent["a"])
+        choice = choose(cold, candidate("b", warm, sent=sent["b"]), request=request)
+        first = choice.ranked[0]
+        sent[first.replica_id].append(
+            Sent(request=request, exit_layer=first.exit_layer, sent_s=NOW)
+        )
+
+    assert {name: len(own) for name, own in sent.items()} == {"a": 2, "b": 2}
+
+
+def test_of_large_crowds_about_the_same_number_is_the_same() -> None:
+    warm, cold = make_load(prefixes={"x": 6}, num_running=42), make_load(num_running=40)
+    request = make_request(prefixes=((64, "x"),))
+
+    assert order(choose(candidate("a", cold), candidate("b", warm), request=request)) == ["b", "a"]
+
+
 # ---- what holds always ----
 
 shares = st.floats(0.0, 1.5)
