@@ -21,7 +21,7 @@ from sortserve.api.http.keys import ApiKeyMiddleware
 from sortserve.api.http.middleware import outer_layers
 from sortserve.api.http.security import OPEN_PATHS, BodyLimitMiddleware, route_path
 from sortserve.api.http.tracing import HttpTracer, TracingMiddleware
-from sortserve.api.interfaces import HttpMetrics, Tokenizer
+from sortserve.api.interfaces import EngineClient, HttpMetrics, Tokenizer
 from sortserve.api.openapi import install_openapi
 from sortserve.api.problems import (
     http_exception_response,
@@ -33,7 +33,6 @@ from sortserve.api.routes import docs, native, openai, operations, playground, r
 from sortserve.api.service import Service
 from sortserve.api.settings import ApiSettings
 from sortserve.core.errors import SortserveError
-from sortserve.engine.worker import EngineWorker
 from sortserve.telemetry.totals import Totals
 
 __all__ = ["create_app", "create_loading_app"]
@@ -44,7 +43,7 @@ _NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False, "auto_c
 
 
 def create_app(
-    worker: EngineWorker,
+    worker: EngineClient,
     tokenizer: Tokenizer,
     settings: ApiSettings,
     metrics: HttpMetrics | None = None,
@@ -57,7 +56,7 @@ def create_app(
     Starting and draining the worker is the caller's: the application only submits to it.
 
     Args:
-        worker: runs the engine.
+        worker: runs the engine, or asks those that do.
         tokenizer: of the served checkpoint.
         settings: names, limits, keys.
         metrics: told about requests, and rendered at ``/metrics``.

@@ -1,13 +1,71 @@
-"""What the HTTP service needs of the tokenizer and of the metrics."""
+"""What the HTTP service needs of the engine, the tokenizer and the metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from sortserve.admission.queue_limits import Reservation
+from sortserve.core.budget import Budget, ExitTable
 from sortserve.core.grammar import Grammar, OutputFormat
+from sortserve.core.request import AdmissionStats, EngineStats, Estimate, Request
+from sortserve.engine.ledger import State
+from sortserve.engine.stream import RequestStream
+from sortserve.replicas.load import EngineLoad
 
-__all__ = ["Grammars", "HttpMetrics", "Tokenizer"]
+__all__ = ["EngineClient", "Grammars", "HttpMetrics", "Tokenizer"]
+
+
+class EngineClient(Protocol):
+    """Whoever runs the requests: the engine of this process, or engines elsewhere.
+
+    All methods are for the event loop's thread. The HTTP service knows no more of an engine.
+    """
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Monotonic; the times of requests are on it."""
+
+    @property
+    def exits(self) -> ExitTable:
+        """What is served."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Prompt and answer together, in tokens."""
+
+    @property
+    def state(self) -> State:
+        """loading, ready, draining, failed or stopped."""
+
+    @property
+    def replica_states(self) -> Mapping[str, str] | None:
+        """The state of each engine elsewhere, by name; None: the engine is in this process."""
+
+    def reserve(self, num_requests: int, num_tokens: int) -> Reservation:
+        """Take places in the queue, before tokenisation; as ``EngineWorker.reserve``."""
+
+    async def submit_all(
+        self,
+        requests: Sequence[Request],
+        reservation: Reservation,
+        *,
+        is_streamed: bool,
+        num_samples: int,
+    ) -> list[RequestStream]:
+        """Let in all of them or none; as ``Crowds.submit_all``."""
+
+    def estimate(self, exit_layer: int, num_prompt_tokens: int, max_tokens: int) -> Estimate | None:
+        """Predicted times of a newcomer at an exit now; None: nothing is known."""
+
+    def load(self) -> EngineLoad:
+        """What it says of itself to routers."""
+
+    def stats(self) -> EngineStats:
+        """What runs and waits now."""
+
+    def admission_stats(self, budget: Budget) -> AdmissionStats:
+        """What a newcomer would meet now; ``budget`` is that of requests that give none."""
 
 
 class Grammars(Protocol):
@@ -56,5 +114,5 @@ class HttpMetrics(Protocol):
     def http_request(self, route: str, method: str, status: int) -> None:
         """Count one answered request."""
 
-    def render(self, accept: str | None = None) -> tuple[bytes, str]:
-        """The exposition text and its content type."""
+    def render(self, accept: str | None = None) -> tuple[bytes, str] | Awaitable[tuple[bytes, str]]:
+        """The exposition text and its content type; awaited where others have a share in it."""

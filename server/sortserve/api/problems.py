@@ -125,10 +125,4 @@ def unknown_field(param: str, known: Mapping[str, Any]) -> InvalidRequestError:
 def renamed(error: SortserveError, names: Mapping[str, str]) -> SortserveError:
     """The error in the words of the request: the engine's field names as the client typed them."""
     name = names.get(error.param or "")
-    if name is None:
-        return error
-    assert error.param is not None
-    message = re.sub(rf"\b{re.escape(error.param)}\b", name, error.message, count=1)
-    return type(error)(
-        message, param=name, code=error.code, retry_after_s=error.retry_after_s
-    ).with_traceback(error.__traceback__)
+    return error if name is None else error.about(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 import time
@@ -17,7 +16,7 @@ from sortserve.admission.queue_limits import Reservation
 from sortserve.api.bodies.limits import MAX_LOGPROBS_PER_REPLY, BodyLimits
 from sortserve.api.bodies.prompts import encode_all
 from sortserve.api.generation import Generation
-from sortserve.api.interfaces import HttpMetrics, Tokenizer
+from sortserve.api.interfaces import EngineClient, HttpMetrics, Tokenizer
 from sortserve.api.jobs import Job
 from sortserve.api.key_depth import refuse_deeper, within
 from sortserve.api.problems import renamed
@@ -27,7 +26,7 @@ from sortserve.core.errors import InvalidRequestError, PermissionDeniedError, So
 from sortserve.core.grammar import Grammar, length_class_of
 from sortserve.core.prompt_logprobs import PromptLogprobs
 from sortserve.core.request import EXPECTED_TOKENS, Request
-from sortserve.engine.worker import EngineWorker, RequestStream
+from sortserve.engine.stream import RequestStream
 from sortserve.telemetry.logs import fields
 from sortserve.telemetry.totals import Totals
 
@@ -42,7 +41,7 @@ logger = logging.getLogger("sortserve.requests")
 class Service:
     """What all routes share; routes are thin."""
 
-    worker: EngineWorker
+    worker: EngineClient
     tokenizer: Tokenizer
     settings: ApiSettings
     metrics: HttpMetrics | None = None
@@ -53,8 +52,6 @@ class Service:
     created_s: int = field(default_factory=lambda: int(time.time()))
     """When the service came up, in seconds of the epoch."""
     _serials: Iterator[int] = field(default_factory=itertools.count)
-    _turns: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Newcomers are judged one by one: a crowd that comes at once must not hold up the loop."""
 
     @cached_property
     def limits(self) -> BodyLimits:
@@ -177,41 +174,22 @@ class Service:
         grammar: Grammar | None,
         asked: Sequence[PromptLogprobs],
     ) -> list[RequestStream]:
-        streams: list[RequestStream] = []
-        names = dict(job.field_names)
-
-        def name_prompt(i: int) -> None:
-            if len(prompts) > 1:
-                names["prompt"] = f"prompt.{i}"
-
         try:
             requests = [self._request(job, tuple(token_ids), grammar) for token_ids in prompts]
             if asked:  # the samples of a prompt share what is said of it
                 pairs = zip(requests, asked, strict=True)
                 requests = [replace(request, prompt_logprobs=said) for request, said in pairs]
-            async with self._turns:
-                exit_layer = None
-                if len(requests) * job.n > 1:
-                    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-                    name_prompt(longest)
-                    await asyncio.sleep(0)
-                    exit_layer = self.worker.exit_for(requests[longest], len(requests) * job.n)
-                for i, request in enumerate(requests):
-                    name_prompt(i)
-                    for sample_index in range(job.n):
-                        await asyncio.sleep(0)  # choosing an exit takes a while: others first
-                        # The serial keeps ids unique where clients repeat theirs.
-                        name = f"{job.request_id}.{next(self._serials)}"
-                        sample = replace(request, request_id=name, sample_index=sample_index)
-                        stream = self.worker.submit(sample, reservation, exit_layer=exit_layer)
-                        streams.append(stream)
-        except BaseException as error:
-            for stream in streams:
-                stream.abort()
-            if isinstance(error, SortserveError):
-                raise renamed(error, names) from error.__cause__
-            raise
-        return streams
+            samples = [self._sample(request, i) for request in requests for i in range(job.n)]
+            return await self.worker.submit_all(
+                samples, reservation, is_streamed=job.stream, num_samples=job.n
+            )
+        except SortserveError as error:
+            raise renamed(error, job.field_names) from error.__cause__
+
+    def _sample(self, request: Request, index: int) -> Request:
+        # The serial keeps ids unique where clients repeat theirs.
+        name = f"{request.request_id}.{next(self._serials)}"
+        return replace(request, request_id=name, sample_index=index)
 
     def _request(self, job: Job, token_ids: tuple[int, ...], grammar: Grammar | None) -> Request:
         sampling, expected_tokens = job.sampling, None

@@ -22,8 +22,9 @@ field the user typed, as in the OpenAI error body.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 __all__ = [
     "MAX_RETRY_AFTER_S",
@@ -81,6 +82,18 @@ class SortserveError(Exception):
         self.retry_after_s = retry_after_s
         if retry_after_s is not None:  # what is not a number becomes 0 in this order
             self.retry_after_s = min(MAX_RETRY_AFTER_S, max(0.0, retry_after_s))
+
+    def about(self, param: str) -> Self:
+        """The same of another field, which the message names where it named the first."""
+        assert self.param is not None
+        message = re.sub(rf"\b{re.escape(self.param)}\b", param, self.message, count=1)
+        return type(self)(
+            message, param=param, code=self.code, retry_after_s=self.retry_after_s
+        ).with_traceback(self.__traceback__)
+
+    def of_prompt(self, index: int) -> Self:
+        """The same of one prompt among several, if it is about the prompt."""
+        return self.about(f"prompt.{index}") if self.param == "prompt" else self
 
     def body(self) -> dict[str, Any]:
         """The OpenAI error body: ``{"error": {"message", "type", "param", "code"}}``."""

@@ -21,6 +21,7 @@ from sortserve.admission.queue_limits import QueueLimits, Reservation
 from sortserve.core.budget import Budget, ExitTable
 from sortserve.core.errors import EngineError, OverloadedError
 from sortserve.core.request import AdmissionStats, EngineStats, Estimate, Request, RequestOutput
+from sortserve.engine.crowd import Crowds
 from sortserve.engine.desk import Reception, room_of
 from sortserve.engine.engine import Engine
 from sortserve.engine.ledger import Abort, Ledger, State, Submission, waiting_in
@@ -38,7 +39,7 @@ STOP_TIMEOUT_S = 5.0
 """Seconds that the step under way gets to end when the server does."""
 
 
-class EngineWorker:
+class EngineWorker(Crowds):
     """Runs an engine on its own thread. All public methods are for the event loop's thread.
 
     Args:
@@ -58,6 +59,7 @@ class EngineWorker:
         step_timeout_s: float | None = None,
         debug: bool = False,
     ) -> None:
+        super().__init__()
         self._engine = engine
         self.clock = engine.clock
         self.exits: ExitTable = engine.exits
@@ -338,10 +340,7 @@ class EngineWorker:
     # ---- failure ----
 
     def fail(self, reason: str) -> None:
-        """End the worker: every live and every queued request is answered. Any thread.
-
-        The engine is not touched: it is what failed, or another thread is inside it.
-        """
+        """End the worker, not the engine: every live and queued request is answered. Any thread."""
         if self._ledger.fail(reason, waiting_in(self._inbox)):
             self._stopping.set()
 

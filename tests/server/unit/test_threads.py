@@ -166,7 +166,7 @@ async def test_every_request_that_was_accepted_while_the_engine_failed_is_answer
                 except EngineError:
                     pass
         assert await asyncio.to_thread(worker.stop, 30)
-        assert worker._is_idle()
+        assert worker._ledger.is_idle
 
 
 def test_metrics_can_be_read_while_they_are_written() -> None:

@@ -215,6 +215,8 @@ class StatusResponse(BaseModel):
     """Reply of the probes."""
 
     status: str
+    replicas: dict[str, str] | None = None
+    """The state of each engine by its name, where they are not in this process."""
 
 
 class VersionResponse(BaseModel):

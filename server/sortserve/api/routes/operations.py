@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import isawaitable
+
 from fastapi import APIRouter, Request, Response
 
 from sortserve import __version__
@@ -17,17 +19,33 @@ router = APIRouter(tags=["operations"])
 """What orchestrators and monitoring ask for."""
 
 
-@router.get("/health", response_model=StatusResponse, responses=errors(503))
-@router.get("/readyz", response_model=StatusResponse, responses=errors(503))
+@router.get(
+    "/health",
+    response_model=StatusResponse,
+    response_model_exclude_none=True,
+    responses=errors(503),
+)
+@router.get(
+    "/readyz",
+    response_model=StatusResponse,
+    response_model_exclude_none=True,
+    responses=errors(503),
+)
 async def health(service: Serving) -> StatusResponse | Response:
     """200 when requests are taken; 503 while loading, draining or after a failure."""
     state = service.worker.state
     if state == "ready":
-        return StatusResponse(status=state)
+        replicas = service.worker.replica_states
+        return StatusResponse(status=state, replicas=None if replicas is None else dict(replicas))
     return unavailable_response(state, f"The server is {state}.")
 
 
-@router.get("/livez", response_model=StatusResponse, responses=errors(503))
+@router.get(
+    "/livez",
+    response_model=StatusResponse,
+    response_model_exclude_none=True,
+    responses=errors(503),
+)
 async def livez(service: Serving) -> StatusResponse | Response:
     """200 unless the engine has failed, which only a restart can mend."""
     state = service.worker.state
@@ -53,5 +71,6 @@ async def metrics(request: Request, service: Serving) -> Response:
     """Prometheus series."""
     if service.metrics is None:
         return Response(b"", media_type="text/plain; version=0.0.4")
-    content, content_type = service.metrics.render(request.headers.get("accept"))
+    rendered = service.metrics.render(request.headers.get("accept"))
+    content, content_type = await rendered if isawaitable(rendered) else rendered
     return Response(content, headers={"Content-Type": content_type})
