@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
+from sortserve.core.errors import ConfigError
 from sortserve.process.arguments import Parser
+
+if TYPE_CHECKING:
+    from sortserve.process.config import ServeSettings
+    from sortserve.process.served import Served
 
 __all__ = ["serve_command", "serve_parser"]
 
@@ -46,4 +53,22 @@ def serve_command(arguments: Sequence[str]) -> int:
     ensure_model_package(settings.model, yes=yes)
     from sortserve.process.serve import serve
 
-    return serve(settings)
+    if settings.replicas is None and settings.max_replicas is None:
+        return serve(settings)
+    require_ray()
+    return serve(settings, _build_replicas)
+
+
+def require_ray() -> None:
+    """Raises ``ConfigError`` where Ray Serve is not installed."""
+    if find_spec("ray") is None or find_spec("ray.serve") is None:
+        raise ConfigError(
+            "--replicas needs Ray Serve, which is not installed: pip install 'sortserve[ray]'.",
+            param="replicas",
+        )
+
+
+def _build_replicas(settings: ServeSettings) -> Served:
+    from sortserve.ray.start import start_replicas  # with torch and Ray: the socket is open by now
+
+    return start_replicas(settings)

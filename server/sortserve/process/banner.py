@@ -9,7 +9,7 @@ from sortserve import __version__
 from sortserve.process.config import ServeSettings
 
 if TYPE_CHECKING:
-    from sortserve.process.build import Serving
+    from sortserve.process.served import Served
 
 __all__ = ["banner", "base_url", "curl"]
 
@@ -17,9 +17,9 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 """Where `sortserve chat` looks unless told."""
 
 
-def banner(settings: ServeSettings, serving: Serving, port: int | None) -> str:
+def banner(settings: ServeSettings, serving: Served, port: int | None) -> str:
     """What a person wants to read once the server is ready."""
-    cache, exits = serving.cache, serving.checkpoint.exits
+    cache, exits = serving.cache, serving.exits
     url = base_url(settings, port)
     chosen = serving.computed_in
     weights = chosen["dtype"]
@@ -33,6 +33,8 @@ def banner(settings: ServeSettings, serving: Serving, port: int | None) -> str:
         f"  KV cache  {cache.num_pages} pages of {cache.block_size} tokens x {cache.slab_size} "
         f"layers, {cache.num_bytes / 2**20:.0f} MiB",
     ]
+    if (replicas := serving.worker.replica_states) is not None:
+        lines.append(f"  replicas  {len(replicas)}, each as above")
     try_it = ["", "Try:", "", f"  {curl(settings, url)}"]
     if settings.uds is None:
         chat = "sortserve chat" if url == DEFAULT_URL else f"sortserve chat --url {url}"

@@ -72,6 +72,21 @@ class Serving:
     """``dtype``, ``quantization``, ``backend``, ``isa`` and ``threads``: what each auto became; and
     ``failed_backends``, those that failed their check and so are not the backend."""
 
+    @property
+    def exits(self) -> ExitTable:
+        """What requests may be served at."""
+        return self.worker.exits
+
+    @property
+    def license(self) -> str | None:
+        """Of the weights, if it is known."""
+        return self.checkpoint.license
+
+    @property
+    def generation_defaults(self) -> Mapping[str, float]:
+        """How the checkpoint recommends to sample."""
+        return self.checkpoint.generation_defaults
+
 
 def build(settings: ServeSettings) -> Serving:
     """Load the checkpoint and put the engine together; nothing runs yet.

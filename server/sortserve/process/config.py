@@ -27,7 +27,7 @@ from sortserve.core.budget import DEFAULT_MIN_QUALITY, Budget
 from sortserve.core.weights import TIER_WEIGHTS, KeyWeights, WeightRules
 from sortserve.process.api_keys import read_named_keys
 from sortserve.process.config_errors import config_error
-from sortserve.process.device_settings import DeviceSettings
+from sortserve.process.device_settings import ReplicaSettings
 from sortserve.process.keys import read_keys
 from sortserve.process.sources import (
     key_name,
@@ -74,7 +74,7 @@ else:  # one of those in the tables
     ObjectiveName = Literal[tuple(OBJECTIVES)]
 
 
-class ServeSettings(DeviceSettings):
+class ServeSettings(ReplicaSettings):
     """What a server is started with. Reads the environment and the file unless given by keyword."""
 
     # Model
@@ -262,6 +262,8 @@ class ServeSettings(DeviceSettings):
                 read_small_file(path, name, errors="replace")  # comments in it may be anything
         if self.api_key_file is not None and not self.api_keys:
             raise ValueError(f"--api-key-file {self.api_key_file} has no key in it")
+        if self.max_replicas is not None and self.max_replicas < (self.replicas or 0):
+            raise ValueError(f"--max-replicas {self.max_replicas} is less than --replicas")
         self.key_policies()
         for proxy in self.forwarded_allow_ips:
             if proxy != "*" and not is_network(proxy):

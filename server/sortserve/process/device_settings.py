@@ -10,7 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from sortserve.engine.config import GPU_MEMORY_UTILIZATION
 from sortserve.process.values import MAX_THREADS, Auto, Count, Number, Text
 
-__all__ = ["DeviceSettings"]
+__all__ = ["DeviceSettings", "ReplicaSettings"]
 
 
 class DeviceSettings(BaseSettings):
@@ -47,3 +47,15 @@ class DeviceSettings(BaseSettings):
     fewer while that is faster, because other programs keep the cores busy."""
     tensor_parallel_size: Count = 1
     """Ranks that the model is divided among: CUDA devices, or processes on a CPU."""
+
+
+class ReplicaSettings(DeviceSettings):
+    """How many engines there are, and who runs them."""
+
+    replicas: Annotated[Annotated[int, Field(ge=1, le=1024), Number] | None, Auto] = None
+    """Engines behind this server, each in a process of its own, on any machine of a Ray cluster
+    (`RAY_ADDRESS`) or of a Ray that is started here. Needs the extra `ray`. auto, the default: one,
+    in this process, without Ray."""
+    max_replicas: Annotated[Annotated[int, Field(ge=1, le=1024), Number] | None, Auto] = None
+    """Most engines: between --replicas and so many, as pressure and missed budgets ask. auto, the
+    default: always --replicas."""

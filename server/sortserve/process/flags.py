@@ -18,6 +18,7 @@ __all__ = ["add_flags", "configuration_markdown"]
 GROUPS = {
     "model": "Model",
     "device": "Device",
+    "replicas": "Replicas",
     "host": "Network",
     "api_key": "Security",
     "policy": "Scheduling",

@@ -17,7 +17,7 @@ import socket
 import ssl
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from starlette.types import Receive, Scope, Send
 
 from sortserve import __version__
 from sortserve.api.app import create_app, create_loading_app
-from sortserve.api.settings import ApiSettings
+from sortserve.process.api_settings import api_settings
 from sortserve.process.banner import banner, base_url
 from sortserve.process.config import ServeSettings
 from sortserve.process.garbage import calm_garbage_collector
@@ -41,11 +41,13 @@ from sortserve.telemetry.status_line import phase_over
 from sortserve.text.template_renderer import shared_renderer
 
 if TYPE_CHECKING:
-    from sortserve.process.build import Serving
+    from sortserve.process.served import Served
 
 __all__ = ["FrontDoor", "serve"]
 
 logger = logging.getLogger(__name__)
+
+Build = Callable[[ServeSettings], "Served"]
 
 HEALTH_POLL_S = 0.2
 STEP_END_S = 1.0
@@ -59,8 +61,19 @@ LAST_WORDS_S = 0.5
 """Seconds that the log gets to say that the process was ended by force."""
 
 
-def serve(settings: ServeSettings) -> int:
+def build_here(settings: ServeSettings) -> Served:
+    """An engine in this process; raises as ``build``."""
+    from sortserve.process.build import build  # torch takes seconds: the socket is open by now
+
+    return build(settings)
+
+
+def serve(settings: ServeSettings, build: Build = build_here) -> int:
     """Run a server until a signal ends it; returns the process's exit code.
+
+    Args:
+        settings: of the server.
+        build: makes what runs the model, on a thread, while the socket is open already.
 
     Raises:
         CheckpointError: the checkpoint cannot be served.
@@ -69,7 +82,7 @@ def serve(settings: ServeSettings) -> int:
     with logging_to(level=settings.log_level, log_format=settings.log_format) as log:
         given = {k: v for k, v in settings.masked().items() if v not in (None, "", [])}
         logger.info("configuration", extra=fields(version=__version__, **given))
-        process = ServerProcess(settings, log)
+        process = ServerProcess(settings, log, build)
         exit_code = process.run()
     if not (process.has_ended and log.is_complete):
         # A thread that is stuck, in a download, a compiler, a step or a write to a pipe, cannot be
@@ -108,8 +121,9 @@ class FrontDoor:
 class ServerProcess:
     """One server from its socket to its exit code."""
 
-    def __init__(self, settings: ServeSettings, log: LogWriter) -> None:
+    def __init__(self, settings: ServeSettings, log: LogWriter, build: Build) -> None:
         self.settings = settings
+        self._build = build
         self.has_ended = True
         """Whether no thread of ours is left that may be stuck."""
         self._log = log
@@ -153,7 +167,7 @@ class ServerProcess:
         if serving is None:
             return _report_http(serving_http) if serving_http.done() else 0
         worker = serving.worker
-        api = _api_settings(self.settings, serving)
+        api = api_settings(self.settings, serving)
         keys = serving.metrics.keys
         ledger = key_ledger(self.settings, keys)
         self._door.app = create_app(
@@ -165,7 +179,7 @@ class ServerProcess:
             ledger,
             serving.tracing,
         )
-        exits = serving.checkpoint.exits.layers
+        exits = serving.exits.layers
         reloading = start_reloading(self.settings, ledger, keys, exits, self._keys_asked)
         calm_garbage_collector()
         self._announce(serving, listener)
@@ -188,19 +202,15 @@ class ServerProcess:
         await asyncio.to_thread(serving.close)
         return exit_code
 
-    async def _load(self, serving_http: _Task) -> Serving | None:
+    async def _load(self, serving_http: _Task) -> Served | None:
         """The loaded model; None if a signal or the end of the HTTP server came first."""
-        loaded: Future[Serving] = Future()
+        loaded: Future[Served] = Future()
         self.has_ended = False
 
         def load() -> None:
             try:
                 shared_renderer().start()  # it loads on another core, while torch does on this one
-                from sortserve.process.build import (
-                    build,  # torch takes seconds: the socket is open by now
-                )
-
-                serving = build(self.settings)
+                serving = self._build(self.settings)
                 serving.worker.start(serving.prepare)
                 loaded.set_result(serving)
             except BaseException as error:
@@ -213,9 +223,10 @@ class ServerProcess:
             logger.info("stopped while loading")
             return None
         self.has_ended = True
+        self._guard.listen_again()
         return loading.result()
 
-    async def _drain(self, serving: Serving) -> int:
+    async def _drain(self, serving: Served) -> int:
         worker, timeout_s = serving.worker, self.settings.shutdown_timeout
         stats = worker.stats()
         logger.info(
@@ -236,13 +247,13 @@ class ServerProcess:
         logger.info("stopped", extra=fields(all_requests_finished=clean))
         return 0
 
-    def _announce(self, serving: Serving, listener: socket.socket) -> None:
+    def _announce(self, serving: Served, listener: socket.socket) -> None:
         """Say where the server listens, what it serves, and one command to try."""
         settings = self.settings
         is_local = settings.uds is not None or is_loopback(listener)
         warn_of_open_door(is_guarded=settings.is_guarded, is_local=is_local)
         port = None if settings.uds is not None else listener.getsockname()[1]
-        cache, exits = serving.cache, serving.checkpoint.exits
+        cache, exits = serving.cache, serving.exits
         logger.info(
             "ready",
             extra={
@@ -300,28 +311,6 @@ def _report_http(serving_http: _Task) -> int:
         exc_info=serving_http.exception(),
     )
     return 1
-
-
-def _api_settings(settings: ServeSettings, serving: Serving) -> ApiSettings:
-    return ApiSettings(
-        served_model_name=serving.model_name,
-        license=serving.checkpoint.license,
-        backend=serving.computed_in["backend"],
-        api_keys=settings.api_keys,
-        key_weights=settings.key_weights,
-        weight_rules=settings.weight_rules,
-        max_body_bytes=int(settings.max_body_size),
-        cors_allow_origins=settings.cors_allow_origins,
-        root_path=settings.root_path,
-        enable_docs=settings.enable_docs,
-        playground=settings.playground,
-        max_token_chars=serving.tokenizer.max_token_chars,
-        generation_defaults=serving.checkpoint.generation_defaults,
-        default_budget=settings.budget_by_default,
-        structured_min_quality=settings.structured_min_quality,
-        request_timeout_s=settings.request_timeout,
-        log_prompts=settings.log_prompts,
-    )
 
 
 async def _first(

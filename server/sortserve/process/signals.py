@@ -74,6 +74,11 @@ class SignalGuard:
         self._mouth.close()
         self._ears.close()
 
+    def listen_again(self) -> None:
+        """Take the signals back from a library that has put handlers of its own in our place."""
+        for number in self._heard:
+            signal.signal(number, _ignore)
+
     def end_within(self, seconds: float, exit_code: int) -> None:
         """The process ends with this code in so many seconds, unless it has ended by then.
 
