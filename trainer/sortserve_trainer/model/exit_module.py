@@ -64,6 +64,8 @@ class ExitModule(nn.Module):
 
     reads_states: ClassVar[bool] = False
     """Whether ``warm_start`` is called before the first step."""
+    attends: ClassVar[bool] = False
+    """Whether it reads the states of other tokens than those that the head reads."""
     plain_names: ClassVar[Mapping[str, str] | None] = None
     """For ``sortserve export``: its tensors' names in a plain model, where ``{E}`` is the index of
     a layer that is added; None where a plain model has no place for it."""

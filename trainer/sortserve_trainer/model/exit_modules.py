@@ -214,6 +214,11 @@ class ExitModules(nn.ModuleDict):
         """Exit layer to module, ascending."""
         return {int(name): cast(ExitModule, module) for name, module in self.items()}
 
+    def attends(self, exit_layer: int) -> bool:
+        """Whether what an exit says of a token depends on those before it at the same depth."""
+        module = self.by_exit.get(exit_layer)
+        return module is not None and module.attends
+
     def tensors(self) -> dict[str, Tensor]:
         """All weights under their names in ``exit_modules.safetensors``."""
         return {

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from sortserve_trainer.model.loss_chunk import Plan, Teacher, VocabSample, chunk_class
+from sortserve_trainer.model.loss_chunk import Likely, Plan, Teacher, VocabSample, chunk_class
 from sortserve_trainer.run.terms import ExitTerm
 
-__all__ = ["Teacher", "VocabSample", "exit_losses", "unlikelihood_loss"]
+__all__ = ["Likely", "Teacher", "VocabSample", "exit_losses", "unlikelihood_loss"]
 
 CHUNK_TOKENS = 1024
 """On a CPU."""
@@ -48,6 +48,7 @@ def exit_losses(
     sample: VocabSample | None = None,
     teacher: Teacher | None = None,
     chunk_tokens: int | None = None,
+    likely: Likely | None = None,
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """The weighted loss, and each exit's cross-entropy for the log.
 
@@ -60,6 +61,7 @@ def exit_losses(
         sample: None computes every column of every exit.
         teacher: of all exits; None is the deepest of them, which then has no KL of its own.
         chunk_tokens: rows of logits that exist at once. None is what suits the device.
+        likely: of the full depth, where it is known; a sample then needs no whole logits.
 
     Returns:
         A scalar to call backward on, and exit layer to the mean cross-entropy over these T tokens
@@ -69,7 +71,7 @@ def exit_losses(
     weights = tuple(terms.get(e, ExitTerm()) for e in exits)
     if chunk_tokens is None:
         chunk_tokens = _chunk_tokens(targets.device, heads[exits[-1]].shape[0])
-    plan = Plan(tuple(exits), weights, sample, teacher, chunk_tokens)
+    plan = Plan(tuple(exits), weights, sample, teacher, chunk_tokens, likely)
     unique = list({id(heads[e]): heads[e] for e in exits}.values())
     which = tuple(next(i for i, h in enumerate(unique) if h is heads[e]) for e in exits)
     loss, sums = _ExitLosses.apply(  # type: ignore[no-untyped-call]
@@ -104,14 +106,19 @@ class _ExitLosses(torch.autograd.Function):
         heads, states = tensors[:num_heads], tensors[num_heads:]
         dtype = _compute_dtype(states[0])
         make_chunk = chunk_class(targets.device, dtype)
-        wants_grad = any(ctx.needs_input_grad)
         cast = [head.to(dtype) for head in heads]
         wants_head = [ctx.needs_input_grad[4 + i] for i in range(num_heads)]
         head_grads = [
             torch.zeros_like(head, dtype=torch.float32) if wanted else None
             for head, wanted in zip(heads, wants_head, strict=True)
         ]
-        state_grads = [torch.zeros_like(state) for state in states]
+        # A trunk that is frozen wants no gradient, and its own logits none either.
+        wants_state = ctx.needs_input_grad[4 + num_heads :]
+        wants = [s or wants_head[w] for s, w in zip(wants_state, which, strict=True)]
+        state_grads = [
+            torch.zeros_like(state) if wanted else None
+            for state, wanted in zip(states, wants_state, strict=True)
+        ]
         loss = torch.zeros((), dtype=torch.float32, device=targets.device)
         sums = torch.zeros(len(states), dtype=torch.float32, device=targets.device)
         with torch.autocast(targets.device.type, enabled=False):
@@ -121,11 +128,12 @@ class _ExitLosses(torch.autograd.Function):
                     plan, which, [s[span].to(dtype) for s in states], cast, targets[span], span
                 )
                 for i in range(len(states)):
-                    term_loss, ce_sum, dlogits = chunk.loss(i, num_targets if wants_grad else None)
+                    term_loss, ce_sum, dlogits = chunk.loss(i, num_targets if wants[i] else None)
                     loss += term_loss / num_targets
                     sums[i] += ce_sum
                     if dlogits is not None:
-                        state_grads[i][span] = chunk.state_grad(i, dlogits)
+                        if (state_grad := state_grads[i]) is not None:
+                            state_grad[span] = chunk.state_grad(i, dlogits)
                         chunk.add_head_grad(i, dlogits, head_grads[which[i]])
         ctx.grads = [
             None if g is None else g.to(h.dtype) for g, h in zip(head_grads, heads, strict=True)

@@ -9,7 +9,7 @@ Shape legend: T tokens of a packed row (several examples end to end), D hidden, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,10 +22,27 @@ from sortserve_trainer.model.attention import PACKED_ATTENTION
 from sortserve_trainer.model.device_attention import PackedLengths
 from sortserve_trainer.model.exit_module import PackedRow, take_rows
 from sortserve_trainer.model.exit_modules import ExitModules
-from sortserve_trainer.model.loss import Teacher, VocabSample, exit_losses, unlikelihood_loss
+from sortserve_trainer.model.loss import (
+    Likely,
+    Teacher,
+    VocabSample,
+    exit_losses,
+    unlikelihood_loss,
+)
 from sortserve_trainer.run.terms import ExitTerm
 
-__all__ = ["SortedModel"]
+__all__ = ["FULL", "SortedModel", "TrunkStates", "stream_name"]
+
+FULL = "full"
+"""The cached states at full depth, [S, D], as the head reads them: behind the final norm."""
+
+
+def stream_name(exit_layer: int) -> str:
+    """The cached residual stream at an exit below full depth.
+
+    [T, D] where its module attends, else [S, D] of the rows that are kept.
+    """
+    return f"exit_{exit_layer}"
 
 
 class TrunkStates(dict[int, Tensor]):
@@ -97,6 +114,7 @@ class SortedModel(nn.Module):
         unlikelihood: float = 0.0,
         target_rows: Tensor | None = None,
         unwanted_rows: Tensor | None = None,
+        cached: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The weighted loss over the target tokens, and each exit's mean cross-entropy.
 
@@ -116,16 +134,18 @@ class SortedModel(nn.Module):
             target_rows: int64 [targets]; where ``labels`` has one. None looks for them, for which
                 the host waits for a device.
             unwanted_rows: the same of ``unwanted``.
+            cached: what the trunk says of this row, as ``CachedTrunk`` reads it; the trunk is then
+                not asked, and need not be there.
         """
         rows = _rows_of(labels) if target_rows is None else target_rows
         targets = labels[0].index_select(0, rows)
         count = targets.numel() if num_targets is None else num_targets
         # Distillation and vocabulary samples read the full depth, whatever its own weight.
         exits = sorted({*terms, self.exits[-1]}) if _needs_full(terms, sample) else sorted(terms)
-        trunk_states = self.trunk_states(input_ids, position_ids, lengths, exits)
+        read = self._reader(input_ids, position_ids, lengths, exits, cached)
         heads = {e: self.head(e) for e in exits}
         loss, means = exit_losses(
-            self._read_rows(trunk_states, rows),
+            read(rows, "target_at"),
             heads,
             targets,
             terms,
@@ -136,6 +156,7 @@ class SortedModel(nn.Module):
                 if teacher == "base" and any(term.kl for term in terms.values())
                 else None
             ),
+            likely=Likely.of(cached),
         )
         if unwanted is None or not unlikelihood:
             return loss, means
@@ -143,13 +164,58 @@ class SortedModel(nn.Module):
         if not rows.numel():
             return loss, means
         own = unlikelihood_loss(
-            self._read_rows(trunk_states, rows),
+            read(rows, "unwanted_at"),
             heads,
             unwanted[0].index_select(0, rows),
             terms,
             num_targets=count,
         )
         return loss + unlikelihood * own, means
+
+    def forget_layers(self) -> None:
+        """Free the trunk's layers: what is left reads ``cached`` states."""
+        decoder = self.base.model
+        decoder.layers = nn.ModuleList()
+        if decoder.embed_tokens.weight is not self.base.get_output_embeddings().weight:
+            decoder.embed_tokens = nn.Module()
+
+    def _reader(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        lengths: Tensor | Sequence[int],
+        exits: Sequence[int],
+        cached: Mapping[str, Tensor] | None,
+    ) -> Callable[[Tensor, str], dict[int, Tensor]]:
+        """What gives the states at rows of this pack, [R, D] of each exit.
+
+        It takes the rows, and the name in ``cached`` of their places among the rows that are kept.
+        """
+        if cached is None:
+            states = self.trunk_states(input_ids, position_ids, lengths, exits)
+            return lambda rows, _: self._read_rows(states, rows)
+        decoder = self.base.model
+        dtype, full = decoder.norm.weight.dtype, self.exits[-1]
+        states = {e: cached[FULL if e == full else stream_name(e)].to(dtype) for e in exits}
+        any_state = next(iter(states.values()))
+        row = PackedRow(
+            decoder.rotary_emb(any_state, position_ids=position_ids),
+            _packed(lengths, position_ids),
+        )
+
+        def read(rows: Tensor, places: str) -> dict[int, Tensor]:
+            at = cached[places]
+            found = {}
+            for exit_layer, x in states.items():
+                if exit_layer == full:
+                    found[exit_layer] = take_rows(x, at)
+                elif self.exit_modules.attends(exit_layer):
+                    found[exit_layer] = self._read_out(exit_layer, x, row, rows)
+                else:
+                    found[exit_layer] = self._read_out(exit_layer, take_rows(x, at), row, None)
+            return found
+
+        return read
 
     @torch.no_grad()
     def _base_teacher(

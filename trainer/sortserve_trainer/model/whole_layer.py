@@ -68,6 +68,7 @@ class WholeLayer(OwnNorm):
     down_proj_weight: nn.Parameter
 
     reads_states = True
+    attends = True
     plain_names: ClassVar[Mapping[str, str] | None] = {
         **NORM_NAMES,
         **{own: f"model.layers.{{E}}.{plain}" for own, plain in LAYER_NAMES.items()},

@@ -110,6 +110,14 @@ class TrainSettings(BaseModel):
     """Dropout before LoRA."""
     freeze_trunk: bool = False
     """Train the exit modules alone: the full depth stays what it was, to the bit."""
+    trunk_cache: FilePath | None = None
+    """Folder in which the states of a frozen trunk are kept, computed once for all epochs and runs
+    of the same base and exits: modules then train without the trunk. Needs `--freeze-trunk`."""
+    trunk_cache_gb: Positive = 20.0
+    """Most gigabytes that this folder may take; a run that needs more is refused before it
+    begins."""
+    trunk_cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the states kept there; float32 doubles them, and is exact where float32 is computed in."""
     quantize: Literal["none", "nf4"] = "none"
     """nf4 keeps the frozen base in 4 bits (QLoRA, bitsandbytes). Needs LoRA."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -188,6 +196,16 @@ class TrainSettings(BaseModel):
         if self.resolved.has_head_phase and self.exit_modules not in (None, NO_MODULE):
             raise ValueError(
                 f"--exit-modules {self.exit_modules} is not for sft+ict, which has a head per exit"
+            )
+        if self.freeze_trunk and not self.resolved.trains_exits:
+            raise ValueError(
+                f"--freeze-trunk with --method {self.method} leaves nothing to train: it learns "
+                "at the full depth alone; choose soft+kd or soft"
+            )
+        if self.trunk_cache is not None and not self.freeze_trunk:
+            raise ValueError(
+                "--trunk-cache keeps the states of a trunk that does not train: it needs "
+                "--freeze-trunk"
             )
         if self.freeze_trunk and self.resolved.exit_modules == NO_MODULE:
             *kinds, last = (kind for kind in EXIT_MODULE_KINDS if kind != NO_MODULE)

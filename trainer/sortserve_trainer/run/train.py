@@ -8,25 +8,25 @@ state, to the same weights that it would have had undisturbed.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sortserve.core.errors import ConfigError
 from sortserve.process.arguments import Parser
 from sortserve.process.flags import add_flags
 from sortserve_trainer.commands.console import Console
 from sortserve_trainer.data import Mixture, collate
 from sortserve_trainer.model.load import LoadedModel, load_for_training
+from sortserve_trainer.run.arguments import tensorboard_logs_in, training_arguments
+from sortserve_trainer.run.cached_trunk import CachedTrunk
 from sortserve_trainer.run.folder import Run, plain_settings
 from sortserve_trainer.run.limits import RunLimits
 from sortserve_trainer.run.methods import Method
@@ -94,7 +94,7 @@ def train(settings: TrainSettings, *, command: str = "") -> Path:
         trainer = _train_phase(settings, heads, loaded, data, run.folder, "heads", limits)
         held_out = trainer.last_evaluation()
         steps += trainer.state.global_step
-    loaded = _unsharded(trainer, loaded, settings, method)
+    loaded = _whole(trainer, loaded, settings, method)
     if trainer.is_world_process_zero():
         recipe = {
             "method": method.name,
@@ -142,25 +142,53 @@ def _train_phase(
     limits: RunLimits,
 ) -> SortedTrainer:
     states = folder / name
-    with _tensorboard_logs_in(folder / "tensorboard"):
+    cache = _fill_trunk_cache(settings, method, loaded, data)
+    with tensorboard_logs_in(folder / "tensorboard"):
         trainer = SortedTrainer(
             loaded.model,
             method,
             seed=settings.seed,
             mixture=data.mixture,
             held_out=data.held_out,
-            args=_training_arguments(settings, method, loaded, data, states),
+            args=training_arguments(settings, method, loaded, data, states),
             callbacks=[ProgressDisplay(), limits],
+            cache=cache,
         )
     state = newest_state(states)
     loaded.model.train()
     if state is None:
         _warm_start(loaded, data.mixture)
-        if data.held_out:
-            trainer.evaluate()
+    if cache is not None:
+        loaded.model.forget_layers()
+    if state is None and data.held_out:
+        trainer.evaluate()
     with disk_errors(str(states)):
         trainer.train(resume_from_checkpoint=None if state is None else str(state))
     return trainer
+
+
+def _fill_trunk_cache(
+    settings: TrainSettings, method: Method, loaded: LoadedModel, data: RunData
+) -> CachedTrunk | None:
+    if settings.trunk_cache is None:
+        return None
+    cache = CachedTrunk(
+        settings.trunk_cache,
+        loaded,
+        dtype=_DTYPES[settings.trunk_cache_dtype],
+        keeps_likely=bool(method.vocab_sample),
+    )
+    mixture = data.mixture
+    packs = itertools.chain(
+        (mixture[i] for i in range(len(mixture))),
+        (pack for packs in data.held_out.values() for pack in packs),
+    )
+    cache.fill(
+        packs,
+        max_bytes=int(settings.trunk_cache_gb * 1e9),
+        writes=int(os.environ.get("RANK", "0")) == 0,
+    )
+    return cache
 
 
 def _tokens_trained(trainer: SortedTrainer, mixture: Mixture) -> int:
@@ -190,101 +218,19 @@ def _warm_start(loaded: LoadedModel, mixture: Mixture) -> None:
         warm_start(loaded.model, loaded.new_modules, batches)
 
 
-def _training_arguments(
-    settings: TrainSettings,
-    method: Method,
-    loaded: LoadedModel,
-    data: RunData,
-    states: Path,
-) -> Any:
-    from transformers import TrainingArguments
-
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    num_packs = len(data.mixture)
-    packs_per_step = settings.batch_size * settings.gradient_accumulation * world_size
-    max_steps = num_packs // packs_per_step
-    if max_steps == 0:
-        raise ConfigError(
-            f"--data: there are {num_packs} packs of --pack-length {settings.pack_length}, less "
-            f"than the {packs_per_step} of one step: give more data or smaller batches.",
-            param="data",
-        )
-    trackers = [t for t in settings.report_to if t != "none"]
-    return TrainingArguments(
-        output_dir=str(states),
-        max_steps=max_steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        learning_rate=method.learning_rate,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=int(settings.warmup * max_steps),
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        adam_beta2=0.99,
-        optim="adamw_torch_fused",
-        bf16=loaded.dtype is torch.bfloat16,
-        use_cpu=loaded.device.type == "cpu",
-        accelerator_config={"non_blocking": loaded.device.type == "cuda"},
-        gradient_checkpointing=settings.gradient_checkpointing,
-        ddp_find_unused_parameters=method.exits_per_step is not None,
-        eval_strategy="steps" if data.held_out else "no",
-        eval_steps=settings.eval_every,
-        save_steps=settings.save_every,
-        save_total_limit=2,
-        logging_steps=settings.log_every,
-        logging_nan_inf_filter=False,
-        report_to=_known_trackers(trackers),
-        disable_tqdm=True,
-        log_level="error",
-        seed=settings.seed,
-        data_seed=settings.seed,
-    )
-
-
-@contextmanager
-def _tensorboard_logs_in(folder: Path) -> Iterator[None]:
-    """Where transformers' tracker writes that is made within, unless the user has said.
-
-    The environment is the one way to tell it; a second run of this process must not find it set.
-    """
-    name = "TENSORBOARD_LOGGING_DIR"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = str(folder)
-    try:
-        yield
-    finally:
-        del os.environ[name]
-
-
-def _known_trackers(names: Sequence[str]) -> list[str]:
-    """Refuse a tracker that is not installed, but let the default one go without a word.
-
-    Raises:
-        ConfigError: a tracker that was asked for cannot be used.
-    """
-    from transformers.integrations import get_available_reporting_integrations
-
-    available = get_available_reporting_integrations()
-    if list(names) == ["tensorboard"] and "tensorboard" not in available:
-        return []
-    for name in names:
-        if name not in available:
-            raise ConfigError(
-                f"--report-to {name!r} is not possible here; installed: "
-                f"{', '.join(available) or 'none'}.",
-                param="report-to",
-            )
-    return list(names) or ["none"]
-
-
-def _unsharded(
+def _whole(
     trainer: SortedTrainer, loaded: LoadedModel, settings: TrainSettings, method: Method
 ) -> LoadedModel:
-    """``loaded``, or under FSDP a copy with whole tensors, in the process that saves."""
+    """``loaded``, or a copy of what is not all in memory, in the process that saves.
+
+    Under FSDP tensors are sharded; with a trunk cache an adapter that is saved again is gone.
+    """
+    if settings.trunk_cache is not None and trainer.is_world_process_zero():
+        if not hasattr(loaded.model.trunk, "peft_config"):
+            return loaded
+        whole = load_for_training(settings, method)
+        whole.model.exit_modules.load_state_dict(loaded.model.exit_modules.state_dict())
+        return whole
     if not trainer.is_fsdp_enabled:
         return loaded
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes take part

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from sortserve_trainer.data import Mixture, Pack, collate
 from sortserve_trainer.model.loss import VocabSample
 from sortserve_trainer.model.sorted_model import SortedModel
+from sortserve_trainer.run.cached_trunk import CachedTrunk
 from sortserve_trainer.run.methods import Method
 from sortserve_trainer.run.terms import ExitTerm
 
@@ -41,6 +43,7 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
         held_out: packs that are evaluated, by the name of their source.
         args: transformers' settings.
         callbacks: transformers' callbacks.
+        cache: what the trunk says of all packs; None asks the trunk itself.
     """
 
     loss_is_scaled_for_ga = True
@@ -55,11 +58,13 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
         held_out: Mapping[str, Sequence[Pack]],
         args: TrainingArguments,
         callbacks: Sequence[Any] = (),
+        cache: CachedTrunk | None = None,
     ) -> None:
+        self._make_batch = partial(host_batch, cache=cache)
         super().__init__(
             model=model,
             args=args,
-            data_collator=host_batch,
+            data_collator=self._make_batch,
             train_dataset=mixture,
             eval_dataset=mixture,  # never read: ``evaluate`` is ours, and asks for one
             callbacks=list(callbacks),
@@ -138,7 +143,7 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
         totals = torch.zeros(len(exits) + 1, dtype=torch.float64)
         packs = [pack for packs in self.held_out.values() for pack in packs]
         for pack in packs[self.args.process_index :: self.args.world_size]:
-            batch = host_batch([pack])
+            batch = self._make_batch([pack])
             del batch["draw"]
             with torch.inference_mode(), self.accelerator.autocast():
                 _, means = self.model(**self._prepare_inputs(batch), terms=terms)
@@ -233,14 +238,17 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def host_batch(packs: Sequence[Pack]) -> dict[str, Any]:
+def host_batch(packs: Sequence[Pack], cache: CachedTrunk | None = None) -> dict[str, Any]:
     """``collate``, with what the host must know kept on it: no step then waits for a device.
 
     Returns:
-        Its tensors, but ``lengths`` as a tuple; and ``draw``, a number made of the tokens.
+        Its tensors, but ``lengths`` as a tuple; ``draw``, a number made of the tokens; and with a
+        ``cache`` what it has of them as ``cached``.
     """
     batch = collate(packs)
     lengths, draw = tuple(batch["lengths"].tolist()), int(batch["input_ids"].sum())
+    if cache is not None:
+        batch = {**batch, "cached": cache.batch(packs)}
     return {**batch, "lengths": lengths, "draw": draw}
 
 
