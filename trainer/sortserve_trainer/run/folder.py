@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sortserve.core.atomic_write import write_atomically
 from sortserve.core.errors import ConfigError
+from sortserve_trainer.data import file_digest, parse_source
 from sortserve_trainer.run.save import check_output, disk_errors, is_unfinished
 from sortserve_trainer.run.settings import TrainSettings
 
@@ -19,57 +21,109 @@ __all__ = ["Run", "plain_settings"]
 
 OF_ONE_START = {"max_time", "max_steps_per_run", "prepare_only", "dry_run"}
 """Settings that are not the run's, but of one start of it."""
-FREE = {"log_every", "save_every", "report_to"}
+FREE = {"log_every", "save_every", "report_to", "trunk_cache_gb"}
 """Settings that a run may be resumed with other values of: no weight hangs on them."""
+RECORD, LOCK = "run.json", "lock"
+VERSION = 2
+"""Of the record. Before there were numbers it was the settings alone."""
 
 
-@dataclass(frozen=True)
 class Run:
-    """``OUTPUT.run``: everything of a run but its result."""
+    """``OUTPUT.run``: everything of a run but its result.
 
-    folder: Path
+    Attributes:
+        folder: it.
+        decays_all: whether the run was begun when weight decay was of all tensors, norms too.
+    """
+
+    def __init__(self, settings: TrainSettings, record: Mapping[str, Any] | None) -> None:
+        self.folder = _folder(settings)
+        self.decays_all = record is not None and "version" not in record
+        self._settings, self._record = settings, record
 
     @classmethod
-    def open(cls, settings: TrainSettings) -> Run:
-        """Begin a run, or find the one that these very settings began."""
-        run = cls(settings.output.with_name(f"{settings.output.name}.run"))
-        record, wanted = run.folder / "run.json", plain_settings(settings)
-        is_begun = record.is_file()
-        if not (is_begun and is_unfinished(settings.output)):
+    @contextmanager
+    def open(cls, settings: TrainSettings) -> Iterator[Run]:
+        """Find the run that these settings began, or prepare one, for this process alone.
+
+        A run that is not begun (``begin``) when the block ends has left nothing behind.
+
+        Raises:
+            ConfigError: there is another run, or another process is at this one.
+        """
+        folder = _folder(settings)
+        if not ((folder / RECORD).is_file() and is_unfinished(settings.output)):
             check_output(settings.output)
         if int(os.environ.get("RANK", "0")) > 0:
-            return run
-        if is_begun:
-            _check_same(json.loads(record.read_text(encoding="utf-8")), wanted, run.folder)
-            return run
+            yield cls(settings, _read_record(folder))
+            return
         with disk_errors(f"--output {settings.output}"):
-            run.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(record, json.dumps(wanted, indent=2).encode())
-        return run
+            made = [path for path in (folder, *folder.parents) if not path.exists()]
+            lock = _lock(folder)
+        run = None
+        try:
+            record = _read_record(folder)
+            if record is not None:
+                _check_same(record, settings, folder)
+            run = cls(settings, record)
+            yield run
+        finally:
+            with lock:
+                (folder / LOCK).unlink(missing_ok=True)
+                if made and (run is None or run._record is None):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    for parent in made[1:]:
+                        with suppress(OSError):
+                            parent.rmdir()
 
     @property
     def prepared(self) -> Path:
         """Folder of examples that ``--prepare-only`` has made."""
         return self.folder / "data"
 
+    def check_data(self, described: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse data that are not those that the run began with.
+
+        Args:
+            described: ``RunData.described``.
+
+        Raises:
+            ConfigError: a file has changed; the message names it.
+        """
+        record = self._record or {}
+        before = record["data"] if "version" in record else ()
+        for old, new in zip(before, described, strict=False):
+            if old["sha256"] != new["sha256"]:
+                raise ConfigError(
+                    f"--data {new['reference']} has changed since the unfinished run in "
+                    f"{self.folder} began (sha256 {old['sha256'][:12]}, now {new['sha256'][:12]}): "
+                    "put the old one back, name another --output, or delete that folder.",
+                    param="data",
+                )
+
+    def begin(self, described: Sequence[Mapping[str, Any]]) -> None:
+        """Write down what the run is, so that it can be resumed; the second time does nothing.
+
+        Args:
+            described: ``RunData.described``.
+        """
+        if self._record is not None or int(os.environ.get("RANK", "0")) > 0:
+            return
+        self._record = {
+            "version": VERSION,
+            "settings": plain_settings(self._settings),
+            "base": os.path.realpath(self._settings.base),
+            "data": [{key: one[key] for key in ("reference", "sha256")} for one in described],
+        }
+        with disk_errors(f"--output {self._settings.output}"):
+            text = json.dumps(self._record, indent=2)
+            write_atomically(self.folder / RECORD, text.encode())
+
     def finish(self) -> None:
         """The states have done their work; the logs stay."""
         for path in (self.folder / "states", self.folder / "heads", self.prepared):
             shutil.rmtree(path, ignore_errors=True)
-        (self.folder / "run.json").unlink(missing_ok=True)
-
-
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    names = {*before, *now} - FREE
-    different = sorted(k for k in names if before.get(k) != now.get(k))
-    if different:
-        name = different[0]
-        raise ConfigError(
-            f"{folder} holds an unfinished run with --{name.replace('_', '-')} "
-            f"{before.get(name)!r}, not {now.get(name)!r}: give the same flags to resume it, "
-            "name another --output, or delete that folder.",
-            param=name.replace("_", "-"),
-        )
+        (self.folder / RECORD).unlink(missing_ok=True)
 
 
 def plain_settings(settings: TrainSettings) -> dict[str, Any]:
@@ -78,3 +132,82 @@ def plain_settings(settings: TrainSettings) -> dict[str, Any]:
         mode="json", exclude={"output", "device", *OF_ONE_START}
     )
     return values
+
+
+def _folder(settings: TrainSettings) -> Path:
+    return settings.output.with_name(f"{settings.output.name}.run")
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record
+
+
+def _lock(folder: Path) -> BinaryIO:
+    """The open file whose lock says that this process is at the run; the system frees it.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = (folder / LOCK).open("ab")
+        except FileNotFoundError:
+            continue  # who had it took the folder away
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise ConfigError(
+                f"{folder}: another process is training this --output: wait for it, or name "
+                "another one.",
+                param="output",
+            ) from error
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
+                return file
+        file.close()
+
+
+def _check_same(record: Mapping[str, Any], settings: TrainSettings, folder: Path) -> None:
+    before: Mapping[str, Any] = record.get("settings", record)
+    now, defaults = plain_settings(settings), _defaults()
+    for name in sorted({*before, *now} - FREE):
+        old = before.get(name, defaults.get(name))  # flags are added as versions go by
+        new = now.get(name)
+        if old == new or _is_same(name, record, old, new):
+            continue
+        flag = name.replace("_", "-")
+        raise ConfigError(
+            f"{folder} holds an unfinished run with --{flag} {old!r}, not {new!r}: give the same "
+            "flags to resume it, name another --output, or delete that folder.",
+            param=flag,
+        )
+
+
+def _is_same(name: str, record: Mapping[str, Any], old: Any, new: Any) -> bool:
+    """Whether two values of a setting mean the same, though they are spelled differently."""
+    if name == "base" and "base" in record and "version" in record:
+        return os.path.realpath(new) == str(record["base"])
+    if name == "trunk_cache":
+        return (old is None) == (new is None)
+    if name == "data" and "version" in record and len(old) == len(new):
+        digests = [one["sha256"] for one in record["data"]]
+        return all(map(_is_same_source, old, new, digests))
+    return False
+
+
+def _is_same_source(old: str, new: str, digest: str) -> bool:
+    source = parse_source(new)
+    path = Path(source.reference).expanduser()
+    is_same_file = path.is_file() and bool(digest) and file_digest(path) == digest
+    return old == new or (is_same_file and parse_source(old).weight == source.weight)
+
+
+def _defaults() -> dict[str, Any]:
+    needed = {"data": ("data",), "output": Path("output"), "exits": (1,)}
+    return plain_settings(TrainSettings.model_validate(needed))

@@ -38,12 +38,14 @@ def prepare(settings: TrainSettings) -> RunData:
         ConfigError: settings, data or output are wrong; one line says which and why.
         CheckpointError: the base is bad or not supported.
     """
-    run = Run.open(settings)
-    with open_checkpoint(settings.base, revision=settings.revision) as layout:
-        config = read_model_config(load_hf_config(layout.model))
-        tokenizer = load_tokenizer(layout.model)
-    with disk_errors(str(run.prepared)):
-        data = load_run_data(settings, tokenizer, config, run.prepared, prepares=True)
+    with Run.open(settings) as run:
+        with open_checkpoint(settings.base, revision=settings.revision) as layout:
+            config = read_model_config(load_hf_config(layout.model))
+            tokenizer = load_tokenizer(layout.model)
+        with disk_errors(str(run.prepared)):
+            data = load_run_data(settings, tokenizer, config, run.prepared, prepares=True)
+        run.check_data(data.described)
+        run.begin(data.described)
     packs_per_step = settings.batch_size * settings.gradient_accumulation
     Console(file=sys.stderr).print(
         f"{run.prepared}: {data.mixture.num_tokens:,} tokens to train on in {len(data.mixture):,} "

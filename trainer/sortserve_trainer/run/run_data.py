@@ -30,7 +30,7 @@ class RunData:
     mixture: Mixture
     held_out: Mapping[str, Sequence[Pack]]
     described: list[dict[str, Any]]
-    """Of each source: name, weight, rows, digest."""
+    """Of each source: reference as typed, name, weight, rows, digest."""
 
 
 def load_run_data(
@@ -70,6 +70,7 @@ def load_run_data(
             held_out[source.reference] = pack_examples(rest, settings.pack_length)
         described.append(
             {
+                "reference": source.reference,
                 "name": Path(source.reference).name if digest else source.reference,
                 "weight": source.weight,
                 "rows": len(kept),

@@ -34,6 +34,8 @@ __all__ = [
 
 STOPPED_BY = "stopped_by"
 """Key of a recipe: the limit that stopped the run before its last step."""
+_TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
+"""What torch.save's messages have in common where its file cannot be written."""
 
 
 def check_output(folder: Path) -> None:
@@ -109,8 +111,10 @@ def disk_errors(place: str) -> Iterator[None]:
     except Exception as error:
         # safetensors and torch.save report a full disk in types of their own.
         reason = " ".join(str(error).split())[:200]
-        if type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in reason:
+        if type(error).__name__ == "SafetensorError":
             raise _cannot_write(place, reason) from error
+        if any(mark in reason for mark in _TORCH_WRITER) and "Reader" not in reason:
+            raise _cannot_write(place, f"the disk is full, or refuses it ({reason})") from error
         raise
 
 

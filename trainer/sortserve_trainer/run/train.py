@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,56 +78,72 @@ def train(settings: TrainSettings, *, command: str = "") -> Path:
         CheckpointError: the base cannot be trained.
     """
     started_s = time.monotonic()
-    run = Run.open(settings)
     limits = RunLimits(
         max_time_s=settings.max_time, max_steps=settings.max_steps_per_run, started_s=started_s
     )
-    _seed_everything(settings.seed)
-    method = settings.resolved
-    loaded = load_for_training(settings, method)
-    data = load_run_data(settings, loaded.tokenizer, loaded.config, run.prepared)
-    trainer = _train_phase(settings, method, loaded, data, run.folder, "states", limits)
-    held_out = trainer.last_evaluation()
-    steps = trainer.state.global_step
-    if method.has_head_phase and limits.reached is None:
-        _freeze_and_add_heads(loaded)
-        heads = replace(method, trains_exits=True, protect=0.0, has_head_phase=False)
-        trainer = _train_phase(settings, heads, loaded, data, run.folder, "heads", limits)
+    with Run.open(settings) as run:
+        _seed_everything(settings.seed)
+        method = settings.resolved
+        loaded = load_for_training(settings, method)
+        data = load_run_data(settings, loaded.tokenizer, loaded.config, run.prepared)
+        run.check_data(data.described)
+        trainer = _train_phase(settings, method, loaded, data, run, "states", limits)
         held_out = trainer.last_evaluation()
-        steps += trainer.state.global_step
-    loaded = _whole(trainer, loaded, settings, method)
-    if trainer.is_world_process_zero():
-        recipe = {
-            "method": method.name,
-            "command": command,
-            "steps": steps,
-            "tokens": _tokens_trained(trainer, data.mixture),
-            "seed": settings.seed,
-            "data": data.described,
-            "versions": versions(),
-            "held_out_loss": _by_exit(held_out),
-            "seconds_of_last_start": round(time.monotonic() - started_s, 1),
-            "world_size": trainer.args.world_size,
-            "settings": plain_settings(settings),
-        }
-        if limits.reached is not None:
-            recipe[STOPPED_BY] = limits.reached
-            recipe["steps_planned"] = trainer.state.max_steps
-        if loaded.sorted_info is not None:
-            recipe["continued_from"] = loaded.sorted_info.recipe
-        save_checkpoint(
-            loaded,
-            settings.output,
-            recipe=recipe,
-            card=card_text(settings, loaded.base, loaded.model.exits, recipe),
-            dtype=_DTYPES[settings.save_dtype],
-        )
-        if limits.reached is None:
-            run.finish()
-        else:
-            _tell_unfinished(settings, trainer, limits.reached)
-    trainer.accelerator.wait_for_everyone()
+        steps = trainer.state.global_step
+        if method.has_head_phase and limits.reached is None:
+            _freeze_and_add_heads(loaded)
+            heads = replace(method, trains_exits=True, protect=0.0, has_head_phase=False)
+            trainer = _train_phase(settings, heads, loaded, data, run, "heads", limits)
+            held_out = trainer.last_evaluation()
+            steps += trainer.state.global_step
+        loaded = _whole(trainer, loaded, settings, method)
+        if trainer.is_world_process_zero():
+            recipe = {
+                "method": method.name,
+                "command": command,
+                "steps": steps,
+                "tokens": _tokens_trained(trainer, data.mixture),
+                "seed": settings.seed,
+                "data": [_told(source) for source in data.described],
+                "versions": versions(),
+                "held_out_loss": _by_exit(held_out),
+                "seconds_of_last_start": round(time.monotonic() - started_s, 1),
+                "world_size": trainer.args.world_size,
+                "settings": plain_settings(settings),
+            }
+            _save(loaded, settings, trainer, limits, recipe)
+            if limits.reached is None:
+                run.finish()
+            else:
+                _tell_unfinished(settings, trainer, limits.reached)
+        trainer.accelerator.wait_for_everyone()
     return settings.output
+
+
+def _save(
+    loaded: LoadedModel,
+    settings: TrainSettings,
+    trainer: SortedTrainer,
+    limits: RunLimits,
+    recipe: dict[str, Any],
+) -> None:
+    if limits.reached is not None:
+        recipe[STOPPED_BY] = limits.reached
+        recipe["steps_planned"] = trainer.state.max_steps
+    if loaded.sorted_info is not None:
+        recipe["continued_from"] = loaded.sorted_info.recipe
+    save_checkpoint(
+        loaded,
+        settings.output,
+        recipe=recipe,
+        card=card_text(settings, loaded.base, loaded.model.exits, recipe),
+        dtype=_DTYPES[settings.save_dtype],
+    )
+
+
+def _told(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a source what a recipe tells: not where it lay."""
+    return {name: value for name, value in source.items() if name != "reference"}
 
 
 # One phase of training
@@ -137,13 +154,13 @@ def _train_phase(
     method: Method,
     loaded: LoadedModel,
     data: RunData,
-    folder: Path,
+    run: Run,
     name: str,
     limits: RunLimits,
 ) -> SortedTrainer:
-    states = folder / name
+    states = run.folder / name
     cache = _fill_trunk_cache(settings, method, loaded, data)
-    with tensorboard_logs_in(folder / "tensorboard"):
+    with tensorboard_logs_in(run.folder / "tensorboard"):
         trainer = SortedTrainer(
             loaded.model,
             method,
@@ -153,6 +170,7 @@ def _train_phase(
             args=training_arguments(settings, method, loaded, data, states),
             callbacks=[ProgressDisplay(), limits],
             cache=cache,
+            decays_all=run.decays_all,
         )
     state = newest_state(states)
     loaded.model.train()
@@ -162,6 +180,7 @@ def _train_phase(
         loaded.model.forget_layers()
     if state is None and data.held_out:
         trainer.evaluate()
+    run.begin(data.described)
     with disk_errors(str(states)):
         trainer.train(resume_from_checkpoint=None if state is None else str(state))
     return trainer

@@ -44,6 +44,8 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
         args: transformers' settings.
         callbacks: transformers' callbacks.
         cache: what the trunk says of all packs; None asks the trunk itself.
+        decays_all: let weight decay be of every tensor that transformers does not know as a norm,
+            as in runs that were begun so: their optimiser's states are grouped by it.
     """
 
     loss_is_scaled_for_ga = True
@@ -59,7 +61,9 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
         args: TrainingArguments,
         callbacks: Sequence[Any] = (),
         cache: CachedTrunk | None = None,
+        decays_all: bool = False,
     ) -> None:
+        self._decays_all = decays_all
         self._make_batch = partial(host_batch, cache=cache)
         super().__init__(
             model=model,
@@ -76,6 +80,14 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
         self.held_out = held_out
         self._seed = seed
         self._meter = _Meter()
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Matrices: the norms of exit modules have names that transformers does not look for."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        if self._decays_all:
+            return names
+        matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
+        return [name for name in names if name in matrices]
 
     # ---- the loss ----
 
