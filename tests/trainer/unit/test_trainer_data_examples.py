@@ -217,7 +217,10 @@ def test_a_long_row_is_cut_on_the_right_and_skipped_where_no_answer_is_left(
 
     assert len(example) == 50
     assert set(target_runs(example)[0]) == {"x"}
-    assert "1 without an answer in the first 50 tokens, cut 2." in caplog.text
+    assert (
+        "1 without an answer in the first 50 tokens (--max-length), and cut 2 that are"
+        in caplog.text
+    )
 
 
 # ---- plain text ----

@@ -201,11 +201,11 @@ def test_a_file_whose_answers_are_all_empty_is_refused_with_the_count(tmp_path: 
 
 
 def test_a_missing_file_a_folder_and_another_kind_of_file_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("x,y")
+    (tmp_path / "a.xls").write_text("x,y")
 
     assert "a.jsonl: cannot be read: No such file" in refusal(tmp_path / "a.jsonl")
     assert "is a folder: name a file in it" in refusal(tmp_path)
-    assert "only .json, .jsonl, .txt files can be read" in refusal(tmp_path / "a.csv")
+    assert "only .json, .jsonl, .txt, .csv, .parquet files can be" in refusal(tmp_path / "a.xls")
 
 
 def test_the_digest_of_a_file_is_its_sha256(tmp_path: Path) -> None:

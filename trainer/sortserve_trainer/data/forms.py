@@ -2,19 +2,23 @@
 
 | form | columns | becomes |
 |---|---|---|
-| chat | ``messages``: a list of ``role`` and ``content`` | the conversation |
+| chat | ``messages``: a list of ``role`` and ``content``; may have ``tools`` | the conversation |
 | Alpaca | ``instruction``, ``output``; may have ``input`` | one question and its answer |
 | question | ``question``, ``answers`` or ``target`` | one question and its answer |
 | text | ``text`` | a plain document |
 
 The first form whose columns are there counts; other columns are ignored, and null is absent.
+Turns have any role that the base's chat template knows, ``system`` and ``tool`` among them; one of
+the assistant may have ``tool_calls``, as the OpenAI API writes them, with or without ``content``.
 A conversation with a ``finish_reason`` was generated, as ``selfdata --keep-all`` writes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sortserve_trainer.data.rows import Row, json_kind
 from sortserve_trainer.data.source import bad_data
@@ -32,10 +36,12 @@ class Conversation:
     """Turns of a chat; the last one is an answer to learn."""
 
     place: str
-    messages: list[dict[str, str]]
-    """``role`` and ``content`` of each turn."""
+    messages: list[dict[str, Any]]
+    """``role`` and ``content`` of each turn, and what else the template reads of it."""
     finish_reason: str | None = None
     """How the generation of its last answer ended; None if nobody says it was generated."""
+    tools: list[dict[str, Any]] | None = None
+    """Functions that the model may call."""
 
     @property
     def is_generated(self) -> bool:
@@ -127,16 +133,44 @@ def _parse_chat(row: Row, end_tokens: tuple[str, ...]) -> Conversation | None:
             message["content"] = _without_end(message["content"], end_tokens)
     while messages and not _is_answer(messages[-1]):
         messages.pop()  # nothing after the last answer is ever looked at
-    return Conversation(row.place, messages) if messages else None
+    if not messages:
+        return None
+    tools = _parse_list(row.place, "tools", row.fields["tools"]) if "tools" in row.fields else None
+    return Conversation(row.place, messages, tools=tools or None)
 
 
-def _parse_turn(place: str, index: int, turn: object) -> dict[str, str]:
+def _parse_turn(place: str, index: int, turn: object) -> dict[str, Any]:
+    name = f"messages[{index}]"
     if not isinstance(turn, dict):
-        raise bad_data(place, f"`messages[{index}]` is {json_kind(turn)}, not an object")
-    return {
-        name: _check_text(place, f"messages[{index}].{name}", turn.get(name))
-        for name in ("role", "content")
+        raise bad_data(place, f"`{name}` is {json_kind(turn)}, not an object")
+    calls = turn.get("tool_calls")
+    # A turn that calls tools need not say anything.
+    content = "" if calls and turn.get("content") is None else turn.get("content")
+    parsed: dict[str, Any] = {
+        "role": _check_text(place, f"{name}.role", turn.get("role")),
+        "content": _check_text(place, f"{name}.content", content),
     }
+    if calls:
+        parsed["tool_calls"] = _parse_list(place, f"{name}.tool_calls", calls)
+    for other in ("tool_call_id", "name"):
+        if turn.get(other) is not None:
+            parsed[other] = _check_text(place, f"{name}.{other}", turn[other])
+    return parsed
+
+
+def _parse_list(place: str, name: str, value: object) -> list[dict[str, Any]]:
+    """A list of objects; as JSON in a string too, for files whose columns hold none."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise bad_data(place, f"`{name}` is a string that is not JSON: {error}") from error
+    if not isinstance(value, list):
+        raise bad_data(place, f"`{name}` is {json_kind(value)}, not a list")
+    for i, item in enumerate(value):
+        if not isinstance(item, dict):
+            raise bad_data(place, f"`{name}[{i}]` is {json_kind(item)}, not an object")
+    return value
 
 
 def _question_and_answer(
@@ -167,8 +201,9 @@ def _first_answer(row: Row) -> str:
     return _check_text(row.place, "answers[0]", answers[0]) if answers else ""
 
 
-def _is_answer(message: dict[str, str]) -> bool:
-    return message["role"] == "assistant" and bool(message["content"].strip())
+def _is_answer(message: Mapping[str, Any]) -> bool:
+    says_something = bool(message["content"].strip()) or bool(message.get("tool_calls"))
+    return message["role"] == "assistant" and says_something
 
 
 def _join_paragraphs(*parts: str) -> str:

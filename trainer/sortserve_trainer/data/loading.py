@@ -15,7 +15,7 @@ from sortserve_trainer.data.chat_format import ChatFormat, Span
 from sortserve_trainer.data.examples import Example
 from sortserve_trainer.data.forms import Conversation, Document, parse_row
 from sortserve_trainer.data.hub import is_hub_id, read_hub_rows
-from sortserve_trainer.data.rows import SUFFIXES, Row, read_rows
+from sortserve_trainer.data.rows import SUFFIXES, Row, data_suffix, read_rows
 from sortserve_trainer.data.source import DataSource, bad_data
 from sortserve_trainer.model.repetition import repeated_places
 
@@ -75,8 +75,9 @@ def load_examples(
         problem = f"no row to learn from: {skipped} in the first {max_length} tokens (--max-length)"
         raise bad_data(source.reference, problem)
     logger.log(
-        logging.WARNING if num_empty or encoder.num_lost else logging.INFO,
-        "%s: %d examples of %d tokens; %s in the first %d tokens, cut %d.",
+        logging.WARNING if num_empty or encoder.num_lost or encoder.num_cut else logging.INFO,
+        "%s: %d examples of %d tokens; %s in the first %d tokens (--max-length), and cut %d that "
+        "are longer.",
         source.reference,
         len(examples),
         sum(map(len, examples)),
@@ -91,9 +92,10 @@ def _open(reference: str, split: str) -> Iterator[Row]:
     path = Path(reference).expanduser()
     if path.is_dir():
         raise bad_data(reference, "is a folder: name a file in it")
-    is_readable = path.suffix in SUFFIXES
+    is_readable = bool(data_suffix(path))
     if path.is_file() and not is_readable:
-        raise bad_data(reference, f"only {', '.join(SUFFIXES)} files can be read")
+        known = ", ".join(SUFFIXES)
+        raise bad_data(reference, f"only {known} files can be read (and, but for parquet, .gz)")
     if is_readable or not is_hub_id(reference):
         return read_rows(path)
     return read_hub_rows(reference, split)

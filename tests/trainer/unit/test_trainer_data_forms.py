@@ -1,0 +1,213 @@
+"""Data as users of other trainers have them: CSV, parquet, gzip, tools, and a file of settings."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sortserve.core.errors import ConfigError
+from sortserve_trainer.data.chat_format import ChatFormat
+from sortserve_trainer.data.forms import Conversation, parse_row
+from sortserve_trainer.data.loading import load_examples
+from sortserve_trainer.data.rows import Row, read_rows
+from sortserve_trainer.data.source import DataSource
+from sortserve_trainer.run.settings import load_train_settings
+from support.chat_templates import TEMPLATES, TOOL_TEMPLATES, TOOLS
+from support.tiny_models import tiny_tokenizer
+
+ROWS = [{"instruction": "Say, it.", "output": "it\nis"}, {"instruction": "Again.", "output": "so"}]
+
+
+def fields(path: Path) -> list[dict[str, Any]]:
+    return [row.fields for row in read_rows(path)]
+
+
+def test_compressed_lines_are_read_as_lines(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
+
+    assert fields(path) == ROWS
+    assert next(read_rows(path)).place == f"{path}:1"
+
+
+def test_half_a_compressed_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b"{}" * 999)[:-9])
+
+    with pytest.raises(ConfigError, match=r"rows\.jsonl\.gz: is no whole gzip file"):
+        fields(path)
+
+
+def test_csv_has_rows_of_several_lines_and_says_where_they_begin(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('instruction,input,output\n"Say, it.",,"it\nis"\nAgain.,,so\n')
+
+    found = list(read_rows(path))
+
+    assert [row.fields for row in found] == ROWS
+    assert [row.place for row in found] == [f"{path}:2", f"{path}:4"]
+
+
+def test_an_empty_answer_in_csv_is_an_empty_answer(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("instruction,output\nSay it.,\n")
+
+    assert parse_row(next(read_rows(path)), ()) is None
+
+
+@pytest.mark.parametrize("line", ["only one", "one,two,three"])
+def test_a_csv_row_of_another_width_is_refused_by_line(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f"instruction,output\na,b\n{line}\n")
+
+    with pytest.raises(ConfigError, match=r"rows\.csv:3: it has not 2 fields"):
+        fields(path)
+
+
+def test_parquet_is_read_with_its_lists(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages}] * 3), path)
+
+    found = list(read_rows(path))
+
+    assert [row.fields for row in found] == [{"messages": messages}] * 3
+    assert found[2].place == f"{path}, row 3"
+
+
+def test_what_only_ends_like_parquet_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "rows.parquet"
+    path.write_text("instruction,output\n")
+
+    with pytest.raises(ConfigError, match=r"rows\.parquet: is no parquet file"):
+        fields(path)
+
+
+def test_rows_that_are_longer_than_an_example_may_be_are_counted_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"instruction": "Say it.", "output": "it " * count} for count in (1, 90, 95)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    load_examples(DataSource(str(path)), tiny_tokenizer(), max_length=80, train_on_prompts=False)
+
+    assert "(--max-length), and cut 2 that are longer." in caplog.text
+
+
+# Tools
+
+CALL = {
+    "id": "abcdefghi",
+    "type": "function",
+    "function": {"name": "wetter", "arguments": {"ort": "Wien"}},
+}
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "How is it in Vienna?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "sunny", "tool_call_id": "abcdefghi"},
+    {"role": "assistant", "content": "It is sunny."},
+]
+
+
+def parse(**row: Any) -> Conversation:
+    conversation = parse_row(Row("data:1", row), ())
+    assert isinstance(conversation, Conversation)
+    return conversation
+
+
+def chat_format(template: str) -> ChatFormat:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return ChatFormat(tokenizer)
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)], ids=["list", "json"])
+def test_calls_of_tools_are_learned_and_what_tools_say_is_not(tools: object) -> None:
+    conversation = parse(messages=CHAT, tools=tools)
+
+    text, spans = chat_format(TOOL_TEMPLATES["hermes"]).render(conversation)
+
+    call, answer = (text[start:end] for start, end in spans)
+    assert call.strip().startswith("<tool_call>")
+    assert '"Wien"' in call
+    assert call.endswith("</tool_call><|im_end|>")
+    assert answer.strip() == "It is sunny.<|im_end|>"
+    assert "# Tools" in text[: spans[0][0]]
+    assert "sunny" in text[spans[0][1] : spans[1][0]]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": CHAT, "tools": TOOLS}, "does not show `tools`"),
+        ({"messages": CHAT}, r"tool calls of `messages\[2\]`"),
+    ],
+)
+def test_a_template_that_knows_no_tools_is_refused(row: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        chat_format(TEMPLATES["chatml"]).render(parse(**row))
+
+
+@pytest.mark.parametrize(
+    ("turn", "words"),
+    [
+        ({"role": "assistant", "tool_calls": {"a": 1}}, r"messages\[1\]\.tool_calls` is an object"),
+        ({"role": "assistant", "tool_calls": ["a"]}, r"tool_calls\[0\]` is a string"),
+        ({"role": "assistant", "content": "x", "name": 3}, r"messages\[1\]\.name` is a number"),
+        ({"role": "assistant", "content": None}, r"messages\[1\]\.content` is null"),
+    ],
+)
+def test_a_bad_turn_is_named(turn: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse(messages=[{"role": "user", "content": "hi"}, turn])
+
+
+# --config
+
+
+def settings_file(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "train.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_settings_come_from_a_file_and_flags_win(tmp_path: Path) -> None:
+    config = settings_file(
+        tmp_path,
+        "data: [a.jsonl, 'b.jsonl:0.5']\nexits: [2, 4]\noutput: out\nlearning-rate: 1e-3\n"
+        "freeze-trunk: true\nmax_length: 100\nseed: 3\n",
+    )
+
+    settings = load_train_settings({"config": config, "seed": "4", "output": "elsewhere"})
+
+    assert settings.data == ("a.jsonl", "b.jsonl:0.5")
+    assert settings.exits == (2, 4)
+    assert settings.learning_rate == 1e-3
+    assert settings.freeze_trunk
+    assert (settings.max_length, settings.seed, str(settings.output)) == (100, 4, "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learning-rat: 1", "unknown key 'learning-rat' .*did you mean 'learning-rate'"),
+        ("zzz: 1", "sortserve train --help"),
+        ("seed: [1", "not valid YAML"),
+        ("seed: true", "--seed"),
+        ("- seed", "key: value"),
+    ],
+)
+def test_a_bad_file_of_settings_is_one_line(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_train_settings(
+            {"config": settings_file(tmp_path, text), "data": "d", "exits": "2", "output": "o"}
+        )
