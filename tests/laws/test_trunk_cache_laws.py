@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sortserve.core.errors import ConfigError
+from sortserve_trainer.model import trunk_cache
 from sortserve_trainer.model.sorted_model import SortedModel
 from sortserve_trainer.model.trunk_cache import TrunkCache
 from sortserve_trainer.run import cached_trunk
@@ -129,7 +131,10 @@ def test_a_trunk_with_an_adapter_is_forgotten_and_saved_as_it_was(
 def test_epochs_and_other_runs_find_what_is_there_and_ask_the_trunk_nothing(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = {"trunk_cache": tmp_path / "c", "max_tokens": None}
+    short = tmp_path / "short.jsonl"
+    rows = (base.parent / "data.jsonl").read_text().splitlines(keepends=True)
+    short.write_text("".join(rows[:16]))
+    cache = {"trunk_cache": tmp_path / "c", "max_tokens": None, "data": str(short)}
     run(base, tmp_path / "first", epochs=2, **cache)
     (folder,) = (tmp_path / "c").iterdir()
     size = (folder / "full.bin").stat().st_size
@@ -161,6 +166,37 @@ def test_another_trunk_exit_or_module_has_a_cache_of_its_own(base: Path, tmp_pat
     assert len(list(root.iterdir())) == 5
 
 
+def test_a_run_whose_cache_fails_half_way_and_that_is_stopped_ends_at_the_same_modules(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, losses = run(base, tmp_path / "undisturbed", trunk_cache=tmp_path / "a")
+    calls = []
+    states = SortedModel.trunk_states
+
+    def fails(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise OSError(28, "No space left on device")
+        return states(*arguments)
+
+    options = {"trunk_cache": tmp_path / "b"}
+    with monkeypatch.context() as patch:
+        patch.setattr(SortedModel, "trunk_states", fails)
+        patch.setattr(trunk_cache, "COMMIT_BYTES", 1)
+        with pytest.raises(ConfigError, match=r"-cache .* cannot be written: No space left"):
+            run(base, tmp_path / "out", **options)
+    assert not (tmp_path / "out.run").exists()
+    (index,) = (tmp_path / "b").glob("*/index.bin")
+    assert index.stat().st_size
+
+    run(base, tmp_path / "out", **options, max_steps_per_run=3)
+    resumed, resumed_losses = run(base, tmp_path / "out", **options)
+
+    assert_equal(resumed, undisturbed)
+    assert resumed_losses == losses
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_with_a_cache_that_is_killed_at_any_moment_ends_at_the_same_modules(
     base: Path, tmp_path: Path
@@ -208,7 +244,9 @@ def test_the_cache_says_what_it_is_of(base: Path, tmp_path: Path) -> None:
     (folder,) = (tmp_path / "c").iterdir()
     about = json.loads((folder / "about.json").read_text())
     streams = tuple(
-        cached_trunk.Stream(name, width, getattr(torch, dtype.removeprefix("torch.")), of == "tokens")
+        cached_trunk.Stream(
+            name, width, getattr(torch, dtype.removeprefix("torch.")), of == "tokens"
+        )
         for name, width, dtype, of in about["streams"]
     )
     TrunkCache(folder, streams).check_invariants()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sortserve_trainer.model.loss import (
+    Likely,
     Teacher,
     VocabSample,
     exit_losses,
@@ -228,3 +229,27 @@ def test_unlikelihood_of_what_a_model_is_sure_of_is_finite() -> None:
 
     assert loss.isfinite()
     assert gradient.isfinite().all()
+
+
+def test_a_sample_is_the_same_where_the_likely_columns_are_known_before() -> None:
+    states, head, targets = make_inputs()
+    full = max(states)
+    frozen = {e: state if e < full else state.detach() for e, state in states.items()}
+    terms = {e: ExitTerm(ce=0.1, kl=0.2) for e in states}
+    best = (states[full] @ head.T).detach().log_softmax(-1).topk(head.shape[0])
+    found = []
+    for likely in (None, Likely(best.indices, best.values)):
+        loss, means = exit_losses(
+            frozen,
+            dict.fromkeys(states, head.detach()),
+            targets,
+            terms,
+            num_targets=30,
+            sample=VocabSample(num_likely=12, num_drawn=6, seed=1),
+            likely=likely,
+        )
+        shallow = [states[e] for e in sorted(states) if e < full]
+        found.append([loss.detach(), *means.values(), *torch.autograd.grad(loss, shallow)])
+
+    for chosen_after, chosen_before in zip(*found, strict=True):
+        torch.testing.assert_close(chosen_before, chosen_after, rtol=1e-5, atol=1e-6)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sortserve_trainer.model.attention import packed_attention
 from sortserve_trainer.model.device_attention import PackedLengths, flash_works, padded
-from sortserve_trainer.model.loss import Teacher, VocabSample, exit_losses
+from sortserve_trainer.model.loss import Likely, Teacher, VocabSample, exit_losses
 from sortserve_trainer.model.loss_rows import row_losses, row_losses_work, row_lse
 from sortserve_trainer.run.terms import ExitTerm
 from support.interpreter import interpreted
@@ -120,8 +120,12 @@ def test_the_kernel_is_tried_before_it_is_trusted() -> None:
 @interpreted
 @pytest.mark.parametrize("taught_by_the_base", [False, True])
 @pytest.mark.parametrize("sample", [None, VocabSample(20, 10, seed=3)])
+@pytest.mark.parametrize("knows_likely", [False, True])
 def test_the_loss_by_the_kernel_is_the_loss(
-    monkeypatch: pytest.MonkeyPatch, taught_by_the_base: bool, sample: VocabSample | None
+    monkeypatch: pytest.MonkeyPatch,
+    taught_by_the_base: bool,
+    sample: VocabSample | None,
+    knows_likely: bool,
 ) -> None:
     from sortserve_trainer.model import loss, loss_chunk
 
@@ -131,6 +135,7 @@ def test_the_loss_by_the_kernel_is_the_loss(
     targets = torch.randint(97, (11,), generator=generator)
     teacher = Teacher(torch.randn(11, 8, generator=generator), head.detach() * 0.5)
     terms = {2: ExitTerm(ce=0.1, kl=0.2), 4: ExitTerm(kl=0.3), 6: ExitTerm(ce=0.4, kl=0.1)}
+    best = (states[6] @ head.T).detach().log_softmax(-1).topk(9)
     found = []
     for chunk in (loss_chunk.Chunk, loss_chunk.FusedChunk):
         monkeypatch.setattr(loss, "chunk_class", lambda *_, c=chunk: c)
@@ -143,6 +148,7 @@ def test_the_loss_by_the_kernel_is_the_loss(
             sample=sample,
             teacher=teacher if taught_by_the_base else None,
             chunk_tokens=8,
+            likely=Likely(best.indices, best.values) if knows_likely else None,
         )
         grads = torch.autograd.grad(value, [*states.values(), head])
         found.append([value.detach(), *means.values(), *grads])

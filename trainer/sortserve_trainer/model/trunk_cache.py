@@ -168,9 +168,7 @@ class TrunkCache:
         data = path.read_bytes() if path.is_file() else b""
         whole = len(data) // _RECORD.itemsize * _RECORD.itemsize
         for record in np.frombuffer(data[:whole], dtype=_RECORD):
-            self._add(
-                record["key"].tobytes(), int(record["num_tokens"]), int(record["num_rows"])
-            )
+            self._add(record["key"].tobytes(), int(record["num_tokens"]), int(record["num_rows"]))
         for stream in self.streams:
             size = self._path(stream).stat().st_size if self._path(stream).is_file() else 0
             if size < self._size(stream):

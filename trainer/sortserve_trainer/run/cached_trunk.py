@@ -117,15 +117,14 @@ class CachedTrunk:
             return 0
         num_rows = sum(len(read_rows_of(e)) for pack in missing for e in pack.examples)
         self._check_room(self.cache.bytes_of(num_tokens, num_rows), num_tokens, max_bytes)
-        with disk_errors(f"--trunk-cache {self.root}"):
-            with self.cache.writing() as writer:
-                about = json.dumps(self.described, indent=1)
-                (self.cache.folder / "about.json").write_text(about, encoding="utf-8")
-                for pack in _shown(missing, num_tokens):
-                    for example, values in self._states(pack):
-                        key = example_key(example)
-                        num_rows = len(read_rows_of(example))
-                        writer.append(key, len(example), num_rows, values)
+        with disk_errors(f"--trunk-cache {self.root}"), self.cache.writing() as writer:
+            about = json.dumps(self.described, indent=1)
+            (self.cache.folder / "about.json").write_text(about, encoding="utf-8")
+            for pack in _shown(missing, num_tokens):
+                for example, values in self._states(pack):
+                    key = example_key(example)
+                    num_rows = len(read_rows_of(example))
+                    writer.append(key, len(example), num_rows, values)
         return num_tokens
 
     def _check_room(self, num_bytes: int, num_tokens: int, max_bytes: int) -> None:
@@ -150,9 +149,7 @@ class CachedTrunk:
         uses_autocast = self._compute_dtype is not torch.float32
         was_training = model.training
         model.eval()
-        with torch.autocast(
-            self._device.type, dtype=self._compute_dtype, enabled=uses_autocast
-        ):
+        with torch.autocast(self._device.type, dtype=self._compute_dtype, enabled=uses_autocast):
             states = model.trunk_states(
                 batch["input_ids"].to(self._device), position_ids, batch["lengths"], model.exits
             )
@@ -177,7 +174,7 @@ class CachedTrunk:
             start += len(example)
 
     def _likely(self, full_SD: Tensor) -> dict[str, Tensor]:
-        """Of each row the columns that the full depth finds likeliest, as the loss computes them."""
+        """The columns that the full depth finds likeliest at each row, as the loss has them."""
         head = self._model.head(self._model.exits[-1]).to(self._compute_dtype)
         parts = []
         for start in range(0, len(full_SD), CHUNK_ROWS):
