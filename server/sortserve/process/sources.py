@@ -120,12 +120,13 @@ def read_small_file(path: Path, field: str, *, errors: str = "strict") -> str:
         raise ConfigError(f"{named} cannot be read: {reason}.", param=field) from error
 
 
-def read_file(path: Path, fields: Collection[str]) -> dict[str, Any]:
+def read_file(path: Path, fields: Collection[str], command: str = "serve") -> dict[str, Any]:
     """The settings of a YAML file by field name; null counts as unset.
 
     Args:
         path: as in ``--config``.
         fields: the names of all settings.
+        command: whose settings they are.
 
     Raises:
         ConfigError: the file cannot be read, is not a mapping, or has a key that is no setting.
@@ -154,7 +155,7 @@ def read_file(path: Path, fields: Collection[str]) -> dict[str, Any]:
         if name not in fields or name == "config":
             known = [key_name(field) for field in fields if field != "config"]
             raise ConfigError(
-                f"unknown key {str(key)!r} in {path}{_suggest(key_name(name), known)}",
+                f"unknown key {str(key)!r} in {path}{_suggest(key_name(name), known, command)}",
                 param=str(key),
             )
         if value is not None:
@@ -162,6 +163,6 @@ def read_file(path: Path, fields: Collection[str]) -> dict[str, Any]:
     return values
 
 
-def _suggest(given: str, known: Sequence[str]) -> str:
+def _suggest(given: str, known: Sequence[str], command: str = "serve") -> str:
     close = difflib.get_close_matches(given, known, n=1)
-    return f": did you mean {close[0]!r}?" if close else ": see `sortserve serve --help`."
+    return f": did you mean {close[0]!r}?" if close else f": see `sortserve {command} --help`."

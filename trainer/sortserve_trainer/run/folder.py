@@ -19,9 +19,10 @@ from sortserve_trainer.run.settings import TrainSettings
 
 __all__ = ["Run", "plain_settings"]
 
-OF_ONE_START = {"max_time", "max_steps_per_run", "prepare_only", "dry_run"}
+OF_ONE_START = {"config", "max_time", "max_steps_per_run", "prepare_only", "dry_run"}
 """Settings that are not the run's, but of one start of it."""
-FREE = {"log_every", "save_every", "report_to", "trunk_cache_gb"}
+_HUB = {"push_to_hub", "hub_model_id", "hub_private_repo"}
+FREE = {"log_every", "save_every", "report_to", "trunk_cache_gb", *_HUB}
 """Settings that a run may be resumed with other values of: no weight hangs on them."""
 RECORD, LOCK = "run.json", "lock"
 VERSION = 2
@@ -81,31 +82,44 @@ class Run:
         """Folder of examples that ``--prepare-only`` has made."""
         return self.folder / "data"
 
-    def check_data(self, described: Sequence[Mapping[str, Any]]) -> None:
+    def check_data(
+        self,
+        described: Sequence[Mapping[str, Any]],
+        evaluated: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         """Refuse data that are not those that the run began with.
 
         Args:
             described: ``RunData.described``.
+            evaluated: ``RunData.evaluated``.
 
         Raises:
             ConfigError: a file has changed; the message names it.
         """
         record = self._record or {}
-        before = record["data"] if "version" in record else ()
-        for old, new in zip(before, described, strict=False):
-            if old["sha256"] != new["sha256"]:
-                raise ConfigError(
-                    f"--data {new['reference']} has changed since the unfinished run in "
-                    f"{self.folder} began (sha256 {old['sha256'][:12]}, now {new['sha256'][:12]}): "
-                    "put the old one back, name another --output, or delete that folder.",
-                    param="data",
-                )
+        if "version" not in record:
+            return
+        for flag, found in (("data", described), ("eval-data", evaluated)):
+            for old, new in zip(record[flag], found, strict=True):
+                if old["sha256"] != new["sha256"]:
+                    raise ConfigError(
+                        f"--{flag} {new['reference']} has changed since the unfinished run in "
+                        f"{self.folder} began (sha256 {old['sha256'][:12]}, now "
+                        f"{new['sha256'][:12]}): put the old one back, name another --output, or "
+                        "delete that folder.",
+                        param=flag,
+                    )
 
-    def begin(self, described: Sequence[Mapping[str, Any]]) -> None:
+    def begin(
+        self,
+        described: Sequence[Mapping[str, Any]],
+        evaluated: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         """Write down what the run is, so that it can be resumed; the second time does nothing.
 
         Args:
             described: ``RunData.described``.
+            evaluated: ``RunData.evaluated``.
         """
         if self._record is not None or int(os.environ.get("RANK", "0")) > 0:
             return
@@ -113,7 +127,8 @@ class Run:
             "version": VERSION,
             "settings": plain_settings(self._settings),
             "base": os.path.realpath(self._settings.base),
-            "data": [{key: one[key] for key in ("reference", "sha256")} for one in described],
+            "data": _digests(described),
+            "eval-data": _digests(evaluated),
         }
         with disk_errors(f"--output {self._settings.output}"):
             text = json.dumps(self._record, indent=2)
@@ -195,8 +210,8 @@ def _is_same(name: str, record: Mapping[str, Any], old: Any, new: Any) -> bool:
         return os.path.realpath(new) == str(record["base"])
     if name == "trunk_cache":
         return (old is None) == (new is None)
-    if name == "data" and "version" in record and len(old) == len(new):
-        digests = [one["sha256"] for one in record["data"]]
+    if name in ("data", "eval_data") and "version" in record and len(old) == len(new):
+        digests = [one["sha256"] for one in record[name.replace("_", "-")]]
         return all(map(_is_same_source, old, new, digests))
     return False
 
@@ -206,6 +221,10 @@ def _is_same_source(old: str, new: str, digest: str) -> bool:
     path = Path(source.reference).expanduser()
     is_same_file = path.is_file() and bool(digest) and file_digest(path) == digest
     return old == new or (is_same_file and parse_source(old).weight == source.weight)
+
+
+def _digests(described: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    return [{key: one[key] for key in ("reference", "sha256")} for one in described]
 
 
 def _defaults() -> dict[str, Any]:

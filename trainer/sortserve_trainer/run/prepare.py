@@ -44,8 +44,8 @@ def prepare(settings: TrainSettings) -> RunData:
             tokenizer = load_tokenizer(layout.model)
         with disk_errors(str(run.prepared)):
             data = load_run_data(settings, tokenizer, config, run.prepared, prepares=True)
-        run.check_data(data.described)
-        run.begin(data.described)
+        run.check_data(data.described, data.evaluated)
+        run.begin(data.described, data.evaluated)
     packs_per_step = settings.batch_size * settings.gradient_accumulation
     Console(file=sys.stderr).print(
         f"{run.prepared}: {data.mixture.num_tokens:,} tokens to train on in {len(data.mixture):,} "

@@ -31,6 +31,8 @@ class RunData:
     held_out: Mapping[str, Sequence[Pack]]
     described: list[dict[str, Any]]
     """Of each source: reference as typed, name, weight, rows, digest."""
+    evaluated: list[dict[str, Any]]
+    """Likewise of ``--eval-data``."""
 
 
 def load_run_data(
@@ -61,10 +63,11 @@ def load_run_data(
     prepared = PreparedData(
         folder, tokenizer, min(settings.max_length, longest), settings.train_on_prompts
     )
+    share = 0.0 if settings.eval_data else settings.held_out
     for text in settings.data:
         source = parse_source(text)
         examples, digest = prepared.prepare(source) if prepares else prepared.load(source)
-        kept, rest = split_held_out(examples, settings.held_out, settings.seed)
+        kept, rest = split_held_out(examples, share, settings.seed)
         parts.append((source, kept))
         if rest:
             held_out[source.reference] = pack_examples(rest, settings.pack_length)
@@ -78,6 +81,14 @@ def load_run_data(
                 "sha256": digest,
             }
         )
+    evaluated = []
+    for text in settings.eval_data:
+        source = parse_source(text)
+        examples, digest = prepared.prepare(source) if prepares else prepared.load(source)
+        held_out[source.reference] = pack_examples(examples, settings.pack_length)
+        name = Path(source.reference).name if digest else source.reference
+        told = {"reference": source.reference, "name": name, "rows": len(examples)}
+        evaluated.append({**told, "sha256": digest})
     mixture = Mixture(
         parts,
         pack_length=settings.pack_length,
@@ -86,7 +97,10 @@ def load_run_data(
         max_tokens=settings.max_tokens,
     )
     return RunData(
-        mixture=mixture, held_out=_cut(held_out, settings.eval_tokens), described=described
+        mixture=mixture,
+        held_out=_cut(held_out, settings.eval_tokens),
+        described=described,
+        evaluated=evaluated,
     )
 
 

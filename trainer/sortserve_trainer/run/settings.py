@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from sortserve.model.exit_module import EXIT_MODULE_KINDS, NO_MODULE, exit_module_kind
+from sortserve.process.sources import read_file
 from sortserve.process.values import MAX_COUNT, Count, FilePath, Layers, Number, Strings, Text
 from sortserve_trainer.run.duration import parse_duration
 from sortserve_trainer.run.methods import DEFAULT_METHOD, METHODS, Method, Weighting
@@ -22,7 +24,8 @@ GROUPS = {
     "lora_rank": "Weights",
     "max_length": "Batches",
     "held_out": "Evaluation and logs",
-    "max_time": "This start of the run",
+    "push_to_hub": "The hub",
+    "config": "This start of the run",
 }
 """Title of the group of flags that begins at a field."""
 
@@ -96,6 +99,8 @@ class TrainSettings(BaseModel):
     """Passes over the data."""
     max_tokens: Annotated[int, Field(ge=1, le=10**15), Number] | None = None
     """Most tokens to train on, in place of epochs."""
+    average: Share = 0.0
+    """Share of the steps, at the end, over whose weights the mean is taken; 0 takes the last."""
     seed: Seed = 0
     """Of the data order, the initial weights and the sampled exits."""
 
@@ -144,10 +149,22 @@ class TrainSettings(BaseModel):
     # Evaluation and logs
     held_out: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.01
     """Share of each data source that is held out and evaluated per exit."""
+    eval_data: Annotated[tuple[Text, ...], BeforeValidator(_as_list)] = ()
+    """Data that are evaluated in place of a held-out share, in the forms of `--data`. May be
+    repeated."""
     eval_every: Count = 500
     """Optimiser steps between two evaluations."""
     eval_tokens: Count = 16_384
     """Most held-out tokens of an evaluation."""
+    load_best_model_at_end: bool = False
+    """Keep the weights of the best evaluation, not those of the last step."""
+    metric_for_best_model: Text | None = None
+    """What is least at the best one: `loss_mean` (over all exits), `loss` (at full depth) or
+    `loss_exit_E`. Default: loss_mean."""
+    early_stopping_patience: Count | None = None
+    """Evaluations in a row without a better one after which the run ends."""
+    early_stopping_threshold: NotNegative = 0.0
+    """By how much a better one must be better."""
     save_every: Count = 200
     """Optimiser steps between two states to resume from."""
     log_every: Count = 10
@@ -155,7 +172,19 @@ class TrainSettings(BaseModel):
     report_to: Strings = ("tensorboard",)
     """Trackers that transformers knows, separated by commas; `none` is none."""
 
+    # The hub
+    push_to_hub: bool = False
+    """Upload the finished checkpoint to the Hugging Face hub, with the token that its client
+    knows."""
+    hub_model_id: Text | None = None
+    """Id of the repository. Default: the name of the output folder, under the token's name."""
+    hub_private_repo: bool | None = None
+    """Whether a new repository is private. Default: the hub's."""
+
     # This start of the run
+    config: FilePath | None = None
+    """YAML file of these settings, named as the flags are without the dashes in front; flags
+    win."""
     max_time: Annotated[float, BeforeValidator(parse_duration)] | None = None
     """Wall-clock time from the start, such as 20m or 1h30m, after which the run stops at the next
     step: with a checkpoint of what there is, and a state from which the same command goes on."""
@@ -202,6 +231,13 @@ class TrainSettings(BaseModel):
                 f"--freeze-trunk with --method {self.method} leaves nothing to train: it learns "
                 "at the full depth alone; choose soft+kd or soft"
             )
+        if self.eval_data and "held_out" in self.model_fields_set and self.held_out:
+            raise ValueError("--eval-data takes the place of --held-out: give one of them")
+        if self.chooses and not (self.eval_data or self.held_out):
+            raise ValueError(
+                "--early-stopping-patience and --load-best-model-at-end need something to "
+                "evaluate: --eval-data, or --held-out above 0"
+            )
         if self.trunk_cache is not None and not self.freeze_trunk:
             raise ValueError(
                 "--trunk-cache keeps the states of a trunk that does not train: it needs "
@@ -214,6 +250,11 @@ class TrainSettings(BaseModel):
                 f"choose {', '.join(kinds)} or {last}"
             )
         return self
+
+    @property
+    def chooses(self) -> bool:
+        """Whether evaluations decide anything."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
 
     @property
     def trains_weights(self) -> bool:
@@ -245,9 +286,15 @@ class TrainSettings(BaseModel):
 
 
 def load_train_settings(flags: Mapping[str, Any]) -> TrainSettings:
-    """The settings from flags, by field name.
+    """The settings from flags, by field name, and from the file that ``config`` names.
+
+    A flag wins over the file.
 
     Raises:
         ConfigError: one line that names the flag, its value and what is allowed.
     """
-    return validated(TrainSettings, flags)
+    given = dict(flags)
+    if given.get("config") is not None:
+        path = Path(given["config"]).expanduser()
+        given = {**read_file(path, TrainSettings.model_fields, "train"), **given}
+    return validated(TrainSettings, given)

@@ -21,13 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sortserve.core.errors import ConfigError
 from sortserve.process.arguments import Parser
 from sortserve.process.flags import add_flags
 from sortserve_trainer.commands.console import Console
 from sortserve_trainer.data import Mixture, collate
 from sortserve_trainer.model.load import LoadedModel, load_for_training
+from sortserve_trainer.run import hub
 from sortserve_trainer.run.arguments import tensorboard_logs_in, training_arguments
 from sortserve_trainer.run.cached_trunk import CachedTrunk
+from sortserve_trainer.run.choice import Choice, metric_name
 from sortserve_trainer.run.folder import Run, plain_settings
 from sortserve_trainer.run.limits import RunLimits
 from sortserve_trainer.run.methods import Method
@@ -82,11 +85,13 @@ def train(settings: TrainSettings, *, command: str = "") -> Path:
         max_time_s=settings.max_time, max_steps=settings.max_steps_per_run, started_s=started_s
     )
     with Run.open(settings) as run:
+        if settings.push_to_hub:
+            hub.check_hub(hub.default_api())
         _seed_everything(settings.seed)
         method = settings.resolved
         loaded = load_for_training(settings, method)
         data = load_run_data(settings, loaded.tokenizer, loaded.config, run.prepared)
-        run.check_data(data.described)
+        run.check_data(data.described, data.evaluated)
         trainer = _train_phase(settings, method, loaded, data, run, "states", limits)
         held_out = trainer.last_evaluation()
         steps = trainer.state.global_step
@@ -111,9 +116,14 @@ def train(settings: TrainSettings, *, command: str = "") -> Path:
                 "world_size": trainer.args.world_size,
                 "settings": plain_settings(settings),
             }
+            if data.evaluated:
+                recipe["eval_data"] = [_told(source) for source in data.evaluated]
+            if (best := trainer.best_step) is not None:
+                recipe["best_step"] = best
             _save(loaded, settings, trainer, limits, recipe)
             if limits.reached is None:
                 run.finish()
+                _push(settings)
             else:
                 _tell_unfinished(settings, trainer, limits.reached)
         trainer.accelerator.wait_for_everyone()
@@ -139,6 +149,19 @@ def _save(
         card=card_text(settings, loaded.base, loaded.model.exits, recipe),
         dtype=_DTYPES[settings.save_dtype],
     )
+
+
+def _push(settings: TrainSettings) -> None:
+    if not settings.push_to_hub:
+        return
+    repo_id = hub.push_checkpoint(
+        hub.default_api(),
+        settings.output,
+        model_id=settings.hub_model_id,
+        private=settings.hub_private_repo,
+    )
+    text = f"{settings.output} is {repo_id} on the hub."
+    Console(file=sys.stderr).print(text, soft_wrap=True, highlight=False)
 
 
 def _told(source: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,6 +194,14 @@ def _train_phase(
             callbacks=[ProgressDisplay(), limits],
             cache=cache,
             decays_all=run.decays_all,
+            average=settings.average,
+            choice=_choice(settings, loaded.model.exits),
+        )
+    if trainer.is_fsdp_enabled and (settings.average or settings.chooses or cache is not None):
+        raise ConfigError(
+            "--average, --load-best-model-at-end, --early-stopping-patience and --trunk-cache are "
+            "not for FSDP, whose weights are in pieces: leave them out, or use DDP.",
+            param="average",
         )
     state = newest_state(states)
     loaded.model.train()
@@ -180,10 +211,22 @@ def _train_phase(
         loaded.model.forget_layers()
     if state is None and data.held_out:
         trainer.evaluate()
-    run.begin(data.described)
+    run.begin(data.described, data.evaluated)
     with disk_errors(str(states)):
-        trainer.train(resume_from_checkpoint=None if state is None else str(state))
+        trainer.go_on(state)
     return trainer
+
+
+def _choice(settings: TrainSettings, exits: Sequence[int]) -> Choice | None:
+    metric = metric_name(settings.metric_for_best_model, exits)
+    if not settings.chooses:
+        return None
+    return Choice(
+        metric=metric,
+        keeps_best=settings.load_best_model_at_end,
+        patience=settings.early_stopping_patience,
+        threshold=settings.early_stopping_threshold,
+    )
 
 
 def _fill_trunk_cache(

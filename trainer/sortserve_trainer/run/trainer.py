@@ -7,7 +7,6 @@ resume from that hold only what is trained and count only when they are whole.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,20 +15,26 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from sortserve_trainer.data import Mixture, Pack, collate
 from sortserve_trainer.model.loss import VocabSample
 from sortserve_trainer.model.sorted_model import SortedModel
+from sortserve_trainer.run.averaging import TailAverage
 from sortserve_trainer.run.cached_trunk import CachedTrunk
+from sortserve_trainer.run.choice import Choice
+from sortserve_trainer.run.meter import Meter
 from sortserve_trainer.run.methods import Method
 from sortserve_trainer.run.terms import ExitTerm
+from sortserve_trainer.run.trained import load_trained_tensors, trained_tensors
 
 __all__ = ["COMPLETE", "SortedTrainer", "newest_state"]
 
 COMPLETE = "complete"
 """A state folder without this file was cut short, and is not resumed from."""
 WEIGHTS = "trained.safetensors"
+LOG = "trainer_state.json"
+"""Transformers' name of it."""
 
 
 class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types here
@@ -46,6 +51,8 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
         cache: what the trunk says of all packs; None asks the trunk itself.
         decays_all: let weight decay be of every tensor that transformers does not know as a norm,
             as in runs that were begun so: their optimiser's states are grouped by it.
+        average: share of the steps, at the end, over which the weights are averaged.
+        choice: how evaluations end the run, and which weights it keeps.
     """
 
     loss_is_scaled_for_ga = True
@@ -62,7 +69,11 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
         callbacks: Sequence[Any] = (),
         cache: CachedTrunk | None = None,
         decays_all: bool = False,
+        average: float = 0.0,
+        choice: Choice | None = None,
     ) -> None:
+        self._average = TailAverage(model, average)
+        self._choice = choice
         self._decays_all = decays_all
         self._make_batch = partial(host_batch, cache=cache)
         super().__init__(
@@ -71,7 +82,7 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
             data_collator=self._make_batch,
             train_dataset=mixture,
             eval_dataset=mixture,  # never read: ``evaluate`` is ours, and asks for one
-            callbacks=list(callbacks),
+            callbacks=[self._average, *callbacks],
         )
         self.remove_callback(PrinterCallback)  # what a run shows is our own ``ProgressDisplay``
         self.model_accepts_loss_kwargs = True
@@ -79,7 +90,7 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
         self.method = method
         self.held_out = held_out
         self._seed = seed
-        self._meter = _Meter()
+        self._meter = Meter()
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Matrices: the norms of exit modules have names that transformers does not look for."""
@@ -149,6 +160,21 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Mean cross-entropy per exit over all held-out targets, the whole vocabulary counted."""
+        with self._average.applied():
+            metrics = self._evaluate_now(metric_key_prefix)
+            self.log(metrics)
+            self._keep_if_best()
+        self.control = self.callback_handler.on_evaluate(
+            self.args,
+            self.state,
+            self.control,  # type: ignore[has-type]
+            metrics,
+        )
+        if self._choice is not None and self._choice.is_over(self.state.log_history):
+            self.control.should_save = self.control.should_training_stop = True
+        return metrics
+
+    def _evaluate_now(self, prefix: str) -> dict[str, float]:
         self.sorted_model.eval()
         exits = self.sorted_model.exits
         terms = dict.fromkeys(exits, ExitTerm(ce=1.0 / len(exits)))
@@ -166,27 +192,68 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
             totals = self.accelerator.gather(totals[None].to(self.args.device)).sum(0).cpu()
         self.sorted_model.train()
         losses = (totals[:-1] / totals[-1].clamp(min=1)).tolist()
-        metrics = {
-            f"{metric_key_prefix}_loss_exit_{e}": v for e, v in zip(exits, losses, strict=True)
-        }
-        metrics[f"{metric_key_prefix}_loss"] = losses[-1]
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args,
-            self.state,
-            self.control,  # type: ignore[has-type]
-            metrics,
-        )
+        metrics = {f"{prefix}_loss_exit_{e}": v for e, v in zip(exits, losses, strict=True)}
+        metrics[f"{prefix}_loss"] = losses[-1]
+        metrics[f"{prefix}_loss_mean"] = sum(losses) / len(losses)
         return metrics
 
     def last_evaluation(self) -> dict[str, float]:
-        """That of the present step, made now if there is none; empty without held-out data."""
+        """That of the weights there are, made now if there is none; empty without held-out data."""
         if not any(self.held_out.values()):
             return {}
+        best = self.best_step
+        step = self.state.global_step if best is None else best
         for logs in reversed(self.state.log_history):
-            if "eval_loss" in logs and logs["step"] == self.state.global_step:
+            if "eval_loss" in logs and logs["step"] == step:
                 return dict(logs)
         return self.evaluate()
+
+    # ---- which weights are kept ----
+
+    def go_on(self, state: Path | None) -> None:
+        """Train from a state, or from the start, to the end; then have the weights that are kept.
+
+        Args:
+            state: a folder that ``newest_state`` found.
+        """
+        log = [] if state is None else TrainerState.load_from_json(str(state / LOG)).log_history
+        if state is not None and self._choice is not None and self._choice.is_over(log):
+            # It was killed between its end and its checkpoint.
+            self.state = TrainerState.load_from_json(str(state / LOG))
+            self._load_from_checkpoint(str(state))
+        else:
+            self.train(resume_from_checkpoint=None if state is None else str(state))
+        if self._choice is None or not self._choice.keeps_best:
+            self._average.take()
+            return
+        self.evaluate_last_step()
+        self.accelerator.wait_for_everyone()
+        load_trained_tensors(self.sorted_model, load_file(self._best_path(self.best_step)))
+
+    @property
+    def best_step(self) -> int | None:
+        """Whose weights are kept; None where those of the last step are."""
+        return None if self._choice is None else self._choice.best(self.state.log_history)
+
+    def evaluate_last_step(self) -> None:
+        """Evaluate the last step, if it was not: it may be the best."""
+        step = self.state.global_step
+        if not any("eval_loss" in log and log["step"] == step for log in self.state.log_history):
+            self.evaluate()
+
+    def _keep_if_best(self) -> None:
+        step = self.state.global_step
+        if self._choice is None or not self.args.should_save or not step:
+            return
+        if self._choice.best(self.state.log_history) == step:
+            path = self._best_path(step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_suffix(".draft")
+            save_file(trained_tensors(self.sorted_model, None), draft)
+            draft.replace(path)
+
+    def _best_path(self, step: int | None) -> Path:
+        return Path(self.args.output_dir) / f"best-{step}.safetensors"
 
     # ---- states to resume from ----
 
@@ -202,39 +269,22 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         load_trained_tensors(self.sorted_model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
+        self._average.load(Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            self._average.save(folder)
             _sync_folder(folder)
             (folder / COMPLETE).touch()
-
-
-def trained_tensors(
-    model: SortedModel, state_dict: Mapping[str, Tensor] | None
-) -> dict[str, Tensor]:
-    """The parameters that are trained, by name; from ``state_dict`` where they are sharded."""
-    return {
-        name: (tensor.data if state_dict is None else state_dict[name]).contiguous()
-        for name, tensor in _state(model).items()
-    }
-
-
-def load_trained_tensors(model: SortedModel, tensors: Mapping[str, Tensor]) -> None:
-    """The reverse; every trained parameter must be there, and nothing else."""
-    state = _state(model)
-    assert state.keys() == tensors.keys(), "a state of another run"
-    with torch.no_grad():
-        for name, tensor in state.items():
-            tensor.copy_(tensors[name])
-
-
-def _state(model: SortedModel) -> dict[str, Tensor]:
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    scales = {f"exit_modules.{n}": b for n, b in model.exit_modules.named_buffers()}
-    return {**trained, **scales}
+            if self._choice is not None:
+                # An older best is needed no more: whoever resumes finds this state.
+                kept = self._best_path(self._choice.best(self.state.log_history))
+                for path in kept.parent.glob("best-*.safetensors"):
+                    if path != kept:
+                        path.unlink()
 
 
 def newest_state(folder: Path) -> Path | None:
@@ -262,37 +312,3 @@ def host_batch(packs: Sequence[Pack], cache: CachedTrunk | None = None) -> dict[
     if cache is not None:
         batch = {**batch, "cached": cache.batch(packs)}
     return {**batch, "lengths": lengths, "draw": draw}
-
-
-class _Meter:
-    """Means since the last line of the log."""
-
-    def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self._sums: dict[int, Tensor] = {}
-        self._counts: dict[int, int] = {}
-        self._num_tokens = 0
-        self._started_s = time.monotonic()
-
-    def add(self, means: Mapping[int, Tensor], inputs: Mapping[str, Tensor]) -> None:
-        count = inputs["target_rows"].numel()
-        self._num_tokens += inputs["input_ids"].numel()
-        for exit_layer, mean in means.items():
-            previous = self._sums.get(exit_layer, torch.zeros_like(mean))
-            self._sums[exit_layer] = previous + mean * count
-            self._counts[exit_layer] = self._counts.get(exit_layer, 0) + count
-
-    def read(self) -> dict[str, float]:
-        """``loss_exit_E`` and ``tokens_per_s``, and start anew."""
-        exits = sorted(self._sums)
-        # One copy for all exits, and the only time that the host waits for them.
-        sums = torch.stack([self._sums[e] for e in exits]).tolist() if exits else []
-        values = {
-            f"loss_exit_{e}": total / max(1, self._counts[e])
-            for e, total in zip(exits, sums, strict=True)
-        }
-        values["tokens_per_s"] = self._num_tokens / max(1e-9, time.monotonic() - self._started_s)
-        self._reset()
-        return values
