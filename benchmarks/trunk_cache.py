@@ -159,7 +159,7 @@ def _packs(arguments: argparse.Namespace, vocab_size: int) -> list[Pack]:
     draw, numbers = random.Random(arguments.seed), np.random.default_rng(arguments.seed)
     packs: list[Pack] = []
     while len(packs) < arguments.steps + 1:
-        examples = []
+        examples: list[Example] = []
         while sum(map(len, examples)) < arguments.tokens * 0.9:
             left = arguments.tokens - sum(map(len, examples))
             token_ids = numbers.integers(vocab_size, size=min(draw.randint(100, 300), left))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_a_lock_ends_with_the_process_that_has_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "flags", [{"log_every": 3}, {"save_every": 3}, {"report_to": "none"}, {"max_time": "5m"}]
 )
-def test_flags_that_change_no_weight_may_differ(tmp_path: Path, flags: dict[str, object]) -> None:
+def test_flags_that_change_no_weight_may_differ(tmp_path: Path, flags: dict[str, Any]) -> None:
     begin(tmp_path)
 
     begin(tmp_path, **flags)

@@ -192,8 +192,8 @@ class SortedModel(nn.Module):
         It takes the rows, and the name in ``cached`` of their places among the rows that are kept.
         """
         if cached is None:
-            states = self.trunk_states(input_ids, position_ids, lengths, exits)
-            return lambda rows, _: self._read_rows(states, rows)
+            trunk_states = self.trunk_states(input_ids, position_ids, lengths, exits)
+            return lambda rows, _: self._read_rows(trunk_states, rows)
         decoder = self.base.model
         dtype, full = decoder.norm.weight.dtype, self.exits[-1]
         states = {e: cached[FULL if e == full else stream_name(e)].to(dtype) for e in exits}

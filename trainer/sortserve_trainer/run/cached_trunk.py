@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.progress import Progress
 from torch import Tensor
 from torch.nn.functional import linear
@@ -234,9 +235,10 @@ def trunk_digest(loaded: LoadedModel) -> str:
     return digest.hexdigest()
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    found: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
+    return found
 
 
 def _streams(model: SortedModel, dtype: torch.dtype, *, keeps_likely: bool) -> tuple[Stream, ...]:

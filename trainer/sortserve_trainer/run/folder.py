@@ -207,7 +207,7 @@ def _check_same(record: Mapping[str, Any], settings: TrainSettings, folder: Path
 def _is_same(name: str, record: Mapping[str, Any], old: Any, new: Any) -> bool:
     """Whether two values of a setting mean the same, though they are spelled differently."""
     if name == "base" and "base" in record and "version" in record:
-        return os.path.realpath(new) == str(record["base"])
+        return bool(os.path.realpath(new) == record["base"])
     if name == "trunk_cache":
         return (old is None) == (new is None)
     if name in ("data", "eval_data") and "version" in record and len(old) == len(new):

@@ -31,8 +31,7 @@ def default_api() -> HubApi:
     """The hub's client."""
     from huggingface_hub import HfApi
 
-    api: HubApi = HfApi()  # type: ignore[assignment] # its methods take more than is asked here
-    return api
+    return HfApi()
 
 
 def check_hub(api: HubApi) -> None:

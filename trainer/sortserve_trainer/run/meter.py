@@ -51,7 +51,7 @@ class Meter:
 
 def _peak_bytes() -> int:
     """Of the GPU where there is one in use, else of the process."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call] # torch has no type here
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -307,8 +307,8 @@ def host_batch(packs: Sequence[Pack], cache: CachedTrunk | None = None) -> dict[
         Its tensors, but ``lengths`` as a tuple; ``draw``, a number made of the tokens; and with a
         ``cache`` what it has of them as ``cached``.
     """
-    batch = collate(packs)
+    batch: dict[str, Any] = dict(collate(packs))
     lengths, draw = tuple(batch["lengths"].tolist()), int(batch["input_ids"].sum())
     if cache is not None:
-        batch = {**batch, "cached": cache.batch(packs)}
+        batch["cached"] = cache.batch(packs)
     return {**batch, "lengths": lengths, "draw": draw}
