@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.progress import Progress
 from torch import Tensor
 from torch.nn.functional import linear
@@ -235,10 +234,9 @@ def trunk_digest(loaded: LoadedModel) -> str:
     return digest.hexdigest()
 
 
-def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+def _bytes_of(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    found: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
-    return found
+    return flat.view(torch.uint8).numpy().data
 
 
 def _streams(model: SortedModel, dtype: torch.dtype, *, keeps_likely: bool) -> tuple[Stream, ...]:
