@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -110,6 +111,15 @@ def test_a_failed_engine_ends_the_process_with_1() -> None:
         assert reply.status_code == 500
         assert server.end() == 1
     assert "the engine has failed: ending, so that a supervisor can start anew" in server.messages()
+
+
+def test_a_blocked_event_loop_ends_the_process_with_1() -> None:
+    with scripted_server("loop blocked", "--step-timeout=0.3") as server:
+        with contextlib.suppress(httpx.TransportError):
+            httpx.get(f"{server.url}/status")
+
+        assert server.end() == 1
+    assert "the event loop has not got on" in server.messages()
 
 
 def test_a_server_that_nobody_can_reach_any_more_ends_with_1() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from sortserve.core.grammar import GrammarError
@@ -11,6 +12,8 @@ from sortserve.engine.finish import would_overrun
 from sortserve.engine.live import Live, TextError, push
 
 __all__ = ["Accepted", "accept", "row_failure"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,11 @@ def _take(
     return text, None
 
 
-def row_failure(error: TextError | GrammarError) -> RowFailure:
-    """Why a request ends that ``accept`` could not serve."""
+def row_failure(error: Exception, request_id: str) -> RowFailure:
+    """Why a request ends that could not be given its token; what nobody foresaw is logged."""
     if isinstance(error, TextError):
         return RowFailure("text", error.detail)
-    return RowFailure("grammar", str(error))
+    if isinstance(error, GrammarError):
+        return RowFailure("grammar", str(error))
+    logger.error("request %s could not be given its token", request_id, exc_info=error)
+    return RowFailure("exception", type(error).__name__)

@@ -13,7 +13,6 @@ from sortserve.admission.choose import ExitChoice
 from sortserve.admission.lengths import LengthEstimator, expected_tokens
 from sortserve.core.budget import ExitTable, OnMiss
 from sortserve.core.errors import BudgetUnattainableError, SortserveError
-from sortserve.core.grammar import GrammarError
 from sortserve.core.plan import Runner
 from sortserve.core.request import EngineStats, FinishReason, Observer, Request, RequestOutput
 from sortserve.core.sampling_params import RowFailure, SampledToken
@@ -26,10 +25,17 @@ from sortserve.engine.finish import (
     expired_in_queue,
     failure_error,
     is_over,
-    make_report,
 )
 from sortserve.engine.health import Health
-from sortserve.engine.live import Live, TextError, TextStream, learn_length, rest, sequence_of
+from sortserve.engine.live import (
+    Live,
+    TextError,
+    TextStream,
+    learn_length,
+    report_of,
+    rest,
+    sequence_of,
+)
 from sortserve.engine.pipeline import Landed, Pipeline
 from sortserve.engine.steps import engine_stats, step_record
 from sortserve.engine.validation import check_lengths, check_vocabulary, exits_that_fit
@@ -213,8 +219,8 @@ class Engine:
             live = self._live[row.request_id]
             try:
                 outputs.append(self._accept(live, token, row.exit_layer, now))
-            except (TextError, GrammarError) as error:
-                failures[row.request_id] = row_failure(error)
+            except Exception as error:  # of whatever kind, it is this request's alone
+                failures[row.request_id] = row_failure(error, row.request_id)
         outputs += [self._fail(self._live[id_], failure, now) for id_, failure in failures.items()]
         self.tell(
             lambda observer: observer.on_step(
@@ -263,17 +269,18 @@ class Engine:
         keep_prefix: bool = True,
     ) -> RequestOutput:
         sequence = live.sequence
+        report = report_of(live, reason, exits=self.exits, now=now)
         self.scheduler.finish(sequence, keep_prefix=keep_prefix)
         if reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.DEADLINE):
             learn_length(self.lengths, sequence, cut=reason is not FinishReason.STOP)
         del self._live[sequence.request_id]
         self._timed.pop(sequence.request_id, None)
-        report = make_report(sequence, reason, exits=self.exits, now=now, promised=live.promised)
         if isinstance(error, BudgetUnattainableError):
             budget = sequence.request.budget
             self.tell(lambda observer: observer.on_rejected("expired_in_queue", budget))
-        else:
-            self.tell(lambda observer: observer.on_finished(report))
+        elif report is not None:
+            told = report
+            self.tell(lambda observer: observer.on_finished(told))
         return RequestOutput(
             request_id=sequence.request_id,
             text=text,

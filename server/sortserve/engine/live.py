@@ -8,11 +8,13 @@ from typing import Protocol
 
 from sortserve.admission.choose import ExitChoice
 from sortserve.admission.lengths import LengthEstimator, LengthKey
+from sortserve.core.budget import ExitTable
 from sortserve.core.grammar import Constraint
-from sortserve.core.request import Request
+from sortserve.core.request import FinishReason, Request, RequestReport
 from sortserve.core.sequence import Sequence
+from sortserve.engine.finish import make_report
 
-__all__ = ["Live", "TextError", "TextStream", "learn_length", "push", "rest", "sequence_of"]
+__all__ = ["Live", "TextError", "TextStream", "learn_length", "push", "report_of", "rest", "sequence_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +99,17 @@ def rest(live: Live) -> str:
     except Exception as error:
         logger.exception("the text of request %s lacks its end", live.sequence.request_id)
         raise TextError(type(error).__name__) from error
+
+
+def report_of(
+    live: Live, reason: FinishReason, *, exits: ExitTable, now: float
+) -> RequestReport | None:
+    """What is told of a request that ends now; None if that fails, for its answer does not."""
+    try:
+        return make_report(live.sequence, reason, exits=exits, now=now, promised=live.promised)
+    except Exception:
+        logger.exception("there is no report of request %s", live.sequence.request_id)
+        return None
 
 
 def learn_length(lengths: LengthEstimator, sequence: Sequence, *, cut: bool) -> None:

@@ -14,7 +14,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from queue import SimpleQueue
 
-from sortserve.core.errors import SortserveError
+from sortserve.core.errors import EngineError, SortserveError
 from sortserve.core.request import Request, RequestOutput
 from sortserve.core.sampling_params import SampledToken
 from sortserve.engine.assemble import EngineParts
@@ -117,7 +117,8 @@ class OfflineEngine:
                 texts.append(output.text)
                 tokens += output.tokens
         assert output.finish_reason is not None
-        assert output.report is not None
+        if output.report is None:
+            raise EngineError("There is no report of this answer; the log says why.")
         return Completion(
             index=request.sample_index,
             text="".join(texts),

@@ -212,8 +212,8 @@ class ServeSettings(ReplicaSettings):
     """Steps in a row that may fail and give no token, each followed by a self-test that fails too,
     before the process ends."""
     step_timeout: Seconds = 300.0
-    """Seconds after which an engine that does not get on has failed, and the process ends. The
-    longest step must fit in. 0: never."""
+    """Seconds after which an engine that does not get on has failed, and the process ends; likewise
+    an event loop. The longest step must fit in. 0: never."""
     debug: bool = False
     """Check the engine's books whenever it is idle; a mistake in them ends the process."""
 

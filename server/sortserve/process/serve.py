@@ -33,6 +33,7 @@ from sortserve.process.garbage import calm_garbage_collector
 from sortserve.process.http_server import http_server
 from sortserve.process.key_reload import key_ledger, start_reloading
 from sortserve.process.listening import is_loopback, listening, tls_context
+from sortserve.process.loop_watch import watched_loop
 from sortserve.process.notices import warn_of_open_door
 from sortserve.process.signals import SignalGuard
 from sortserve.telemetry.log_writer import LogWriter
@@ -183,8 +184,9 @@ class ServerProcess:
         reloading = start_reloading(self.settings, ledger, keys, exits, self._keys_asked)
         calm_garbage_collector()
         self._announce(serving, listener)
-        while not (self._signalled.is_set() or serving_http.done() or worker.state == "failed"):
-            await _first(self._signalled, serving_http, timeout_s=HEALTH_POLL_S)
+        with watched_loop(self.settings.step_timeout or None, self._give_up_loop, self._loop):
+            while not (self._signalled.is_set() or serving_http.done() or worker.state == "failed"):
+                await _first(self._signalled, serving_http, timeout_s=HEALTH_POLL_S)
         if worker.state == "failed":
             reason = worker.failure
             logger.error(
@@ -273,7 +275,13 @@ class ServerProcess:
             text = banner(settings, serving, port)
             threading.Thread(target=_print, args=(text,), name="banner", daemon=True).start()
 
-    # ---- on the guard's thread ----
+    # ---- on other threads ----
+
+    def _give_up_loop(self) -> None:
+        """Nobody is answered any more: end what only a supervisor could end otherwise."""
+        timeout_s = self.settings.step_timeout
+        logger.error("the event loop has not got on", extra=fields(timeout_s=timeout_s))
+        self._guard.end_within(0.0, exit_code=1)
 
     def _hear(self, sig: int) -> None:
         """Take a signal: the first drains, the second ends, the third does not even ask."""

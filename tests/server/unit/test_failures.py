@@ -8,6 +8,7 @@ import pytest
 
 from sortserve.core.budget import Budget, OnMiss
 from sortserve.core.request import Request, RequestReport, StepRecord
+from sortserve.core.sequence import Sequence
 from sortserve.cost.learner import CostLearner
 from sortserve.cost.model import CostModel, StepShape
 from sortserve.engine.engine import Engine
@@ -104,6 +105,43 @@ def test_a_row_whose_token_cannot_be_made_text_ends_alone() -> None:
     assert error_of(results["guilty"]) == "The model failed on this request: text (RuntimeError)."
     assert [results[name].text for name in NEIGHBOURS] == ["bcde", "bcde"]
     assert [dict(r.failed_rows) for r in records.steps if r.failed_rows] == [{"text": 1}]
+
+
+def test_a_request_that_cannot_take_its_token_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    append = Sequence.append_token
+
+    def faulty(sequence: Sequence, *args: Any, **kwargs: Any) -> None:
+        if sequence.request_id == "guilty":
+            raise RuntimeError("a scripted fault")
+        append(sequence, *args, **kwargs)
+
+    monkeypatch.setattr(Sequence, "append_token", faulty)
+
+    results, records = run_three(FaultyRunner())
+
+    assert error_of(results["guilty"]) == (
+        "The model failed on this request: exception (RuntimeError)."
+    )
+    assert [results[name].text for name in NEIGHBOURS] == ["bcde", "bcde"]
+    assert [dict(r.failed_rows) for r in records.steps if r.failed_rows] == [{"exception": 1}]
+
+
+def test_a_request_without_a_report_gets_its_answer_and_gives_all_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sortserve.engine.live.make_report", lambda *args, **kwargs: 1 / 0)
+    records = Records()
+    engine = make_engine(observer=records)
+    add(engine, make_request("r"))
+
+    result = run(engine)["r"]
+
+    assert result.text == "bcde"
+    assert result.last is not None
+    assert result.last.finish_reason is not None
+    assert result.last.report is None
+    assert records.reports == []
+    assert engine.stats().kv_pages_used == 0
 
 
 def test_a_text_without_its_end_still_ends() -> None:
