@@ -82,7 +82,8 @@ def violation_of(outcome: Outcome) -> str | None:
 
 async def run_case(client: HttpClient, case: Case, rng: random.Random) -> Outcome:
     """Sends one request on a connection of its own and goes away when the case says so."""
-    data = encode_request(case.method, case.path, case.body, case.headers)
+    headers = {**client.headers, **case.headers}
+    data = encode_request(case.method, case.path, case.body, headers)
     if case.hangup is Hangup.MID_UPLOAD:
         data = data[: -len(case.body) // 2]
     num_chunks, delay_s = rng.randint(1, MAX_CHUNKS), rng.uniform(0, MAX_DELAY_S)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "ROOT",
     "environment",
     "json_line",
     "metric_total",

@@ -158,6 +158,15 @@ class HttpClient:
         self._headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         self._idle: list[HttpConnection] = []
 
+    def authorise(self, api_key: str) -> None:
+        """Send this key from now on."""
+        self._headers["authorization"] = f"Bearer {api_key}"
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """What every request carries."""
+        return self._headers
+
     async def request(
         self,
         method: str,

@@ -14,7 +14,16 @@ from sortserve.core.request import FinishReason, Request, RequestReport
 from sortserve.core.sequence import Sequence
 from sortserve.engine.finish import make_report
 
-__all__ = ["Live", "TextError", "TextStream", "learn_length", "push", "report_of", "rest", "sequence_of"]
+__all__ = [
+    "Live",
+    "TextError",
+    "TextStream",
+    "learn_length",
+    "push",
+    "report_of",
+    "rest",
+    "sequence_of",
+]
 
 logger = logging.getLogger(__name__)
 
