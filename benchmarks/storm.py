@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import ipaddress
 import itertools
+import json
 import random
 import sys
 from collections import Counter
@@ -40,6 +41,8 @@ IDLE_TIMEOUT_S = 30.0
 MAX_DELAY_S = 0.5
 """Latest moment at which an impatient client hangs up."""
 MAX_CHUNKS = 20
+LAST_OF_RESPONSES = ("response.completed", "response.incomplete")
+"""The last events of a stream of ``/v1/responses``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +144,13 @@ def _judge(case: Case, response: Response, payloads: Sequence[str]) -> Outcome:
         )
     streamed = response.headers.get("content-type", "").startswith("text/event-stream")
     broken = any(payload.startswith('{"error"') for payload in payloads)
-    complete = not streamed or (bool(payloads) and payloads[-1] == "[DONE]" and not broken)
+    complete = not streamed or (bool(payloads) and _is_last(payloads[-1]) and not broken)
     return Outcome(case=case, status=200, complete=complete)
+
+
+def _is_last(payload: str) -> bool:
+    """Whether a stream is whole with this event."""
+    return payload == "[DONE]" or json.loads(payload).get("type") in LAST_OF_RESPONSES
 
 
 async def _describe_server(client: HttpClient, max_body_bytes: int) -> Target:

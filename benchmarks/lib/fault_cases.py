@@ -205,7 +205,7 @@ def _clients() -> list[FaultCase]:
         "bytes that are no HTTP": rude_clients.garbage,
     }
     return [
-        FaultCase(name=name, part="clients", outcome=Outcome.UNNOTICED, strike=strike, found_s=4.0)
+        FaultCase(name=name, part="clients", outcome=Outcome.UNNOTICED, strike=strike, found_s=6.0)
         for name, strike in kinds.items()
     ]
 

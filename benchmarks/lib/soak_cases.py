@@ -83,7 +83,7 @@ def _polite(model: str, exits: Sequence[int]) -> list[Case]:
         ("chat", CHAT, chat),
         ("chat stream", CHAT, {**chat, "stream": True, "stream_options": {"include_usage": True}}),
         ("schema", CHAT, {**chat, "max_tokens": 40, "response_format": form}),
-        ("tools", CHAT, {**chat, "tools": [TOOL], "max_tokens": 40}),
+        ("tools", CHAT, {**chat, "tools": [TOOL], "tool_choice": "required"}),
         ("response", RESPONSES, response),
         ("response stream", RESPONSES, {**response, "stream": True}),
         ("native", GENERATE, native),

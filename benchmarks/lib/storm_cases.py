@@ -143,7 +143,6 @@ def _wrong_fields(model: str) -> list[Case]:
         "stop_token_ids": [[-1], "x"],
         "logprobs": [-1, 1000],
         "grammar": ['root ::= "a"'],
-        "guided_json": [{}],
         "mirostat": [2],
         "n": [0, 10**6, "two"],
         "stream": [7],

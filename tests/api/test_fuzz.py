@@ -6,6 +6,7 @@ The model is a real one, tiny and random: what a request asks of the sampler is 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -30,6 +31,9 @@ if TYPE_CHECKING:  # importing it takes seconds, which only those who run these 
     import schemathesis
 
 MAX_QUEUED = 300
+NUM_REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "10000"))
+NUM_DISCONNECTS = int(os.environ.get("FUZZ_DISCONNECTS", "5000"))
+"""Of the slow tests."""
 GOOD: dict[str, dict[str, Any]] = {
     "/generate": {"prompt": "the", "max_tokens": 3},
     "/v1/completions": {"prompt": "the", "max_tokens": 3},
@@ -121,7 +125,7 @@ def check(case: schemathesis.Case[Any], reply: schemathesis.Response) -> None:
 
 @pytest.mark.parametrize(
     "count",
-    [50, pytest.param(5000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])],
+    [50, pytest.param(NUM_REQUESTS, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])],
 )
 @pytest.mark.filterwarnings("ignore")  # of the generator, about its own schemas
 def test_whatever_the_document_allows_or_forbids_leaves_the_server_whole(
@@ -203,12 +207,13 @@ async def storm(url: str, count: int, at_once: int = 60) -> Counter[str]:
         async with places:
             return await leave_at_any_byte(host, int(port), random.Random(number))
 
-    async with asyncio.timeout(1500):
+    async with asyncio.timeout(7000):
         return Counter(await asyncio.gather(*(client(number) for number in range(count))))
 
 
 @pytest.mark.parametrize(
-    "count", [100, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+    "count",
+    [100, pytest.param(NUM_DISCONNECTS, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])],
 )
 def test_clients_that_leave_at_any_byte_leave_nothing_behind(whole: Whole, count: int) -> None:
     with listening(whole.app) as url:
