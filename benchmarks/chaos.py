@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,11 @@ class Result:
 class Chaos:
     """Runs the faults; keeps a server as long as they leave it alive."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, is_hasty: bool = False) -> None:
         self._folder = folder
+        self._is_hasty = is_hasty
+        self._spare: asyncio.Task[FaultyProcess] | None = None
+        """A server that starts while the one before it is struck."""
         self._model = write_tiny_checkpoint(folder / "tiny")
         write_adapter(folder / "adapter", self._model)
         self._server: FaultyProcess | None = None
@@ -104,10 +108,14 @@ class Chaos:
             self._end(server)
         return result
 
-    def close(self) -> None:
-        """End the server."""
+    async def close(self) -> None:
+        """End the servers."""
         if self._server is not None:
             self._end(self._server)
+        if self._spare is not None:
+            self._spare.cancel()
+            with suppress(asyncio.CancelledError, ServerStartError):
+                (await self._spare).end()
 
     def _end(self, server: FaultyProcess) -> None:
         server.end()
@@ -121,8 +129,10 @@ class Chaos:
             await self._learn(server)
             return server, True
         if self._server is None:
-            self._server = await self._start(None, {})
-            await self._learn(self._server)
+            self._server = await (self._spare or self._start(None, {}))
+            self._spare = asyncio.create_task(self._start(None, {})) if self._is_hasty else None
+            if case.outcome not in ENDING or not self._expected:
+                await self._learn(self._server)
         return self._server, False
 
     async def _start(self, case: FaultCase | None, env: dict[str, str]) -> FaultyProcess:
@@ -246,7 +256,8 @@ async def _settled_files(server: FaultyProcess, usual: int, patience_s: float = 
 async def _run(cases: Sequence[FaultCase], attempts: int) -> list[Result]:
     results = []
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        chaos = Chaos(Path(folder))
+        is_hasty = sum(case.outcome in ENDING for case in cases) > 1
+        chaos = Chaos(Path(folder), is_hasty=is_hasty)
         try:
             for case in cases:
                 for _ in range(attempts):
@@ -258,7 +269,7 @@ async def _run(cases: Sequence[FaultCase], attempts: int) -> list[Result]:
                 for problem in result.problems:
                     print("   ", problem, file=sys.stderr, flush=True)
         finally:
-            chaos.close()
+            await chaos.close()
             _unmount(Path(folder))
     return results
 

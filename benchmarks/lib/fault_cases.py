@@ -156,9 +156,9 @@ def _page(point: str, path: str) -> FaultCase:
 
 def _guilty() -> list[FaultCase]:
     outcome = Outcome.ONE_FAILS
-    steps = ("grammar mask", "grammar advance", "detokenise", "stop strings", "token append")
+    steps = ("grammar advance", "detokenise", "stop strings", "token append", "finish")
     return [
-        *(at("step", name, "raise", outcome) for name in steps if name != "grammar mask"),
+        *(at("step", name, "raise", outcome) for name in steps),
         at("step", "grammar mask", "raise", Outcome.SOME_FAIL, times=None),
         at("API", "chunk", "raise", outcome),
         at("API", "body", "raise", outcome),
@@ -306,11 +306,15 @@ def _ends() -> list[FaultCase]:
 
         return strike
 
-    raises = ("schedule", "pages", "prefix look-up", "prefix publishing", "commit", "finish")
+    raises = ("schedule", "pages", "prefix publishing", "commit")
     hangs = (
         *("schedule", "pages", "host batch", "forward", "sampling", "grammar mask"),
         *("detokenise", "commit"),
     )
+
+    async def looked_up(server: FaultyProcess) -> None:
+        await server.arm("prefix look-up", "raise", 1)
+        await rude_clients.ask(server.client)  # one that is admitted meets it
 
     async def aborted(server: FaultyProcess) -> None:
         await server.arm("abort", "raise", 1)
@@ -321,8 +325,6 @@ def _ends() -> list[FaultCase]:
         await server.status("/metrics", 0.1)
 
     return [
-        *(at("step", name, "raise", ends) for name in raises),
-        *(at("step", name, "hang", ends) for name in hangs),
         at("step", "forward", "raise", ends, times=None),
         at("step", "sampling", "raise", ends, times=None),
         at("step", "schedule", "exit", ends, name="the engine's thread is told to exit"),
@@ -353,6 +355,8 @@ def _ends() -> list[FaultCase]:
             outcome=Outcome.FORCED,
             strike=signalled(signal.SIGTERM, 2),
         ),
+        *(at("step", name, "raise", ends) for name in raises),
+        *(at("step", name, "hang", ends) for name in hangs),
     ]
 
 

@@ -129,6 +129,7 @@ class ServerProcess:
         """Whether no thread of ours is left that may be stuck."""
         self._log = log
         self._signals: list[int] = []
+        self._failure: str | None = None  # for the last words; else it is told after the end
         self._door = FrontDoor(
             settings.cors_allow_origins,
             root_path=settings.root_path,
@@ -153,6 +154,9 @@ class ServerProcess:
         exit_code = 1
         try:
             exit_code = await self._load_and_serve(listener, serving_http)
+        except Exception as error:
+            self._failure = f"{type(error).__name__}: {error}"
+            raise
         finally:
             self._guard.end_within(MAX_END_S, self._exit_code(exit_code))
             http.force_exit = self._signalled_twice.is_set()
@@ -188,10 +192,9 @@ class ServerProcess:
             while not (self._signalled.is_set() or serving_http.done() or worker.state == "failed"):
                 await _first(self._signalled, serving_http, timeout_s=HEALTH_POLL_S)
         if worker.state == "failed":
-            reason = worker.failure
             logger.error(
                 "the engine has failed: ending, so that a supervisor can start anew",
-                extra=fields(reason=reason),
+                extra=fields(reason=worker.failure),
             )
             exit_code = 1
         elif serving_http.done():
@@ -305,7 +308,8 @@ class ServerProcess:
 
     def _say_last_words(self, exit_code: int) -> None:
         logger.error(
-            "the process did not end in time: ended by force", extra=fields(exit_code=exit_code)
+            "the process did not end in time: ended by force",
+            extra=fields(exit_code=exit_code, reason=self._failure),
         )
         self._log.wait(LAST_WORDS_S)
 
