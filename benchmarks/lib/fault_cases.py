@@ -328,6 +328,13 @@ def _ends() -> list[FaultCase]:
         at("step", "forward", "raise", ends, times=None),
         at("step", "sampling", "raise", ends, times=None),
         at("step", "schedule", "exit", ends, name="the engine's thread is told to exit"),
+        FaultCase(
+            name="prefix look-up raises",
+            part="step",
+            outcome=ends,
+            strike=looked_up,
+            point="prefix look-up",
+        ),
         FaultCase(name="abort raises", part="step", outcome=ends, strike=aborted, point="abort"),
         FaultCase(
             name="event loop hangs",
