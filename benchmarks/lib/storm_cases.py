@@ -131,7 +131,7 @@ def _wrong_fields(model: str) -> list[Case]:
         "max_tokens": [0, -1, 1.5, "many", 10**7, 2**70],
         "min_tokens": [-1, 1000],
         "temperature": [-0.1, "hot", 1e9],
-        "top_p": [0, 1.5, []],
+        "top_p": [-0.1, 1.5, []],
         "top_k": [-2, "five"],
         "min_p": [2],
         "repetition_penalty": [0],
