@@ -109,7 +109,8 @@ def _weights() -> dict[str, Any]:
 
     def matrix(num_outputs: int, num_inputs: int, scale: float = 1.6) -> torch.Tensor:
         noise = torch.randn(num_outputs, num_inputs, generator=generator)
-        return noise * scale / num_inputs**0.5
+        scaled: torch.Tensor = noise * scale / num_inputs**0.5
+        return scaled
 
     tensors = {"model.embed_tokens.weight": matrix(VOCAB_SIZE, HIDDEN, scale=0.3 * HIDDEN**0.5)}
     for layer in range(NUM_LAYERS):

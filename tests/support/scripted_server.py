@@ -99,7 +99,9 @@ def build(settings: ServeSettings) -> Any:
     return SimpleNamespace(
         model_name="tiny",
         checkpoint=SimpleNamespace(
-            exits=SimpleNamespace(layers=EXITS, full=EXITS[-1]), generation_defaults={}
+            exits=SimpleNamespace(layers=EXITS, full=EXITS[-1]),
+            generation_defaults={},
+            license=None,
         ),
         tokenizer=AsciiTokenizer(),
         worker=worker,

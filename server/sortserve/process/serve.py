@@ -282,8 +282,7 @@ class ServerProcess:
 
     def _give_up_loop(self) -> None:
         """Nobody is answered any more: end what only a supervisor could end otherwise."""
-        timeout_s = self.settings.step_timeout
-        logger.error("the event loop has not got on", extra=fields(timeout_s=timeout_s))
+        logger.error("the event loop has not got on", extra=fields(s=self.settings.step_timeout))
         self._guard.end_within(0.0, exit_code=1)
 
     def _hear(self, sig: int) -> None:
