@@ -248,8 +248,7 @@ def _clocks() -> list[FaultCase]:
 def _resources() -> list[FaultCase]:
     async def no_files(server: FaultyProcess) -> None:
         await server.order("limit", resource="NOFILE", spare=0)
-        crowd = await asyncio.gather(*(server.status("/livez", 1.0) for _ in range(20)))
-        assert 200 not in crowd[1:] or True
+        await asyncio.gather(*(server.status("/livez", 1.0) for _ in range(20)))
         await server.order("limit", resource="NOFILE", spare=None)
 
     async def no_memory(server: FaultyProcess) -> None:
