@@ -23,13 +23,16 @@ def eval_command(argv: Sequence[str]) -> int:
     print_json = flags.pop("json")
     settings = load_eval_settings(flags)
 
-    from sortserve_trainer.commands.console import Console
-    from sortserve_trainer.evaluation.evaluate import evaluate
-    from sortserve_trainer.evaluation.table import quality_tables
     from sortserve_trainer.evaluation.writing import prepare_folder, write_files, write_quality
 
     if settings.output is not None:
         prepare_folder(settings.output)
+
+    # After the folder: these load torch and transformers, for which a mistake need not wait.
+    from sortserve_trainer.commands.console import Console
+    from sortserve_trainer.evaluation.evaluate import evaluate
+    from sortserve_trainer.evaluation.table import quality_tables
+
     report = evaluate(settings)
     # Files first: they are kept, whoever has stopped reading the output.
     said = []
