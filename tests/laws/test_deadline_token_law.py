@@ -25,6 +25,7 @@ from sortserve.scheduling.objective import Worth
 from sortserve.scheduling.policies.deadline import DEADLINE
 from sortserve.scheduling.policies.table import POLICIES
 from sortserve.scheduling.policy import Lowering
+from support.examples import examples
 from support.scripted import make_request
 from support.serving import Served, offline_tokens, serve
 from support.timed import Timed
@@ -181,7 +182,7 @@ def test_law_12_every_token_under_deadline_is_the_offline_one_at_its_exit(
         policy=st.sampled_from(["deadline", restless]),
         launcher=st.sampled_from([None, "early", "late"]),
     )
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=examples(20), deadline=None)
     def check(
         asked: tuple[CostModel, list[Request]],
         slowness: float,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from sortserve.engine.engine import Engine
 from sortserve.scheduling.policies.table import POLICIES
+from support.examples import examples
 from support.scripted import (
     Collected,
     ScriptedRunner,
@@ -57,7 +58,7 @@ def alone(prompt: str, max_tokens: int, exit_layer: int) -> list[int]:
     caching=st.booleans(),
     max_num_seqs=st.sampled_from([1, 3, 5]),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 def test_any_batch_under_any_pressure_equals_each_request_alone(
     workload: list[tuple[str, int, int]],
     policy: str,
@@ -97,7 +98,7 @@ ACTIONS = st.lists(
 
 
 @given(actions=ACTIONS, num_pages=st.sampled_from([30, 60, 200]), chunk=st.sampled_from([6, 64]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_no_page_leaks_and_everyone_finishes_after_any_storm(
     actions: list[tuple[str, int]], num_pages: int, chunk: int
 ) -> None:

@@ -26,6 +26,7 @@ from sortserve.core.request import FinishReason, Request, RequestOutput, Request
 from sortserve.core.sampling_params import RowFailure
 from sortserve.engine.engine import Engine
 from sortserve.simulation import Clock, Simulation, TimedRunner
+from support.examples import examples
 from support.launchers import LAUNCHERS
 from support.scripted import (
     AsciiText,
@@ -233,7 +234,7 @@ class Storm:
         raise AssertionError("work is left")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     st.integers(0, 2**32),
     st.sampled_from(["deadline", "deadline", "fair"]),
@@ -301,7 +302,7 @@ SAMPLING: tuple[dict[str, Any], ...] = (
 )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from([27, 60, 300]), st.sampled_from([5, 16]))
 def test_rows_that_are_run_again_get_the_tokens_that_they_get_alone(
     tiny: Path, seed: int, num_pages: int, chunk: int

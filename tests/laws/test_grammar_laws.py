@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from sortserve.core.budget import Budget
 from sortserve.scheduling.policies.table import POLICIES
+from support.examples import examples
 from support.launchers import LAUNCHERS
 from support.scripted import (
     Collected,
@@ -56,7 +57,7 @@ FORMS = st.text(alphabet="?ab{:", min_size=1, max_size=24)
     chunk=st.sampled_from([5, 16, 256]),
     launcher=st.sampled_from([None, "early", "late"]),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_forced_tokens_in_a_chunk_equal_one_by_one_in_any_batch(
     forms: list[tuple[str, int]], policy: str, num_pages: int, chunk: int, launcher: str | None
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from support.examples import examples
 from support.model_laws import (
     GREEDY,
     SEEDED,
@@ -85,7 +86,7 @@ def test_law_1_served_at_an_exit_is_what_transformers_gives_with_its_first_layer
     abort_after=st.integers(0, 6),
 )
 @settings(
-    max_examples=25,
+    max_examples=examples(25),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

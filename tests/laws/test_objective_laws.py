@@ -21,6 +21,7 @@ from sortserve.core.errors import BudgetUnattainableError
 from sortserve.scheduling.demand import Demand
 from sortserve.scheduling.objective import OBJECTIVES, Worth
 from sortserve.scheduling.policies.table import get_policy
+from support.examples import examples
 from support.scripted import make_exits
 from support.timed import MODEL, make_demand
 
@@ -89,7 +90,7 @@ def decide(
     weight=st.sampled_from([0.25, 1.0, 4.0]),
     objective=st.sampled_from(sorted(OBJECTIVES)),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_no_plan_loses_more_than_the_refusal_it_avoids(
     demands: list[Demand],
     table: tuple[float, ...],
@@ -108,7 +109,7 @@ def test_no_plan_loses_more_than_the_refusal_it_avoids(
     better=st.tuples(st.floats(0.0, 1.0), st.floats(0.0, 1.0)),
     latency_ms=st.floats(150, 1500),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_a_better_table_never_gives_a_worse_result(
     demands: list[Demand],
     table: tuple[float, ...],
@@ -125,7 +126,7 @@ def test_a_better_table_never_gives_a_worse_result(
 
 
 @given(demands=rows(), table=TABLES, latency_ms=st.floats(150, 1500))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_who_is_worth_more_is_let_in_wherever_another_is(
     demands: list[Demand], table: tuple[float, ...], latency_ms: float
 ) -> None:

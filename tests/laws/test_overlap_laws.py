@@ -26,6 +26,7 @@ from sortserve.cost.model import StepShape
 from sortserve.engine.engine import Engine
 from sortserve.scheduling.policies.table import POLICIES
 from sortserve.simulation import Clock, TimedRunner
+from support.examples import examples
 from support.faults import FaultyRunner
 from support.launchers import LAUNCHERS, EarlyLauncher, LateLauncher
 from support.scripted import (
@@ -129,7 +130,7 @@ def play(engine: Engine, workload: list[Request], rng: random.Random) -> dict[st
     caching=st.booleans(),
     max_num_seqs=st.sampled_from([1, 3, 5]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_overlap_changes_no_token_whatever_happens_around_it(
     workload: list[Request],
     launcher: str,
@@ -308,7 +309,7 @@ class Moody(ScriptedRunner):
     num_pages=st.sampled_from([48, 512]),
     caching=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_a_step_that_fails_once_costs_time_and_nothing_else(
     workload: list[Request],
     launcher: str,
@@ -496,7 +497,7 @@ def request_of(number: int, spec: dict[str, Any]) -> Request:
     chunk=st.sampled_from([8, 256]),
     caching=st.booleans(),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_with_a_real_model_tokens_and_logprobs_are_those_without_overlap(
     served: Served,
     workload: list[dict[str, Any]],

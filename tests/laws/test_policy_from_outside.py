@@ -22,6 +22,7 @@ from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.policies.lockstep import lockstep
 from sortserve.scheduling.policies.table import POLICIES
 from sortserve.scheduling.policy import Policy, Situation, StepChoice
+from support.examples import examples
 from support.scripted import ScriptedRunner, add, depth_letter, make_engine, run
 from support.timed import MODEL, Timed, make_demand, make_timed, timed_request
 from support.workloads import check_report, workloads
@@ -87,7 +88,7 @@ def test_it_decides_who_enters() -> None:
     chunk=st.sampled_from([16, 1024]),
     max_num_seqs=st.sampled_from([1, 3, 64]),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 def test_nobody_starves_no_page_is_lost_and_it_never_fails(
     workload: list[Request], num_pages: int, chunk: int, max_num_seqs: int
 ) -> None:
@@ -113,7 +114,7 @@ def test_nobody_starves_no_page_is_lost_and_it_never_fails(
     lengths=st.lists(st.tuples(st.integers(1, 40), st.sampled_from([2, 4, 6])), max_size=8),
     num_pages=st.sampled_from([90, 800]),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 def test_everybody_gets_the_tokens_that_it_gets_alone(
     lengths: list[tuple[int, int]], num_pages: int
 ) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sortserve.core.request import Request, RequestOutput
 from sortserve.scheduling.objective import OBJECTIVES
 from sortserve.scheduling.policies.table import POLICIES
+from support.examples import examples
 from support.timed import MODEL, make_timed, timed_request
 from support.workloads import EXITS, check_report, workloads
 
@@ -27,7 +28,7 @@ from support.workloads import EXITS, check_report, workloads
     max_num_seqs=st.sampled_from([1, 3, 64]),
     seed=st.integers(0, 3),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_everybody_is_answered_and_no_page_is_lost(
     workload: list[Request],
     policy: str,
@@ -57,7 +58,7 @@ def test_everybody_is_answered_and_no_page_is_lost(
 
 
 @given(workload=workloads(), seed=st.integers(0, 3))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 def test_no_promise_is_made_that_the_model_says_cannot_be_kept(
     workload: list[Request], seed: int
 ) -> None:
@@ -81,7 +82,7 @@ def test_no_promise_is_made_that_the_model_says_cannot_be_kept(
 
 
 @given(workload=workloads(), seed=st.integers(0, 3))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 def test_due_times_never_go_back_and_never_pass_the_deadline(
     workload: list[Request], seed: int
 ) -> None:
@@ -117,7 +118,7 @@ def test_due_times_never_go_back_and_never_pass_the_deadline(
     stretch=st.floats(1.25, 5.0),
     kind=st.sampled_from(["latency_ms", "ttft_ms", "tpot_ms"]),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_alone_on_a_steady_machine_what_is_promised_is_kept(
     exit_layer: int, num_prompt: int, max_tokens: int, stretch: float, kind: str
 ) -> None:

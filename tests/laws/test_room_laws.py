@@ -22,6 +22,7 @@ from sortserve.cost.machine import Machine
 from sortserve.engine.config import EngineConfig
 from sortserve.scheduling.policies.table import POLICIES
 from sortserve.simulation import Arrival, BlankRunner, Clock, Simulation, TimedRunner, make_engine
+from support.examples import examples
 
 MACHINE = Machine(
     name="cpu2",
@@ -109,7 +110,7 @@ def test_of_those_let_in_nearly_all_are_in_time_and_near_what_was_predicted(
 
 
 @given(seed=st.integers(0, 10_000), room=st.sampled_from(sorted(ROOMS)))
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(5), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_page_is_lost_and_everybody_is_answered(seed: int, room: tuple[int, int]) -> None:
     simulation = server(room, "deadline", seed)
     requests = requests_of(seed, 2.0 * ROOMS[room], 40)

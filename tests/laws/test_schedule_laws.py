@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from sortserve.core.budget import Budget
 from sortserve.core.schedule import DepthSchedule
+from support.examples import examples
 from support.model_laws import GREEDY, SEEDED, assert_offline
 from support.scripted import Collected, add, collect, go_shallower, make_request, run
 from support.serving import serve
@@ -174,7 +175,7 @@ def requests(draw: st.DrawFn) -> list[dict[str, Any]]:
     caching=st.booleans(),
 )
 @settings(
-    max_examples=10,
+    max_examples=examples(10),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
