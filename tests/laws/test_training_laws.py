@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -187,8 +188,24 @@ COMMAND = (
 )
 
 
-def start(base: Path, output: Path, **overrides: object) -> subprocess.Popen[bytes]:
-    """``sortserve train`` in a process of its own."""
+SAVES_ONCE = """
+import signal
+from sortserve_trainer.run.trainer import SortedTrainer
+save = SortedTrainer._save_checkpoint
+
+def save_once(*given):
+    SortedTrainer._save_checkpoint = lambda *given: signal.pause()
+    save(*given)
+
+SortedTrainer._save_checkpoint = save_once
+"""
+"""It saves one state, goes on, and waits for its end where it would save another."""
+
+
+def start(
+    base: Path, output: Path, *, before: str = "", **overrides: object
+) -> subprocess.Popen[bytes]:
+    """``sortserve train`` in a process of its own; ``before`` is run first."""
     arguments = [
         part
         for name, value in flags(base, output, **overrides).items()
@@ -196,7 +213,9 @@ def start(base: Path, output: Path, **overrides: object) -> subprocess.Popen[byt
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *arguments], env=environment, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", before + COMMAND, *arguments],
+        env=environment,
+        stderr=subprocess.DEVNULL,
     )
 
 
@@ -212,11 +231,11 @@ def test_a_run_that_is_killed_and_started_again_ends_at_the_same_weights(
     base: Path, tmp_path: Path, kind: str
 ) -> None:
     """Only what is killed needs a process of its own: one loads libraries for ten seconds."""
-    options = {"save_every": 2, "max_tokens": 3000, "exit_modules": kind}
+    options = {"save_every": 2, "exit_modules": kind}
     undisturbed = run(base, tmp_path / "undisturbed", **options)
 
     killed = tmp_path / "killed"
-    process = start(base, killed, **options)
+    process = start(base, killed, before=SAVES_ONCE, **options)
     wait_for(f"states/checkpoint-*/{STATE}", tmp_path / "killed.run", process)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -274,10 +293,12 @@ def test_a_state_that_was_cut_short_is_not_resumed_from(
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    """One that no other test is given: systems give ports above 32767 to who names none."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_768):
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
 
 
 @pytest.mark.timeout(300)

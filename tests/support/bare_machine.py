@@ -17,7 +17,8 @@ __all__ = ["MISSING", "bare_environment", "hide"]
 ROOT = Path(__file__).resolve().parents[2]
 MISSING = frozenset(
     {
-        *("fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings", "prometheus_client"),
+        *("fastapi", "starlette", "uvicorn", "pydantic", "pydantic_core", "pydantic_settings"),
+        "prometheus_client",
         *("gguf", "bitsandbytes", "datasets", "matplotlib", "openai", "pytest_asyncio"),
         *("schemathesis", "uvloop", "websockets", "llguidance", "rich"),
     }

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from benchmarks.lib.parts import Part, last_json, run_parts, write_document
 
 from benchmarks import gpu_check, gpu_train
 from sortserve.model.backends import BACKENDS
-from support.bare_machine import MISSING, bare_environment
+from support.bare_machine import bare_environment
 from support.wrong_backends import WRONG
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -88,13 +89,11 @@ child.wait()
 
 
 def is_gone(pid: int) -> bool:
-    """Whether a process has ended, or does so soon: a signal is not instant."""
-    status = Path(f"/proc/{pid}/stat")
-    for _ in range(200):
-        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
-            return True
-        os.sched_yield()
-    return False
+    """Wait until a process has ended: a signal is not instant. It may go while it is looked at."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            os.sched_yield()
+    return True
 
 
 def test_when_the_time_is_over_the_rest_is_not_begun() -> None:
@@ -155,9 +154,10 @@ def test_a_summary_of_pytest_is_read() -> None:
 
 def is_marked(path: Path) -> bool:
     """Whether a file has the mark, as Python reads it."""
-    return any(
+    text = path.read_text(encoding="utf-8")
+    return "gpu" in text and any(
         isinstance(node, ast.Attribute) and ast.unparse(node).endswith("mark.gpu")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(ast.parse(text))
     )
 
 
@@ -346,25 +346,3 @@ def test_the_makefile_runs_what_is_rehearsed() -> None:
 
     assert "-m benchmarks.gpu_check --output build/gpu-check.json" in done.stdout
     assert "-m benchmarks.gpu_train --output build/gpu-train.json" in done.stdout
-
-
-def test_an_offline_engine_needs_none_of_the_servers_libraries(tmp_path: Path) -> None:
-    code = f"""
-import importlib.util, pathlib
-assert not any(map(importlib.util.find_spec, {sorted(MISSING)!r}))
-from sortserve import LLM, SamplingParams
-from support.tiny_models import make_tiny_checkpoint
-folder = make_tiny_checkpoint(pathlib.Path({str(tmp_path / "model")!r}), exits=(2, 4, 6))
-with LLM(folder, device="cpu") as llm:
-    [result] = llm.generate("the the", SamplingParams(max_tokens=5, ignore_eos=True))
-print(len(result.outputs[0].token_ids))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=bare_environment(tmp_path),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-    assert done.stdout.split()[-1:] == ["5"], done.stderr

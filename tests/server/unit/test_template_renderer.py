@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -178,18 +177,22 @@ def test_the_process_has_neither_torch_nor_the_sockets_of_its_parent(renderer: R
         pids = [process_of(fresh), *workers_of(fresh)]
         inode = os.readlink(f"/proc/self/fd/{listener.fileno()}")
         for pid in pids:
-            handles = Path(f"/proc/{pid}/fd").iterdir()
-            assert inode not in {os.readlink(handle) for handle in handles}
+            assert inode not in open_handles(pid)
             assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
         fresh.close()
 
 
-def num_sockets(pid: int) -> int:
+def open_handles(pid: int) -> list[str]:
+    """What each handle of a process stands for."""
     links = []
     for handle in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):  # closed meanwhile
             links.append(os.readlink(handle))
-    return sum(link.startswith("socket:") for link in links)
+    return links
+
+
+def num_sockets(pid: int) -> int:
+    return sum(link.startswith("socket:") for link in open_handles(pid))
 
 
 def test_workers_keep_no_others_socket(renderer: Renderer) -> None:
@@ -197,10 +200,7 @@ def test_workers_keep_no_others_socket(renderer: Renderer) -> None:
     renderer.render(SHOW, MESSAGES, {})
     for pid in workers_of(renderer):
         # One that has just been forked has all that we have, until its own program begins.
-        until_s = time.monotonic() + 10.0
-        while num_sockets(pid) != 1 and time.monotonic() < until_s:
-            time.sleep(0.01)
-        assert num_sockets(pid) == 1
+        until(lambda pid=pid: num_sockets(pid) == 1)  # type: ignore[misc]
     for thread in looping:
         thread.join()
 
@@ -255,12 +255,11 @@ def test_a_number_that_is_none_of_jsons_is_refused(renderer: Renderer, number: f
 def test_writing_many_long_numbers_keeps_no_other_thread_waiting() -> None:
     job = {"messages": [10**4299] * 2000}
     writing = threading.Thread(target=_as_json, args=(job,))
-    longest_s, now = 0.0, time.monotonic()
+    num_turns = 0
 
     writing.start()
     while writing.is_alive():
         writing.join(0.001)
-        before, now = now, time.monotonic()
-        longest_s = max(longest_s, now - before)
+        num_turns += 1
 
-    assert longest_s < 0.25  # 10 ms, or 0.5 s if it were written in one piece
+    assert num_turns > 10  # some fifty, or three if it were written in one piece
