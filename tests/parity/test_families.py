@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -100,19 +101,41 @@ def assert_parity(checkpoint: LoadedCheckpoint, model: Any, ids: Sequence[int], 
             assert error < TOLERANCE, f"exit {exit_layer}, position {position}: off by {error}"
 
 
+class Loaded(NamedTuple):
+    """A checkpoint with exits of four kinds, as we load it and as transformers does."""
+
+    folder: Path
+    checkpoint: LoadedCheckpoint
+    model: Any
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Loaded]:
+    """By variant, each loaded once."""
+
+    @cache
+    def load(variant: str) -> Loaded:
+        folder = tmp_path_factory.mktemp(variant)
+        make_tiny_checkpoint(folder, variant, exits=EXITS, exit_kinds=KINDS)
+        return Loaded(folder, load_fp32(folder), load_hf(folder))
+
+    return load
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_served_logits_are_those_of_transformers_at_every_exit(
-    variant: str, tmp_path: Path
+    variant: str, loaded: Callable[[str], Loaded]
 ) -> None:
-    folder = make_tiny_checkpoint(tmp_path, variant, exits=EXITS, exit_kinds=KINDS)
+    folder, checkpoint, model = loaded(variant)
 
-    assert_parity(load_fp32(folder), load_hf(folder), tiny_ids()[:100], folder)
+    assert_parity(checkpoint, model, tiny_ids()[:100], folder)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_plain_forward_pass_agrees_at_every_position(variant: str, tmp_path: Path) -> None:
-    folder = make_tiny_checkpoint(tmp_path, variant, exits=EXITS, exit_kinds=KINDS)
-    checkpoint, model, ids = load_fp32(folder), load_hf(folder), tiny_ids()[:60]
+def test_the_plain_forward_pass_agrees_at_every_position(
+    variant: str, loaded: Callable[[str], Loaded]
+) -> None:
+    (folder, checkpoint, model), ids = loaded(variant), tiny_ids()[:60]
 
     for exit_layer in EXITS:
         ours_TV = reference_forward(checkpoint.config, checkpoint.weights, ids, exit_layer)
@@ -121,11 +144,13 @@ def test_the_plain_forward_pass_agrees_at_every_position(variant: str, tmp_path:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_full_depth_has_the_models_number_of_parameters(variant: str, tmp_path: Path) -> None:
-    folder = make_tiny_checkpoint(tmp_path, variant)
-    num_parameters = sum(parameter.numel() for parameter in load_hf(folder).parameters())
+def test_the_full_depth_has_the_models_number_of_parameters(
+    variant: str, loaded: Callable[[str], Loaded]
+) -> None:
+    _, checkpoint, model = loaded(variant)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
 
-    assert load_fp32(folder).exits[6].num_parameters == num_parameters
+    assert checkpoint.exits[6].num_parameters == num_parameters
 
 
 def test_a_sharded_checkpoint_is_the_same_model(tmp_path: Path) -> None:

@@ -135,6 +135,8 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 VARIANTS: tuple[str, ...] = tuple(_VARIANTS)
 
+_MODELS: dict[str, Any] = {}
+"""Those made so far, by what they were made of."""
 _FILES: dict[str, dict[str, bytes]] = {}
 """Files of the checkpoints made so far, by what they were made of."""
 _CONFIGS: dict[bytes, ModelConfig] = {}
@@ -167,6 +169,13 @@ def tiny_hf_model(variant: str = "llama-tied", **overrides: Any) -> Any:
 
     ``overrides`` are further fields of the transformers config (``num_hidden_layers=4``, ...).
     """
+    key = repr((variant, sorted(overrides.items())))
+    if key not in _MODELS:
+        _MODELS[key] = _make_hf_model(variant, **overrides)
+    return copy.deepcopy(_MODELS[key])  # a tenth of the time
+
+
+def _make_hf_model(variant: str, **overrides: Any) -> Any:
     family, fields = _VARIANTS[variant]
     config = CONFIG_MAPPING[family](**copy.deepcopy({**_BASE, **fields, **overrides}))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

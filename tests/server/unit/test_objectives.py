@@ -132,7 +132,7 @@ def test_nobody_starves_whatever_their_weight(objective: str) -> None:
     late = timed_request("late", 20, max_tokens=5, at=0.01, latency_ms=1)
     heavy = [
         replace(timed_request(f"{kind}{i}", 60, max_tokens=30, at=0.1 * i, **budget), weight=1e3)
-        for i in range(40)
+        for i in range(24)
         for kind, budget in kinds.items()
     ]
     timed = make_timed(objective=objective, max_num_seqs=4, num_pages=200)

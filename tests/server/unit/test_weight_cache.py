@@ -74,12 +74,8 @@ def make_adapter(folder: Path, base: Path, *, seed: int = 0) -> Path:
     document = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": RANK}
     (folder / "adapter_config.json").write_text(json.dumps({**document, "target_modules": names}))
     generator = torch.Generator().manual_seed(seed)
-    hf_config = tiny_hf_model().config
-    hidden, mlp, layers = (
-        hf_config.hidden_size,
-        hf_config.intermediate_size,
-        hf_config.num_hidden_layers,
-    )
+    config = tiny_hf_model().config
+    hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     tensors = {}
     for layer in range(layers):
         for name, num_in in (("self_attn.q_proj", hidden), ("mlp.down_proj", mlp)):

