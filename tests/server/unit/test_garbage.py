@@ -12,7 +12,7 @@ from sortserve.process.garbage import calm_garbage_collector
 def _as_before() -> Iterator[None]:
     thresholds = gc.get_threshold()
     yield
-    gc.unfreeze()
+    gc.freeze()  # as the whole suite has it
     gc.set_threshold(*thresholds)
 
 
