@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -203,7 +204,7 @@ SortedTrainer._save_checkpoint = save_once
 
 
 def start(
-    base: Path, output: Path, *, before: str = "", **overrides: object
+    base: Path, output: Path, *, before: str = "", **overrides: Any
 ) -> subprocess.Popen[bytes]:
     """``sortserve train`` in a process of its own; ``before`` is run first."""
     arguments = [
@@ -231,7 +232,7 @@ def test_a_run_that_is_killed_and_started_again_ends_at_the_same_weights(
     base: Path, tmp_path: Path, kind: str
 ) -> None:
     """Only what is killed needs a process of its own: one loads libraries for ten seconds."""
-    options = {"save_every": 2, "exit_modules": kind}
+    options: dict[str, Any] = {"save_every": 2, "exit_modules": kind}
     undisturbed = run(base, tmp_path / "undisturbed", **options)
 
     killed = tmp_path / "killed"
@@ -306,7 +307,7 @@ def free_port() -> int:
 def test_two_processes_learn_what_one_learns_from_the_same_global_batch(
     base: Path, tmp_path: Path, method: str
 ) -> None:
-    options = {"method": method, "vocab_sample": 0}
+    options: dict[str, Any] = {"method": method, "vocab_sample": 0}
     one = run(base, tmp_path / "one", batch_size=2, **options)
 
     port = str(free_port())
