@@ -91,6 +91,7 @@ def test_the_spread_is_that_of_equal_steps() -> None:
 def test_steps_can_be_made_later_and_slower() -> None:
     curve = StepCurve.fit(survey())
 
-    assert curve.later(1e-3, 5e-3).step_s(decode(4)) == curve.step_s(decode(4)) + 1e-3
-    assert curve.later(1e-3, 5e-3).step_s(prompt(64)) == curve.step_s(prompt(64)) + 5e-3
+    later = curve.later(1e-3, 5e-3)
+    assert later.step_s(decode(4)) == pytest.approx(curve.step_s(decode(4)) + 1e-3)
+    assert later.step_s(prompt(64)) == pytest.approx(curve.step_s(prompt(64)) + 5e-3)
     assert curve.slower(1.5).step_s(prompt(64)) == pytest.approx(1.5 * curve.step_s(prompt(64)))
