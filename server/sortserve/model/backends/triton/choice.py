@@ -8,6 +8,8 @@ import os
 import torch
 
 from sortserve.model.backend import Backend, Target, Unusable
+from sortserve.model.backends.cpu.build import prebuilt_dir
+from sortserve.model.backends.triton.driver_module import use_prebuilt_driver_module
 from sortserve.model.backends.triton.tiles import INTERPRETED, Tiles, tiles_for
 
 __all__ = ["INTERPRET_VARIABLE", "is_triton_installed", "make_triton_backend"]
@@ -24,6 +26,8 @@ def make_triton_backend(target: Target) -> Backend | Unusable:
     why_not = _why_not(target)
     if why_not is not None:
         return Unusable(why_not)
+    if target.device.type == "cuda":
+        use_prebuilt_driver_module(prebuilt_dir())
     from sortserve.model.backends.triton.backend import TritonBackend
 
     tiles, detail = _tiles_on(target)
