@@ -13,6 +13,7 @@ import tomllib
 import zipfile
 from email.message import Message
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -88,8 +89,8 @@ def test_classifiers_are_known() -> None:
         assert set(project_table(project)["classifiers"]) <= set(classifiers)
 
 
-def project_table(project: Path) -> dict[str, object]:
-    table: dict[str, object] = tomllib.loads((project / "pyproject.toml").read_text())["project"]
+def project_table(project: Path) -> dict[str, Any]:
+    table: dict[str, Any] = tomllib.loads((project / "pyproject.toml").read_text())["project"]
     return table
 
 
@@ -177,20 +178,20 @@ def test_what_was_installed_serves_the_checkpoint_that_was_installed(
         text=True,
         check=True,
     )
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [installed / "sortserve", "serve", *flags],
         cwd=tmp_path,
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    try:
-        server = Server(process)
-        reply = httpx.post(f"{server.url}/generate", json=asked, timeout=120).json()
-        process.terminate()
-        assert server.end() == 0
-    finally:
-        process.kill()
+    ) as process:
+        try:
+            server = Server(process)
+            reply = httpx.post(f"{server.url}/generate", json=asked, timeout=120).json()
+            process.terminate()
+            assert server.end() == 0
+        finally:
+            process.kill()
 
     for path in found.stdout.splitlines():
         assert Path(path).is_relative_to(installed.parent)

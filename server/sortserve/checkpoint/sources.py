@@ -156,7 +156,7 @@ def missing_requirements(reference: str) -> tuple[str, ...]:
         folder = folder or Path(reference).expanduser()
         if (folder / "sorted.json").is_file():
             reference = json.loads((folder / "sorted.json").read_bytes())["base"]
-        needed = SHIPPED.get(reference, ())
+        needed: tuple[str, ...] = SHIPPED.get(reference, ())
         if reference.startswith(_PACKAGE):
             needed = (reference.removeprefix(_PACKAGE).partition("/")[0],)
         return tuple(
