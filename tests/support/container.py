@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,13 @@ class Container:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return int(children.read_text().split()[0])
 
+    def has_begun(self) -> bool:
+        """Whether process 1 is in its root: before that, what is run beside it would be outside."""
+        try:
+            return os.path.samestat(os.stat(f"/proc/{self.pid}/root"), self.image.root.stat())
+        except (IndexError, FileNotFoundError, ProcessLookupError):
+            return False
+
     def run(
         self, command: Sequence[str], timeout_s: float = 120, user: str | None = None
     ) -> subprocess.CompletedProcess[str]:
@@ -53,7 +61,7 @@ class Container:
         config = self.image.config.copy()
         config.user = user or config.user
         inner = chroot_command(Path("/"), config, config.env, command)
-        spaces = ["--mount", "--net", "--pid", "--ipc", f"--root=/proc/{self.pid}/root"]
+        spaces = ["--mount", "--net", "--pid", "--ipc", "--wd", f"--root=/proc/{self.pid}/root"]
         return subprocess.run(
             ["nsenter", f"--target={self.pid}", *spaces, "/bin/sh", "-c", inner],
             capture_output=True,
@@ -112,8 +120,12 @@ def running(image: Image, arguments: Sequence[str], data: Path, log: Path) -> It
             stdout=output,
             stderr=subprocess.STDOUT,
         )
+    container = Container(image, process, log)
     try:
-        yield Container(image, process, log)
+        while not container.has_begun():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        yield container
     finally:
         process.kill()  # --kill-child: what is inside ends with it
         process.wait()
