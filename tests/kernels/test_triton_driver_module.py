@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sortserve.cli import main
+from sortserve.model.backends.triton.driver_module import prebuild_driver_module
 from support.interpreter import patience
 
 pytest.importorskip("triton")
@@ -52,8 +52,7 @@ def without_compiler(folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_module_made_ahead_of_time_spares_the_compiler(tmp_path: Path) -> None:
-    assert main(["kernels", "--isa", "portable", "--triton", "--output", str(tmp_path)]) == 0
-    [module] = tmp_path.glob("triton-*.so")
+    module = prebuild_driver_module(tmp_path)
     driver_stand_in(module, tmp_path)
 
     done = without_compiler(tmp_path)
@@ -64,8 +63,7 @@ def test_the_module_made_ahead_of_time_spares_the_compiler(tmp_path: Path) -> No
 
 
 def test_a_module_of_another_triton_or_a_damaged_one_is_not_used(tmp_path: Path) -> None:
-    assert main(["kernels", "--isa", "portable", "--triton", "--output", str(tmp_path)]) == 0
-    [module] = tmp_path.glob("triton-*.so")
+    module = prebuild_driver_module(tmp_path)
     driver_stand_in(module, tmp_path)
     module.write_bytes(module.read_bytes()[:-1])
 
