@@ -98,11 +98,9 @@ def build(settings: ServeSettings) -> Any:
         uvicorn.Server.on_tick = fail_tick  # type: ignore[method-assign]
     return SimpleNamespace(
         model_name="tiny",
-        checkpoint=SimpleNamespace(
-            exits=SimpleNamespace(layers=EXITS, full=EXITS[-1]),
-            generation_defaults={},
-            license=None,
-        ),
+        license=None,
+        exits=worker.exits,
+        generation_defaults={},
         tokenizer=AsciiTokenizer(),
         worker=worker,
         prepare=prepare,
