@@ -269,8 +269,9 @@ class Engine:
         keep_prefix: bool = True,
     ) -> RequestOutput:
         sequence = live.sequence
-        report = report_of(live, reason, exits=self.exits, now=now)
         self.scheduler.finish(sequence, keep_prefix=keep_prefix)
+        # Afterwards: a token of a step under way no longer counts.
+        report = report_of(live, reason, exits=self.exits, now=now)
         if reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.DEADLINE):
             learn_length(self.lengths, sequence, cut=reason is not FinishReason.STOP)
         del self._live[sequence.request_id]

@@ -240,6 +240,8 @@ class Decoder:
         assert exit_layers is not None
         assert len(exit_layers) == len(h_RD)
         runs = self.runs_of_heads(exit_layers)
+        if len(runs) <= 1:
+            return self.apply_head(runs[0][0] if runs else None, h_RD)
         parts = torch.split(h_RD, [num_rows for _, num_rows in runs])
         return torch.cat(
             [self.apply_head(head, part) for (head, _), part in zip(runs, parts, strict=True)]
