@@ -199,11 +199,13 @@ class Decoder:
     ) -> Tensor:
         """[rows that sample at this exit, D], through the exit's module."""
 
-        def hidden(asked: AskedTokens) -> Tensor:
-            h_ND = h_TD[asked.tokens_N] + delta_TD[asked.tokens_N]
+        def through_module(asked: AskedTokens, h_ND: Tensor) -> Tensor:
             if exit_layer in self._own_layers:
                 h_ND = self._own_layers[exit_layer].run(batch, asked, h_ND, kv_cache)
             return self._exits[exit_layer](h_ND)
+
+        def hidden(asked: AskedTokens) -> Tensor:
+            return through_module(asked, h_TD[asked.tokens_N] + delta_TD[asked.tokens_N])
 
         if batch.scored is not None:
             batch.scored.leave(exit_layer, hidden)
@@ -213,7 +215,11 @@ class Decoder:
             return h_TD[:0]
         start = sum(batch.samples[:first])
         last_N = batch.last_tokens_N[start : start + len(rows)]
-        return hidden(AskedTokens(last_N, [batch.context_lens[row] for row in rows]))
+        asked = AskedTokens(last_N, [batch.context_lens[row] for row in rows])
+        begin, stop = batch.query_starts[first], batch.query_starts[end]
+        if stop - begin == len(rows):  # one token each, and all sample: they lie side by side
+            return through_module(asked, h_TD[begin:stop] + delta_TD[begin:stop])
+        return hidden(asked)
 
     @property
     def heads(self) -> tuple[int | None, ...]:

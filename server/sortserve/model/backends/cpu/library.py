@@ -61,7 +61,7 @@ class NativeLibrary:
             self._functions = {
                 name: getattr(self._library, f"sortserve_{name}")
                 for name in (
-                    *("layers", "linear", "linear_fp32", "linear_int8", "pack_int8"),
+                    *("layers", "linear", "linear_fp32", "linear_int8", "pack_int8", "packed_rows"),
                     "attention",
                     *("add_rms_norm", "silu_and_mul"),
                     *("draw_tokens", "log_sum_exp", "block_maxima", "apply_bitmasks"),

@@ -76,6 +76,15 @@ class _LinearCall(ctypes.Structure):
     )
 
 
+class _PackedRowsCall(ctypes.Structure):
+    """PackedRowsCall of ``kernels/linear.cpp``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("packed", "outputs", "rows")),
+        *((name, ctypes.c_int64) for name in ("num_rows", "num_words", "num_threads")),
+    )
+
+
 class PackedLinear(ABC):
     """One weight matrix, packed for a kernel: a LinearOp.
 
@@ -164,8 +173,18 @@ class NativeLinear(PackedLinear):
     def rows(self, outputs_N: Tensor) -> Tensor:
         """The weights of some outputs, [N, I]: rows of the matrix that was packed (not gated)."""
         assert self.matrix.output != Output.SILU_MUL
-        words = self._packed.view(torch.int32)[..., 0]  # [panels, I / n, outputs of a panel]
-        rows_NI = words[outputs_N // _PANEL, :, outputs_N % _PANEL].view(self.dtype)
+        assert outputs_N.dtype == torch.int64
+        _panels, num_words, _outputs, inputs_a_word = self._packed.shape
+        rows_NI = torch.empty(len(outputs_N), num_words * inputs_a_word, dtype=self.dtype)
+        call = _PackedRowsCall(
+            pointer(self._packed),
+            pointer(outputs_N),
+            pointer(rows_NI),
+            len(outputs_N),
+            num_words,
+            torch.get_num_threads(),
+        )
+        self._library.call("packed_rows", call)
         return rows_NI[:, : self.matrix.num_inputs].contiguous()
 
 

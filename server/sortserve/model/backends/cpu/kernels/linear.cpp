@@ -19,6 +19,14 @@ struct LinearCall {
   int64_t num_tokens, num_threads;
 };
 
+// Words (4 bytes: 2 inputs in bf16, 1 in fp32) of some outputs, out of their panels.
+struct PackedRowsCall {
+  const uint32_t* packed;  // [panels, num_words, 32]
+  const int64_t* outputs;  // [num_rows]
+  uint32_t* rows;          // [num_rows, num_words]
+  int64_t num_rows, num_words, num_threads;
+};
+
 // Rows as tiles take them: in the element type of RowOf, and filled up to a whole pack.
 template <typename T>
 struct Rows {
@@ -99,6 +107,18 @@ void multiply(Team& team, const Matrix& matrix, const T* x, void* y, int64_t num
 
 void linear(Team& team, const Matrix& matrix, const bf16* x, void* y, int64_t num_tokens) {
   multiply(team, matrix, x, y, num_tokens);
+}
+
+extern "C" void sortserve_packed_rows(const PackedRowsCall* call) {
+  const int64_t num_words = call->num_words;
+  Team::run(call->num_threads, [&](Team& team) {
+    team.parallel_for(call->num_rows, 32, [&](int64_t row) {
+      const int64_t output = call->outputs[row];
+      const uint32_t* at = call->packed + output / kPanel * num_words * kPanel + output % kPanel;
+      uint32_t* to = call->rows + row * num_words;
+      for (int64_t i = 0; i < num_words; ++i) to[i] = at[i * kPanel];
+    });
+  });
 }
 
 extern "C" void sortserve_linear(const LinearCall<bf16>* call) {
