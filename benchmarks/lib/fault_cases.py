@@ -323,9 +323,10 @@ def _ends() -> list[FaultCase]:
         await server.arm("metrics page", "hang", 1)
         await server.status("/metrics", 0.1)
 
+    first = ("--max-failed-steps", "1")  # all may be in one step, and then no other follows
     return [
-        at("step", "forward", "raise", ends, times=None),
-        at("step", "sampling", "raise", ends, times=None),
+        at("step", "forward", "raise", ends, times=None, flags=first),
+        at("step", "sampling", "raise", ends, times=None, flags=first),
         at("step", "schedule", "exit", ends, name="the engine's thread is told to exit"),
         FaultCase(
             name="prefix look-up raises",
