@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import asdict
 from functools import cache
 from multiprocessing.connection import Connection
@@ -119,15 +120,18 @@ class Renderer:
                 retry_after_s=limits.wall_s,
             )
         try:
-            worker = self._send(job)
-            try:
-                reply = worker.recv_bytes(4 * limits.max_chars + 1)
-            except (EOFError, OSError):  # its limits have ended it
-                worker.close()
+            began_s = time.monotonic()
+            worker, is_new = self._send(job)
+            reply = self._reply(worker)
+            if reply is None and not is_new and time.monotonic() - began_s < limits.cpu_s:
+                # Too soon for a limit of this job: somebody ended it as it was asked.
+                worker = self._send(job, to_new=True)[0]
+                reply = self._reply(worker)
+            if reply is None:
                 raise TemplateStopped(
                     f"it runs for more than {limits.cpu_s:g} s of processor time, or "
                     f"{limits.wall_s:g} s on the clock"
-                ) from None
+                )
             if reply == TOO_LARGE:
                 worker.close()  # what it could not free would count against the next one
             else:
@@ -136,16 +140,25 @@ class Renderer:
         finally:
             self._free.release()
 
-    def _send(self, job: bytes) -> Connection:
-        """A worker that has the job: an idle one that is still alive, or a new one."""
+    def _reply(self, worker: Connection) -> bytes | None:
+        """What a worker says; None: it has died, by its limits or otherwise."""
+        try:
+            return worker.recv_bytes(4 * self.limits.max_chars + 1)
+        except (EOFError, OSError):
+            worker.close()
+            return None
+
+    def _send(self, job: bytes, *, to_new: bool = False) -> tuple[Connection, bool]:
+        """A worker that has the job, and whether it is new: else an idle one that is alive."""
         while True:
+            is_new = to_new or not self._idle
             try:
-                worker, is_new = self._idle.pop(), False
-            except IndexError:
-                worker, is_new = self._new_worker(), True
+                worker = self._new_worker() if is_new else self._idle.pop()
+            except IndexError:  # another thread was faster
+                continue
             try:
                 worker.send_bytes(job)
-                return worker
+                return worker, is_new
             except OSError:  # it has died since it was used; a new one does not take the job
                 worker.close()
                 if is_new:

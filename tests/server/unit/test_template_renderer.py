@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,20 @@ def test_a_worker_that_is_killed_at_work_fails_its_own_rendering_only() -> None:
     assert isinstance(looping.result, TemplateStopped)
     assert renderer.render(SHOW, MESSAGES, {}) == "hello"
     renderer.close()
+
+
+def test_a_worker_that_dies_as_it_is_asked_costs_nobody_the_answer(renderer: Renderer) -> None:
+    ours, theirs = socket.socketpair()
+    renderer._idle.append(Connection(ours.detach()))
+
+    def take_the_job_and_die() -> None:
+        with theirs:
+            theirs.recv(1 << 16)
+
+    dying = threading.Thread(target=take_the_job_and_die)
+    dying.start()
+    assert renderer.render(SHOW, MESSAGES, {}) == "hello"
+    dying.join()
 
 
 def test_a_process_that_is_killed_is_started_again(renderer: Renderer) -> None:
