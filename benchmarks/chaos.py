@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib import rude_clients
-from benchmarks.lib.common import environment, json_line, print_table
+from benchmarks.lib.common import environment, print_json, print_table
 from benchmarks.lib.fault_cases import FLAGS, FaultCase, Outcome, fault_cases
 from benchmarks.lib.fault_load import Round, live_requests, run_load
 from benchmarks.lib.fault_verdicts import problems_with
@@ -322,10 +322,7 @@ def main(argv: list[str] | None = None) -> int:
         "num_faults": len(results),
         "num_wrong": len(wrong),
     }
-    line = json_line("chaos", arguments, described, document)
-    if arguments.output is not None:
-        arguments.output.write_text(line + "\n", encoding="utf-8")
-    print(line, flush=True)
+    print_json("chaos", arguments, described, document, arguments.output)
     return 1 if wrong else 0
 
 

@@ -34,7 +34,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lib.common import environment, json_line, metric_total, print_table
+from benchmarks.lib.common import environment, metric_total, print_json, print_table
 from benchmarks.lib.fault_load import live_requests, run_load
 from benchmarks.lib.faulty_process import FaultyProcess, start_plain
 from benchmarks.lib.http_client import HttpClient
@@ -319,10 +319,7 @@ def main(argv: list[str] | None = None) -> int:
         ],
         "problems": problems,
     }
-    line = json_line("soak", arguments, described, results)
-    if arguments.output is not None:
-        arguments.output.write_text(line + "\n", encoding="utf-8")
-    print(line, flush=True)
+    print_json("soak", arguments, described, results, arguments.output)
     return 1 if problems else 0
 
 

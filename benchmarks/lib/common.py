@@ -88,9 +88,13 @@ def print_json(
     arguments: argparse.Namespace,
     described: Mapping[str, Any],
     results: Mapping[str, Any],
+    output: Path | None = None,
 ) -> None:
-    """Prints ``json_line``: always the last line of a benchmark."""
-    print(json_line(benchmark, arguments, described, results), flush=True)
+    """Prints ``json_line``, always the last line of a benchmark, and writes it to ``output``."""
+    line = json_line(benchmark, arguments, described, results)
+    if output is not None:
+        output.write_text(line + "\n", encoding="utf-8")
+    print(line, flush=True)
 
 
 def json_line(

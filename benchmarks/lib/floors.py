@@ -20,7 +20,16 @@ from sortserve.model.config import ModelConfig
 from sortserve.model.weight import Weight
 from sortserve.model.weights import ModelWeights, OwnLayerWeights
 
-__all__ = ["Machine", "ModelCost", "Work", "figure", "measure_machine", "speedups", "synchronize"]
+__all__ = [
+    "Machine",
+    "ModelCost",
+    "Work",
+    "best_s",
+    "figure",
+    "measure_machine",
+    "speedups",
+    "synchronize",
+]
 
 BUFFER_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 """By the type of the device: well above any last-level cache of the machines we run on, and so much
@@ -78,10 +87,10 @@ def measure_machine(
     buffer_bytes, gemm_size = BUFFER_BYTES[device.type], gemm_size or GEMM_SIZE[device.type]
     source = torch.ones(buffer_bytes // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    copy_s = _best_s(lambda: target.copy_(source), device)
-    read_s = _best_s(source.sum, device)
+    copy_s = best_s(lambda: target.copy_(source), device)
+    read_s = best_s(source.sum, device)
     a, b = (torch.randn(gemm_size, gemm_size, device=device).to(dtype) for _ in range(2))
-    gemm_s = _best_s(lambda: a @ b, device)
+    gemm_s = best_s(lambda: a @ b, device)
     return Machine(
         copy_bytes_per_s=2 * buffer_bytes / copy_s,
         read_bytes_per_s=buffer_bytes / read_s,
@@ -89,7 +98,7 @@ def measure_machine(
     )
 
 
-def _best_s(run: Callable[[], Tensor], device: torch.device) -> float:
+def best_s(run: Callable[[], Tensor], device: torch.device) -> float:
     """The shortest of a few runs, after one that is not counted: a floor is a best case."""
     times: list[float] = []
     began_s = time.perf_counter()

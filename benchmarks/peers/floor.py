@@ -105,12 +105,10 @@ def read_rates(text: str) -> Rates:
 
 def _measure(isa: str) -> dict[str, Any]:
     """Memory, and matrix products by bits: bf16 where the processor has it, else fp32."""
-    import time
-
     import torch
 
     from benchmarks.lib.common import environment
-    from benchmarks.lib.floors import GEMM_SIZE, REPEATS, measure_machine
+    from benchmarks.lib.floors import GEMM_SIZE, best_s, measure_machine
 
     flags = environment()["cpu_flags"] if isa == "native" else []
     has_bf16 = "avx512_bf16" in flags or "amx_bf16" in flags
@@ -119,12 +117,8 @@ def _measure(isa: str) -> dict[str, Any]:
     if "avx512_vnni" in flags:
         size = GEMM_SIZE["cpu"]
         a = torch.randint(-100, 100, (size, size), dtype=torch.int8)
-        times = []
-        for _ in range(REPEATS + 1):
-            started_s = time.perf_counter()
-            torch._int_mm(a, a)
-            times.append(time.perf_counter() - started_s)
-        flops[8] = max(flops[8], 2 * size**3 / min(times[1:]))
+        product_s = best_s(lambda: torch._int_mm(a, a), torch.device("cpu"))
+        flops[8] = max(flops[8], 2 * size**3 / product_s)
     return {
         "bytes_per_s": machine.bytes_per_s,
         "flops_per_s": flops | {4: flops[8]},

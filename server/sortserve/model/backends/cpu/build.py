@@ -14,7 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,6 +31,7 @@ __all__ = [
     "find_library",
     "prebuild",
     "prebuilt_dir",
+    "run_compiler",
 ]
 
 logger = logging.getLogger(__name__)
@@ -214,17 +215,27 @@ def _compile(command: str, isa: Isa) -> bytes:
     with tempfile.TemporaryDirectory(prefix="sortserve-") as folder:
         output = Path(folder) / "kernels.so"
         arguments = [command, *_FLAGS, *isa.compiler_flags, *sources, "-o", str(output)]
-        try:
-            done = subprocess.run(
-                arguments, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise BuildError(f"{command} did not run: {error}") from error
-        if done.returncode != 0:
-            lines = done.stderr.strip().splitlines() or ["no message"]
-            first_error = next((line for line in lines if "error" in line), lines[-1])
-            raise BuildError(f"{command} failed: {first_error}")
+        run_compiler(arguments)
         return output.read_bytes()
+
+
+def run_compiler(arguments: Sequence[str]) -> None:
+    """Run a compiler, the first of ``arguments``, to its end.
+
+    Raises:
+        BuildError: it does not run, takes too long, or fails.
+    """
+    command = arguments[0]
+    try:
+        done = subprocess.run(
+            arguments, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command} did not run: {error}") from error
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        first_error = next((line for line in lines if "error" in line), lines[-1])
+        raise BuildError(f"{command} failed: {first_error}")
 
 
 def _find_compiler() -> str:

@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import os
 import shutil
-import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Callable
@@ -21,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from sortserve.core.atomic_write import write_atomically
-from sortserve.model.backends.cpu.build import BuildError
+from sortserve.model.backends.cpu.build import BuildError, run_compiler
 
 __all__ = ["prebuild_driver_module", "use_prebuilt_driver_module"]
 
 _COMPILERS = ("gcc", "clang", "cc")
 _DRIVER = "libcuda.so.1"
-_COMPILE_TIMEOUT_S = 300
 
 
 def prebuild_driver_module(folder: Path) -> Path:
@@ -111,20 +109,9 @@ def _compile(source: Path) -> bytes:
         empty.touch()
         includes = [f"-I{path}" for path in include]
         link = ["-L", folder, f"-l:{_DRIVER}"]
-        _run([*shared, str(empty), f"-Wl,-soname,{_DRIVER}", "-o", str(driver)])
+        run_compiler([*shared, str(empty), f"-Wl,-soname,{_DRIVER}", "-o", str(driver)])
         # The empty library defines nothing that is used, and must be needed all the same.
-        _run([*shared, str(source), *includes, "-Wl,--no-as-needed", *link, "-o", str(output)])
-        return output.read_bytes()
-
-
-def _run(command: list[str]) -> None:
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False
+        run_compiler(
+            [*shared, str(source), *includes, "-Wl,--no-as-needed", *link, "-o", str(output)]
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{command[0]} did not run: {error}") from error
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        first_error = next((line for line in lines if "error" in line), lines[-1])
-        raise BuildError(f"{command[0]} failed: {first_error}")
+        return output.read_bytes()
