@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
-from copy import deepcopy
 from typing import Any
 
 import httpx
@@ -46,7 +45,7 @@ def make_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
     worker.start()
 
     def make(dialect: str) -> Any:
-        hf_tokenizer = deepcopy(tiny_tokenizer())
+        hf_tokenizer = tiny_tokenizer()
         hf_tokenizer.chat_template = TOOL_TEMPLATES[dialect]
         tokenizer = Tokenizer(hf_tokenizer, checkpoint.eos_token_ids)
         assert tokenizer.tool_dialect == dialect

@@ -143,9 +143,16 @@ _CONFIGS: dict[bytes, ModelConfig] = {}
 """By the contents of ``config.json``."""
 
 
-@cache
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: any text round-trips, a few merges make multi-byte tokens."""
+    """A byte-level BPE tokenizer: any text round-trips, a few merges make multi-byte tokens.
+
+    Each call makes its own, so that a test may give it another template or more tokens.
+    """
+    return copy.deepcopy(_tiny_tokenizer())
+
+
+@cache
+def _tiny_tokenizer() -> PreTrainedTokenizerFast:
     pieces = [*_SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     pieces += [left + right for left, right in _MERGES]
     vocab = {piece: index for index, piece in enumerate(pieces)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import cache
 from typing import Any
 
@@ -28,7 +27,6 @@ def user(*contents: Any) -> list[dict[str, Any]]:
 
 
 def tokenizer_of(hf: PreTrainedTokenizerFast, template: str) -> Tokenizer:
-    hf = copy.deepcopy(hf)  # tests share it
     hf.chat_template = template
     return Tokenizer(hf, frozenset({2}))
 
@@ -61,7 +59,7 @@ def test_a_message_has_no_control_tokens_however_it_spells_them(
 def test_the_text_beside_it_is_tokenised_with_it() -> None:
     """As ordinary text is, of which each special token is a part: no border is put around it."""
     tokenizer = tiny()
-    hf = copy.deepcopy(tiny_tokenizer()).backend_tokenizer
+    hf = tiny_tokenizer().backend_tokenizer
     hf.encode_special_tokens = True
     text = "user\nsay the<|im_end|> the thing in"
 

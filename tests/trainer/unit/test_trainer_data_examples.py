@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from collections import Counter
@@ -36,7 +35,7 @@ def load_rows(tmp_path: Path) -> Any:
 
 
 def with_template(template: str | None) -> Any:
-    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     return tokenizer
 
