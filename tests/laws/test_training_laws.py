@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from sortserve.checkpoint.sorted_json import SortedInfo
@@ -24,19 +18,16 @@ from sortserve_trainer.run.prepare import prepare
 from sortserve_trainer.run.settings import load_train_settings
 from sortserve_trainer.run.train import train
 from support.tiny_models import make_tiny_checkpoint
+from support.training_runs import (
+    assert_close,
+    assert_equal,
+    flags,
+    run,
+    start,
+    tensors,
+)
 
 STATE = "complete"
-
-
-def write_data(folder: Path, num_rows: int = 60) -> Path:
-    """Rows of different lengths that a tiny model can learn a little of."""
-    rows = [
-        {"instruction": f"Say {word} {i % 4 + 1} times.", "output": " ".join([word] * (i % 4 + 1))}
-        for i, word in enumerate(["red", "blue", "green", "black", "white"] * (num_rows // 5))
-    ]
-    path = folder / "data.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -48,52 +39,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """What the command gives as ``flags`` has it."""
     return run(base, tmp_path_factory.mktemp("plain") / "out")
-
-
-def flags(base: Path, output: Path, **overrides: object) -> dict[str, object]:
-    """A short run in fp32 on a tiny model."""
-    return {
-        "base": str(base),
-        "data": str(write_data(base.parent)),
-        "output": str(output),
-        "exits": "2,4",
-        "dtype": "float32",
-        "device": "cpu",
-        "max_length": 96,
-        "pack_length": 128,
-        "learning_rate": 2e-3,
-        "lora_rank": 4,
-        "max_tokens": 1300,
-        "held_out": 0,
-        "report_to": "none",
-        "save_every": 3,
-        **overrides,
-    }
-
-
-def run(base: Path, output: Path, **overrides: object) -> dict[str, Tensor]:
-    """The tensors of the checkpoint that a run ends with."""
-    return tensors(train(load_train_settings(flags(base, output, **overrides))))
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return {
-        f"{path.name}:{name}": tensor
-        for path in sorted(folder.glob("*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
-
-
-def assert_equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        assert torch.equal(tensor, right[name]), name
-
-
-def assert_close(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        torch.testing.assert_close(tensor, right[name], rtol=1e-3, atol=2e-4, msg=name)
 
 
 def test_the_same_command_gives_the_same_weights(
@@ -184,11 +129,6 @@ def kinds(folder: Path) -> dict[str, str]:
     return found
 
 
-COMMAND = (
-    "import sys; from sortserve_trainer.run.train import train_command; train_command(sys.argv[1:])"
-)
-
-
 SAVES_ONCE = """
 import signal
 from sortserve_trainer.run.trainer import SortedTrainer
@@ -201,23 +141,6 @@ def save_once(*given):
 SortedTrainer._save_checkpoint = save_once
 """
 """It saves one state, goes on, and waits for its end where it would save another."""
-
-
-def start(
-    base: Path, output: Path, *, before: str = "", **overrides: Any
-) -> subprocess.Popen[bytes]:
-    """``sortserve train`` in a process of its own; ``before`` is run first."""
-    arguments = [
-        part
-        for name, value in flags(base, output, **overrides).items()
-        for part in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.Popen(
-        [sys.executable, "-c", before + COMMAND, *arguments],
-        env=environment,
-        stderr=subprocess.DEVNULL,
-    )
 
 
 def wait_for(path_pattern: str, folder: Path, process: subprocess.Popen[bytes]) -> None:
@@ -291,44 +214,3 @@ def test_a_state_that_was_cut_short_is_not_resumed_from(
     (half / "trained.safetensors").write_bytes(b"half of a file")
 
     assert_equal(run(base, tmp_path / "resumed"), plain)
-
-
-def free_port() -> int:
-    """One that no other test is given: systems give ports above 32767 to who names none."""
-    for port in range(20_000 + os.getpid() % 10_000, 32_768):
-        with socket.socket() as sock, suppress(OSError):
-            sock.bind(("127.0.0.1", port))
-            return port
-    raise OSError("no port is free")
-
-
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("method", ["soft+kd", pytest.param("soft", marks=pytest.mark.slow)])
-def test_two_processes_learn_what_one_learns_from_the_same_global_batch(
-    base: Path, tmp_path: Path, method: str
-) -> None:
-    options: dict[str, Any] = {"method": method, "vocab_sample": 0}
-    one = run(base, tmp_path / "one", batch_size=2, **options)
-
-    port = str(free_port())
-    processes = []
-    for rank in range(2):
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE="2",
-            LOCAL_WORLD_SIZE="2",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-            ACCELERATE_USE_CPU="true",
-        )
-        try:
-            processes.append(start(base, tmp_path / "two", batch_size=1, **options))
-        finally:
-            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-                os.environ.pop(name, None)
-            for name in ("MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU"):
-                os.environ.pop(name, None)
-    assert [process.wait() for process in processes] == [0, 0]
-
-    assert_close(one, tensors(tmp_path / "two"))

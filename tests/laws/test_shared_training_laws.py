@@ -1,0 +1,98 @@
+"""Laws of runs that several processes share: they learn what one process learns (fp32, gloo)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.tiny_models import make_tiny_checkpoint
+from support.training_runs import assert_close, assert_equal, run, run_two
+
+pytestmark = pytest.mark.timeout(300)
+
+FSDP_ON_A_CPU = """
+import accelerate.state
+from accelerate.utils import DistributedType
+
+init = accelerate.state.AcceleratorState.__init__
+
+def init_as_on_accelerators(self, *given, **named):
+    if not accelerate.state.AcceleratorState._shared_state:
+        accelerate.state.PartialState(cpu=True)
+        accelerate.state.PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    init(self, *given, **named)
+
+accelerate.state.AcceleratorState.__init__ = init_as_on_accelerators
+
+import torch.distributed.fsdp
+fully_shard = torch.distributed.fsdp.fully_shard
+
+def fully_shard_and_tell(module, **named):
+    print("sharded", type(module).__name__, flush=True)
+    return fully_shard(module, **named)
+
+torch.distributed.fsdp.fully_shard = fully_shard_and_tell
+
+"""
+"""accelerate offers FSDP to accelerators alone: it is told that each of these processes has one."""
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+"""As `accelerate launch --use_fsdp` sets them."""
+SAME_BATCH: dict[str, Any] = {"vocab_sample": 0}
+"""Columns are drawn by batch, and one process has other batches than two."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("training") / "base", exits=None)
+
+
+@pytest.mark.parametrize("method", ["soft+kd", pytest.param("soft", marks=pytest.mark.slow)])
+def test_two_processes_learn_what_one_learns_from_the_same_global_batch(
+    base: Path, tmp_path: Path, method: str
+) -> None:
+    one = run(base, tmp_path / "one", batch_size=2, method=method, **SAME_BATCH)
+    two = run_two(base, tmp_path / "two", batch_size=1, method=method, **SAME_BATCH)
+
+    assert_close(one, two)
+
+
+@pytest.mark.parametrize(
+    ("method", "lora_rank"), [("soft", 0), pytest.param("soft+kd", 4, marks=pytest.mark.slow)]
+)
+def test_so_they_do_where_each_holds_a_share_of_the_weights(
+    base: Path, tmp_path: Path, method: str, lora_rank: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"method": method, "lora_rank": lora_rank, **SAME_BATCH}
+    one = run(base, tmp_path / "one", batch_size=2, **options)
+    sharded: dict[str, Any] = {"before": FSDP_ON_A_CPU, "environment": FSDP}
+    two = run_two(base, tmp_path / "two", batch_size=1, **sharded, **options)
+
+    assert_close(one, two)
+    told = re.findall("sharded (\\w+)", capfd.readouterr().out)
+    assert sorted(told) == sorted(2 * (6 * ["LlamaDecoderLayer"] + ["SortedModel"]))
+
+
+@pytest.mark.slow
+def test_a_sharded_run_that_is_stopped_and_goes_on_ends_at_the_same_weights(
+    base: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {
+        **{"method": "soft", "lora_rank": 0, "batch_size": 1},
+        **{"before": FSDP_ON_A_CPU, "environment": FSDP},
+        **SAME_BATCH,
+    }
+    whole = run_two(base, tmp_path / "whole", **options)
+
+    run_two(base, tmp_path / "parts", max_steps_per_run=2, **options)
+    assert_equal(run_two(base, tmp_path / "parts", **options), whole)
