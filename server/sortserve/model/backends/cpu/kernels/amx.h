@@ -55,6 +55,11 @@ inline void load(const void* from, int64_t stride_bytes) {
 }
 
 template <int tile>
+inline void load_once(const void* from, int64_t stride_bytes) {
+  load<tile>(from, stride_bytes);
+}
+
+template <int tile>
 inline void store(void* to, int64_t stride_bytes) {
   for (int row = 0; row < registers().config.rows[tile]; ++row)
     std::memcpy(static_cast<char*>(to) + row * stride_bytes, registers().tiles[tile][row],
@@ -104,6 +109,13 @@ inline void zero() {
 template <int tile>
 inline void load(const void* from, int64_t stride_bytes) {
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride_bytes), "i"(tile)
+                   : "memory");
+}
+
+// Leaves the first cache to what is read more often.
+template <int tile>
+inline void load_once(const void* from, int64_t stride_bytes) {
+  __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride_bytes), "i"(tile)
                    : "memory");
 }
 

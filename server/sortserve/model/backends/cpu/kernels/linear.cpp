@@ -53,52 +53,48 @@ Rows<T> prepare_rows(Team& team, const T* x, int64_t num_tokens, int64_t num_inp
 
 // Tokens that go through all panels together, so that they stay in the second cache.
 template <typename T>
-int64_t num_blocks_of(const Rows<T>& rows, int64_t num_tokens) {
-  constexpr int64_t kBytes = 256 << 10, kMinTokens = 48;
-  const int64_t row_bytes = rows.stride * sizeof(*rows.x);
-  const int64_t block = std::max<int64_t>(kMinTokens, kBytes / row_bytes);
-  return std::max<int64_t>(1, (num_tokens + block / 2) / block);
-}
+struct Blocks {
+  int64_t num_tokens, count;
 
-// The panel that this thread will probably take next, which is fetched by the first tile, or half
-// each by the first two. Hence also grains of neighbouring panels.
-template <typename T>
-Ahead ahead_of(int64_t tile, int64_t num_tiles, const T* panel, const T* next, int64_t panel_size) {
-  if (num_tiles == 1) return {next, true};
-  if (tile < 2) return {next + tile * panel_size / 2, false};
-  return {panel, false};
-}
+  Blocks(const Rows<T>& rows, int64_t num_tokens) : num_tokens(num_tokens) {
+    constexpr int64_t kMinTokens = 48;
+    const int64_t row_bytes = rows.stride * sizeof(*rows.x);
+    const int64_t size = std::max<int64_t>(kMinTokens, kBlockBytes<T> / row_bytes);
+    count = std::max<int64_t>(1, (num_tokens + size / 2) / size);
+  }
+
+  // Blocks end where tiles do.
+  int64_t begin(int64_t block) const {
+    return std::min(num_tokens, round_up(block * num_tokens / count, kRowsOfBlocks<T>));
+  }
+};
 
 template <typename T>
 void multiply(Team& team, const Matrix& matrix, const T* x, void* y, int64_t num_tokens) {
+  if (num_tokens == 0) return;
   const int64_t width = matrix.output == kSiluMul ? kPanel / 2 : kPanel;
   const int64_t num_panels = (matrix.num_outputs + width - 1) / width;
   const int64_t panel_size = round_up(matrix.num_inputs, kPack<T>) * kPanel;
   const Rows<T> rows = prepare_rows(team, x, num_tokens, matrix.num_inputs);
-  const int64_t num_blocks = num_blocks_of(rows, num_tokens);
-  const int64_t count = num_blocks * num_panels;
-  const int64_t grain = std::max<int64_t>(1, count / (team.num_threads() * 4 * num_blocks));
-  team.parallel_for(count, grain, [&](int64_t index) {
-    const int64_t panel = index % num_panels, block = index / num_panels;
-    const int64_t begin = block * num_tokens / num_blocks;
-    const int64_t num_rows = (block + 1) * num_tokens / num_blocks - begin;
-    const int64_t num_tiles = (num_rows + kMaxRows<T> - 1) / kMaxRows<T>;
-    const auto weights_of = [&](int64_t i) {
-      return static_cast<const T*>(matrix.packed) + i % num_panels * panel_size;
-    };
-    const T* weights = weights_of(index);
-    // Threads take grains in turn.
-    const bool is_last = (index + 1) % grain == 0;
-    const T* next = weights_of(index + 1 + (is_last ? grain * (team.num_threads() - 1) : 0));
-    for (int64_t i = 0; i < num_tiles; ++i) {
-      const int64_t first = begin + i * num_rows / num_tiles;
-      const int64_t rows_of_tile = begin + (i + 1) * num_rows / num_tiles - first;
-      multiply_rows<T>(rows_of_tile, rows.x + first * rows.stride, rows.stride, weights,
-                       matrix.num_inputs,
+  const Blocks<T> blocks(rows, num_tokens);
+  const int64_t count = blocks.count * num_panels;
+  const int64_t grain = std::max<int64_t>(1, count / (team.num_threads() * 4 * blocks.count));
+  const auto weights_of = [&](int64_t index) {
+    return static_cast<const T*>(matrix.packed) + index % num_panels * panel_size;
+  };
+  team.parallel_for_grains(count, grain, [&](int64_t begin, int64_t end) {
+    Turn turn;
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t panel = index % num_panels, block = index / num_panels;
+      const int64_t first = blocks.begin(block);
+      // The panel that this thread will probably take next: threads take grains in turn. Hence also
+      // grains of neighbouring panels.
+      const int64_t next = index + 1 < end ? index + 1 : end + grain * (team.num_threads() - 1);
+      multiply_rows<T>(turn, blocks.begin(block + 1) - first, rows.x + first * rows.stride,
+                       rows.stride, weights_of(index), matrix.num_inputs, weights_of(next),
                        [&](int64_t m, const f32x16& a, const f32x16& b) {
                          write_outputs<T>(matrix, y, first + m, panel, a, b);
-                       },
-                       ahead_of(i, num_tiles, weights, next, panel_size));
+                       });
     }
   });
 }

@@ -65,15 +65,22 @@ class Team {
   // body(i) for i in [0, count), a grain of neighbouring indices at a time. Leader only.
   template <typename Body>
   void parallel_for(int64_t count, int64_t grain, const Body& body) {
+    parallel_for_grains(count, grain, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) body(i);
+    });
+  }
+
+  // body(first, last) for grains [first, last) of [0, count). Leader only.
+  template <typename Body>
+  void parallel_for_grains(int64_t count, int64_t grain, const Body& body) {
     grain = std::max(grain, (count + kMaxGrains - 1) / kMaxGrains);
     const int64_t num_grains = (count + grain - 1) / grain;
     if (num_helpers_ == 0 || num_grains <= 1) {
-      for (int64_t i = 0; i < count; ++i) body(i);
+      if (count > 0) body(0, count);
       return;
     }
     const auto run_grain = [&](int64_t index) {
-      const int64_t last = std::min(count, (index + 1) * grain);
-      for (int64_t i = index * grain; i < last; ++i) body(i);
+      body(index * grain, std::min(count, (index + 1) * grain));
     };
     using RunGrain = decltype(run_grain);
     crew_->run_loop([](const void* data, int64_t i) { (*static_cast<const RunGrain*>(data))(i); },

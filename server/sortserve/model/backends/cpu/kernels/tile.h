@@ -6,8 +6,8 @@
 // so another order, for one row than for many.
 //
 // What an instruction set brings for a type of weights W: the type of x's elements (``RowOf<W>``),
-// how many rows go together (``kMaxRows<W>``), and ``multiply_tile<M>``; AMX takes any number of rows
-// with the same instructions.
+// how many rows go together (``kMaxRows<W>``), and ``multiply_tile<M>``; AMX has multiply_by_amx for
+// bf16 in place of the last.
 #pragma once
 
 #include <type_traits>
@@ -30,6 +30,20 @@ template <typename W>
 constexpr int kMaxRows = kFmaRows;
 #endif
 
+// How many bytes of x go through all panels together, and of how many rows their number is a
+// multiple if there are more.
+#if defined(SORTSERVE_HAS_AMX)
+template <typename W>
+constexpr int64_t kBlockBytes = std::is_same<W, bf16>::value ? 768 << 10 : 256 << 10;
+template <typename W>
+constexpr int64_t kRowsOfBlocks = std::is_same<W, bf16>::value ? kBf16Rows : 1;
+#else
+template <typename W>
+constexpr int64_t kBlockBytes = 256 << 10;
+template <typename W>
+constexpr int64_t kRowsOfBlocks = 1;
+#endif
+
 template <typename W, int M = kMaxRows<W>>
 inline void multiply_any(int64_t num_rows, const RowOf<W>* x, int64_t x_stride, const W* panel,
                          int64_t num_inputs, float* outputs, const Ahead& ahead) {
@@ -39,25 +53,47 @@ inline void multiply_any(int64_t num_rows, const RowOf<W>* x, int64_t x_stride, 
   multiply_tile<M>(x, x_stride, panel, num_inputs, outputs, ahead);
 }
 
-#if defined(SORTSERVE_HAS_AMX)
-template <>
-inline void multiply_any<bf16, kBf16Rows>(int64_t num_rows, const bf16* x, int64_t x_stride,
-                                          const bf16* panel, int64_t num_inputs, float* outputs,
-                                          const Ahead& ahead) {
-  multiply_by_amx(num_rows, x, x_stride, panel, num_inputs, outputs, ahead);
+// What tile ``tile`` of ``num_tiles`` brings near: ``next`` as a whole, or half each by the first two.
+template <typename W>
+Ahead ahead_of(int64_t tile, int64_t num_tiles, const W* panel, const W* next, int64_t num_inputs) {
+  const int64_t panel_size = (num_inputs + kPack<W> - 1) / kPack<W> * kPack<W> * kPanel;
+  if (num_tiles == 1) return {next, true};
+  if (tile < 2) return {next + tile * panel_size / 2, false};
+  return {panel, false};
 }
+
+template <typename W, typename Write>
+inline void multiply_by_tiles(int64_t num_rows, const RowOf<W>* x, int64_t x_stride, const W* panel,
+                              int64_t num_inputs, const W* next, const Write& write) {
+  const int64_t num_tiles = (num_rows + kMaxRows<W> - 1) / kMaxRows<W>;
+  for (int64_t i = 0; i < num_tiles; ++i) {
+    const int64_t first = i * num_rows / num_tiles, end = (i + 1) * num_rows / num_tiles;
+    alignas(64) float outputs[kMaxRows<W> * kPanel];
+    multiply_any<W>(end - first, x + first * x_stride, x_stride, panel, num_inputs, outputs,
+                    ahead_of(i, num_tiles, panel, next, num_inputs));
+    for (int64_t m = first; m < end; ++m) {
+      const float* row = outputs + (m - first) * kPanel;
+      write(m, load(row), load(row + 16));
+    }
+  }
+}
+
+#if !defined(SORTSERVE_HAS_AMX)
+struct Turn {};
 #endif
 
-// 1 <= num_rows <= kMaxRows<W>: write(m, outputs 0 to 15, outputs 16 to 31) for each row. Of an odd
-// number of inputs the last is half of a pair, whose other half is zero in the panel, and must be
-// finite in x.
+// Any number of rows against one panel: write(m, outputs 0 to 15, outputs 16 to 31) for each row,
+// meanwhile panel ``next`` is brought near. Of an odd number of inputs the last is half of a pair,
+// whose other half is zero in the panel, and must be finite in x.
 template <typename W, typename Write>
-inline void multiply_rows(int64_t num_rows, const RowOf<W>* x, int64_t x_stride, const W* panel,
-                          int64_t num_inputs, const Write& write, const Ahead& ahead) {
-  alignas(64) float outputs[kMaxRows<W> * kPanel];
-  multiply_any<W>(num_rows, x, x_stride, panel, num_inputs, outputs, ahead);
-  for (int64_t m = 0; m < num_rows; ++m)
-    write(m, load(outputs + m * kPanel), load(outputs + m * kPanel + 16));
+inline void multiply_rows(Turn& turn, int64_t num_rows, const RowOf<W>* x, int64_t x_stride,
+                          const W* panel, int64_t num_inputs, const W* next, const Write& write) {
+#if defined(SORTSERVE_HAS_AMX)
+  if constexpr (std::is_same<W, bf16>::value)
+    multiply_by_amx(turn, num_rows, x, x_stride, panel, num_inputs, next, write);
+  else
+#endif
+    multiply_by_tiles<W>(num_rows, x, x_stride, panel, num_inputs, next, write);
 }
 
 }  // namespace sortserve

@@ -5,7 +5,6 @@
 #pragma once
 
 #include "panel.h"
-#include "tile_ahead.h"
 #include "vec.h"
 
 #if defined(__AMX_BF16__) || defined(SORTSERVE_EMULATE_AMX)
@@ -28,29 +27,52 @@ constexpr int kTop = 4, kBottom = 5, kLeft = 6, kRight = 7;
 constexpr int kBlock = 32;                           // inputs of a register
 constexpr int64_t kPanelLine = 2 * amx::kTileBytes;  // bytes of a pair of inputs and 32 outputs
 
-inline amx::Config config_of(int num_top, int num_bottom) {
-  amx::Config config;
-  for (int tile : {kTopLeft, kTopRight, kTop}) config.shape(tile, num_top);
-  for (int tile : {kBottomLeft, kBottomRight, kBottom}) config.shape(tile, num_bottom);
-  for (int tile : {kLeft, kRight}) config.shape(tile, amx::kTileRows);
-  return config;
-}
+// The shape of a thread's registers, for as long as this lives: to set it costs as much as several
+// multiplications.
+class Shape {
+ public:
+  Shape() = default;
+  Shape(const Shape&) = delete;
+  ~Shape() {
+    if (num_rows_ > 0) amx::release();
+  }
+
+  // 1 <= num_rows <= kBf16Rows.
+  void set(int64_t num_rows) {
+    if (num_rows == num_rows_) return;
+    num_rows_ = num_rows;
+    const int num_top = static_cast<int>(std::min<int64_t>(num_rows, amx::kTileRows));
+    // A register of no rows is not allowed: one that is not used has one.
+    const int num_bottom = std::max(static_cast<int>(num_rows) - num_top, 1);
+    amx::Config config;
+    for (int tile : {kTopLeft, kTopRight, kTop}) config.shape(tile, num_top);
+    for (int tile : {kBottomLeft, kBottomRight, kBottom}) config.shape(tile, num_bottom);
+    for (int tile : {kLeft, kRight}) config.shape(tile, amx::kTileRows);
+    amx::configure(config);
+  }
+
+ private:
+  int64_t num_rows_ = 0;
+};
 
 // One block of inputs; ``panel`` points at its first pair, ``x`` at its first input.
-inline void multiply_block(const bf16* x, int64_t x_stride, const bf16* panel, bool has_bottom) {
+template <bool has_bottom>
+inline void multiply_block(const bf16* x, int64_t x_stride, const bf16* panel) {
   amx::load<kLeft>(panel, kPanelLine);
   amx::load<kRight>(panel + kPanel, kPanelLine);
-  amx::load<kTop>(x, x_stride * sizeof(bf16));
+  amx::load_once<kTop>(x, x_stride * sizeof(bf16));
   amx::multiply_bf16<kTopLeft, kTop, kLeft>();
   amx::multiply_bf16<kTopRight, kTop, kRight>();
-  if (!has_bottom) return;
-  amx::load<kBottom>(x + amx::kTileRows * x_stride, x_stride * sizeof(bf16));
-  amx::multiply_bf16<kBottomLeft, kBottom, kLeft>();
-  amx::multiply_bf16<kBottomRight, kBottom, kRight>();
+  if constexpr (has_bottom) {
+    amx::load_once<kBottom>(x + amx::kTileRows * x_stride, x_stride * sizeof(bf16));
+    amx::multiply_bf16<kBottomLeft, kBottom, kLeft>();
+    amx::multiply_bf16<kBottomRight, kBottom, kRight>();
+  }
 }
 
 // The last inputs, fewer than a block: filled up with zeros on both sides, so that what lies behind
 // them in memory is neither read nor counted.
+template <bool has_bottom>
 inline void multiply_rest(int64_t num_rows, const bf16* x, int64_t x_stride, const bf16* panel,
                           int64_t num_inputs) {
   alignas(64) bf16 rows[kBf16Rows * kBlock] = {};
@@ -58,41 +80,112 @@ inline void multiply_rest(int64_t num_rows, const bf16* x, int64_t x_stride, con
   for (int64_t m = 0; m < num_rows; ++m)
     std::memcpy(rows + m * kBlock, x + m * x_stride, num_inputs * sizeof(bf16));
   std::memcpy(weights, panel, (num_inputs + 1) / 2 * kPanelLine);
-  multiply_block(rows, kBlock, weights, num_rows > amx::kTileRows);
+  multiply_block<has_bottom>(rows, kBlock, weights);
 }
 
-}  // namespace amx_tile
+// Sums lie as [rows up to a whole register, 32].
+constexpr int64_t kSumsLine = kPanel * sizeof(float);
+constexpr int kBottomSums = amx::kTileRows * kPanel;
 
-// 1 <= num_rows <= kBf16Rows; outputs: [num_rows up to a whole register, 32].
-inline void multiply_by_amx(int64_t num_rows, const bf16* x, int64_t x_stride, const bf16* panel,
-                            int64_t num_inputs, float* outputs, Ahead ahead) {
-  using namespace amx_tile;
-  const int num_top = static_cast<int>(std::min<int64_t>(num_rows, amx::kTileRows));
-  const int num_bottom = static_cast<int>(num_rows) - num_top;
-  // A register of no rows is not allowed: one that is not used has one.
-  amx::configure(config_of(num_top, std::max(num_bottom, 1)));
+inline void zero_sums() {
   amx::zero<kTopLeft>();
   amx::zero<kTopRight>();
   amx::zero<kBottomLeft>();
   amx::zero<kBottomRight>();
-  const int64_t line = ahead.whole ? 128 : 64;
-  const char* near = ahead.first(0, 1, (num_inputs + 1) / 2);
+}
+
+inline void load_sums(const float* sums) {
+  amx::load<kTopLeft>(sums, kSumsLine);
+  amx::load<kTopRight>(sums + 16, kSumsLine);
+  amx::load<kBottomLeft>(sums + kBottomSums, kSumsLine);
+  amx::load<kBottomRight>(sums + kBottomSums + 16, kSumsLine);
+}
+
+template <bool has_bottom>
+inline void store_sums(float* sums) {
+  amx::store<kTopLeft>(sums, kSumsLine);
+  amx::store<kTopRight>(sums + 16, kSumsLine);
+  if constexpr (has_bottom) {
+    amx::store<kBottomLeft>(sums + kBottomSums, kSumsLine);
+    amx::store<kBottomRight>(sums + kBottomSums + 16, kSumsLine);
+  }
+}
+
+// beside() is called with every block of inputs: what it does goes on while tiles are multiplied.
+template <bool has_bottom, typename Beside>
+inline void multiply_tile(int64_t num_rows, const bf16* x, int64_t x_stride, const bf16* panel,
+                          int64_t num_inputs, float* sums, const Beside& beside) {
+  zero_sums();
   int64_t k = 0;
   for (; k + kBlock <= num_inputs; k += kBlock) {
-    for (int64_t byte = 0; byte < kBlock / 2 * line; byte += 64) __builtin_prefetch(near + byte, 0, 2);
-    near += kBlock / 2 * line;
-    multiply_block(x + k, x_stride, panel + k * kPanel, num_bottom > 0);
+    multiply_block<has_bottom>(x + k, x_stride, panel + k * kPanel);
+    beside();
   }
-  if (k < num_inputs) multiply_rest(num_rows, x + k, x_stride, panel + k * kPanel, num_inputs - k);
+  if (k < num_inputs)
+    multiply_rest<has_bottom>(num_rows, x + k, x_stride, panel + k * kPanel, num_inputs - k);
+  store_sums<has_bottom>(sums);
+}
 
-  constexpr int64_t kStride = kPanel * sizeof(float);
-  amx::store<kTopLeft>(outputs, kStride);
-  amx::store<kTopRight>(outputs + 16, kStride);
-  if (num_bottom > 0) {
-    amx::store<kBottomLeft>(outputs + amx::kTileRows * kPanel, kStride);
-    amx::store<kBottomRight>(outputs + amx::kTileRows * kPanel + 16, kStride);
+// Rows whose sums are known and which are not written yet.
+template <typename Write>
+struct Unwritten {
+  const Write& write;
+  const float* sums = nullptr;
+  int64_t first = 0, next = 0, size = 0;
+
+  void write_some(int64_t count) {
+    for (const int64_t end = std::min(next + count, size); next < end; ++next)
+      write(first + next, load(sums + next * kPanel), load(sums + next * kPanel + 16));
   }
-  amx::release();
+};
+
+// Lines of 64 bytes that are brought near, a few at a time.
+struct Near {
+  const char *next, *end;
+
+  void fetch(int64_t num_lines) {
+    for (; num_lines > 0 && next < end; --num_lines, next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
+
+}  // namespace amx_tile
+
+// What a thread keeps from one call of multiply_rows to the next.
+using Turn = amx_tile::Shape;
+
+// Any number of rows against one panel: write(m, outputs 0 to 15, outputs 16 to 31) for each row,
+// the rows of a tile while the next tile is multiplied. ``next`` is the panel to bring near.
+template <typename Write>
+inline void multiply_by_amx(Turn& turn, int64_t num_rows, const bf16* x, int64_t x_stride,
+                            const bf16* panel, int64_t num_inputs, const bf16* next,
+                            const Write& write) {
+  using namespace amx_tile;
+  alignas(64) float sums[2][kBf16Rows * kPanel];
+  const int64_t num_blocks = std::max<int64_t>(num_inputs / kBlock, 1);
+  const int64_t num_tiles = (num_rows + kBf16Rows - 1) / kBf16Rows;
+  const char* near_bytes = reinterpret_cast<const char*>(next);
+  const int64_t panel_lines = num_inputs + num_inputs % 2;
+  Near near = {near_bytes, near_bytes + panel_lines * 64};
+  const int64_t lines_at_once = (panel_lines + num_tiles * num_blocks - 1) / (num_tiles * num_blocks);
+  Unwritten<Write> unwritten = {write};
+  const int64_t rows_at_once = (kBf16Rows + num_blocks - 1) / num_blocks;
+  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+    const int64_t first = tile * kBf16Rows, size = std::min<int64_t>(kBf16Rows, num_rows - first);
+    turn.set(size);
+    const auto beside = [&] {
+      near.fetch(lines_at_once);
+      unwritten.write_some(rows_at_once);
+    };
+    const bf16* rows = x + first * x_stride;
+    float* to = sums[tile % 2];
+    if (size > amx::kTileRows)
+      multiply_tile<true>(size, rows, x_stride, panel, num_inputs, to, beside);
+    else
+      multiply_tile<false>(size, rows, x_stride, panel, num_inputs, to, beside);
+    unwritten.write_some(kBf16Rows);
+    unwritten.sums = to, unwritten.first = first, unwritten.next = 0, unwritten.size = size;
+  }
+  unwritten.write_some(kBf16Rows);
 }
 
 }  // namespace sortserve

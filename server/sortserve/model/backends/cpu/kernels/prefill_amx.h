@@ -1,0 +1,225 @@
+// Attention of prefill chunks by AMX. Scores are made with a key's in a row and a query's in a column,
+// so that softmax goes down columns, 16 queries at a time, and sums no vector across.
+//
+// Keys come in blocks that begin at multiples of kKeysTogether, whatever the chunk. A query's results
+// are scaled by the largest score so far, or by one that is less than e^6 below it: to scale anew for
+// every little step costs more than it gains.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "exp2.h"
+#include "prefill.h"
+#include "tile_amx.h"
+
+namespace sortserve {
+
+constexpr int64_t kQueriesTogether = kPanel, kKeysTogether = 128;
+constexpr float kUnseen = -1e30f;  // a score, whose probability is 0
+constexpr float kLog2Slack = 8;
+
+// Elements of a head's keys, [context / 32, 32 tokens, H up to 32s], and of its values,
+// [context / 32, H up to 32s, 32 tokens].
+inline int64_t keys_size(const Step& step, const Panels& panels) {
+  return panels.padded_context() * round_up(step.head_dim, kPanel);
+}
+inline int64_t values_size(const Step& step, const Panels& panels) {
+  return keys_size(step, panels);
+}
+
+// Copies 32 cached tokens; tokens past the end of the context become zero.
+inline void pack_tokens(const Step& step, const AttentionCall& call, const Panels& panels,
+                        int64_t first) {
+  const int64_t dim = step.head_dim, padded_dim = round_up(dim, kPanel);
+  thread_local std::vector<bf16> zeros;
+  thread_local std::vector<uint32_t> pairs;  // [16, H]: of a value and the next token's
+  zeros.resize(dim);
+  pairs.resize(kPanel / 2 * padded_dim);
+  const auto cached = [&](const void* tokens, int64_t j) {
+    return cached_token(step, panels, tokens, first + j, zeros.data());
+  };
+  for (int64_t j = 0; j < kPanel; ++j) {
+    bf16* key = panels.keys + (first + j) * padded_dim;
+    std::copy_n(cached(call.keys, j), dim, key);
+    std::fill(key + dim, key + padded_dim, bf16{0});
+  }
+  for (int64_t j = 0; j < kPanel; j += 2) {
+    const bf16 *even = cached(call.values, j), *odd = cached(call.values, j + 1);
+    uint32_t* of_tokens = pairs.data() + j / 2 * padded_dim;
+    for (int64_t i = 0; i < dim; ++i) of_tokens[i] = pair_of(even[i], odd[i]);
+    std::fill(of_tokens + dim, of_tokens + padded_dim, 0);
+  }
+  uint32_t* values = reinterpret_cast<uint32_t*>(panels.values + first * padded_dim);
+  for (int64_t i = 0; i < padded_dim; i += 16)
+    transpose_words(pairs.data() + i, padded_dim, values + i * 16, 16);
+}
+
+// What a thread has of 32 queries: 16 of them in each half.
+class ChunkTile {
+ public:
+  ChunkTile(const QueryHeads& heads, int64_t first, int64_t num_queries)
+      : heads_(heads),
+        first_(first),
+        num_queries_(num_queries),
+        padded_dim_(round_up(heads.step.head_dim, kPanel)),
+        log2_scale_(static_cast<float>(heads.step.scale * 1.4426950408889634)) {
+    turn_.set(kPanel);
+    queries_.resize(padded_dim_ / 2 * kPanel);
+    rows_.resize(padded_dim_ / 2 * kPanel);
+    sums_.assign(padded_dim_ * kPanel, 0.0f);
+    load_queries();
+  }
+
+  void attend() {
+    const int64_t last = position(num_queries_ - 1) + 1;
+    for (int64_t key = 0; key < last; key += kKeysTogether) {
+      const int64_t num_keys = std::min(kKeysTogether, round_up(last - key, kPanel));
+      score(key, num_keys);
+      hide_unseen(key, num_keys);
+      weigh(num_keys);
+      add_values(key, num_keys);
+    }
+    write();
+  }
+
+ private:
+  int64_t position(int64_t query) const { return heads_.position(first_ + query); }
+
+  // Words of rows [32, H / 2] to columns.
+  void load_queries() {
+    const int64_t row_words = padded_dim_ / 2;
+    std::fill(rows_.begin(), rows_.end(), 0);
+    for (int64_t m = 0; m < num_queries_; ++m)
+      std::memcpy(rows_.data() + m * row_words, heads_.query(first_ + m),
+                  heads_.step.head_dim * sizeof(bf16));
+    for (int64_t m = 0; m < kPanel; m += 16)
+      for (int64_t i = 0; i < row_words; i += 16)
+        transpose_words(rows_.data() + m * row_words + i, row_words,
+                        queries_.data() + i * kPanel + m, kPanel);
+    for (int64_t m = 0; m < kPanel; ++m)
+      positions_[m] = static_cast<float>(position(std::min(m, num_queries_ - 1)));
+  }
+
+  void score(int64_t first_key, int64_t num_keys) {
+    using namespace amx_tile;
+    const bf16* queries = reinterpret_cast<const bf16*>(queries_.data());
+    for (int64_t key = 0; key < num_keys; key += kPanel) {
+      zero_sums();
+      const bf16* keys = heads_.panels.keys + (first_key + key) * padded_dim_;
+      for (int64_t i = 0; i < padded_dim_; i += kBlock)
+        multiply_block<true>(keys + i, padded_dim_, queries + i * kPanel);
+      store_sums<true>(scores_ + key * kPanel);
+    }
+  }
+
+  void hide_unseen(int64_t first_key, int64_t num_keys) {
+    const int64_t first_hidden = position(0) + 1 - first_key;
+    for (int64_t key = std::max<int64_t>(first_hidden, 0); key < num_keys; ++key)
+      for (int half = 0; half < kPanel; half += 16) {
+        float* scores = scores_ + key * kPanel + half;
+        const f32x16 position = static_cast<float>(first_key + key);
+        store(scores, if_at_least(load(positions_ + half), position, load(scores), kUnseen));
+      }
+  }
+
+  // Scores to probabilities.
+  void weigh(int64_t num_keys) {
+    for (int half = 0; half < 2; ++half) {
+      const float* scores = scores_ + half * 16;
+      f32x16 top = kUnseen;
+      for (int64_t key = 0; key < num_keys; ++key) top = max(top, load(scores + key * kPanel));
+      raise(half, top * log2_scale_);
+      const f32x16 offset = -largest_[half], scale = log2_scale_;
+      uint32_t* pairs = probabilities_ + half * 16;
+      f32x16 total = totals_[half];
+      for (int64_t key = 0; key < num_keys; key += 2) {
+        const float* at = scores + key * kPanel;
+        const f32x16 even = exp2_roughly(fma(load(at), scale, offset));
+        const f32x16 odd = exp2_roughly(fma(load(at + kPanel), scale, offset));
+        total += even + odd;
+        store_pairs(pairs + key / 2 * kPanel, even, odd);
+      }
+      totals_[half] = total;
+    }
+  }
+
+  // Scales to a larger score where there is one, else by 1.
+  void raise(int half, const f32x16& top) {
+    const f32x16 limit = largest_[half] + kLog2Slack;
+    if (!any_above(top, limit)) return;
+    const f32x16 largest = if_at_least(limit, top, largest_[half], top);
+    const f32x16 factor =
+        if_at_least(limit, top, 1.0f, exp2_roughly(largest_[half] - largest));
+    largest_[half] = largest;
+    totals_[half] = totals_[half] * factor;
+    for (int64_t i = 0; i < padded_dim_; ++i) {
+      float* sums = sums_.data() + i * kPanel + half * 16;
+      store(sums, load(sums) * factor);
+    }
+  }
+
+  void add_values(int64_t first_key, int64_t num_keys) {
+    using namespace amx_tile;
+    const bf16* probabilities = reinterpret_cast<const bf16*>(probabilities_);
+    for (int64_t i = 0; i < padded_dim_; i += kPanel) {
+      load_sums(sums_.data() + i * kPanel);
+      for (int64_t key = 0; key < num_keys; key += kBlock) {
+        const bf16* values = heads_.panels.values + (first_key + key) * padded_dim_ + i * kBlock;
+        multiply_block<true>(values, kBlock, probabilities + key * kPanel);
+      }
+      store_sums<true>(sums_.data() + i * kPanel);
+    }
+  }
+
+  void write() {
+    const int64_t row_words = padded_dim_ / 2;
+    uint32_t* columns = queries_.data();
+    for (int half = 0; half < 2; ++half) {
+      const f32x16 factor = 1.0f / totals_[half];
+      for (int64_t i = 0; i < row_words; ++i) {
+        const float* sums = sums_.data() + 2 * i * kPanel + half * 16;
+        store_pairs(columns + i * kPanel + half * 16, load(sums) * factor,
+                    load(sums + kPanel) * factor);
+      }
+    }
+    for (int64_t m = 0; m < kPanel; m += 16)
+      for (int64_t i = 0; i < row_words; i += 16)
+        transpose_words(columns + i * kPanel + m, kPanel, rows_.data() + m * row_words + i,
+                        row_words);
+    for (int64_t m = 0; m < num_queries_; ++m)
+      std::memcpy(heads_.out(first_ + m), rows_.data() + m * row_words,
+                  heads_.step.head_dim * sizeof(bf16));
+  }
+
+  static f32x16 if_at_least(const f32x16& a, const f32x16& b, const f32x16& yes,
+                            const f32x16& no) {
+    return f32x16::of_parts(
+        [&](int i) { return a.part[i] >= b.part[i] ? yes.part[i] : no.part[i]; });
+  }
+  static bool any_above(const f32x16& a, const f32x16& b) {
+    i32_lanes above = {};
+    for (int i = 0; i < kParts; ++i) above |= a.part[i] > b.part[i];
+    int32_t any = 0;
+    for (int i = 0; i < kLanes; ++i) any |= above[i];
+    return any != 0;
+  }
+
+  const QueryHeads& heads_;
+  const int64_t first_, num_queries_, padded_dim_;
+  const float log2_scale_;
+  Turn turn_;
+  alignas(64) float positions_[kPanel];
+  alignas(64) float scores_[kKeysTogether * kPanel];
+  alignas(64) uint32_t probabilities_[kKeysTogether / 2 * kPanel];
+  f32x16 largest_[2] = {kUnseen, kUnseen}, totals_[2] = {0.0f, 0.0f};
+  std::vector<uint32_t> queries_, rows_;  // [H / 2, 32], [32, H / 2]
+  std::vector<float> sums_;               // [H, 32]
+};
+
+// Results of pairs [first, first + num_queries).
+inline void attend_tile(const QueryHeads& heads, int64_t first, int64_t num_queries) {
+  ChunkTile(heads, first, num_queries).attend();
+}
+
+}  // namespace sortserve
