@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "lines.h"
 #include "tile.h"
 
 #if defined(SORTSERVE_HAS_AMX)
@@ -37,9 +38,8 @@ void attend_chunks(Team& team, const Step& step, const AttentionCall& call) {
         tiles.push_back({index, i});
     }
   }
-  thread_local std::vector<bf16> buffer;
-  buffer.resize(num_elements);
-  bf16* free = buffer.data();
+  thread_local Lines<bf16> buffer;
+  bf16* free = buffer.reserve(num_elements);
   for (Panels& panels : all) {
     panels.keys = free;
     panels.values = free + keys_size(step, panels);

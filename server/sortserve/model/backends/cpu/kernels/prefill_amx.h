@@ -10,12 +10,13 @@
 #include <vector>
 
 #include "exp2.h"
+#include "lines.h"
 #include "prefill.h"
 #include "tile_amx.h"
 
 namespace sortserve {
 
-constexpr int64_t kQueriesTogether = kPanel, kKeysTogether = 128;
+constexpr int64_t kQueriesTogether = kPanel, kKeysTogether = 64;
 constexpr float kUnseen = -1e30f;  // a score, whose probability is 0
 constexpr float kLog2Slack = 8;
 
@@ -65,9 +66,12 @@ class ChunkTile {
         padded_dim_(round_up(heads.step.head_dim, kPanel)),
         log2_scale_(static_cast<float>(heads.step.scale * 1.4426950408889634)) {
     turn_.set(kPanel);
-    queries_.resize(padded_dim_ / 2 * kPanel);
-    rows_.resize(padded_dim_ / 2 * kPanel);
-    sums_.assign(padded_dim_ * kPanel, 0.0f);
+    thread_local Lines<uint32_t> words;
+    thread_local Lines<float> sums;
+    queries_ = words.reserve(padded_dim_ * kPanel);
+    rows_ = queries_ + padded_dim_ / 2 * kPanel;
+    sums_ = sums.reserve(padded_dim_ * kPanel);
+    std::fill_n(sums_, padded_dim_ * kPanel, 0.0f);
     load_queries();
   }
 
@@ -89,21 +93,21 @@ class ChunkTile {
   // Words of rows [32, H / 2] to columns.
   void load_queries() {
     const int64_t row_words = padded_dim_ / 2;
-    std::fill(rows_.begin(), rows_.end(), 0);
+    std::fill_n(rows_, padded_dim_ / 2 * kPanel, 0);
     for (int64_t m = 0; m < num_queries_; ++m)
-      std::memcpy(rows_.data() + m * row_words, heads_.query(first_ + m),
+      std::memcpy(rows_ + m * row_words, heads_.query(first_ + m),
                   heads_.step.head_dim * sizeof(bf16));
     for (int64_t m = 0; m < kPanel; m += 16)
       for (int64_t i = 0; i < row_words; i += 16)
-        transpose_words(rows_.data() + m * row_words + i, row_words,
-                        queries_.data() + i * kPanel + m, kPanel);
+        transpose_words(rows_ + m * row_words + i, row_words,
+                        queries_ + i * kPanel + m, kPanel);
     for (int64_t m = 0; m < kPanel; ++m)
       positions_[m] = static_cast<float>(position(std::min(m, num_queries_ - 1)));
   }
 
   void score(int64_t first_key, int64_t num_keys) {
     using namespace amx_tile;
-    const bf16* queries = reinterpret_cast<const bf16*>(queries_.data());
+    const bf16* queries = reinterpret_cast<const bf16*>(queries_);
     for (int64_t key = 0; key < num_keys; key += kPanel) {
       zero_sums();
       const bf16* keys = heads_.panels.keys + (first_key + key) * padded_dim_;
@@ -154,7 +158,7 @@ class ChunkTile {
     largest_[half] = largest;
     totals_[half] = totals_[half] * factor;
     for (int64_t i = 0; i < padded_dim_; ++i) {
-      float* sums = sums_.data() + i * kPanel + half * 16;
+      float* sums = sums_ + i * kPanel + half * 16;
       store(sums, load(sums) * factor);
     }
   }
@@ -163,32 +167,32 @@ class ChunkTile {
     using namespace amx_tile;
     const bf16* probabilities = reinterpret_cast<const bf16*>(probabilities_);
     for (int64_t i = 0; i < padded_dim_; i += kPanel) {
-      load_sums(sums_.data() + i * kPanel);
+      load_sums(sums_ + i * kPanel);
       for (int64_t key = 0; key < num_keys; key += kBlock) {
         const bf16* values = heads_.panels.values + (first_key + key) * padded_dim_ + i * kBlock;
         multiply_block<true>(values, kBlock, probabilities + key * kPanel);
       }
-      store_sums<true>(sums_.data() + i * kPanel);
+      store_sums<true>(sums_ + i * kPanel);
     }
   }
 
   void write() {
     const int64_t row_words = padded_dim_ / 2;
-    uint32_t* columns = queries_.data();
+    uint32_t* columns = queries_;
     for (int half = 0; half < 2; ++half) {
       const f32x16 factor = 1.0f / totals_[half];
       for (int64_t i = 0; i < row_words; ++i) {
-        const float* sums = sums_.data() + 2 * i * kPanel + half * 16;
+        const float* sums = sums_ + 2 * i * kPanel + half * 16;
         store_pairs(columns + i * kPanel + half * 16, load(sums) * factor,
                     load(sums + kPanel) * factor);
       }
     }
     for (int64_t m = 0; m < kPanel; m += 16)
       for (int64_t i = 0; i < row_words; i += 16)
-        transpose_words(columns + i * kPanel + m, kPanel, rows_.data() + m * row_words + i,
+        transpose_words(columns + i * kPanel + m, kPanel, rows_ + m * row_words + i,
                         row_words);
     for (int64_t m = 0; m < num_queries_; ++m)
-      std::memcpy(heads_.out(first_ + m), rows_.data() + m * row_words,
+      std::memcpy(heads_.out(first_ + m), rows_ + m * row_words,
                   heads_.step.head_dim * sizeof(bf16));
   }
 
@@ -213,8 +217,8 @@ class ChunkTile {
   alignas(64) float scores_[kKeysTogether * kPanel];
   alignas(64) uint32_t probabilities_[kKeysTogether / 2 * kPanel];
   f32x16 largest_[2] = {kUnseen, kUnseen}, totals_[2] = {0.0f, 0.0f};
-  std::vector<uint32_t> queries_, rows_;  // [H / 2, 32], [32, H / 2]
-  std::vector<float> sums_;               // [H, 32]
+  uint32_t *queries_, *rows_;  // [H / 2, 32], [32, H / 2]
+  float* sums_;                // [H, 32]
 };
 
 // Results of pairs [first, first + num_queries).
