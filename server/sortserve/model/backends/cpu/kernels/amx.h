@@ -18,9 +18,9 @@ struct alignas(64) Config {
   uint16_t bytes_of_row[16] = {};
   uint8_t rows[16] = {};
 
-  void shape(int tile, int num_rows) {
+  void shape(int tile, int num_rows, int num_bytes = kTileBytes) {
     rows[tile] = static_cast<uint8_t>(num_rows);
-    bytes_of_row[tile] = kTileBytes;
+    bytes_of_row[tile] = static_cast<uint16_t>(num_bytes);
   }
 };
 static_assert(sizeof(Config) == 64);
@@ -49,9 +49,10 @@ inline void zero() {
 
 template <int tile>
 inline void load(const void* from, int64_t stride_bytes) {
-  for (int row = 0; row < registers().config.rows[tile]; ++row)
-    std::memcpy(registers().tiles[tile][row], static_cast<const char*>(from) + row * stride_bytes,
-                kTileBytes);
+  Registers& r = registers();
+  for (int row = 0; row < r.config.rows[tile]; ++row)
+    std::memcpy(r.tiles[tile][row], static_cast<const char*>(from) + row * stride_bytes,
+                r.config.bytes_of_row[tile]);
 }
 
 template <int tile>
@@ -61,9 +62,10 @@ inline void load_once(const void* from, int64_t stride_bytes) {
 
 template <int tile>
 inline void store(void* to, int64_t stride_bytes) {
-  for (int row = 0; row < registers().config.rows[tile]; ++row)
-    std::memcpy(static_cast<char*>(to) + row * stride_bytes, registers().tiles[tile][row],
-                kTileBytes);
+  Registers& r = registers();
+  for (int row = 0; row < r.config.rows[tile]; ++row)
+    std::memcpy(static_cast<char*>(to) + row * stride_bytes, r.tiles[tile][row],
+                r.config.bytes_of_row[tile]);
 }
 
 // sums += a times b; b has a pair of inputs a row. Even and odd inputs are summed apart, as there.

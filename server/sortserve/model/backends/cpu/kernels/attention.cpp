@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "dots.h"
+#include "dots_amx.h"
 #include "kernels.h"
 #include "weighted_sums.h"
 
@@ -89,6 +90,15 @@ namespace {
 
 // ---- one query, one key/value head, one partition
 
+#if defined(SORTSERVE_HAS_AMX)
+template <typename T>
+using QueriesOf =
+    std::conditional_t<std::is_same<T, bf16>::value, amx_dots::GroupQueries, GroupQueries<T>>;
+#else
+template <typename T>
+using QueriesOf = GroupQueries<T>;
+#endif
+
 struct Task {
   int64_t token, kv_head;
   const int32_t* table;
@@ -96,7 +106,7 @@ struct Task {
 };
 
 struct Scratch {
-  std::vector<float> queries, scores, sums, largest, totals;  // each for the group's query heads
+  std::vector<float> scores, sums, largest, totals;  // each for the group's query heads
   const void* near = nullptr;  // the first of the keys that the last task brought near
 };
 
@@ -124,15 +134,12 @@ const T* first_key_of(const Step& step, const AttentionCall& call, const Task& t
   return static_cast<const T*>(call.keys) + cached_at(step, task.table, task.kv_head, task.first);
 }
 
-// to: [group, query_size].
 template <typename T>
-void prepare_queries(const Step& step, const AttentionCall& call, const Task& task, float* to) {
-  const int64_t dim = step.head_dim, group = step.num_heads / step.num_kv_heads;
-  const int64_t row_width = (step.num_heads + 2 * step.num_kv_heads) * dim;
-  const T* queries =
-      static_cast<const T*>(call.qkv) + task.token * row_width + task.kv_head * group * dim;
-  for (int64_t g = 0; g < group; ++g)
-    prepare_query(queries + g * dim, dim, to + g * query_size<T>(dim));
+const T* queries_of(const Step& step, const AttentionCall& call, const Task& task) {
+  const int64_t group = step.num_heads / step.num_kv_heads;
+  const int64_t row_width = (step.num_heads + 2 * step.num_kv_heads) * step.head_dim;
+  return static_cast<const T*>(call.qkv) + task.token * row_width +
+         task.kv_head * group * step.head_dim;
 }
 
 // Pages lie anywhere in memory, which the CPU cannot foresee. So the values are brought near while
@@ -140,8 +147,8 @@ void prepare_queries(const Step& step, const AttentionCall& call, const Task& ta
 // as no more than a few lines can be under way at once.
 template <typename T>
 void score_keys(const Step& step, const AttentionCall& call, const Task& task,
-                const float* queries, bool are_near, float* scores, int64_t stride) {
-  const int64_t dim = step.head_dim, group = step.num_heads / step.num_kv_heads;
+                const QueriesOf<T>& queries, bool are_near, float* scores, int64_t stride) {
+  const int64_t dim = step.head_dim;
   const T* keys = static_cast<const T*>(call.keys);
   const T* values = static_cast<const T*>(call.values);
   for_each_block(step, task, [&](int64_t position, int64_t n) {
@@ -149,11 +156,8 @@ void score_keys(const Step& step, const AttentionCall& call, const Task& task,
     const int64_t ahead = position + 2 * step.block_size;
     if (!are_near && ahead < task.last)
       prefetch(keys + cached_at(step, task.table, task.kv_head, ahead), step.block_size * dim);
-    for_heads<kHeadsTogether>(0, group, [&](auto heads, int64_t g) {
-      dots<decltype(heads)::value>(queries + g * query_size<T>(dim), keys + at, dim, n,
-                                   values + at, scores + g * stride + position - task.first,
-                                   stride);
-    });
+    queries.score(keys + at, n, step.block_size - position % step.block_size, values + at,
+                  scores + position - task.first, stride);
   });
 }
 
@@ -184,15 +188,14 @@ void attend(const Step& step, const AttentionCall& call, const Task& task, const
   const int64_t group = step.num_heads / step.num_kv_heads;
   // Scores are stored a vector at a time, so the last may run over by 15.
   const int64_t stride = kPartition + 16;
-  scratch.queries.resize(group * query_size<T>(step.head_dim));
   scratch.scores.resize(group * stride);
   scratch.sums.assign(group * round_up(step.head_dim, 16), 0.0f);
   scratch.largest.resize(group);
   scratch.totals.resize(group);
   float* scores = scratch.scores.data();
-  prepare_queries<T>(step, call, task, scratch.queries.data());
   const bool are_near = scratch.near == first_key_of<T>(step, call, task);
-  score_keys<T>(step, call, task, scratch.queries.data(), are_near, scores, stride);
+  const QueriesOf<T> queries(queries_of<T>(step, call, task), group, step.head_dim);
+  score_keys<T>(step, call, task, queries, are_near, scores, stride);
   for (int64_t g = 0; g < group; ++g)
     softmax(scores + g * stride, task.last - task.first, static_cast<float>(step.scale),
             &scratch.largest[g], &scratch.totals[g]);

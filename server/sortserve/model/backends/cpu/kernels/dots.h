@@ -199,4 +199,31 @@ inline void dots(const float* queries, const T* keys, int64_t dim, int64_t n, co
   }
 }
 
+// The query heads of one group, for as many keys as are asked for.
+template <typename T>
+class GroupQueries {
+ public:
+  GroupQueries(const T* queries, int64_t group, int64_t dim) : group_(group), dim_(dim) {
+    thread_local std::vector<float> vectors;
+    vectors.resize(group * query_size<T>(dim));
+    vectors_ = vectors.data();
+    for (int64_t g = 0; g < group; ++g)
+      prepare_query(queries + g * dim, dim, vectors_ + g * query_size<T>(dim));
+  }
+
+  // scores[g * stride + j] = query g . key j for all g and j < n; up to 15 more of each are written.
+  // Meanwhile as many bytes as the keys have are brought near from ``ahead``.
+  void score(const T* keys, int64_t n, int64_t, const T* ahead, float* scores,
+             int64_t stride) const {
+    for_heads<kHeadsTogether>(0, group_, [&](auto heads, int64_t g) {
+      dots<decltype(heads)::value>(vectors_ + g * query_size<T>(dim_), keys, dim_, n, ahead,
+                                   scores + g * stride, stride);
+    });
+  }
+
+ private:
+  const int64_t group_, dim_;
+  float* vectors_;  // [group, query_size]
+};
+
 }  // namespace sortserve
