@@ -108,9 +108,33 @@ float largest_size(const float* x) {
     const i32_lanes size = load_as<i32_lanes>(x + i) & 0x7fffffff;
     largest = size > largest ? size : largest;
   }
+#if defined(__AVX512F__)
+  return bit_cast<float>(_mm512_reduce_max_epi32((__m512i)largest));
+#else
   int32_t result = largest[0];
   for (int i = 1; i < kLanes; ++i) result = std::max(result, (int32_t)largest[i]);
   return bit_cast<float>(result);
+#endif
+}
+
+// 32 integers as bytes; their sum.
+int32_t narrow(const int32_t* integers, int8_t* values) {
+#if defined(__AVX512F__)
+  const __m512i left = load_as<__m512i>(integers), right = load_as<__m512i>(integers + 16);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(values), _mm512_cvtepi32_epi8(left));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(values + 16), _mm512_cvtepi32_epi8(right));
+  return _mm512_reduce_add_epi32(_mm512_add_epi32(left, right));
+#else
+  // Into an array of our own: bytes elsewhere might be those of ``integers``, for all GCC knows.
+  alignas(64) int8_t bytes[kBlock];
+  int32_t sum = 0;
+  for (int64_t i = 0; i < kBlock; ++i) {
+    bytes[i] = static_cast<int8_t>(integers[i]);
+    sum += integers[i];
+  }
+  std::memcpy(values, bytes, kBlock);
+  return sum;
+#endif
 }
 
 // Blocks that are all below this are zero: their factor would not be finite.
@@ -129,14 +153,7 @@ void quantize_block(const T* x, int64_t n, int8_t* values, BlockScale* scale) {
   }
   alignas(64) int32_t integers[kBlock];
   round_products(numbers, 127.0f / largest, integers);
-  // Into an array of our own: bytes elsewhere might be those of ``integers``, for all GCC knows.
-  alignas(64) int8_t bytes[kBlock];
-  int32_t sum = 0;
-  for (int64_t i = 0; i < kBlock; ++i) {
-    bytes[i] = static_cast<int8_t>(integers[i]);
-    sum += integers[i];
-  }
-  std::memcpy(values, bytes, kBlock);
+  const int32_t sum = narrow(integers, values);
   *scale = {largest / 127.0f, -Int8Tile::kWeightOffset * sum};
 }
 
