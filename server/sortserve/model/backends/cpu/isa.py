@@ -51,7 +51,8 @@ class Isa:
 
 
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
-_AMX = frozenset({"amx_tile", "amx_bf16"})
+_AMX = frozenset({"amx_tile", "amx_bf16", "amx_int8"})
+_AMX_CODE = ("-mamx-tile", "-mamx-bf16", "-mamx-int8")
 _AVX512_BF16 = _AVX2 | {
     *("abm", "bmi1", "bmi2", "movbe"),
     *("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
@@ -62,7 +63,7 @@ _AVX512_BF16_CODE = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")
 ISAS = {
     isa.name: isa
     for isa in (
-        Isa("amx", (*_AVX512_BF16_CODE, "-mamx-tile", "-mamx-bf16"), _AVX512_BF16 | _AMX, _X86),
+        Isa("amx", (*_AVX512_BF16_CODE, *_AMX_CODE), _AVX512_BF16 | _AMX, _X86),
         Isa("avx512_bf16", _AVX512_BF16_CODE, _AVX512_BF16, _X86),
         Isa("avx2", ("-mavx2", "-mfma", "-mf16c"), _AVX2, _X86),
         Isa("portable"),

@@ -96,6 +96,23 @@ inline void multiply_bf16() {
   }
 }
 
+// sums += a times b in integers; a has bytes with a sign, b has four inputs a row, with or without.
+template <int sums, int a, int b, bool b_is_unsigned>
+inline void multiply_int8() {
+  Registers& r = registers();
+  for (int m = 0; m < r.config.rows[sums]; ++m) {
+    int32_t row[16];
+    std::memcpy(row, r.tiles[sums][m], sizeof(row));
+    for (int k = 0; k < r.config.bytes_of_row[a]; ++k)
+      for (int n = 0; n < 16; ++n) {
+        const uint8_t right = r.tiles[b][k / 4][4 * n + k % 4];
+        row[n] += static_cast<int8_t>(r.tiles[a][m][k]) *
+                  (b_is_unsigned ? static_cast<int>(right) : static_cast<int8_t>(right));
+      }
+    std::memcpy(r.tiles[sums][m], row, sizeof(row));
+  }
+}
+
 #else
 
 // In assembler: the compilers' macros take no template arguments, and GCC's for the configuration
@@ -130,6 +147,14 @@ inline void store(void* to, int64_t stride_bytes) {
 template <int sums, int a, int b>
 inline void multiply_bf16() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(a), "i"(b));
+}
+
+template <int sums, int a, int b, bool b_is_unsigned>
+inline void multiply_int8() {
+  if constexpr (b_is_unsigned)
+    __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(a), "i"(b));
+  else
+    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(a), "i"(b));
 }
 
 #endif

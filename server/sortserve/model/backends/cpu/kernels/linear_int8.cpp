@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "outputs.h"
 #include "tile_int8.h"
+#include "tile_int8_amx.h"
 
 namespace sortserve {
 namespace {
@@ -28,6 +29,12 @@ struct PackInt8Call {
   int64_t num_inputs, num_outputs, output, num_threads;
   int64_t packed_bytes;  // written
 };
+
+#if defined(SORTSERVE_HAS_AMX_INT8)
+constexpr int kInt8Rows = kInt8AmxRows;
+#else
+constexpr int kInt8Rows = Int8Tile::kRows;
+#endif
 
 int64_t num_blocks_of(int64_t num_inputs) { return (num_inputs + kBlock - 1) / kBlock; }
 
@@ -179,7 +186,7 @@ struct Tiles {
   int64_t num_rows, count;
 
   explicit Tiles(int64_t num_tokens)
-      : num_rows(num_tokens), count((num_tokens + Int8Tile::kRows - 1) / Int8Tile::kRows) {}
+      : num_rows(num_tokens), count((num_tokens + kInt8Rows - 1) / kInt8Rows) {}
 
   int64_t first_row(int64_t tile) const { return tile * num_rows / count; }
   int64_t size(int64_t tile) const { return first_row(tile + 1) - first_row(tile); }
@@ -198,8 +205,8 @@ template <typename T>
 QuantizedRows quantize_rows(Team& team, const T* x, int64_t num_tokens, int64_t num_inputs) {
   thread_local RowBuffer buffer;
   const int64_t num_blocks = num_blocks_of(num_inputs), count = num_tokens * num_blocks;
-  int8_t* values = reinterpret_cast<int8_t*>(
-      buffer.reserve(count * (kBlock + static_cast<int64_t>(sizeof(BlockScale)))));
+  constexpr int64_t kBytes = kBlock + sizeof(BlockScale);  // what lies behind the last is read, too
+  int8_t* values = reinterpret_cast<int8_t*>(buffer.reserve((count + kInt8Rows) * kBytes));
   BlockScale* scales = reinterpret_cast<BlockScale*>(values + count * kBlock);
   const Tiles tiles(num_tokens);
   constexpr int64_t kGrain = 512;
@@ -217,11 +224,11 @@ QuantizedRows quantize_rows(Team& team, const T* x, int64_t num_tokens, int64_t 
 
 // What a tile brings near: the same panel a little further on where that is all there is to wait
 // for, else the next panel, while the second tile runs.
-const uint8_t* ahead_of(int64_t tile, int64_t num_tiles, const uint8_t* panel,
+const uint8_t* ahead_of(int64_t tile, int64_t num_tiles, int64_t num_rows, const uint8_t* panel,
                         int64_t panel_bytes) {
   constexpr int64_t kStreamAhead = 4096;
-  if (num_tiles == 1) return panel + kStreamAhead;
-  return tile == 1 ? panel + panel_bytes : panel;
+  if (num_tiles == 1 && num_rows <= Int8Tile::kRows) return panel + kStreamAhead;
+  return tile == std::min<int64_t>(1, num_tiles - 1) ? panel + panel_bytes : panel;
 }
 
 // What the sums of a panel lack, if they lack anything: [blocks, 32].
@@ -235,10 +242,29 @@ const int16_t* lacks_of(const uint8_t* panel, int64_t num_blocks, int64_t num_ro
   return lacks.data();
 }
 
+// 1 <= num_rows <= M: sums of as many rows; lacks may be null.
+template <int M = kInt8Rows>
+void multiply_int8_rows(int64_t num_rows, const int8_t* values, const BlockScale* scales,
+                        int64_t num_blocks, const uint8_t* panel, const int16_t* lacks,
+                        const uint8_t* ahead, float (*sums)[kPanel]) {
+  if constexpr (M > 1)
+    if (num_rows != M)
+      return multiply_int8_rows<M - 1>(num_rows, values, scales, num_blocks, panel, lacks, ahead,
+                                       sums);
+  const TileRows<M> x = {reinterpret_cast<const int8_t (*)[M][kBlock]>(values),
+                         reinterpret_cast<const BlockScale (*)[M]>(scales)};
+#if defined(SORTSERVE_HAS_AMX_INT8)
+  if constexpr (M > Int8Tile::kRows)
+    return multiply_int8_by_amx<M>(x, num_blocks, panel, ahead, sums);
+#endif
+  lacks == nullptr ? multiply_int8_tile<M, false>(x, num_blocks, panel, lacks, ahead, sums)
+                   : multiply_int8_tile<M, true>(x, num_blocks, panel, lacks, ahead, sums);
+}
+
 // Tiles that go through all panels together, so that their rows stay in the second cache.
 int64_t num_groups_of(const QuantizedRows& rows) {
   constexpr int64_t kBytes = 128 << 10, kMinTiles = 6;
-  const int64_t tile_bytes = Int8Tile::kRows * rows.num_blocks * kBlock;
+  const int64_t tile_bytes = kInt8Rows * rows.num_blocks * kBlock;
   const int64_t group = std::max<int64_t>(kMinTiles, kBytes / tile_bytes);
   return std::max<int64_t>(1, (rows.tiles.count + group / 2) / group);
 }
@@ -248,15 +274,18 @@ template <typename Write>
 void multiply_panel(const QuantizedRows& rows, int64_t begin, int64_t end, const uint8_t* panel,
                     const Write& write) {
   const Tiles& tiles = rows.tiles;
-  const int64_t num_blocks = rows.num_blocks;
-  const int16_t* lacks =
-      lacks_of(panel, num_blocks, tiles.first_row(end) - tiles.first_row(begin));
-  alignas(64) float sums[Int8Tile::kRows][kPanel];
+  const int64_t num_blocks = rows.num_blocks, panel_bytes = num_blocks * kBlockBytes;
+  const int64_t num_rows = tiles.first_row(end) - tiles.first_row(begin);
+  const int16_t* lacks = lacks_of(panel, num_blocks, num_rows);
+#if defined(SORTSERVE_HAS_AMX_INT8)
+  const Int8Registers registers(num_rows > Int8Tile::kRows);
+#endif
+  alignas(64) float sums[kInt8Rows][kPanel];
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tiles.first_row(tile), at = first * num_blocks;
     multiply_int8_rows(tiles.size(tile), rows.values + at * kBlock, rows.scales + at, num_blocks,
                        panel, lacks,
-                       ahead_of(tile - begin, end - begin, panel, num_blocks * kBlockBytes), sums);
+                       ahead_of(tile - begin, end - begin, num_rows, panel, panel_bytes), sums);
     for (int64_t m = 0; m < tiles.size(tile); ++m) write(first + m, sums[m]);
   }
 }

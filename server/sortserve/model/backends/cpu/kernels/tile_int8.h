@@ -218,19 +218,4 @@ __attribute__((noinline)) void multiply_int8_tile(TileRows<M> x, int64_t num_blo
   }
 }
 
-// The same with 1 <= num_rows <= Int8Tile::kRows; lacks may be null.
-template <int M = Int8Tile::kRows>
-inline void multiply_int8_rows(int64_t num_rows, const int8_t* values, const BlockScale* scales,
-                               int64_t num_blocks, const uint8_t* panel, const int16_t* lacks,
-                               const uint8_t* ahead, float (*sums)[kPanel]) {
-  if constexpr (M > 1)
-    if (num_rows != M)
-      return multiply_int8_rows<M - 1>(num_rows, values, scales, num_blocks, panel, lacks, ahead,
-                                       sums);
-  const TileRows<M> x = {reinterpret_cast<const int8_t (*)[M][kBlock]>(values),
-                         reinterpret_cast<const BlockScale (*)[M]>(scales)};
-  lacks == nullptr ? multiply_int8_tile<M, false>(x, num_blocks, panel, lacks, ahead, sums)
-                   : multiply_int8_tile<M, true>(x, num_blocks, panel, lacks, ahead, sums);
-}
-
 }  // namespace sortserve
