@@ -126,7 +126,7 @@ class AdmissionDesk:
         allowed = self._open_to(allowed, request.budget)
         starts = allowed if exit_layer is None else (exit_layer,)
         deepest = ExitChoice(starts[-1], None, fits=True)
-        unpromised = replace(deepest, fits=not request.budget.has_latency)
+        unpromised = ExitChoice(starts[-1], None, fits=not request.budget.has_latency)
         asked = _Question(request, allowed, starts, num_sequences)
 
         def judge(model: CostModel) -> ExitChoice:

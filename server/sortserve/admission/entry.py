@@ -13,8 +13,8 @@ import numpy as np
 
 from sortserve.admission.play import Course, Stay, Stays, foresee, stays_of
 from sortserve.admission.room import Room
+from sortserve.scheduling.columns import Columns, Mask
 from sortserve.scheduling.demand import Demand, StepCosts
-from sortserve.scheduling.demand_table import Columns, Mask
 from sortserve.scheduling.policy import Policy
 
 __all__ = ["Entry", "Queue", "course_of", "entry_of"]

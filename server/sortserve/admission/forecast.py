@@ -67,7 +67,7 @@ def forecast(
     if not load.policy.keeps_promises:
         return Forecast(estimate, 0.0 if _in_time(newcomer, estimate) else None, promise)
     if entry.keeps_others:
-        promises = _promises(newcomer, own, entry, load.now)
+        promises = _promises(promise, newcomer, own, entry, load.now)
         best, loss = _room(exit_layer, newcomer, promises, outlook, limit)
         if best is not None and loss is not None:
             return Forecast(_kept(estimate, newcomer, best), loss, best)
@@ -75,25 +75,32 @@ def forecast(
 
 
 def _promises(
-    newcomer: Newcomer, own: tuple[float, float], entry: Entry, now: float
+    first: Promise, newcomer: Newcomer, own: tuple[float, float], entry: Entry, now: float
 ) -> Iterator[Promise]:
-    """What could be promised from its entry on, in the order of trial."""
-    start_s = now + entry.start_s
-    promises = (_promise(newcomer, start_s, own, ease=ease) for ease in EASES)
-    for promise in dict.fromkeys(promises):  # of a pace alone they are all the same
+    """What could be promised from its entry on, in the order of trial.
+
+    ``first`` is the first of them if it enters now.
+    """
+    start_s, tried = now + entry.start_s, list[Promise]()
+    for ease in EASES:
+        is_first = start_s == now and not tried
+        promise = first if is_first else _promise(newcomer, start_s, own, ease=ease)
+        if promise in tried:  # of a pace alone they are all the same
+            continue
+        tried.append(promise)
         if entry.start_s <= 0.0 or start_s + own[0] <= promise.first_due_s:
             yield promise
 
 
 def _entry(exit_layer: int, newcomer: Newcomer, outlook: Outlook) -> Entry:
     """When it gets a slot and pages, with the promise that is due last, so that it enters last."""
-    load, costs = outlook.load, outlook.costs
+    load = outlook.load
     num_tokens = outlook.most_tokens + newcomer.num_prompt_tokens + newcomer.num_output_tokens
     if load.room.is_ample(len(load.demands) + 1, num_tokens, outlook.exits[-1]):
         return Entry(0.0, None, True)
     promise = None
     if newcomer.bounds_time and load.policy.keeps_promises:
-        own = _own_times(exit_layer, newcomer, costs)
+        own = _own_times(exit_layer, newcomer, outlook.costs)
         promise = _promise(newcomer, load.now, own, ease=EASES[-1])
     demand = newcomer_demand(exit_layer, newcomer, promise, now=load.now)
     return entry_of(demand, outlook.queue, now=load.now)
@@ -111,11 +118,10 @@ def _room(
     With what they lose for it; None if they cannot, or not within the limit.
     """
     now = outlook.load.now
-    # The newcomer's exit is what is asked about: only the others may move.
-    pinned = replace(newcomer, floor_layer=exit_layer)
     least, best = math.inf, None
     for promise in promises:
-        demand = newcomer_demand(exit_layer, pinned, promise, now=now)
+        # The newcomer's exit is what is asked about: only the others may move.
+        demand = newcomer_demand(exit_layer, newcomer, promise, now=now, may_move=False)
         if demand.is_hard and demand.due_s <= now:  # however fast the machine
             continue
         table = outlook.table.plus_one(_spread(demand, newcomer, outlook.costs), outlook.costs)
@@ -187,18 +193,20 @@ def newcomer_demand(
     *,
     now: float,
     request_id: str = "",
+    may_move: bool = True,
 ) -> Demand:
-    """The demand of a request that the engine has not yet taken."""
+    """The demand of a request that the engine has not yet taken; it stays unless it may move."""
     first_due_s = math.inf if promise is None else promise.first_due_s
     gap_s = math.inf if promise is None else promise.gap_s
     is_hard = math.isfinite(first_due_s)
     start_s = first_due_s if is_hard else now
+    floor_layer = newcomer.floor_layer
     num_gaps = newcomer.num_output_tokens - 1
     end_s = start_s + (num_gaps * gap_s if math.isfinite(gap_s) else 0.0)
     return Demand(
         request_id=request_id,
         exit_layer=exit_layer,
-        floor_layer=exit_layer if newcomer.floor_layer is None else newcomer.floor_layer,
+        floor_layer=floor_layer if may_move and floor_layer is not None else exit_layer,
         order=newcomer.arrival_s,
         num_pending=newcomer.num_prompt_tokens,
         context_len=0,

@@ -15,8 +15,9 @@ from sortserve.admission.room import UNLIMITED, Room
 from sortserve.core.budget import Deadlines
 from sortserve.core.schedule import DepthSchedule, mean_over_tokens
 from sortserve.cost.model import CostModel, StepShape
+from sortserve.scheduling.columns import Columns, Floats, Mask
 from sortserve.scheduling.demand import Demand, StepCosts
-from sortserve.scheduling.demand_table import Columns, DemandTable, Floats, Mask
+from sortserve.scheduling.demand_table import DemandTable
 from sortserve.scheduling.policy import Policy
 
 __all__ = ["Load", "Newcomer", "Outlook"]
@@ -108,7 +109,8 @@ class Outlook:
             and set(also) <= set(self.exits)
         )
         if is_same:
-            vars(other).update({name: getattr(self, name) for name in _TIMELESS})
+            known = vars(self)
+            vars(other).update({name: known[name] for name in _TIMELESS & known.keys()})
         return other
 
     @cached_property
@@ -121,7 +123,7 @@ class Outlook:
         """Of the steps that a newcomer would take part in, with the safety factor."""
         return StepCosts(
             self.model,
-            num_rows=int(self.columns.is_decoding.sum()) + 1,
+            num_rows=int(np.count_nonzero(self.columns.is_decoding)) + 1,
             chunk=self.load.max_num_batched_tokens,
             safety=self.model.safety,
         )
@@ -130,9 +132,8 @@ class Outlook:
     def exits(self) -> tuple[int, ...]:
         """All exits that matter, ascending."""
         known = {*self.load.worth, *self.also}
-        columns = self.columns
-        used = np.unique(np.concatenate((columns.exit_layer, columns.floor_layer)))
-        return tuple(sorted(known.union(map(int, used))))
+        used = np.concatenate((self.columns.exit_layer, self.columns.floor_layer))
+        return tuple(sorted(known.union(np.bincount(used.astype(np.intp)).nonzero()[0].tolist())))
 
     @cached_property
     def worth(self) -> Floats:
@@ -262,6 +263,6 @@ class Outlook:
         return self._parts[key]
 
 
-_TIMELESS = tuple(
+_TIMELESS = frozenset(
     name for name, value in vars(Outlook).items() if isinstance(value, cached_property)
 )

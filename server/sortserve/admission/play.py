@@ -22,8 +22,9 @@ from typing import NamedTuple
 import numpy as np
 
 from sortserve.admission.room import Room
+from sortserve.scheduling.columns import Columns, Floats, Mask
 from sortserve.scheduling.demand import SOFT_GAP_S, Demand, StepCosts
-from sortserve.scheduling.demand_table import Columns, Floats, Mask, reading_lines
+from sortserve.scheduling.demand_table import reading_lines
 
 __all__ = ["Course", "Stay", "Stays", "foresee", "stays_of"]
 
@@ -134,7 +135,7 @@ def stays_of(
         pages=np.ceil(num_tokens / room.block_size) * block_pages,
         last_pages=np.ceil((num_tokens + columns.num_left) / room.block_size) * block_pages,
         block_pages=block_pages,
-        work_s=np.where(columns.is_decoding, 0.0, reading_s),
+        work_s=reading_s,
         lasts_s=columns.num_left * pace_s,
         is_promised=columns.is_promised,
     )

@@ -11,8 +11,8 @@ import threading
 from collections.abc import Iterable
 
 from sortserve.admission.room import UNLIMITED, Room
+from sortserve.scheduling.columns import Columns, LiveDemands
 from sortserve.scheduling.demand import Demand
-from sortserve.scheduling.demand_table import Columns
 
 __all__ = ["Seen"]
 
@@ -22,7 +22,7 @@ class Seen:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._demands: tuple[Demand, ...] = ()
+        self._demands = LiveDemands()
         self._room = UNLIMITED
         self._unseen: dict[str, Demand] = {}
         self._all: tuple[tuple[Demand, ...], Columns] | None = None
@@ -42,7 +42,8 @@ class Seen:
             room: its slots and pages; None: as before.
         """
         with self._lock:
-            self._demands, self._all = demands, None
+            self._demands = LiveDemands.of(demands)
+            self._all = None
             self._room = self._room if room is None else room
             for request_id in taken:
                 self._unseen.pop(request_id, None)
@@ -65,6 +66,8 @@ class Seen:
         """
         with self._lock:
             if self._all is None:
-                demands = (*self._demands, *self._unseen.values())
-                self._all = demands, Columns.of(demands)
+                demands = self._demands
+                if self._unseen:
+                    demands = LiveDemands.after(demands, (*demands, *self._unseen.values()))
+                self._all = demands, demands.columns
             return *self._all, self._room

@@ -39,7 +39,7 @@ from sortserve.engine.live import (
 from sortserve.engine.pipeline import Landed, Pipeline
 from sortserve.engine.steps import engine_stats, step_record
 from sortserve.engine.validation import check_lengths, check_vocabulary, exits_that_fit
-from sortserve.scheduling.demand import Demand
+from sortserve.scheduling.columns import LiveDemands
 from sortserve.scheduling.objective import get_objective
 from sortserve.scheduling.policies.table import get_policy
 from sortserve.scheduling.scheduler import Scheduler
@@ -330,9 +330,9 @@ class Engine:
         """The state between two steps."""
         return engine_stats(self.scheduler)
 
-    def demands(self) -> tuple[Demand, ...]:
+    def demands(self) -> LiveDemands:
         """What every live request still needs; nothing without a cost model."""
-        return tuple(self.scheduler.demands(self.clock()))
+        return self.scheduler.demands(self.clock())
 
     def expect(self, request: Request) -> int:
         """The output tokens to plan a newcomer for."""

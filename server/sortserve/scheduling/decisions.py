@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from sortserve.core.sequence import Sequence
 from sortserve.cost.costs import Costs
+from sortserve.scheduling.columns import LiveDemands
 from sortserve.scheduling.demand import SOFT_GAP_S, Demand, StepCosts, demand_of
 from sortserve.scheduling.failures import FailureLog
 from sortserve.scheduling.objective import Worth
@@ -76,6 +77,8 @@ class Decisions:
         # thought to be; nothing where the policy knows no times.
         self._demands: dict[str, Demand] = {}
         self._step_costs: StepCosts | None = None
+        # The last ones that anybody asked for.
+        self._live = LiveDemands()
         # Those who run and share the steps of soft requests.
         self._num_soft = 0
         self._failed = False
@@ -119,16 +122,18 @@ class Decisions:
         if self._step_costs is not None:
             self._look_at(sequences, self._step_costs, now)
 
-    def demands(self, now: float) -> list[Demand]:
+    def demands(self, now: float) -> LiveDemands:
         """What every live sequence still needed when the last step was chosen, or needs now."""
         model = self._costs.model
         if model is None:
-            return []
+            return LiveDemands()
         sequences = [*self._running, *self._waiting]
         unseen = [s for s in sequences if s.request_id not in self._demands]
         self._look_at(unseen, StepCosts(model, chunk=self._max_num_tokens), now)
         known = self._demands
-        return [known[s.request_id] for s in sequences if s.request_id in known]
+        demands = [known[s.request_id] for s in sequences if s.request_id in known]
+        self._live = LiveDemands.after(self._live, demands)
+        return self._live
 
     def _look_at(self, sequences: Iterable[Sequence], costs: StepCosts, now: float) -> bool:
         """Look at sequences; False if that failed: what was known of the others stays."""
@@ -153,7 +158,7 @@ class Decisions:
         lower, costs = self.policy.lower, self._step_costs
         if lower is None or costs is None:
             return []
-        demands = list(self._demands.values())
+        self._live = demands = LiveDemands(self._demands.values())
         return self._decide(
             lambda: self._allowed(lower(demands, self._exits, costs, now, self._worth)),
             lambda: [],

@@ -1,4 +1,4 @@
-"""All demands as columns, so that many what-ifs take microseconds (no torch).
+"""All demands beside what they cost, so that many what-ifs take microseconds (no torch).
 
 `capacity` says in words and formulas what is computed here.
 """
@@ -8,98 +8,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from operator import attrgetter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sortserve.cost.model import REGIME_TOKENS
+from sortserve.scheduling.columns import Columns, Floats, Mask
 from sortserve.scheduling.demand import NO_GAP_S, Demand, StepCosts
 
-__all__ = [
-    "LEAST_TIME_S",
-    "Columns",
-    "DemandTable",
-    "Floats",
-    "Levels",
-    "Mask",
-    "Need",
-    "reading_lines",
-]
+__all__ = ["LEAST_TIME_S", "DemandTable", "Levels", "Need", "reading_lines"]
 
 LEAST_TIME_S = 1e-3
 """A prompt that is late counts as due in so many seconds."""
 
-Floats = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 Levels = NDArray[np.intp]
 """For each demand the index of its exit among all exits, shallowest first."""
-
-_FIELDS = (
-    *("exit_layer", "floor_layer", "num_pending", "context_len", "gap_s", "due_s"),
-    *("is_hard", "is_promised", "is_waiting", "is_lost", "weight", "num_left", "num_done"),
-    *("next_share", "num_ready", "num_scored"),
-)
-_ROW = attrgetter(*_FIELDS)
-
-
-@dataclass(frozen=True, eq=False)
-class Columns:
-    """What demands say, before any cost is known: [n] each."""
-
-    exit_layer: Floats
-    floor_layer: Floats
-    num_pending: Floats
-    context_len: Floats
-    gap_s: Floats
-    due_s: Floats
-    is_hard: Mask
-    is_promised: Mask
-    is_waiting: Mask
-    is_decoding: Mask
-    weight: Floats
-    """What an answer is worth; 0 where it comes too late in any case."""
-    left_share: Floats
-    next_share: Floats
-    num_left: Floats
-    num_scored: Floats
-
-    @classmethod
-    def of(cls, demands: Sequence[Demand]) -> Columns:
-        """The columns of some demands."""
-        count = len(demands) * len(_FIELDS)
-        flat = np.fromiter(chain.from_iterable(map(_ROW, demands)), np.float64, count)
-        exit_layer, floor_layer, pending, context, gap_s, due_s, *rest = flat.reshape(
-            -1, len(_FIELDS)
-        ).T
-        hard, promised, waiting, lost, weight, num_left, num_done, next_share, ready, scored = rest
-        return cls(
-            exit_layer=exit_layer,
-            floor_layer=floor_layer,
-            num_pending=pending,
-            context_len=context,
-            gap_s=gap_s,
-            due_s=due_s,
-            is_hard=hard > 0,
-            is_promised=promised > 0,
-            is_waiting=waiting > 0,
-            is_decoding=(pending <= ready) & (context > 0),
-            weight=np.where(lost > 0, 0.0, weight),
-            left_share=num_left / (num_left + num_done),
-            next_share=next_share,
-            num_left=num_left,
-            num_scored=scored,
-        )
-
-    def rows(self, mask: Mask) -> Columns:
-        """Some of these demands."""
-        return Columns(*(column[mask] for column in vars(self).values()))
-
-    def plus(self, other: Columns) -> Columns:
-        """These demands, and others after them."""
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Columns(*(np.concatenate(pair) for pair in pairs))
 
 
 @dataclass(frozen=True)
@@ -147,7 +71,7 @@ class DemandTable:
     due_s: Floats
     """[n]"""
     work_s: Floats
-    """[n] reading what is not read yet: at any depth, and"""
+    """[n] reading what is not read yet, 0 for who decodes: at any depth, and"""
     work_layer_s: Floats
     """[n] per layer."""
 
@@ -205,8 +129,9 @@ class DemandTable:
         exits = self.layers.tolist()
         is_decoding = demand.is_decoding
         token_s, context_s = costs.row_line[1]
+        num_pending = 0 if is_decoding else demand.num_pending
         work_s, work_layer_s = costs.reading_line(
-            demand.num_pending, demand.context_len, demand.num_scored
+            num_pending, demand.context_len, demand.num_scored
         )
         values = {
             "level": exits.index(demand.exit_layer),
@@ -221,14 +146,11 @@ class DemandTable:
             "work_s": work_s,
             "work_layer_s": work_layer_s,
         }
-        due_s, prompts = np.append(self.due_s, demand.due_s), self.prompts
+        due_s, prompts = _longer(self.due_s, demand.due_s), self.prompts
         if demand.is_hard and not is_decoding:
             at = np.searchsorted(self.due_s[prompts], demand.due_s, side="right")
-            prompts = np.insert(prompts, at, len(self.level))
-        columns = {
-            name: np.concatenate((column := getattr(self, name), np.array([value], column.dtype)))
-            for name, value in values.items()
-        }
+            prompts = np.concatenate((prompts[:at], [len(self.level)], prompts[at:]))
+        columns = {name: _longer(getattr(self, name), value) for name, value in values.items()}
         return DemandTable(
             **columns,
             layers=self.layers,
@@ -304,18 +226,35 @@ _COLUMNS = (
 """What a table says of each of its demands, beside when it is due."""
 
 
+def _longer(column: Any, value: float) -> Any:
+    """A column with one more value, of its own type."""
+    longer = np.empty(len(column) + 1, column.dtype)
+    longer[:-1], longer[-1] = column, value
+    return longer
+
+
 def _by_due(prompts: Levels, due_s: Floats) -> Levels:
     return prompts[np.argsort(due_s[prompts], kind="stable")]
 
 
 def reading_lines(columns: Columns, costs: StepCosts) -> tuple[Floats, Floats]:
-    """Seconds to read what is pending (``StepCosts.prefill_s``), as a line over the layers."""
-    pending, context, chunk = columns.num_pending, columns.context_len, costs.chunk
+    """Seconds to read the prompts (``StepCosts.prefill_s``), as a line over the layers.
+
+    [n] each: 0 for who decodes.
+    """
+    at_all, per_layer = np.zeros((2, len(columns.exit_layer)))
+    reads = np.flatnonzero(~columns.is_decoding & (columns.num_pending > 0))
+    if len(reads):
+        at_all[reads], per_layer[reads] = _lines_of(columns, reads, costs)
+    return at_all, per_layer
+
+
+def _lines_of(columns: Columns, rows: Levels, costs: StepCosts) -> tuple[Floats, Floats]:
+    pending, context, chunk = columns.num_pending[rows], columns.context_len[rows], costs.chunk
     small = np.minimum(pending, chunk) <= REGIME_TOKENS
     lines = np.array([costs.model.large, costs.model.small])
     c0, a, b, d, h = lines[small.astype(np.intp)].T
     num_steps = np.ceil(pending / chunk)
     kv_tokens = pending * (context + pending / 2)
-    at_all = costs.safety * (num_steps * c0 + h * (1.0 + columns.num_scored))
-    per_layer = costs.safety * (num_steps * a + b * pending + d * kv_tokens)
-    return np.where(pending > 0, at_all, 0.0), np.where(pending > 0, per_layer, 0.0)
+    at_all = costs.safety * (num_steps * c0 + h * (1.0 + columns.num_scored[rows]))
+    return at_all, costs.safety * (num_steps * a + b * pending + d * kv_tokens)

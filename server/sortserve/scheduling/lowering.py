@@ -17,8 +17,9 @@ from typing import Required, TypedDict
 
 import numpy as np
 
+from sortserve.scheduling.columns import Floats
 from sortserve.scheduling.demand import Demand, StepCosts
-from sortserve.scheduling.demand_table import DemandTable, Floats, Levels, Need
+from sortserve.scheduling.demand_table import DemandTable, Levels, Need
 from sortserve.scheduling.objective import Worth
 from sortserve.scheduling.policy import Lowering
 

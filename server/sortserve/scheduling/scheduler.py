@@ -10,8 +10,8 @@ from itertools import chain
 from sortserve.core.plan import StepPlan
 from sortserve.core.sequence import Sequence, Status
 from sortserve.cost.costs import Costs
+from sortserve.scheduling.columns import LiveDemands
 from sortserve.scheduling.decisions import Decisions
-from sortserve.scheduling.demand import Demand
 from sortserve.scheduling.kv_cache import KVCacheManager
 from sortserve.scheduling.launch import Launch, News
 from sortserve.scheduling.objective import Worth, share_of_layers
@@ -160,7 +160,7 @@ class Scheduler:
             # All rows of the step gave up their pages: others have room now.
         return None
 
-    def demands(self, now: float) -> list[Demand]:
+    def demands(self, now: float) -> LiveDemands:
         """What every live sequence still needed when the last step was chosen, or needs now."""
         return self._decisions.demands(now)
 

@@ -6,7 +6,7 @@ from sortserve.admission.drain import KEEP_S, MAX_TOLD, Drains
 from sortserve.admission.outlook import Newcomer
 from sortserve.admission.seen import Seen
 from sortserve.core.budget import Budget
-from sortserve.scheduling.demand_table import Columns
+from sortserve.scheduling.columns import Columns
 from support.timed import make_demand
 
 
