@@ -16,16 +16,22 @@ from hypothesis import strategies as st
 from sortserve.admission.choose import choose_exit, worths
 from sortserve.admission.forecast import Forecast, forecast
 from sortserve.admission.outlook import Load, Newcomer, Outlook
+from sortserve.admission.plans import scheduled_plans
 from sortserve.core.budget import Budget, OnMiss
 from sortserve.core.errors import BudgetUnattainableError
+from sortserve.core.schedule import DepthSchedule
 from sortserve.scheduling.demand import Demand
 from sortserve.scheduling.objective import OBJECTIVES, Worth
 from sortserve.scheduling.policies.table import get_policy
 from support.examples import examples
 from support.scripted import make_exits
-from support.timed import MODEL, make_demand
+from support.timed import MODEL, make_demand, timed_request
 
 EXITS = (2, 4, 6)
+MEASURED = st.dictionaries(
+    st.sampled_from(["0:6,10:4", "0:6,20:2", "0:6,5:4,15:2", "0:4,12:2"]), st.floats(0.0, 1.0)
+)
+"""Scores of depth schedules; there may be none."""
 TABLES = st.tuples(st.floats(0.0, 1.0), st.floats(0.0, 1.0)).map(lambda t: (*sorted(t), 1.0))
 
 
@@ -50,12 +56,16 @@ class Decision:
     exit_layer: int | None
     """None: refused."""
     brings: float
+    schedule: DepthSchedule | None = None
 
 
 def decide(
     demands: Sequence[Demand], of: Worth, latency_ms: float, weight: float = 1.0
 ) -> Decision:
-    """What becomes of a newcomer of 20 prompt tokens and 30 more that may have any exit."""
+    """What becomes of a newcomer of 20 prompt tokens and 30 more that may have any exit.
+
+    It may follow the schedules that were measured, too.
+    """
     budget = Budget(latency_ms=latency_ms, on_miss=OnMiss.REJECT)
     load = Load(now=0.0, demands=demands, policy=get_policy("deadline"), worth=of.tokens)
     newcomer = Newcomer(
@@ -67,25 +77,34 @@ def decide(
         weight=weight,
     )
     outlook = Outlook(load, MODEL, EXITS)
-    seen: dict[int, Forecast] = {}
+    seen: dict[tuple[int, DepthSchedule | None], Forecast] = {}
 
-    def predict(exit_layer: int, *, limit: float) -> Forecast:
-        seen[exit_layer] = forecast(exit_layer, newcomer, outlook, limit=limit)
-        return seen[exit_layer]
+    def predict(exit_layer: int, newcomer: Newcomer = newcomer, *, limit: float) -> Forecast:
+        found = forecast(exit_layer, newcomer, outlook, limit=limit)
+        seen[exit_layer, newcomer.schedule] = found
+        return found
 
     values = worths(EXITS, of, weight)
+    request = timed_request("r", 20, max_tokens=30, latency_ms=latency_ms)
+    sets = {"starts": EXITS, "allowed": EXITS}
+    plans = list(
+        scheduled_plans(request, newcomer, worth=of, weight=weight, predict=predict, **sets)
+    )
     try:
-        choice = choose_exit(budget, EXITS, predict, worth=values)
+        choice = choose_exit(budget, EXITS, predict, worth=values, schedules=plans)
     except BudgetUnattainableError:
         return Decision(None, 0.0)
-    loss = seen[choice.exit_layer].loss
+    loss = seen[choice.exit_layer, choice.schedule].loss
     assert loss is not None
-    return Decision(choice.exit_layer, values[choice.exit_layer] - loss)
+    scheduled = {plan.schedule: plan.worth for plan in plans}
+    worth = scheduled[choice.schedule] if choice.schedule else values[choice.exit_layer]
+    return Decision(choice.exit_layer, worth - loss, choice.schedule)
 
 
 @given(
     demands=rows(),
     table=TABLES,
+    measured=MEASURED,
     latency_ms=st.floats(150, 1500),
     weight=st.sampled_from([0.25, 1.0, 4.0]),
     objective=st.sampled_from(sorted(OBJECTIVES)),
@@ -94,11 +113,13 @@ def decide(
 def test_no_plan_loses_more_than_the_refusal_it_avoids(
     demands: list[Demand],
     table: tuple[float, ...],
+    measured: dict[str, float],
     latency_ms: float,
     weight: float,
     objective: str,
 ) -> None:
-    of = OBJECTIVES[objective].worth(make_exits(*EXITS, scores=table))
+    exits = make_exits(*EXITS, scores=table, schedules=measured)
+    of = OBJECTIVES[objective].worth(exits)
 
     assert decide(demands, of, latency_ms, weight).brings >= 0.0
 
@@ -106,6 +127,7 @@ def test_no_plan_loses_more_than_the_refusal_it_avoids(
 @given(
     demands=rows(),
     table=TABLES,
+    measured=MEASURED,
     better=st.tuples(st.floats(0.0, 1.0), st.floats(0.0, 1.0)),
     latency_ms=st.floats(150, 1500),
 )
@@ -113,16 +135,45 @@ def test_no_plan_loses_more_than_the_refusal_it_avoids(
 def test_a_better_table_never_gives_a_worse_result(
     demands: list[Demand],
     table: tuple[float, ...],
+    measured: dict[str, float],
     better: tuple[float, float],
     latency_ms: float,
 ) -> None:
     improved = tuple(s + up * (1.0 - s) for s, up in zip(table, (*better, 0.0), strict=True))
+    remeasured = {name: s + better[0] * (1.0 - s) for name, s in measured.items()}
     quality = OBJECTIVES["quality"]
 
-    before = decide(demands, quality.worth(make_exits(*EXITS, scores=table)), latency_ms)
-    after = decide(demands, quality.worth(make_exits(*EXITS, scores=improved)), latency_ms)
+    exits = make_exits(*EXITS, scores=table, schedules=measured)
+    before = decide(demands, quality.worth(exits), latency_ms)
+    exits = make_exits(*EXITS, scores=improved, schedules=remeasured)
+    after = decide(demands, quality.worth(exits), latency_ms)
 
     assert after.brings >= before.brings - 1e-9
+
+
+@given(
+    demands=rows(),
+    table=TABLES,
+    measured=MEASURED,
+    latency_ms=st.floats(150, 1500),
+    objective=st.sampled_from(["quality", "attainment"]),
+)
+@settings(max_examples=examples(150), deadline=None)
+def test_a_schedule_in_the_table_is_one_more_chance_and_never_a_loss(
+    demands: list[Demand],
+    table: tuple[float, ...],
+    measured: dict[str, float],
+    latency_ms: float,
+    objective: str,
+) -> None:
+    of = OBJECTIVES[objective]
+
+    without = decide(demands, of.worth(make_exits(*EXITS, scores=table)), latency_ms)
+    exits = make_exits(*EXITS, scores=table, schedules=measured)
+    found = decide(demands, of.worth(exits), latency_ms)
+
+    assert found.brings >= without.brings
+    assert found.brings > without.brings or found.schedule is None or without.exit_layer is None
 
 
 @given(demands=rows(), table=TABLES, latency_ms=st.floats(150, 1500))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from sortserve.core.sampling_params import (
     SamplingRow,
     TokenLogprob,
 )
+from sortserve.core.schedule import DepthSchedule, ScheduleInfo
 from sortserve.core.slabs import Slabs
 from sortserve.engine.engine import Engine, EngineConfig, TextStream
 from sortserve.engine.sampling.bitmask import make_masks
@@ -40,10 +42,21 @@ def depth_letter(tokens: Sequence[int], exit_layer: int) -> int:
     return ord("a") + (7 * exit_layer + len(tokens)) % 26
 
 
-def make_exits(*layers: int, scores: Sequence[float] | None = None) -> ExitTable:
-    """Exits of growing cost; scores are the share of layers unless given."""
+def make_exits(
+    *layers: int,
+    scores: Sequence[float] | None = None,
+    schedules: Mapping[str, float | None] = MappingProxyType({}),
+) -> ExitTable:
+    """Exits of growing cost; scores are the share of layers unless given.
+
+    ``schedules`` are the measured ones, as a command line has them, with their scores.
+    """
     full = layers[-1]
     scores = [layer / full for layer in layers] if scores is None else scores
+    measured = [
+        ScheduleInfo(schedule=DepthSchedule.parse(text), num_tokens=128, compute=1.0, score=score)
+        for text, score in schedules.items()
+    ]
     return ExitTable(
         tuple(
             ExitInfo(
@@ -53,7 +66,8 @@ def make_exits(*layers: int, scores: Sequence[float] | None = None) -> ExitTable
                 score=score,
             )
             for layer, score in zip(layers, scores, strict=True)
-        )
+        ),
+        schedules=tuple(measured),
     )
 
 
@@ -205,6 +219,7 @@ def make_engine(
     *,
     exits: tuple[int, ...] = (2, 4, 6),
     scores: Sequence[float] | None = None,
+    schedules: Mapping[str, float | None] = MappingProxyType({}),
     runner: Runner | None = None,
     clock: Callable[[], float] | None = None,
     observer: Observer | None = None,
@@ -214,7 +229,7 @@ def make_engine(
     settings: dict[str, object] = {"max_model_len": 256, "max_num_seqs": 64, "seed": 0, **config}
     return Engine(
         runner or ScriptedRunner(),
-        make_exits(*exits, scores=scores),
+        make_exits(*exits, scores=scores, schedules=schedules),
         eos_token_ids=frozenset({EOS}),
         make_text=make_text,
         config=EngineConfig(**settings),  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,10 +10,11 @@ from sortserve.admission.forecast import Forecast
 from sortserve.core.budget import Budget, OnMiss
 from sortserve.core.errors import BudgetUnattainableError
 from sortserve.core.request import Estimate
+from sortserve.core.schedule import DepthSchedule
 from sortserve.core.sequence import Promise
 from sortserve.scheduling.objective import Worth
 
-__all__ = ["ExitChoice", "Predict", "choose_exit", "worths"]
+__all__ = ["ExitChoice", "Predict", "ScheduledPlan", "choose_exit", "worth_beside", "worths"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class ExitChoice:
     """It may go so shallow in flight; None: it stays."""
     promise: Promise | None = None
     """The times to keep; None: nobody was promised any."""
+    schedule: DepthSchedule | None = None
+    """The measured schedule that its depth follows; None: none but the budget's own."""
 
 
 class Predict(Protocol):
@@ -37,25 +40,50 @@ class Predict(Protocol):
         """The forecast; others may lose ``limit`` for it at most."""
 
 
+class PredictPlan(Protocol):
+    """A plan's present forecast."""
+
+    def __call__(self, *, limit: float) -> Forecast:
+        """As ``Predict`` has it."""
+
+
+@dataclass(frozen=True)
+class ScheduledPlan:
+    """An answer whose depth falls along a measured schedule."""
+
+    schedule: DepthSchedule
+    worth: float
+    """Of the answer, beside being refused."""
+    predict: PredictPlan
+
+    @property
+    def exit_layer(self) -> int:
+        """Where it starts."""
+        return self.schedule.exits[-1]
+
+
 def choose_exit(
     budget: Budget,
     allowed: Sequence[int],
     predict: Predict,
     *,
     worth: Mapping[int, float],
+    schedules: Iterable[ScheduledPlan] = (),
     drain_s: Callable[[], float | None] = lambda: None,
 ) -> ExitChoice:
     """The plan that brings most, of those that keep the budget and every promise before it.
 
-    A plan is an exit for the newcomer, and who of the others goes shallower for it. It brings what
-    the newcomer's answer is worth, less what the others lose. If no plan brings anything, refusing
-    the newcomer loses least, and ``on_miss`` decides. Of equal plans the deepest is taken.
+    A plan is an exit for the newcomer, or a measured depth schedule, and who of the others goes
+    shallower for it. It brings what the newcomer's answer is worth, less what the others lose. If
+    no plan brings anything, refusing the newcomer loses least, and ``on_miss`` decides. Of equal
+    plans the deepest is taken.
 
     Args:
         budget: what the request may cost.
         allowed: exits that keep its other bounds, ascending, at least one.
         predict: an exit's present forecast.
         worth: of its answer at each of them (see ``worths``).
+        schedules: that it may follow instead.
         drain_s: predicted seconds until it would fit; None: never.
 
     Raises:
@@ -63,31 +91,49 @@ def choose_exit(
     """
     assert allowed
     floor = allowed[0]
-    most, best = 0.0, None
-    for exit_layer in reversed(allowed):
-        brings = worth[exit_layer]
+    most, best, at_floor = 0.0, None, None
+    for brings, exit_layer, scheduled in _by_worth(allowed, worth, schedules):
         if best is not None and brings <= most:
-            break  # nothing shallower brings more
-        found = predict(exit_layer, limit=brings - most)
+            break  # nothing after it brings more
+        limit = brings - most
+        found = scheduled.predict(limit=limit) if scheduled else predict(exit_layer, limit=limit)
+        if scheduled is None and exit_layer == floor:
+            at_floor = found
         if found.loss is not None and (best is None or brings - found.loss > most):
-            most, best = brings - found.loss, (exit_layer, found)
+            most, best = brings - found.loss, (exit_layer, scheduled, found)
     if best is not None:
-        exit_layer, found = best
+        exit_layer, scheduled, found = best
         promise = found.promise if budget.has_latency else None
-        return ExitChoice(exit_layer, found.estimate, True, floor, promise)
-    # All were tried: what was found last is the floor's.
+        schedule = scheduled.schedule if scheduled else None
+        return ExitChoice(exit_layer, found.estimate, True, floor, promise, schedule)
+    assert at_floor is not None, "all were tried"
     if budget.on_miss is OnMiss.REJECT:
-        raise _unattainable(budget, allowed, found.estimate, drain_s())
-    return ExitChoice(floor, found.estimate, False, floor)
+        raise _unattainable(budget, allowed, at_floor.estimate, drain_s())
+    return ExitChoice(floor, at_floor.estimate, False, floor)
+
+
+def _by_worth(
+    allowed: Sequence[int], worth: Mapping[int, float], schedules: Iterable[ScheduledPlan]
+) -> list[tuple[float, int, ScheduledPlan | None]]:
+    """All plans as (worth, first exit, schedule), best first; of equal ones the deepest first."""
+    exits = [(worth[e], e, None) for e in allowed]
+    plans = [*exits, *((plan.worth, plan.exit_layer, plan) for plan in schedules)]
+    return sorted(plans, key=lambda p: (-p[0], -p[1], p[2] is not None))
+
+
+Mean = Callable[[Callable[[int], float], int], float]
+"""The mean over an answer's tokens of what each one's exit is given, if it starts at an exit."""
+
+
+def _same(value: Callable[[int], float], exit_layer: int) -> float:
+    return value(exit_layer)
 
 
 def worths(
     allowed: Sequence[int],
     worth: Worth,
     weight: float,
-    mean: Callable[[Callable[[int], float], int], float] = lambda value, exit_layer: value(
-        exit_layer
-    ),
+    mean: Mean = _same,
 ) -> dict[int, float]:
     """What an answer is worth at each exit it may start at, beside being refused.
 
@@ -95,12 +141,25 @@ def worths(
         allowed: the exits, ascending.
         worth: what the objective says of them.
         weight: of the request.
-        mean: over its tokens, of what each one's exit is given, if it starts at an exit.
+        mean: over its tokens.
     """
-    tokens = {e: mean(worth.tokens.__getitem__, e) for e in allowed}
-    deepest = allowed[-1]
-    whole = mean(worth.answer.__getitem__, deepest)
-    return {e: weight * (whole - (tokens[deepest] - tokens[e])) for e in allowed}
+    worth_of = worth_beside(allowed[-1], worth, weight, mean)
+    return {e: worth_of(mean(worth.tokens.__getitem__, e)) for e in allowed}
+
+
+def worth_beside(
+    deepest: int, worth: Worth, weight: float, mean: Mean = _same
+) -> Callable[[float], float]:
+    """What an answer is worth beside being refused, if all its tokens are worth so much.
+
+    Args:
+        deepest: the exit of which a refusal deprives the request.
+        worth: what the objective says of it.
+        weight: of the request.
+        mean: as ``worths`` has it.
+    """
+    whole, tokens = mean(worth.answer.__getitem__, deepest), mean(worth.tokens.__getitem__, deepest)
+    return lambda own: weight * (whole - (tokens - own))
 
 
 def _unattainable(

@@ -23,12 +23,14 @@ from sortserve.admission.overload import (
     may_start_shallower,
     next_level,
 )
+from sortserve.admission.plans import scheduled_plans
 from sortserve.admission.room import Room
 from sortserve.admission.seen import Seen
-from sortserve.core.budget import Budget, ExitTable, OnMiss
+from sortserve.admission.typical import typical_request
+from sortserve.core.budget import Budget, ExitTable
 from sortserve.core.errors import SortserveError
 from sortserve.core.request import AdmissionStats, Estimate, Request
-from sortserve.core.sampling_params import SamplingParams
+from sortserve.core.schedule import DepthSchedule
 from sortserve.cost.costs import Costs
 from sortserve.cost.model import CostModel
 from sortserve.scheduling.capacity import pressure
@@ -42,8 +44,6 @@ __all__ = ["AdmissionDesk"]
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-TYPICAL_TOKENS = 128
-"""Prompt and answer length of the request that ``AdmissionDesk.stats`` asks for."""
 
 
 @dataclass(frozen=True)
@@ -154,20 +154,26 @@ class AdmissionDesk:
         newcomer = self._newcomer(request, floor_layer)
         outlook = self._outlook_on(load, model, asked.allowed)
 
-        def predict(exit_layer: int, *, limit: float) -> Forecast:
+        def predict(exit_layer: int, newcomer: Newcomer = newcomer, *, limit: float) -> Forecast:
             found = forecast(exit_layer, newcomer, outlook, limit=limit)
             if asked.num_sequences == 1 or not newcomer.bounds_time:
                 return found
-            others = siblings(exit_layer, newcomer, found, asked.num_sequences - 1, load.now)
-            beside = load.with_demands((*load.demands, *others))
-            return forecast(
-                exit_layer, newcomer, Outlook(beside, model, asked.allowed), limit=limit
-            )
+            others = siblings(exit_layer, newcomer, found, asked.num_sequences - 1, outlook)
+            beside = Outlook(load.with_demands((*load.demands, *others)), model, asked.allowed)
+            return forecast(exit_layer, newcomer, beside, limit=limit)
 
         if self._may_start_shallower(request):
             starts = self._up_to(level, starts)
         weight = request.weight * asked.num_sequences  # they are taken together
         values = worths(starts, self._worth, weight, newcomer.mean)
+        plans = scheduled_plans(
+            *(request, newcomer),
+            starts=starts,
+            allowed=asked.allowed,
+            worth=self._worth,
+            weight=weight,
+            predict=predict,
+        )
 
         def drain_s() -> float | None:
             # Who comes back has all its time again.
@@ -179,7 +185,9 @@ class AdmissionDesk:
                 floor_layer, again, load.now, lambda: self._attempt(drain, None)
             )
 
-        return choose_exit(request.budget, starts, predict, worth=values, drain_s=drain_s)
+        return choose_exit(
+            request.budget, starts, predict, worth=values, schedules=plans, drain_s=drain_s
+        )
 
     def _ask(self, question: Callable[[CostModel], T], *, unknown: T, failed: T) -> T:
         """What the cost model says to a question; what can be said without one, or if it fails."""
@@ -203,7 +211,7 @@ class AdmissionDesk:
         demand = self._attempt(
             lambda: newcomer_demand(
                 choice.exit_layer,
-                self._newcomer(request, floor),
+                self._newcomer(request, floor, choice.schedule),
                 choice.promise,
                 now=self.clock(),
                 request_id=request.request_id,
@@ -287,7 +295,7 @@ class AdmissionDesk:
     def _stats(
         self, budget: Budget, allowed: tuple[int, ...], known: AdmissionStats, model: CostModel
     ) -> AdmissionStats:
-        load, request = self.load(), _typical(budget, self.clock())
+        load, request = self.load(), typical_request(budget, self.clock())
         level = self._next_level(load, model)
         num_decoding = sum(d.is_decoding for d in load.demands)
         costs = StepCosts(model, num_rows=num_decoding, chunk=load.max_num_batched_tokens)
@@ -326,7 +334,9 @@ class AdmissionDesk:
         self._outlook = Outlook(load, model, also) if last is None else last.at(load, model, also)
         return self._outlook
 
-    def _newcomer(self, request: Request, floor_layer: int) -> Newcomer:
+    def _newcomer(
+        self, request: Request, floor_layer: int, schedule: DepthSchedule | None = None
+    ) -> Newcomer:
         return Newcomer(
             num_prompt_tokens=len(request.prompt_token_ids),
             num_output_tokens=self.expect(request),
@@ -334,17 +344,6 @@ class AdmissionDesk:
             deadlines=request.budget.deadlines(request.arrival_s),
             floor_layer=floor_layer,
             weight=request.weight,
-            schedule=request.budget.schedule,
+            schedule=schedule or request.budget.schedule,
             num_scored=request.num_scored_tokens,
         )
-
-
-def _typical(budget: Budget, now: float) -> Request:
-    """A request of middling length, which takes what it gets."""
-    return Request(
-        request_id="",
-        prompt_token_ids=(0,) * TYPICAL_TOKENS,
-        sampling=SamplingParams(max_tokens=TYPICAL_TOKENS, ignore_eos=True),
-        budget=replace(budget, on_miss=OnMiss.DEGRADE),
-        arrival_s=now,
-    )

@@ -152,13 +152,12 @@ def _spread(demand: Demand, newcomer: Newcomer, costs: StepCosts) -> Demand:
 
 
 def siblings(
-    exit_layer: int, newcomer: Newcomer, found: Forecast, count: int, now: float
+    exit_layer: int, newcomer: Newcomer, found: Forecast, count: int, outlook: Outlook
 ) -> list[Demand]:
     """The demands of so many others like a newcomer, each with what was found for it alone."""
-    return [
-        newcomer_demand(exit_layer, newcomer, found.promise, now=now, request_id=f"sibling-{i}")
-        for i in range(count)
-    ]
+    demand = newcomer_demand(exit_layer, newcomer, found.promise, now=outlook.load.now)
+    spread = _spread(demand, newcomer, outlook.costs)
+    return [replace(spread, request_id=f"sibling-{i}") for i in range(count)]
 
 
 # ---- parts ----

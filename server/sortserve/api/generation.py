@@ -284,8 +284,10 @@ class Generation:
 
     def first_headers(self) -> dict[str, str]:
         """What the headers of a stream tell: what is known before the first token."""
-        is_degraded = self.start_layer < self._deepest_layer
-        predicted = [stream.choice.estimate for stream in self._streams]
+        choices = [stream.choice for stream in self._streams]
+        falls = any(choice.schedule is not None for choice in choices)
+        is_degraded = falls or self.start_layer < self._deepest_layer
+        predicted = [choice.estimate for choice in choices]
         times = [estimate.e2e_s * 1e3 for estimate in predicted if estimate is not None]
         return _headers(self.start_layer, is_degraded, max(times, default=None), None)
 

@@ -118,6 +118,18 @@ class ExitTable:
         return dict(zip(own, best, strict=True))
 
     @cached_property
+    def measured_schedules(self) -> Mapping[DepthSchedule, float]:
+        """What an answer under each measured schedule is worth beside one of the full model.
+
+        Those that change the exit, where the exits were measured, too.
+        """
+        return {
+            info.schedule: info.score
+            for info in self.schedules
+            if self.is_measured and info.score is not None and len(info.schedule.parts) > 1
+        }
+
+    @cached_property
     def served_unasked(self) -> tuple[int, ...]:
         """The exits whose score is at least ``min_quality``, ascending; the full depth always.
 

@@ -25,6 +25,7 @@ from sortserve.core.grammar import Constraint
 from sortserve.core.prompt_logprobs import PromptLogprobs
 from sortserve.core.request import Estimate, ExitChange, Request
 from sortserve.core.sampling_params import SamplingRow
+from sortserve.core.schedule import DepthSchedule
 
 __all__ = ["Promise", "Sequence", "Status"]
 
@@ -76,6 +77,7 @@ class Sequence:
         estimate: Estimate | None = None,
         floor_layer: int | None = None,
         promise: Promise | None = None,
+        schedule: DepthSchedule | None = None,
         constraint: Constraint | None = None,
     ) -> None:
         self.request = request
@@ -90,7 +92,7 @@ class Sequence:
         self.seed = seed
         self.stop_token_ids = stop_token_ids
         self.estimate = estimate
-        self.schedule = request.budget.schedule
+        self.schedule = schedule or request.budget.schedule
         self.deadlines: Deadlines = request.budget.deadlines(request.arrival_s)
 
         self.constraint = constraint

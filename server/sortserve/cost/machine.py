@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sortserve.core.budget import ExitInfo, ExitTable
+from sortserve.core.schedule import ScheduleInfo
 from sortserve.cost.model import CostModel, Line, RowShape, StepShape
 from sortserve.cost.step_curve import StepCurve
 
@@ -27,6 +28,8 @@ class Machine:
     """Share of the full model's FLOPs per token, by exit."""
     score: Mapping[int, float] | None = None
     """Measured quality, by exit; None: nobody measured."""
+    schedules: tuple[ScheduleInfo, ...] = ()
+    """Depth schedules that were measured."""
     noise: float = 0.08
     """Standard deviation of the logarithm of a step's time."""
     curve: StepCurve | None = None
@@ -55,7 +58,8 @@ class Machine:
                     score=None if self.score is None else self.score[e],
                 )
                 for e in self.exits
-            )
+            ),
+            schedules=self.schedules,
         )
 
     def calibration(self) -> list[tuple[StepShape, float]]:

@@ -76,6 +76,7 @@ def sequence_of(
         estimate=choice.estimate,
         floor_layer=choice.floor_layer,
         promise=choice.promise,
+        schedule=choice.schedule,
         constraint=_constraint_of(request, eos_token_ids),
     )
 

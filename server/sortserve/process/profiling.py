@@ -109,5 +109,6 @@ def measured_machine(model_name: str | None, exits: str | None = None) -> Machin
         curve=StepCurve.fit(samples),
         compute={e: table[e].compute for e in table.layers},
         score=None if None in scores.values() else {e: s or 0.0 for e, s in scores.items()},
+        schedules=table.schedules,
         noise=Machine.noise if noise is None else noise,
     )

@@ -173,10 +173,10 @@ class Group:
         if isinstance(item, Accepted):
             self._ahead_s = self._requests[0].arrival_s - item.arrival_s
             self._not_to.add(item.replica_id)  # if it is lost, the request goes elsewhere
-            for stream, (exit_layer, estimate, fits) in zip(
+            for stream, (exit_layer, estimate, fits, schedule) in zip(
                 self.streams, item.choices, strict=True
             ):
-                stream.choice = ExitChoice(exit_layer, estimate, fits)
+                stream.choice = ExitChoice(exit_layer, estimate, fits, schedule=schedule)
             if not self._accepted.done():
                 self._accepted.set_result(None)
         elif isinstance(item, Outputs):

@@ -91,7 +91,8 @@ class ReplicaHost:
             return
         try:
             choices = tuple(
-                (own.choice.exit_layer, own.choice.estimate, own.choice.fits) for own in streams
+                (own.exit_layer, own.estimate, own.fits, own.schedule)
+                for own in (stream.choice for stream in streams)
             )
             yield Accepted(self.replica_id, arrival_s, choices)
             scored = _Scored(requests)

@@ -23,6 +23,7 @@ from sortserve.core.request import (
     RequestReport,
 )
 from sortserve.core.sampling_params import SampledToken
+from sortserve.core.schedule import DepthSchedule
 from sortserve.replicas.choice import RoutedRequest
 from sortserve.replicas.load import EngineLoad
 
@@ -84,8 +85,9 @@ class Accepted:
     replica_id: str
     arrival_s: float
     """When the request came to the router, on the replica's clock."""
-    choices: tuple[tuple[int, Estimate | None, bool], ...]
-    """Of each sequence: the exit, what was predicted, whether the budget is promised."""
+    choices: tuple[tuple[int, Estimate | None, bool, DepthSchedule | None], ...]
+    """Of each sequence: the exit, what was predicted, whether the budget is promised, and the depth
+    schedule that the replica chose for it."""
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sortserve.core.budget import Budget, ExitTable
 from sortserve.core.errors import ConfigError
+from sortserve.core.schedule import DepthSchedule
 
 __all__ = [
     "DEFAULT_OBJECTIVE",
@@ -38,6 +39,9 @@ class Worth:
     at a deeper one."""
     answer: Mapping[int, float]
     """What is lost where a request that could have that exit is refused, or comes too late."""
+    schedules: Mapping[DepthSchedule, float] = field(default_factory=dict)
+    """The depth schedules that were measured, and what all tokens of an answer under each are worth
+    at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +82,14 @@ def share_of_layers(layers: Sequence[int]) -> Worth:
 
 def quality(exits: ExitTable) -> Worth:
     """A token counts by its exit's score."""
-    return Worth(exits.scores, exits.scores)
+    return Worth(exits.scores, exits.scores, exits.measured_schedules)
 
 
 def attainment(exits: ExitTable) -> Worth:
     """An answer in time counts, and hardly how."""
     tokens = {e: 1.0 - LITTLE * (1.0 - e / exits.full) for e in exits.layers}
-    return Worth(tokens, dict.fromkeys(exits.layers, 1.0))
+    schedules = dict.fromkeys(exits.measured_schedules, 1.0)
+    return Worth(tokens, dict.fromkeys(exits.layers, 1.0), schedules)
 
 
 OBJECTIVES: dict[str, Objective] = {

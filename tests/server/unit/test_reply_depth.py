@@ -14,6 +14,7 @@ from sortserve.api.interfaces import Tokenizer
 from sortserve.api.replies.formats import ChatFormat, CompletionFormat, GenerateFormat
 from sortserve.core.budget import Budget
 from sortserve.core.request import Estimate, FinishReason, RequestOutput, RequestReport
+from sortserve.core.schedule import DepthSchedule
 from sortserve.engine.stream import RequestStream
 
 FORMATS = (GenerateFormat, CompletionFormat, ChatFormat)
@@ -27,9 +28,14 @@ class Started:
 
 
 def generation(
-    *, start: int = 6, deepest: int = 6, names_exit: bool = True, n: int = 1
+    *,
+    start: int = 6,
+    deepest: int = 6,
+    names_exit: bool = True,
+    n: int = 1,
+    choice: ExitChoice | None = None,
 ) -> Generation:
-    choice = ExitChoice(start, Estimate(0.1, 0.2, 1.5), fits=True)
+    choice = choice or ExitChoice(start, Estimate(0.1, 0.2, 1.5), fits=True)
     return Generation(
         [cast(RequestStream, Started(choice)) for _ in range(n)],
         num_prompt_tokens=[1],
@@ -126,6 +132,13 @@ def test_the_headers_of_a_stream_tell_what_is_known_at_its_start() -> None:
         "x-degraded": "true",
         "x-predicted-ms": "1500.000",
     }
+
+
+def test_a_stream_whose_depth_will_fall_along_a_schedule_of_the_servers_choice_says_so() -> None:
+    falling = DepthSchedule.parse("0:6,10:4")
+    choice = ExitChoice(6, Estimate(0.1, 0.2, 1.5), fits=True, schedule=falling)
+
+    assert generation(choice=choice).first_headers()["x-degraded"] == "true"
 
 
 def test_the_headers_of_a_whole_reply_tell_what_became_of_the_budget() -> None:
