@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sortserve.core.budget import Budget, ExitTable
-from sortserve.core.errors import ConfigError
+from sortserve.core.choices import chosen
 from sortserve.core.schedule import DepthSchedule
 
 __all__ = [
@@ -124,9 +124,4 @@ def get_objective(name: str) -> Objective:
     Raises:
         ConfigError: there is none.
     """
-    if name not in OBJECTIVES:
-        raise ConfigError(
-            f"objective={name!r} is not known: choose one of {', '.join(sorted(OBJECTIVES))}.",
-            param="objective",
-        )
-    return OBJECTIVES[name]
+    return chosen(OBJECTIVES, name, "objective")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sortserve.core.errors import ConfigError
+from sortserve.core.choices import chosen
 from sortserve.scheduling.policies.deadline import DEADLINE
 from sortserve.scheduling.policies.fair import FAIR
 from sortserve.scheduling.policies.lockstep import LOCKSTEP
@@ -21,9 +21,4 @@ def get_policy(name: str) -> Policy:
     Raises:
         ConfigError: there is none.
     """
-    if name not in POLICIES:
-        raise ConfigError(
-            f"policy={name!r} is not known: choose one of {', '.join(sorted(POLICIES))}.",
-            param="policy",
-        )
-    return POLICIES[name]
+    return chosen(POLICIES, name, "policy")
