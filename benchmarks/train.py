@@ -29,7 +29,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ from sortserve_trainer.data import IGNORED
 from sortserve_trainer.model.load import LoadedModel, load_for_training
 from sortserve_trainer.model.loss import VocabSample
 from sortserve_trainer.run.methods import METHODS, Method
+from sortserve_trainer.run.module_kinds import AskedKinds
 
 __all__ = ["main"]
 
@@ -129,7 +130,7 @@ class _Settings:
     seed: int
     lora_rank: int
     revision: None = None
-    exit_modules: None = None
+    asked_kinds: AskedKinds = field(default_factory=AskedKinds)
     dtype: str = "bfloat16"
     quantize: str = "none"
     lora_alpha: None = None

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from sortserve_trainer.model.load import LoadedModel, load_for_training
 from sortserve_trainer.model.loss import VocabSample
 from sortserve_trainer.run.cached_trunk import CachedTrunk
 from sortserve_trainer.run.methods import METHODS, Method
+from sortserve_trainer.run.module_kinds import AskedKinds
 from sortserve_trainer.run.trainer import host_batch
 
 __all__ = ["main"]
@@ -73,7 +74,7 @@ class _Settings:
 
     base: str
     exits: tuple[int, ...]
-    exit_modules: str
+    asked_kinds: AskedKinds
     device: str
     dtype: str
     seed: int
@@ -118,11 +119,11 @@ class _Steps:
 
 
 def _measure(kind: str, arguments: argparse.Namespace) -> dict[str, float]:
-    method = replace(METHODS["soft+kd"], exit_modules=kind)
+    method = METHODS["soft+kd"]
     settings = _Settings(
         base=arguments.model,
         exits=tuple(int(part) for part in arguments.exits.split(",")),
-        exit_modules=kind,
+        asked_kinds=AskedKinds(everywhere=kind),
         device=arguments.device,
         dtype=arguments.dtype,
         seed=arguments.seed,

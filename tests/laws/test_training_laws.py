@@ -123,6 +123,18 @@ def test_modules_of_a_kind_that_is_asked_for_take_the_place_of_others(
     assert kinds(tmp_path / "then") == {"2": "layer", "4": "affine"}
 
 
+def test_kinds_of_some_exits_leave_the_modules_of_others_as_they_are(
+    base: Path, tmp_path: Path
+) -> None:
+    first = run(base, tmp_path / "first", exits="2,4")  # affine
+
+    then = run(tmp_path / "first", tmp_path / "then", learning_rate=1e-9, exit_modules="2=layer")
+
+    assert kinds(tmp_path / "then") == {"2": "layer", "4": "affine"}
+    (name,) = (name for name in first if name.endswith("exits.4.affine.weight"))
+    torch.testing.assert_close(then[name], first[name], rtol=0, atol=1e-6)
+
+
 def kinds(folder: Path) -> dict[str, str]:
     """Of the exit modules, by exit."""
     found: dict[str, str] = json.loads((folder / "sorted.json").read_text())["exit_modules"]

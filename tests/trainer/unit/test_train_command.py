@@ -75,6 +75,8 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["--teacher", "base", "--freeze-trunk"], ["--teacher base", "--freeze-trunk"]),
         (["--teacher", "base", "--distill", "0"], ["--teacher base", "--distill"]),
         (["--freeze-trunk", "--exit-modules", "none"], ["--freeze-trunk", "nothing to train"]),
+        (["--exit-modules", "2=layer,3=mlp"], ["--exit-modules", "exit 3", "2, 4"]),
+        (["--exit-modules", "2=layer,4"], ["--exit-modules", "EXIT=KIND"]),
         (["--report-to", "nobody"], ["--report-to 'nobody'"]),
         (
             ["--freeze-trunk", "--method", "sft", "--exit-modules", "affine"],

@@ -92,6 +92,16 @@ def test_an_exit_costs_its_share_of_the_layers_and_the_head() -> None:
     assert "20: 50%" in estimate_text(found, EXITS)
 
 
+def test_an_exit_costs_what_its_own_kind_of_module_costs() -> None:
+    found = estimate(settings(exit_modules="20=layer,24=none"), LLAMA_2_13B, EXITS)
+    plain = estimate(settings(exit_modules="none"), LLAMA_2_13B, EXITS)
+
+    layer = plain.exit_costs[24] - plain.exit_costs[20]
+    assert found.exit_costs[20] - plain.exit_costs[20] == pytest.approx(layer / 4)
+    assert found.exit_costs[24] == plain.exit_costs[24]
+    assert 0 < found.exit_costs[28] - plain.exit_costs[28] < layer / 16  # affine, the default
+
+
 def test_a_dry_run_needs_a_config_alone_and_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,6 +36,7 @@ from sortserve_trainer.model.lora import merge_in_forward
 from sortserve_trainer.model.quantized import quantize_layers
 from sortserve_trainer.model.sorted_model import SortedModel
 from sortserve_trainer.run.methods import Method
+from sortserve_trainer.run.module_kinds import AskedKinds
 
 __all__ = ["LoadedModel", "choose_exits", "load_for_evaluation", "load_for_training"]
 
@@ -84,7 +85,7 @@ def load_for_training(settings: ModelSettings, method: Method) -> LoadedModel:
         if not settings.trains_weights:
             trunk.requires_grad_(False)
         trunk = _with_adapter(trunk, layout, settings, method)
-        kinds = _module_kinds(layout, exits, method, asked=settings.exit_modules)
+        kinds = _module_kinds(layout, exits, method, settings.asked_kinds)
         final_norm = _final_norm(trunk)
         modules = ExitModules(kinds, config, final_norm)
         trained = _load_modules(modules, layout)
@@ -286,12 +287,12 @@ def _final_norm(trunk: Any) -> torch.Tensor:
 
 
 def _module_kinds(
-    layout: CheckpointLayout, exits: Sequence[int], method: Method, *, asked: str | None
+    layout: CheckpointLayout, exits: Sequence[int], method: Method, asked: AskedKinds
 ) -> Mapping[int, str]:
     """The kind that was asked for; else the method's, but where the base has a module already."""
-    info = layout.sorted_info
-    own = info.exit_modules if info is not None and asked is None else {}
-    return {e: own.get(e, method.exit_modules) for e in exits[:-1]}
+    asked.check_exits(exits[:-1])
+    own = layout.sorted_info.exit_modules if layout.sorted_info is not None else {}
+    return {e: asked.at(e, own.get(e, method.exit_modules)) for e in exits[:-1]}
 
 
 def _load_modules(modules: ExitModules, layout: CheckpointLayout) -> frozenset[int]:

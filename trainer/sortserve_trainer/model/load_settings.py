@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from sortserve_trainer.run.module_kinds import AskedKinds
+
 __all__ = ["ModelSettings"]
 
 
@@ -28,8 +30,8 @@ class ModelSettings(Protocol):
         """To train."""
 
     @property
-    def exit_modules(self) -> str | None:
-        """Kind of every exit's module, if it was given; then modules of other kinds are dropped."""
+    def asked_kinds(self) -> AskedKinds:
+        """Kinds of exits' modules that were asked for; there modules of other kinds are dropped."""
 
     @property
     def device(self) -> str:

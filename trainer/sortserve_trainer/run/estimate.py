@@ -63,13 +63,12 @@ def estimate(settings: TrainSettings, config: ModelConfig, exits: tuple[int, ...
         config: the base's.
         exits: ascending, the last the full depth.
     """
-    method = settings.resolved
     layer, matrices = count_layer_parameters(config)
     num_layers, hidden, vocab = config.num_layers, config.hidden_size, config.vocab_size
     trunk, head = num_layers * matrices, vocab * hidden
     num_base = num_layers * layer + hidden + head * (1 if config.tie_word_embeddings else 2)
-    kind = EXIT_MODULE_KINDS["head" if method.has_head_phase else method.exit_modules]
-    modules = (len(exits) - 1) * sum(map(math.prod, kind.shapes(config).values()))
+    kinds = _kinds(settings, exits)
+    modules = sum(math.prod(s) for kind in kinds.values() for s in kind.shapes(config).values())
     adapter = _adapter_size(settings, config) if settings.trains_adapter else 0
     trained = modules + adapter + (num_base if settings.trains_weights else 0)
     compute_bytes = 4 if settings.dtype == "float32" else 2
@@ -79,11 +78,11 @@ def estimate(settings: TrainSettings, config: ModelConfig, exits: tuple[int, ...
     return Estimate(
         num_parameters=num_base,
         num_trained=trained,
-        flops_per_token=_flops(settings, config, exits, trunk, kind, adapter),
+        flops_per_token=_flops(settings, config, exits, trunk, kinds, adapter),
         # Weight, gradient and AdamW's two moments, all in float32.
         weight_bytes=int(frozen * base_bytes + trained * 16),
         activation_bytes=_activations(settings, config, exits, micro, compute_bytes),
-        exit_costs=_exit_costs(exits, matrices, head, kind.num_matrix_elements(config)),
+        exit_costs=_exit_costs(exits, matrices, head, kinds, config),
         tokens_per_step=micro * settings.gradient_accumulation,
     )
 
@@ -139,7 +138,7 @@ def _flops(
     config: ModelConfig,
     exits: tuple[int, ...],
     trunk: int,
-    kind: type[ExitModule],
+    kinds: Mapping[int, type[ExitModule]],
     adapter: int,
 ) -> float:
     """Forward, gradients of activations, gradients of what is trained."""
@@ -147,10 +146,11 @@ def _flops(
     columns = min(method.vocab_sample or config.vocab_size, config.vocab_size)
     heads = len(method.terms(exits, 0, 0)) * columns * config.hidden_size
     whole_head = config.vocab_size * config.hidden_size
-    num_own = len(exits) - 1
-    flops = 2.0 * trunk + 6.0 * num_own * kind.num_matrix_elements(config) + 4.0 * heads
-    if kind.has_head and method.trains_exits:
-        flops += 2.0 * num_own * columns * config.hidden_size
+    modules = sum(kind.num_matrix_elements(config) for kind in kinds.values())
+    flops = 2.0 * trunk + 6.0 * modules + 4.0 * heads
+    if method.trains_exits:
+        num_own_heads = sum(kind.has_head for kind in kinds.values())
+        flops += 2.0 * num_own_heads * columns * config.hidden_size
     if not settings.freeze_trunk:
         flops += 2.0 * trunk
     if settings.trains_weights:
@@ -185,6 +185,22 @@ def _activations(
     return num_tokens * (kept + read) + min(num_tokens, LOGIT_ROWS) * columns
 
 
-def _exit_costs(exits: tuple[int, ...], matrices: int, head: int, module: int) -> dict[int, float]:
+def _exit_costs(
+    exits: tuple[int, ...],
+    matrices: int,
+    head: int,
+    kinds: Mapping[int, type[ExitModule]],
+    config: ModelConfig,
+) -> dict[int, float]:
     full = exits[-1] * matrices + head
-    return {e: (e * matrices + head + (module if e != exits[-1] else 0)) / full for e in exits}
+    own = {e: kind.num_matrix_elements(config) for e, kind in kinds.items()}
+    return {e: (e * matrices + head + own.get(e, 0)) / full for e in exits}
+
+
+def _kinds(settings: TrainSettings, exits: tuple[int, ...]) -> dict[int, type[ExitModule]]:
+    """Of the exits below full depth, over a base that has none."""
+    method, asked = settings.resolved, settings.asked_kinds
+    if method.has_head_phase:
+        return {e: EXIT_MODULE_KINDS["head"] for e in exits[:-1]}
+    asked.check_exits(exits[:-1])
+    return {e: EXIT_MODULE_KINDS[asked.at(e, method.exit_modules)] for e in exits[:-1]}

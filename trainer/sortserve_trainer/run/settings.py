@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from sortserve.model.exit_module import EXIT_MODULE_KINDS, NO_MODULE, exit_module_kind
+from sortserve.model.exit_module import EXIT_MODULE_KINDS, NO_MODULE
 from sortserve.process.sources import read_file
 from sortserve.process.values import MAX_COUNT, Count, FilePath, Layers, Number, Strings, Text
 from sortserve_trainer.run.duration import parse_duration
 from sortserve_trainer.run.methods import DEFAULT_METHOD, METHODS, Method, Weighting
+from sortserve_trainer.run.module_kinds import AskedKinds, kinds_text, parse_kinds
 from sortserve_trainer.run.validation import validated
 
 __all__ = ["GROUPS", "TrainSettings", "load_train_settings"]
@@ -80,9 +81,10 @@ class TrainSettings(BaseModel):
     generated (rows with a `finish_reason`); they are never learned. Default: the method's."""
     exits_per_step: Count | None = None
     """Exits below full depth that a step trains, drawn anew each step. Default: all."""
-    exit_modules: Annotated[str, AfterValidator(exit_module_kind)] | None = None
-    """Module of each exit before the shared head; where the base has one of another kind, a new
-    one takes its place. Default: the base's own, and the method's where it has none."""
+    exit_modules: Annotated[str, AfterValidator(kinds_text)] | None = None
+    """Kind of module before the shared head, at all exits or, as `18=layer,21=mlp`, at some; where
+    the base has one of another kind, a new one takes its place. Default: the base's own, and the
+    method's where it has none."""
     vocab_sample: CountOrZero | None = None
     """Head columns that stand for all in the loss; 0 is all. Default: the method's."""
     learning_rate: Positive | None = None
@@ -243,7 +245,7 @@ class TrainSettings(BaseModel):
                 "--trunk-cache keeps the states of a trunk that does not train: it needs "
                 "--freeze-trunk"
             )
-        if self.freeze_trunk and self.resolved.exit_modules == NO_MODULE:
+        if self.freeze_trunk and all(kind == NO_MODULE for kind in self.new_kinds.values()):
             *kinds, last = (kind for kind in EXIT_MODULE_KINDS if kind != NO_MODULE)
             raise ValueError(
                 "--freeze-trunk with --exit-modules none leaves nothing to train: "
@@ -267,6 +269,17 @@ class TrainSettings(BaseModel):
         return self.resolved.lora_rank > 0 and not self.freeze_trunk
 
     @property
+    def asked_kinds(self) -> AskedKinds:
+        """What ``exit_modules`` says."""
+        return parse_kinds(self.exit_modules)
+
+    @property
+    def new_kinds(self) -> dict[int, str]:
+        """Exit layer to the kind that a base without exit modules gets there, of ``exits``."""
+        asked, default = self.asked_kinds, METHODS[self.method].exit_modules
+        return {e: asked.at(e, default) for e in self.exits}
+
+    @property
     def resolved(self) -> Method:
         """The method, with what the user overrides."""
         names = (
@@ -276,7 +289,6 @@ class TrainSettings(BaseModel):
             "teacher",
             "unlikelihood",
             "exits_per_step",
-            "exit_modules",
             "vocab_sample",
             "learning_rate",
             "lora_rank",
