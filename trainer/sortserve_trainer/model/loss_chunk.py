@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot
 from torch.nn.functional import linear
 
 from sortserve_trainer.model.loss_rows import row_losses, row_losses_work, row_lse
@@ -109,6 +110,7 @@ class Chunk:
         self.bias: Tensor | None = None
         self.teacher: Tensor | None = None
         """Log-probabilities [C, V] or [C, K], detached."""
+        self._probs: tuple[Tensor, Tensor] | None = None
         likely = plan.likely if plan.teacher is None else None
         if plan.sample is not None and likely is not None:
             self._choose_columns(plan.sample, self._likeliest_known(likely, span))
@@ -143,20 +145,29 @@ class Chunk:
         ce = -log_q[rows, self.targets].sum()
         if not (term.ce or term.kl):
             return torch.zeros_like(ce), ce, None
-        distils = bool(term.kl) and not is_teacher
-        kl, p = torch.zeros_like(ce), None
-        if distils:
-            assert self.teacher is not None
-            p = self.teacher.exp()
-            kl = (p * (self.teacher - log_q)).sum()
-        loss = term.ce * ce + term.kl * kl
+        loss, p = term.ce * ce, None
+        if term.kl and not is_teacher:
+            p, negentropy_C = self._teacher_probs()
+            loss = loss + term.kl * (negentropy_C - vecdot(p, log_q)).sum()
         if num_targets is None:
             return loss, ce, None
-        dlogits = log_q.exp().mul_(term.ce + (term.kl if distils else 0.0))
+        # In place: what is read and written here is most of the time beside the two products.
+        # The teacher's own comes last, when no other exit reads it.
+        dlogits = log_q.exp_().mul_(term.ce + (term.kl if p is not None else 0.0))
         if p is not None:
-            dlogits.sub_(p.mul_(term.kl))
+            dlogits.sub_(p, alpha=term.kl)
         dlogits[rows, self.targets] -= term.ce
-        return loss, ce, (dlogits / num_targets).to(self.states[index].dtype)
+        return loss, ce, dlogits.div_(num_targets).to(self.states[index].dtype)
+
+    def _teacher_probs(self) -> tuple[Tensor, Tensor]:
+        """Once for all exits: the teacher's probabilities, and the sum of ``p log p`` of each row,
+        float32 [C].
+        """
+        if self._probs is None:
+            assert self.teacher is not None
+            p = self.teacher.exp()
+            self._probs = p, vecdot(p, self.teacher)
+        return self._probs
 
     def _nothing(self) -> tuple[Tensor, Tensor, None]:
         zero = self.targets.new_zeros((), dtype=torch.float32)
@@ -187,7 +198,7 @@ class Chunk:
     def _log_probs(self, index: int) -> Tensor:
         logits = linear(self.states[index], self.heads[self.which[index]])
         if self.bias is not None:
-            return (logits.float() + self.bias).log_softmax(-1)
+            return logits.float().add_(self.bias).log_softmax(-1)
         return logits.log_softmax(-1, dtype=torch.float32)
 
     def _choose_columns(self, sample: VocabSample, best_V: Tensor) -> None:
