@@ -137,6 +137,24 @@ def test_merged_lora_is_the_same_function_with_the_same_gradients() -> None:
         torch.testing.assert_close(merged_grads[name], grad, rtol=1e-3, atol=1e-5)
 
 
+def test_an_adapter_that_does_not_train_is_merged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = lora_model(), packed([8, 13])
+    merge_in_forward(model.trunk)
+
+    def states() -> dict[int, torch.Tensor]:
+        return model.exit_states(batch["input_ids"], batch["position_ids"], batch["lengths"], EXITS)
+
+    trained = states()
+    model.requires_grad_(False)
+    with torch.inference_mode():  # an evaluation before the first step
+        states()
+    monkeypatch.delattr(torch, "addmm")
+    frozen = states()
+
+    for exit_layer, state in trained.items():
+        torch.testing.assert_close(frozen[exit_layer], state.detach())
+
+
 def test_the_base_teaches_what_it_said_before_it_had_an_adapter() -> None:
     batch, terms = packed([8, 13]), {EXITS[-1]: ExitTerm(kl=1.0)}
     fresh = lora_model(untrained=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 __all__ = ["merge_in_forward"]
 
@@ -27,7 +28,7 @@ class _MergedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         dtype = _compute_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
-            merged_OI = torch.addmm(weight.to(b.dtype), b, a, alpha=scale).to(dtype)
+            merged_OI = _merge(weight, a, b, scale, dtype)
             flat_TI = x.reshape(-1, x.shape[-1]).to(dtype)
             ctx.save_for_backward(flat_TI, merged_OI, a, b)
             ctx.scale, ctx.in_shape, ctx.in_dtype = scale, x.shape, x.dtype
@@ -92,5 +93,31 @@ def _forward(layer: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
     weight, bias = layer.base_layer.weight, layer.base_layer.bias
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     scale = layer.scaling[name]
-    out: Tensor = _MergedLinear.apply(x, weight, a, b, scale)  # type: ignore[no-untyped-call]
+    out: Tensor
+    if a.requires_grad or b.requires_grad:
+        out = _MergedLinear.apply(x, weight, a, b, scale)  # type: ignore[no-untyped-call]
+    else:
+        dtype = _compute_dtype(x)
+        out = linear(x.to(dtype), _frozen_weight(layer, weight, a, b, scale, dtype))
     return out if bias is None else out + bias.to(out.dtype)
+
+
+def _frozen_weight(
+    layer: Any, weight: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """The merged weight of a layer that does not train, made once."""
+    found: Tensor | None = getattr(layer, "_merged_OI", None)
+    if found is None or found.dtype is not dtype or found.device != weight.device:
+        # Not for inference alone: an evaluation may come before the first step.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(weight.device.type, enabled=False),
+        ):
+            found = _merge(weight, a, b, scale, dtype)
+        layer._merged_OI = found
+    return found
+
+
+def _merge(weight: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    return torch.addmm(weight.to(b.dtype), b, a, alpha=scale).to(dtype)

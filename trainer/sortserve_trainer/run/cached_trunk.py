@@ -42,7 +42,8 @@ __all__ = ["NUM_LIKELY", "CachedTrunk", "check_room", "trunk_digest"]
 NUM_LIKELY = 16
 """Columns kept for each row. A sample takes 3 columns for each token of a chunk, of those that any
 token finds likely, so 16 of each hold what it looks for."""
-CHUNK_ROWS = 1024
+CHUNK_ROWS = 128
+"""Whose logits exist at once: few, so that a CPU finds them in its cache."""
 LOOK_S = 1.0
 """Between two looks of the processes that wait for the one that writes."""
 
@@ -155,23 +156,24 @@ class CachedTrunk:
             )
             full_TD = model.base.model.norm(states[full])
         model.train(was_training)
-        values = {stream_name(e): states[e] for e in model.exits[:-1]}
-        values[FULL] = full_TD
-        start = 0
-        for example in pack.examples:
-            rows = torch.from_numpy(start + read_rows_of(example)).to(self._device)
-            span = slice(start, start + len(example))
-            own = {
-                stream.name: values[stream.name][span]
-                if stream.of_tokens
-                else values[stream.name].index_select(0, rows)
-                for stream in self.cache.streams
-                if stream.name in values
-            }
-            if any(stream.name == "likely_ids" for stream in self.cache.streams):
-                own |= self._likely(own[FULL])
-            yield example, own
-            start += len(example)
+        lengths = [len(example) for example in pack.examples]
+        starts = np.cumsum([0, *lengths[:-1]])
+        rows = [start + read_rows_of(e) for start, e in zip(starts, pack.examples, strict=True)]
+        kept = torch.from_numpy(np.concatenate(rows)).to(self._device)
+        values = {FULL: full_TD, **{stream_name(e): states[e] for e in model.exits[:-1]}}
+        for stream in self.cache.streams:
+            if stream.name in values and not stream.of_tokens:
+                values[stream.name] = values[stream.name].index_select(0, kept)
+        if any(stream.name == "likely_ids" for stream in self.cache.streams):
+            values |= self._likely(values[FULL])
+        parts = {
+            stream.name: values[stream.name].split(
+                lengths if stream.of_tokens else [len(own) for own in rows]
+            )
+            for stream in self.cache.streams
+        }
+        for i, example in enumerate(pack.examples):
+            yield example, {name: part[i] for name, part in parts.items()}
 
     def _likely(self, full_SD: Tensor) -> dict[str, Tensor]:
         """The columns that the full depth finds likeliest at each row, as the loss has them."""
