@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import recipes
+from benchmarks import exit_kinds, recipes
 from benchmarks import train as speed
 from support.tiny_models import make_tiny_checkpoint
 
@@ -81,3 +81,25 @@ def test_recipes_trains_and_measures_each_method_once_on_the_same_data(
     assert [call[call.index("--method") + 1] for call in with_rate] == ["soft"]
     assert len(calls) == 2 * len(recipes.METHODS)
     assert "2.500" in capsys.readouterr().out
+
+
+def test_kinds_of_modules_are_compared_on_the_same_tokens(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "".join(f"Line {i} is about {i * i}, and about {i % 7}.\n\n" for i in range(200))
+    (tmp_path / "train.txt").write_text(text)
+    (tmp_path / "dev.txt").write_text(text[:1000])
+    flags = ["--model", str(model), "--exits", "2,4", "--max-tokens", "1500", "--steps", "2"]
+    flags += ["--data", str(tmp_path / "train.txt"), "--eval-data", str(tmp_path / "dev.txt")]
+
+    assert exit_kinds.main([*flags, "--pack-length", "128", "--dtype", "float32"]) == 0
+
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["exits"]
+    by_place = {(entry["kind"], entry["exit_layer"]): entry for entry in found}
+    assert by_place.keys() == {(kind, e) for kind in exit_kinds.KINDS for e in (2, 4)}
+    costs = [by_place[kind, 2]["compute"] for kind in ("none", "affine", "mlp", "layer")]
+    assert costs == sorted(costs)
+    assert len(set(costs)) == 4
+    (plain,), (trained,) = (by_place[k, 4]["losses"].values() for k in ("none", "layer"))
+    assert trained < plain
+    assert all(entry["step_ms"] > 0 for entry in found)

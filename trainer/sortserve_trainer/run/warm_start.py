@@ -13,9 +13,9 @@ from torch import Tensor
 
 from sortserve_trainer.model.exit_module import SeenStates
 from sortserve_trainer.model.last_layer import last_layer_tensors
-from sortserve_trainer.model.sorted_model import SortedModel, TrunkStates
+from sortserve_trainer.model.sorted_model import SortedModel
 
-__all__ = ["warm_start"]
+__all__ = ["seen_states", "warm_start"]
 
 
 @torch.no_grad()
@@ -32,28 +32,32 @@ def warm_start(
     modules = {e: module for e, module in model.exit_modules.by_exit.items() if module.reads_states}
     if not modules:
         return
+    seen = seen_states(model, list(modules), batches)
+    last_layer = last_layer_tensors(model.base.model.layers[-1])
+    for exit_layer, module in modules.items():
+        module.warm_start(seen[exit_layer], last_layer, is_new=exit_layer in new)
+
+
+@torch.no_grad()
+def seen_states(
+    model: SortedModel, exits: Sequence[int], batches: Iterable[Mapping[str, Tensor]]
+) -> dict[int, list[SeenStates]]:
+    """What the modules of some exits are shown, by exit: one for each of ``batches``."""
     full = model.exits[-1]
     device = model.base.model.norm.weight.device
-    seen: list[tuple[TrunkStates, Tensor]] = []
+    seen: dict[int, list[SeenStates]] = {e: [] for e in exits}
     for batch in batches:
         position_ids = batch["position_ids"].to(device)
         states = model.trunk_states(
-            batch["input_ids"].to(device),
-            position_ids,
-            batch["lengths"],
-            [*modules, full - 1, full],
+            batch["input_ids"].to(device), position_ids, batch["lengths"], [*exits, full - 1, full]
         )
-        seen.append((states, position_ids[0] > 0))
-    last_layer = last_layer_tensors(model.base.model.layers[-1])
-    for exit_layer, module in modules.items():
-        own = [
-            SeenStates(
+        for exit_layer in exits:
+            own = SeenStates(
                 row=states.row,
                 x_TD=states[exit_layer],
                 before_last_TD=states[full - 1],
                 full_TD=states[full],
-                is_typical_T=is_typical_T,
+                is_typical_T=position_ids[0] > 0,
             )
-            for states, is_typical_T in seen
-        ]
-        module.warm_start(own, last_layer, is_new=exit_layer in new)
+            seen[exit_layer].append(own)
+    return seen
