@@ -1,4 +1,4 @@
-"""The deepest exit of an API key: what it refuses, and what it cuts (pure).
+"""The deepest exit of an API key: what it refuses, what it cuts, and what it hides (pure).
 
 It is as with the other bounds of a budget: what a request names and cannot have is refused, with a
 message that names the limit, and what the server chooses for it stays within. So a client that asks
@@ -8,12 +8,30 @@ for exit 30 and may have 18 is told so, rather than served less than it asked fo
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 from sortserve.core.budget import Budget, ExitTable
 from sortserve.core.errors import PermissionDeniedError, shortened
 from sortserve.core.schedule import DepthSchedule
 
-__all__ = ["refuse_deeper", "within"]
+__all__ = ["KeyExits", "refuse_deeper", "within"]
+
+
+class KeyExits(NamedTuple):
+    """The exits that whoever asks may have."""
+
+    layers: tuple[int, ...]
+    """Ascending."""
+    served_unasked: tuple[int, ...]
+    """Those of them that the server chooses from by itself."""
+
+    @classmethod
+    def of(cls, exits: ExitTable, most: int | None) -> KeyExits:
+        """Those of a checkpoint up to the deepest exit of a key; None: no key bounds it."""
+        if most is None:
+            return cls(exits.layers, exits.served_unasked)
+        layers = tuple(e for e in exits.layers if e <= most)
+        return cls(layers, exits.allowed(Budget(max_exit_layer=most)))
 
 
 def refuse_deeper(named: Budget, most: int, exits: ExitTable) -> None:

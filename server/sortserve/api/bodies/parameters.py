@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, Field, WithJsonSchema
@@ -72,22 +72,35 @@ class ModelChoice(NamedTuple):
     """E of ``NAME@E``."""
 
 
-def read_model(name: str | None, served_name: str, exits: ExitTable) -> ModelChoice:
+def read_model(
+    name: str | None,
+    served_name: str,
+    exits: ExitTable,
+    *,
+    known_to: Collection[int] | None = None,
+) -> ModelChoice:
     """The model that a request names; none is the served one.
+
+    Args:
+        name: as the client wrote it.
+        served_name: of the whole model.
+        exits: of the checkpoint.
+        known_to: the exits that there are for this client; None: all.
 
     Raises:
         NotFoundError: another model, or an exit that does not exist.
     """
     if name is None or name == served_name:
         return ModelChoice(served_name, None)
+    layers = [e for e in exits.layers if known_to is None or e in known_to]
     base, at, suffix = name.rpartition("@")
     if at and base == served_name:
-        for exit_layer in exits.layers:
+        for exit_layer in layers:
             if suffix == str(exit_layer):
                 return ModelChoice(name, exit_layer)
     raise NotFoundError(
         f"The model {shortened(name)} does not exist: this server has {served_name!r}, "
-        f"and {served_name}@E for the exits E in {list(exits.layers)}.",
+        f"and {served_name}@E for the exits E in {layers}.",
         param="model",
         code="model_not_found",
     )

@@ -23,8 +23,9 @@ class ApiKeyMiddleware:
     """Lets requests pass that carry one of the keys as ``Authorization: Bearer KEY``.
 
     What a key may do at once and in a minute is looked at here, before a byte of the body is read,
-    and a place is given back when the reply is over, however it ends. Routes find the key's digest
-    and its ``KeyUse`` in ``scope["state"]``, as ``key_digest`` and ``key_use``.
+    and a place is given back when the reply is over, however it ends. Routes find the key's digest,
+    its policy and, of what is counted, its ``KeyUse`` in ``scope["state"]``, as ``key_digest``,
+    ``key_policy`` and ``key_use``.
 
     Args:
         app: what to guard.
@@ -54,7 +55,7 @@ class ApiKeyMiddleware:
             await error_response(error)(scope, receive, send)
             return
         digest, policy = found
-        scope.setdefault("state", {})["key_digest"] = digest
+        scope.setdefault("state", {}).update(key_digest=digest, key_policy=policy)
         await self._admit(policy, scope, receive, self._with_limits(policy, send))
 
     async def _admit(self, policy: KeyPolicy, scope: Scope, receive: Receive, send: Send) -> None:

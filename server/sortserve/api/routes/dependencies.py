@@ -8,9 +8,11 @@ from fastapi import Depends, Request
 from pydantic import BaseModel
 
 from sortserve.api.bodies.reading import read_body
+from sortserve.api.key_depth import KeyExits
 from sortserve.api.service import Service
+from sortserve.core.api_keys import KeyPolicy
 
-__all__ = ["Serving", "body_of"]
+__all__ = ["OpenExits", "Serving", "body_of"]
 
 
 async def _service(request: Request) -> Service:
@@ -19,6 +21,16 @@ async def _service(request: Request) -> Service:
 
 
 Serving = Annotated[Service, Depends(_service)]
+
+
+async def _open_exits(request: Request, service: Serving) -> KeyExits:
+    policy: KeyPolicy | None = getattr(request.state, "key_policy", None)
+    most = None if policy is None else policy.max_exit_layer
+    return KeyExits.of(service.worker.exits, most)
+
+
+OpenExits = Annotated[KeyExits, Depends(_open_exits)]
+"""What is told of exits: the others are no use to who asks."""
 
 
 def body_of(model: type[BaseModel]) -> Any:

@@ -36,7 +36,7 @@ from sortserve.api.replies.models import (
     TokenizeResponse,
 )
 from sortserve.api.replies.streaming import GenerationReply, GenerationStream
-from sortserve.api.routes.dependencies import Serving, body_of
+from sortserve.api.routes.dependencies import OpenExits, Serving, body_of
 from sortserve.api.routes.responses import BODY_ERRORS, GENERATION_RESPONSES, errors
 from sortserve.api.service import Service
 from sortserve.core.budget import ExitInfo, ExitTable
@@ -102,21 +102,32 @@ def _generate_job(
 
 
 @router.get("/exits", responses=errors(401))
-async def exits(service: Serving) -> ExitsResponse:
-    """The sub-models: what each costs, how good it is, how fast it would be now."""
+async def exits(service: Serving, open_exits: OpenExits) -> ExitsResponse:
+    """The sub-models that the key may have: cost, quality, and how fast each would be now."""
     num_tokens = min(TYPICAL_TOKENS, service.worker.max_model_len // 2)
     table = service.worker.exits
-    entries = [_exit_entry(service, info, num_tokens) for info in table.exits]
+    entries = [
+        _exit_entry(
+            service,
+            table[exit_layer],
+            num_tokens,
+            served_unasked=exit_layer in open_exits.served_unasked,
+        )
+        for exit_layer in open_exits.layers
+    ]
     estimates = {entry.exit_layer: entry.estimate for entry in entries}
+    schedules = [s for s in table.schedules if set(s.schedule.exits) <= set(open_exits.layers)]
     return ExitsResponse(
         exits=entries,
-        schedules=[_schedule_entry(info, table, estimates, num_tokens) for info in table.schedules],
+        schedules=[_schedule_entry(info, table, estimates, num_tokens) for info in schedules],
         estimate_for=EstimateFor(prompt_tokens=num_tokens, max_tokens=num_tokens),
-        min_quality=service.worker.exits.min_quality,
+        min_quality=table.min_quality,
     )
 
 
-def _exit_entry(service: Service, info: ExitInfo, num_tokens: int) -> ExitEntry:
+def _exit_entry(
+    service: Service, info: ExitInfo, num_tokens: int, *, served_unasked: bool
+) -> ExitEntry:
     estimate = service.worker.estimate(info.exit_layer, num_tokens, num_tokens)
     return ExitEntry(
         exit_layer=info.exit_layer,
@@ -126,7 +137,7 @@ def _exit_entry(service: Service, info: ExitInfo, num_tokens: int) -> ExitEntry:
         quality=None if info.quality is None else dict(info.quality),
         score=info.score,
         usable=info.usable,
-        served_unasked=info.exit_layer in service.worker.exits.served_unasked,
+        served_unasked=served_unasked,
         estimate=None
         if estimate is None
         else ExitEstimate(

@@ -17,6 +17,7 @@ from sortserve.api.bodies.unsupported import refuse_unsupported
 from sortserve.api.echo import echoed_prompts
 from sortserve.api.generation import Generation
 from sortserve.api.jobs import Job, make_job, tier_of
+from sortserve.api.key_depth import KeyExits
 from sortserve.api.replies.formats import ChatFormat, CompletionFormat, GenerateFormat
 from sortserve.api.replies.models import (
     ChatCompletionResponse,
@@ -26,7 +27,7 @@ from sortserve.api.replies.models import (
 )
 from sortserve.api.replies.streaming import GenerationReply, GenerationStream
 from sortserve.api.replies.tool_format import ToolFormat
-from sortserve.api.routes.dependencies import Serving, body_of
+from sortserve.api.routes.dependencies import OpenExits, Serving, body_of
 from sortserve.api.routes.responses import GENERATION_RESPONSES, errors
 from sortserve.api.service import Service
 from sortserve.api.tools.choice import ToolChoice, read_tool_choice, require_dialect
@@ -43,22 +44,23 @@ router = APIRouter(tags=["OpenAI"])
 
 
 @router.get("/v1/models", responses=errors(401))
-async def models(service: Serving) -> ModelsResponse:
-    """The served name, and `NAME@E` for each exit."""
-    name, exits = service.settings.served_model_name, service.worker.exits
-    names = [name, *(f"{name}@{exit_layer}" for exit_layer in exits.layers)]
-    return ModelsResponse(object="list", data=[_model_entry(service, name) for name in names])
+async def models(service: Serving, open_exits: OpenExits) -> ModelsResponse:
+    """The served name, and `NAME@E` for each exit that the key may have."""
+    name = service.settings.served_model_name
+    names = [name, *(f"{name}@{exit_layer}" for exit_layer in open_exits.layers)]
+    entries = [_model_entry(service, name, open_exits) for name in names]
+    return ModelsResponse(object="list", data=entries)
 
 
 @router.get("/v1/models/{model_id:path}", responses=errors(401, 404))
-async def model(model_id: str, service: Serving) -> ModelResponse:
+async def model(model_id: str, service: Serving, open_exits: OpenExits) -> ModelResponse:
     """One of them."""
-    return _model_entry(service, model_id)
+    return _model_entry(service, model_id, open_exits)
 
 
-def _model_entry(service: Service, name: str) -> ModelResponse:
+def _model_entry(service: Service, name: str, open_exits: KeyExits) -> ModelResponse:
     exits, served_name = service.worker.exits, service.settings.served_model_name
-    choice = read_model(name, served_name, exits)
+    choice = read_model(name, served_name, exits, known_to=open_exits.layers)
     return ModelResponse(
         id=choice.name,
         object="model",
@@ -67,7 +69,7 @@ def _model_entry(service: Service, name: str) -> ModelResponse:
         root=served_name,
         max_model_len=service.worker.max_model_len,
         exit_layer=choice.exit_layer,
-        exits=list(exits.layers),
+        exits=list(open_exits.layers),
         license=service.settings.license,
     )
 
