@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ import pytest
 from sortserve.model.backends.cpu.isa import ISAS
 from support.container import Container, running
 from support.dockerfiles import Dockerfile, read_dockerfile
-from support.image_build import Image, ImageBuilder, debian_root
+from support.image_build import Image, ImageBuilder, chroot_command, debian_root
 
 pytest.importorskip("dockerfile_parse", reason="needs the extra `dev`")
 pytestmark = [
@@ -170,6 +171,26 @@ def test_it_is_nobody_and_can_write_nothing_but_its_volume_and_tmp(container: Co
 def test_a_stop_drains_and_ends_with_zero(container: Container) -> None:
     """The last of this file's tests of the container."""
     assert container.stop(timeout_s=60) == 0
+
+
+def test_an_image_with_the_extra_ray_starts_ray_from_a_login_shell(scratch: Path) -> None:
+    """As KubeRay before 1.4 does."""
+    arguments = {"EXTRAS": "ray", "MODEL": "mounted"}
+    arguments |= {"TORCH_BACKEND": ""} if has_local_torch() else {}
+    image = build(read_dockerfile(ROOT / "docker" / "Dockerfile.cpu", arguments), scratch)
+
+    def said(command: str) -> str:
+        shell = ["/bin/bash", "-lc", "--", command]
+        inner = chroot_command(image.root, image.config, image.config.env, shell)
+        done = subprocess.run(["sh", "-c", inner], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert_holds_no_compiler(image)
+    assert said("ray --version").startswith("ray, version 2.")
+    assert (
+        said("python -c 'import sortserve.ray as own; print(callable(own.build_app))'") == "True\n"
+    )
 
 
 def test_the_steps_of_the_cuda_image_run_but_for_torch_and_its_base(scratch: Path) -> None:

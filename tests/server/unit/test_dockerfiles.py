@@ -107,18 +107,46 @@ def test_kernels_are_made_when_the_image_is(path: Path) -> None:
     assert ("--triton" in commands[0]) is (path == CUDA)
 
 
+def asked_of_uv(path: Path, arguments: dict[str, str]) -> list[str]:
+    """The words with which the shell asks uv for the libraries."""
+    (install,) = [s.rest for s in steps(path, "RUN", "builder") if "--extra server" in s.rest]
+    env = read_dockerfile(path, arguments).config("builder").args
+    command = ["sh", "-c", f"""uv() {{ printf '%s\\n' "$@"; }}; {install}"""]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    words = done.stdout.split()
+    return words[words.index("install") + 1 :]
+
+
 def test_the_cpu_image_asks_for_torch_for_cpus_unless_told() -> None:
-    (install,) = [s.rest for s in steps(CPU, "RUN", "builder") if "--extra server" in s.rest]
+    libraries = ["--requirements", "pyproject.toml", "--extra", "server"]
 
-    def given(arguments: dict[str, str]) -> list[str]:
-        """What the shell makes of the flag in question."""
-        (flag,) = re.findall(r"\$\{TORCH_BACKEND:.*\}", install)
-        env = read_dockerfile(CPU, arguments).config("builder").args
-        command = ["sh", "-c", f"printf '%s\n' {flag}"]
-        return subprocess.run(command, env=env, capture_output=True, text=True).stdout.split()
+    assert asked_of_uv(CPU, {}) == ["--torch-backend=cpu", *libraries]
+    assert asked_of_uv(CPU, {"TORCH_BACKEND": ""}) == libraries
 
-    assert given({}) == ["--torch-backend=cpu"]
-    assert given({"TORCH_BACKEND": ""}) == []
+
+@each_dockerfile
+def test_an_image_has_the_extras_that_are_asked_for(path: Path) -> None:
+    def extras(arguments: dict[str, str]) -> set[str]:
+        words = asked_of_uv(path, arguments)
+        return {words[i + 1] for i, word in enumerate(words) if word == "--extra"}
+
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras({"EXTRAS": "ray otel"}) - extras({}) == {"ray", "otel"}
+    assert extras({"EXTRAS": "ray otel"}) <= set(known)
+
+
+@each_dockerfile
+def test_a_login_shell_finds_what_the_image_brings(path: Path, tmp_path: Path) -> None:
+    """It sets a PATH of its own, and then reads ``/etc/profile.d``."""
+    (line,) = re.findall(
+        r'echo "[^"]*" > /etc/profile.d/\S+', "\n".join(s.rest for s in steps(path, "RUN"))
+    )
+    written = tmp_path / "profile"
+    script = f"{line.partition(' > ')[0]} > {written}; PATH=/usr/bin; . {written}; echo $PATH"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
+
+    own = [entry for entry in config(path).env["PATH"].split(":") if entry.startswith("/opt/")]
+    assert done.stdout.strip().split(":") == [*own, "/usr/bin"]
 
 
 def test_the_torch_of_the_cuda_image_is_one_that_the_package_takes() -> None:
