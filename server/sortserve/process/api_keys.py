@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -29,6 +28,7 @@ from sortserve.core.errors import ConfigError
 from sortserve.core.weights import PRIORITY
 from sortserve.process.sources import read_small_file
 from sortserve.process.values import Number, shown
+from sortserve.process.yaml_text import parse_yaml
 
 __all__ = ["check_exits", "parse_keys", "read_named_keys"]
 
@@ -154,14 +154,9 @@ def check_exits(policies: Iterable[KeyPolicy], exits: Sequence[int]) -> None:
 
 def _yaml(text: str, where: str) -> object:
     try:
-        return yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark  # its own text would quote the line
-        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise _refusal(where, f"it is not valid YAML: {error.problem}{place}.") from None
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
-        kind = type(error).__name__
-        raise _refusal(where, f"it is not valid YAML: a value is out of range ({kind}).") from None
+        return parse_yaml(text)
+    except ValueError as error:
+        raise _refusal(where, f"it is not valid YAML: {error}.") from None
 
 
 def _refusal(where: str, said: str) -> ConfigError:

@@ -9,10 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sortserve.core.errors import ConfigError
 from sortserve.process.values import MAX_TEXT, shown
+from sortserve.process.yaml_text import parse_yaml
 
 __all__ = [
     "ENV_PREFIX",
@@ -129,27 +128,20 @@ def read_file(path: Path, fields: Collection[str], command: str = "serve") -> di
         command: whose settings they are.
 
     Raises:
-        ConfigError: the file cannot be read, is not a mapping, or has a key that is no setting.
+        ConfigError: the file cannot be read, is not a mapping, or has a key that is no setting
+            or stands there twice.
     """
+    text = read_small_file(path, "config")
     try:
-        content = yaml.safe_load(read_small_file(path, "config"))
-    except yaml.MarkedYAMLError as error:
-        # Its own text quotes the line, which may hold a key.
-        mark = error.problem_mark
-        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        reason = f"{error.problem or 'syntax error'}{where}"
-        raise ConfigError(f"--config {path} is not valid YAML: {reason}.", param="config") from None
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        reason = f"it holds a value that is out of range ({type(error).__name__})"
-        raise ConfigError(f"--config {path} is not valid YAML: {reason}.", param="config") from None
+        content = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"--config {path} is not valid YAML: {error}.", param="config") from None
     if not isinstance(content, dict | None):
         raise ConfigError(
             f"--config {path} must hold `key: value` lines, not a {type(content).__name__}.",
             param="config",
         )
-    values = {}
+    values, seen = {}, set()
     for key, value in (content or {}).items():
         name = str(key).replace("-", "_")
         if name not in fields or name == "config":
@@ -158,6 +150,9 @@ def read_file(path: Path, fields: Collection[str], command: str = "serve") -> di
                 f"unknown key {str(key)!r} in {path}{_suggest(key_name(name), known, command)}",
                 param=str(key),
             )
+        if name in seen:
+            raise ConfigError(f"{path} has {key_name(name)} twice.", param=str(key))
+        seen.add(name)
         if value is not None:
             values[name] = value
     return values

@@ -64,6 +64,8 @@ WRONG = [
     ("keys: [{name: a}]", "keys.0.sha256 is missing"),
     ("a: {b", "it is not valid YAML"),
     ("keys: [{name: a, sha256: *x}]", "it is not valid YAML"),
+    (entry() + "keys: []", "a key stands twice in one mapping in line 4"),
+    (entry(max_concurrency=1) + "  max_concurrency: 9", "a key stands twice in one mapping"),
     (entry(rpm=3), "keys.0.rpm is not a field: choose among name, sha256, requests_per_minute"),
     ("keys: []\nother: 1", "other is not a field: choose among keys"),
     (entry(name="a b"), "keys.0.name: 'a b' is not allowed"),

@@ -246,6 +246,8 @@ def test_a_wrong_key_is_named_with_its_file(tmp_path: Path) -> None:
     [
         pytest.param("- a\n- b\n", "not a list", id="not-a-mapping"),
         pytest.param("port: [1\n", "is not valid YAML", id="not-yaml"),
+        pytest.param("port: 1\nport: 2\n", "a key stands twice", id="twice"),
+        pytest.param("keep-alive: 1\nkeep_alive: 2\n", "has keep-alive twice", id="both-ways"),
         pytest.param("config: other.yaml\n", "unknown key 'config'", id="a-file-names-no-file"),
     ],
 )
