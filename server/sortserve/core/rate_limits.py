@@ -79,10 +79,10 @@ def resized(bucket: Bucket, old: int, new: int) -> Bucket:
 
 def duration_text(seconds: float) -> str:
     """A time as OpenAI writes it in headers: ``20ms``, ``8.64s``, ``6m0s``, ``1h2m3s``."""
-    if seconds < 1:
-        return f"{round(seconds * 1e3)}ms"
-    if seconds < 60:
-        return f"{round(seconds, 2):g}s"
+    if (milliseconds := round(seconds * 1e3)) < 1000:
+        return f"{milliseconds}ms"
+    if (hundredths := round(seconds, 2)) < 60:
+        return f"{hundredths:g}s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes}m{rest}s" if hours else f"{minutes}m{rest}s"
