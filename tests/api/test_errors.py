@@ -461,3 +461,28 @@ async def test_the_places_of_refused_requests_are_given_back(
     await service.post(GENERATE, BASE[GENERATE])
 
     assert (await service.post(COMPLETIONS, full)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (COMPLETIONS, {"prompt": "a" * 256}, "prompt"),
+        (COMPLETIONS, {"prompt": [1] * 300}, "prompt"),
+        (COMPLETIONS, {"prompt": "a" * 200, "max_tokens": 57}, "max_tokens"),
+        (COMPLETIONS, {"prompt": "a" * 100_000}, "prompt"),
+        (COMPLETIONS, {"prompt": "a" * 600_000}, "prompt"),
+        ("/generate", {"prompt": "a" * 256}, "prompt"),
+        (CHAT, {"messages": [{"role": "user", "content": "a" * 256}]}, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": "a" * 100_000}]}, "messages"),
+        ("/v1/responses", {"input": "a" * 256}, "input"),
+    ],
+)
+async def test_what_the_context_cannot_hold_has_openais_code(
+    shared: HttpService, path: str, body: dict[str, Any], param: str
+) -> None:
+    """By it clients know that a shorter conversation would do."""
+    reply = await shared.post(path, body)
+
+    assert reply.status_code == 400
+    assert reply.json()["error"]["code"] == "context_length_exceeded"
+    assert reply.json()["error"]["param"] == param

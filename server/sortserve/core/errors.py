@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 __all__ = [
+    "CONTEXT_LENGTH_EXCEEDED",
     "MAX_RETRY_AFTER_S",
     "AuthenticationError",
     "BudgetUnattainableError",
@@ -45,6 +46,9 @@ __all__ = [
     "shortened",
 ]
 
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+"""OpenAI's code of what the context cannot hold: clients shorten the conversation when they see it.
+Some look for OpenAI's words, too: "this model's maximum context length is"."""
 MAX_VALUE_CHARS = 100
 """Characters of a value that a message quotes."""
 MAX_LINE = 1_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from sortserve.core.errors import InvalidRequestError
+from sortserve.core.errors import CONTEXT_LENGTH_EXCEEDED, InvalidRequestError
 from sortserve.core.request import Request
 from sortserve.scheduling.kv_cache import KVCacheManager
 
@@ -26,15 +26,18 @@ def check_lengths(request: Request, max_model_len: int) -> None:
         raise InvalidRequestError("prompt is empty: give at least one token.", param="prompt")
     if num_prompt >= max_model_len:
         raise InvalidRequestError(
-            f"prompt has {num_prompt} tokens, but the context holds {max_model_len}, "
-            "with at least one for the answer. Shorten it.",
+            f"prompt has {num_prompt} tokens, but this model's maximum context length is "
+            f"{max_model_len} tokens, with at least one for the answer. Shorten it.",
             param="prompt",
+            code=CONTEXT_LENGTH_EXCEEDED,
         )
     if num_prompt + max_tokens > max_model_len:
         raise InvalidRequestError(
-            f"max_tokens={max_tokens} with a prompt of {num_prompt} tokens exceeds the "
-            f"context of {max_model_len}: at most {max_model_len - num_prompt} fit.",
+            f"max_tokens={max_tokens} with a prompt of {num_prompt} tokens is too much: this "
+            f"model's maximum context length is {max_model_len} tokens, so at most "
+            f"{max_model_len - num_prompt} fit.",
             param="max_tokens",
+            code=CONTEXT_LENGTH_EXCEEDED,
         )
 
 

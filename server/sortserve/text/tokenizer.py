@@ -19,7 +19,7 @@ from typing import Any
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from sortserve.core.errors import InvalidRequestError
+from sortserve.core.errors import CONTEXT_LENGTH_EXCEEDED, InvalidRequestError
 from sortserve.core.sampling_params import SamplingParams
 from sortserve.text.byte_tokens import BYTE_OF, decoder_kinds, whole_text
 from sortserve.text.chat_template import ChatTemplate
@@ -147,7 +147,9 @@ class Tokenizer:
             num_tokens += max(0, len(self._encode(piece, False)) - _TOKENS_OF_BORDER)
             if num_tokens > most:
                 raise InvalidRequestError(
-                    f"{param} has more than {most} tokens: that is too long.", param=param
+                    f"{param} has more than {most} tokens: that is too long.",
+                    param=param,
+                    code=CONTEXT_LENGTH_EXCEEDED,
                 )
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:

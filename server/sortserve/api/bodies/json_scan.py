@@ -155,10 +155,12 @@ class _Scan:
         if num_chars > limit.max_string_chars:
             path = self._dotted_path()
             raise InvalidRequestError(
-                f"{path} is too long: it may have {limit.max_string_chars} characters.", param=path
+                f"{path} is too long: it may have {limit.max_string_chars} characters.",
+                param=path,
+                code=limit.code,
             )
         if counts.num_chars > limit.max_chars:
-            raise self._refusal(f"may hold {limit.max_chars} characters")
+            raise self._refusal(f"may hold {limit.max_chars} characters", code=limit.code)
 
     def _take_key(self, start: int, end: int) -> None:
         self._awaits_key = False
@@ -192,10 +194,11 @@ class _Scan:
         if counts.num_values > counts.limit.max_values:
             raise self._refusal(f"may hold {counts.limit.max_values} strings, lists and objects")
 
-    def _refusal(self, what: str) -> InvalidRequestError:
+    def _refusal(self, what: str, code: str | None = None) -> InvalidRequestError:
         field = str(self._path[0])
         shared = " together with the other small fields" if self._of_field is self._others else ""
-        return InvalidRequestError(f"{field} is too large: it {what}{shared}.", param=field)
+        message = f"{field} is too large: it {what}{shared}."
+        return InvalidRequestError(message, param=field, code=code)
 
     def _dotted_path(self) -> str:
         return ".".join(map(str, self._path))

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from sortserve.core.errors import CONTEXT_LENGTH_EXCEEDED
+
 __all__ = ["BodyLimits", "FieldLimit", "max_encoded_tokens"]
 
 MAX_FIELDS = 256
@@ -98,6 +100,8 @@ class FieldLimit:
     """Characters of one string."""
     max_depth: int
     """Lists and objects around each other."""
+    code: str | None = None
+    """Of the refusal of too many characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +149,7 @@ class BodyLimits:
             max_chars=self.max_sequences * text,
             max_string_chars=text,
             max_depth=2,
+            code=CONTEXT_LENGTH_EXCEEDED,
         )
         messages = FieldLimit(
             max_values=MAX_MESSAGE_VALUES,
@@ -152,6 +157,7 @@ class BodyLimits:
             max_chars=text,
             max_string_chars=text,
             max_depth=MAX_MESSAGE_DEPTH,
+            code=CONTEXT_LENGTH_EXCEEDED,
         )
         tokens = FieldLimit(
             max_values=16,

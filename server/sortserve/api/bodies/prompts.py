@@ -11,7 +11,7 @@ from sortserve.api.bodies.limits import MAX_MESSAGE_FIELDS, MAX_ROLE_CHARS
 from sortserve.api.bodies.messages import check_length, not_allowed, read_calls, read_content
 from sortserve.api.interfaces import Tokenizer
 from sortserve.api.text_threads import TextThreads
-from sortserve.core.errors import InvalidRequestError
+from sortserve.core.errors import CONTEXT_LENGTH_EXCEEDED, InvalidRequestError
 
 __all__ = [
     "ChatPrompt",
@@ -250,6 +250,7 @@ def check_chars(num_chars: int, param: str, max_chars: int) -> None:
             f"{param} has {num_chars} characters; {max_chars} are allowed, as no more can fit the "
             "context.",
             param=param,
+            code=CONTEXT_LENGTH_EXCEEDED,
         )
 
 

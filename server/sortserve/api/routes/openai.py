@@ -134,7 +134,8 @@ def _completion_job(
 def _check_completion(body: CompletionBody) -> None:
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequestError(
-            f"best_of={body.best_of} is not allowed: only n={body.n or 1}, or leave it out.",
+            f"best_of={body.best_of} is not supported: answers are not ranked, so it can only be "
+            f"n={body.n or 1}. Leave it out.",
             param="best_of",
         )
 
