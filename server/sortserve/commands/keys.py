@@ -6,7 +6,9 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from textwrap import dedent, indent
 
 from sortserve.core.api_keys import NAME_PATTERN, key_digest, new_key
 from sortserve.core.atomic_write import PRIVATE, write_atomically
@@ -92,17 +94,29 @@ def _quoted(name: str) -> str:
 
 
 def _add(path: Path, entry: str) -> None:
-    """Append an entry; the file is there whole, before or after, at every moment."""
-    is_there = path.exists()
-    before = path.read_text(encoding="utf-8") if is_there else HEAD
+    """Append an entry; the file is there whole, before or after, at every moment.
+
+    It stays its owner's, so that a server can read what root has added.
+    """
+    old = path.stat() if path.exists() else None
+    before = path.read_text(encoding="utf-8") if old else HEAD
     if before and not before.endswith("\n"):
         before += "\n"
-    text = before.replace("keys: []\n", HEAD) + entry
+    text = before.replace("keys: []\n", HEAD) + _indented_as(before, entry)
     _check(text, f"{path} with the new entry at its end")
-    mode = path.stat().st_mode & 0o777 if is_there else PRIVATE
+    mode = old.st_mode & 0o777 if old else PRIVATE
     path = path.resolve()  # a link stays one
     write_atomically(path, text.encode(), mode=mode)
+    if old:
+        with suppress(PermissionError):  # who may not give it away has it now
+            os.chown(path, old.st_uid, old.st_gid)
     os.chmod(path, mode)
+
+
+def _indented_as(before: str, entry: str) -> str:
+    """The entry, as far from the margin as those that are there."""
+    first = re.search(r"^( *)- ", before, re.MULTILINE)
+    return entry if first is None else indent(dedent(entry), first[1])
 
 
 def _check(text: str, where: str) -> None:

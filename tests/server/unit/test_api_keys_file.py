@@ -326,6 +326,31 @@ def test_what_a_server_would_refuse_is_not_made(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("text", [entry(), WHOLE, "keys: []\n", "# none yet\nkeys:\n"])
+def test_an_entry_is_added_to_a_list_however_it_is_indented(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(text)
+
+    assert main(["keys", "new", "carol", "--file", str(file)]) == 0
+    assert main(["keys", "new", "dora", "--file", str(file), "--max-concurrency", "3"]) == 0
+
+    *_, carol, dora = read_named_keys(file, base=1.1)
+    assert (carol.name, dora.name, dora.max_concurrency) == ("carol", "dora", 3)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file away")
+def test_what_root_adds_stays_readable_to_who_owns_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(WHOLE)
+    file.chmod(0o600)
+    os.chown(file, 10001, 10002)
+
+    assert main(["keys", "new", "carol", "--file", str(file)]) == 0
+
+    status = file.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (10001, 10002, 0o600)
+
+
 def test_a_name_that_is_taken_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     file = tmp_path / "keys.yaml"
     file.write_text(WHOLE)
