@@ -72,8 +72,9 @@ class TextThreads:
                 f"{self._num_waiting} {self._what}. Come back later.",
                 retry_after_s=1.0,
             )
-        self._num_waiting += 1
+        # It raises where the system gives no thread: then nothing waits that could be counted down.
         future = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        self._num_waiting += 1
         future.add_done_callback(self._count_down)
         return await future
 

@@ -87,7 +87,11 @@ class KeyReloader:
         while True:
             is_asked = asked.is_set()
             asked.clear()
-            await self.look(is_asked=is_asked)
+            try:
+                await self.look(is_asked=is_asked)
+            except Exception:  # no threads, no memory: a watch that ended would be missed by nobody
+                self._observer.on_reloaded("failed")
+                logger.exception("API keys not reloaded: the old ones stay")
             waiting = asyncio.create_task(asked.wait())
             try:
                 await asyncio.wait([waiting], timeout=POLL_S)

@@ -199,4 +199,7 @@ def shown(value: object) -> str:
     """A wrong value as a message quotes it: cut, however large or deep it is."""
     cut = reprlib.Repr()
     cut.maxlevel, cut.maxstring, cut.maxother, cut.maxlong = 2, MAX_SHOWN, MAX_SHOWN, MAX_SHOWN
-    return cut.repr(value)
+    try:
+        return cut.repr(value)
+    except ValueError:  # YAML's 0xff... may have more digits than Python writes
+        return "a number of too many digits"

@@ -76,6 +76,7 @@ WRONG = [
     (entry(requests_per_minute=0), "keys.0.requests_per_minute: 0 is not allowed: it should be"),
     (entry(tokens_per_minute=-3), "keys.0.tokens_per_minute: -3 is not allowed"),
     (entry(tokens_per_minute=BIG), f"keys.0.tokens_per_minute: {BIG} is not allowed"),
+    (f"keys: 0x{'f' * 9000}", "keys: a number of too many digits is not allowed"),
     (entry(max_concurrency=1.5), "keys.0.max_concurrency: 1.5 is not allowed"),
     (entry(max_concurrency="4"), "keys.0.max_concurrency: '4' is not allowed"),
     (entry(max_exit_layer=True), "keys.0.max_exit_layer: True is not allowed"),
@@ -267,6 +268,27 @@ async def test_the_watch_takes_up_what_it_is_asked_to(server: Server) -> None:
 
     async with asyncio.timeout(30):
         assert await told == "ok"
+    watching.cancel()
+    assert server.opens("k2")
+
+
+async def test_no_failure_of_any_kind_ends_the_watch(server: Server) -> None:
+    outcomes: asyncio.Queue[str] = asyncio.Queue()
+    server.told.on_reloaded = outcomes.put_nowait  # type: ignore[method-assign]
+    read, asked = server.reloader._read, asyncio.Event()
+
+    def fail() -> tuple[KeyPolicy, ...]:
+        server.reloader._read = read
+        raise RuntimeError("can't start new thread")
+
+    server.reloader._read = fail
+    asked.set()
+    watching = asyncio.create_task(server.reloader.run(asked))
+
+    async with asyncio.timeout(30):
+        assert await outcomes.get() == "failed"
+        server.file.write_text(entry(sha256=key_digest("k2")))
+        assert await outcomes.get() == "ok"
     watching.cancel()
     assert server.opens("k2")
 

@@ -50,6 +50,21 @@ async def test_few_pieces_of_work_run_at_once_and_the_default_threads_stay_free(
     await asyncio.gather(*waiting)
 
 
+async def test_what_no_thread_is_there_for_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = TextThreads()
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as without_threads:
+        without_threads.setattr(threading.Thread, "start", start)
+        for _ in range(MAX_WAITING + 1):
+            with pytest.raises(RuntimeError, match="new thread"):
+                await threads.run(lambda: "never")
+
+    assert await threads.run(lambda: "again") == "again"
+
+
 async def test_what_fails_or_is_given_up_frees_its_place() -> None:
     threads, gate = TextThreads(), threading.Event()
 
