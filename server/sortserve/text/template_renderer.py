@@ -5,12 +5,14 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from multiprocessing.connection import Connection
@@ -28,6 +30,9 @@ START_S = 60.0
 """Longest wait for the process to load, on a machine that is busy with something else."""
 GRACE_S = 5.0
 """How much later than the kernel we give up a worker ourselves."""
+TAKE_S = 2.0
+"""Longest wait for a worker to take a job, and for a process that has loaded to fork one. Either is
+a matter of a millisecond; who lets us wait so long is stopped, or starved, and is replaced."""
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
@@ -37,6 +42,10 @@ class TemplateFailed(Exception):
 
 class TemplateStopped(Exception):
     """The template was stopped at a limit; the message says at which."""
+
+
+class _StuckError(Exception):
+    """A worker lives and does not answer, whatever its job is: it is stopped, or starved."""
 
 
 class Renderer:
@@ -60,11 +69,10 @@ class Renderer:
             self._started()
 
     def close(self) -> None:
-        """End the process and its idle workers. The next rendering starts anew."""
+        """End the process and its workers. The next rendering starts anew."""
         if self._process is not None:
+            self._process.end_workers()
             self._end(self._process)
-        while self._idle:
-            self._idle.pop().close()
 
     def __del__(self) -> None:
         self.close()
@@ -91,7 +99,7 @@ class Renderer:
             TemplateFailed: the template raises, or a value is none of JSON's.
             TemplateStopped: a limit was met.
             OverloadedError: all workers are busy and stay so.
-            EngineError: the process cannot be started.
+            EngineError: the process cannot be started, or its workers do not get on.
         """
         return self._run({"template": template, "messages": messages, "variables": variables})
 
@@ -120,13 +128,7 @@ class Renderer:
                 retry_after_s=limits.wall_s,
             )
         try:
-            began_s = time.monotonic()
-            worker, is_new = self._send(job)
-            reply = self._reply(worker)
-            if reply is None and not is_new and time.monotonic() - began_s < limits.cpu_s:
-                # Too soon for a limit of this job: somebody ended it as it was asked.
-                worker = self._send(job, to_new=True)[0]
-                reply = self._reply(worker)
+            worker, reply = self._answered(job)
             if reply is None:
                 raise TemplateStopped(
                     f"it runs for more than {limits.cpu_s:g} s of processor time, or "
@@ -140,10 +142,42 @@ class Renderer:
         finally:
             self._free.release()
 
-    def _reply(self, worker: Connection) -> bytes | None:
-        """What a worker says; None: it has died, by its limits or otherwise."""
+    def _answered(self, job: bytes) -> tuple[Connection, bytes | None]:
+        """Who did the job, and the answer; None: it was stopped at a limit."""
+        began_s = time.monotonic()
+        worker, is_new = self._send(job)
         try:
+            reply = self._reply(worker, None if is_new else TAKE_S)
+            is_guilty = is_new or time.monotonic() - began_s >= self.limits.cpu_s
+        except _StuckError:
+            reply, is_guilty = None, False
+        if reply is not None or is_guilty:
+            return worker, reply
+        # Too soon for a limit of this job, or not even begun: that was not the job's doing.
+        worker, _ = self._send(job, to_new=True)
+        try:
+            return worker, self._reply(worker, None)
+        except _StuckError:
+            raise _not_getting_on() from None
+
+    def _reply(self, worker: Connection, take_s: float | None) -> bytes | None:
+        """What a worker says; None: it has died, by its limits or otherwise.
+
+        Args:
+            worker: has the job.
+            take_s: how long it may take to begin; None: as long as the whole job may take.
+
+        Raises:
+            _StuckError: it lives, and has not begun or not ended in time.
+        """
+        try:
+            if take_s is not None and not worker.poll(take_s):
+                raise BlockingIOError
+            worker.recv_bytes()  # the job is begun
             return worker.recv_bytes(4 * self.limits.max_chars + 1)
+        except BlockingIOError:  # the end of a wait, here or in the kernel
+            worker.close()
+            raise _StuckError from None
         except (EOFError, OSError):
             worker.close()
             return None
@@ -159,8 +193,10 @@ class Renderer:
             try:
                 worker.send_bytes(job)
                 return worker, is_new
-            except OSError:  # it has died since it was used; a new one does not take the job
+            except OSError as error:  # it has died since it was used, or is stopped
                 worker.close()
+                if is_new and isinstance(error, BlockingIOError):
+                    raise _not_getting_on() from None
                 if is_new:
                     raise TemplateStopped("its variables do not fit the memory limit") from None
 
@@ -168,13 +204,14 @@ class Renderer:
         for _ in range(2):  # the process may have died since it was used
             process = self._started()
             ours, theirs = socket.socketpair()
-            _limit_waiting(ours, self.limits.wall_s + GRACE_S)
+            _limit_waiting(ours, read_s=self.limits.wall_s + GRACE_S, write_s=TAKE_S)
             worker = Connection(ours.detach())
             try:
                 with theirs:
                     socket.send_fds(process.control, [b"w"], [theirs.fileno()])
-                if worker.poll(START_S):
+                if worker.poll(TAKE_S if process.has_loaded else START_S):
                     worker.recv_bytes()
+                    process.has_loaded = True
                     return worker
             except (EOFError, OSError):
                 pass
@@ -193,12 +230,17 @@ class Renderer:
             if self._process is process:
                 self._process = None
             process.end()
+        with suppress(IndexError):  # its workers may be stopped as it was
+            while True:
+                self._idle.pop().close()
 
 
 class _Process:
     """The process that forks workers, and the socket that asks it to."""
 
     def __init__(self, limits: Limits) -> None:
+        self.has_loaded = False
+        """Whether it has forked a worker: the next takes no time."""
         self.control, theirs = socket.socketpair()
         environment = {
             "PYTHONPATH": os.pathsep.join(sys.path),
@@ -223,6 +265,12 @@ class _Process:
             raise EngineError(
                 f"The process that renders chat templates does not start: {error}."
             ) from error
+
+    def end_workers(self) -> None:
+        """Those that are stopped, too: they would not see that their sockets close."""
+        if self._process.returncode is None:  # else its group may be another's by now
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def end(self) -> None:
         self.control.close()
@@ -249,13 +297,17 @@ def _as_json(job: dict[str, Any]) -> bytes:
     return "".join(_ENCODER.iterencode(job)).encode(errors="surrogatepass")
 
 
+def _not_getting_on() -> EngineError:
+    return EngineError("The process that renders chat templates does not get on.")
+
+
 def _can_fork() -> bool:
     """Elsewhere than on Unix templates are rendered here, and nothing stops them."""
     return hasattr(os, "fork") and hasattr(socket, "send_fds") and bool(sys.executable)
 
 
-def _limit_waiting(sock: socket.socket, seconds: float) -> None:
+def _limit_waiting(sock: socket.socket, *, read_s: float, write_s: float) -> None:
     """Make every read and write that waits longer fail, also through the bare descriptor."""
-    timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+    for option, seconds in ((socket.SO_RCVTIMEO, read_s), (socket.SO_SNDTIMEO, write_s)):
+        timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, option, timeval)

@@ -118,6 +118,7 @@ def _work(connection: Connection, limits: Limits) -> None:
         # Either signal ends the process wherever it is, in a long operation of the interpreter too.
         signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
         signal.setitimer(signal.ITIMER_REAL, limits.wall_s)
+        connection.send_bytes(b"")  # begun
         reply = answer(job, limits.max_chars)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)

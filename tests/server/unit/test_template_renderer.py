@@ -137,6 +137,73 @@ def test_a_worker_that_dies_as_it_is_asked_costs_nobody_the_answer(renderer: Ren
     dying.join()
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[Renderer]:
+    """A renderer that soon takes who does not get on for stopped."""
+    monkeypatch.setattr(template_renderer, "TAKE_S", 0.2)
+    renderer = Renderer()
+    renderer.render(SHOW, MESSAGES, {})
+    yield renderer
+    renderer.close()
+
+
+@pytest.mark.parametrize("size", [1, 1 << 21], ids=["small-job", "job-larger-than-a-socket-holds"])
+def test_a_worker_that_is_stopped_costs_nobody_the_answer(impatient: Renderer, size: int) -> None:
+    [stopped] = workers_of(impatient)
+    os.kill(stopped, signal.SIGSTOP)
+    text = "a" * size
+
+    assert impatient.render(SHOW, [{"role": "user", "content": text}], {}) == text
+
+    os.kill(stopped, signal.SIGCONT)
+    until(lambda: stopped not in workers_of(impatient))  # nobody listens to it any more
+
+
+def test_a_process_that_is_stopped_is_started_again(impatient: Renderer) -> None:
+    first = process_of(impatient)
+    os.kill(first, signal.SIGSTOP)
+    impatient._idle.pop().close()
+
+    assert impatient.render(SHOW, MESSAGES, {}) == "hello"
+    assert process_of(impatient) != first
+
+
+def test_who_does_not_get_on_even_as_a_new_worker_is_our_error(
+    impatient: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impatient._idle.pop().close()
+    others = []
+
+    def silent() -> Connection:
+        ours, theirs = socket.socketpair()
+        template_renderer._limit_waiting(ours, read_s=0.1, write_s=0.1)
+        others.append(theirs)
+        return Connection(ours.detach())
+
+    monkeypatch.setattr(impatient, "_new_worker", silent)
+    with pytest.raises(EngineError, match="does not get on"):
+        impatient.render(SHOW, MESSAGES, {})
+    for other in others:
+        other.close()
+
+
+def test_a_worker_that_is_stopped_ends_with_the_process(impatient: Renderer) -> None:
+    [stopped] = workers_of(impatient)
+    os.kill(stopped, signal.SIGSTOP)
+
+    impatient.close()
+
+    until(lambda: state_of(stopped) in "ZX")
+
+
+def state_of(pid: int) -> str:
+    """The letter of a process's state; X: it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "X"
+
+
 def test_a_process_that_is_killed_is_started_again(renderer: Renderer) -> None:
     renderer.render(SHOW, MESSAGES, {})
     first = process_of(renderer)
