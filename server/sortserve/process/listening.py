@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from sortserve.core.errors import ConfigError
 from sortserve.process.config import ServeSettings
@@ -29,6 +30,36 @@ BACKLOG = 2048
 SPARE_FILES = 256
 """Open files of a server beside its connections."""
 _LOCK_TRIES, _LOCK_POLL_S = 100, 0.02
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_SILENT_S = 0.5
+"""After one of these; asyncio comes back after a second."""
+
+
+class _Listener(socket.socket):
+    """Says once that the system gives no file for a connection, and then that nobody has come.
+
+    asyncio does not stop at that error: it asks on as often as its backlog is long, writes a
+    traceback each time, and plans as many new starts a second later. With a backlog of thousands
+    that keeps the event loop busy for as long as there are no files.
+    """
+
+    _silent_until_s = 0.0
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """The next connection.
+
+        Raises:
+            BlockingIOError: there is none, or none can be taken, as was said a moment ago.
+            OSError: none can be taken.
+        """
+        if time.monotonic() < self._silent_until_s:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        try:
+            return super().accept()
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                self._silent_until_s = time.monotonic() + _SILENT_S
+            raise
 
 
 @contextmanager
@@ -70,7 +101,7 @@ def _listen_tcp(host: str, port: int) -> socket.socket:
     family, _, _, _, address = found[0]
     # With the protocol named, asyncio switches Nagle's algorithm off for every connection; without,
     # small events wait for the client's delayed acknowledgements, some 40 ms.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener = _Listener(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -88,7 +119,7 @@ def _listen_unix(uds: str) -> socket.socket:
     if not uds:
         raise ValueError("the path is empty")
     path = Path(uds)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener = _Listener(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with _folder_lock(path.parent):
             _remove_stale(path)

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import resource
 import socket
 import stat
 import threading
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from sortserve.core.errors import ConfigError
+from sortserve.process import listening as listening_module
 from sortserve.process.config import ServeSettings, load_settings
-from sortserve.process.listening import allow_open_files, is_loopback, listening, tls_context
+from sortserve.process.listening import (
+    BACKLOG,
+    allow_open_files,
+    is_loopback,
+    listening,
+    tls_context,
+)
 from support.tls import CERTIFICATE, ENCRYPTED_KEY, KEY, OTHER_KEY, write_tls_files
 
 
@@ -55,6 +65,39 @@ async def test_small_packets_leave_at_once() -> None:
             for writer in (client, accepted.result()):
                 writer.close()
                 await writer.wait_closed()
+
+
+async def test_where_no_file_is_left_it_is_said_once_and_who_waits_is_taken_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """asyncio would say it once for each place in the backlog, and keep the event loop busy."""
+    monkeypatch.setattr(asyncio.constants, "ACCEPT_RETRY_DELAY", 0.01)
+    monkeypatch.setattr(listening_module, "_SILENT_S", 0.005)
+    loop, said = asyncio.get_running_loop(), asyncio.Event()
+    errors: list[dict[str, Any]] = []
+    taken: asyncio.Future[asyncio.BaseTransport] = loop.create_future()
+
+    class Taken(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            taken.set_result(transport)
+
+    def note(_: object, context: dict[str, Any]) -> None:
+        errors.append(context)
+        said.set()
+
+    loop.set_exception_handler(note)
+    with listening(load_settings({"port": 0})) as listener, monkeypatch.context() as without_files:
+        error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        without_files.setattr(socket.socket, "accept", Mock(side_effect=error))
+        async with await loop.create_server(Taken, sock=listener, backlog=BACKLOG):
+            client, _ = await loop.create_connection(asyncio.Protocol, *listener.getsockname()[:2])
+            await said.wait()
+            num_said = len(errors)
+            without_files.undo()
+            (await asyncio.wait_for(taken, 60)).close()
+            client.close()
+
+    assert num_said < BACKLOG / 100
 
 
 def test_a_port_that_is_taken_is_refused_by_name() -> None:
