@@ -81,6 +81,8 @@ class KeyReloader:
         self._ledger = ledger
         self._observer = observer
         self._seen: tuple[Any, ...] | None = None
+        """Of the file that was read last."""
+        self._refused: tuple[object, str] | None = None
 
     async def run(self, asked: asyncio.Event) -> None:
         """Look at the file until cancelled: every second, and when ``asked`` is set."""
@@ -103,20 +105,27 @@ class KeyReloader:
         seen = await asyncio.to_thread(self._look_at)
         if seen == self._seen and not is_asked:
             return
-        self._seen = seen
         try:
             policies = await asyncio.to_thread(self._read)
         except ConfigError as error:
-            self._observer.on_reloaded("failed")
-            logger.error(
-                "API keys not reloaded: the old ones stay", extra=fields(reason=str(error))
-            )
+            if not isinstance(error.__cause__, OSError):  # else it is the same, and read next time
+                self._seen = seen
+            self._refuse((seen, str(error)), is_asked=is_asked)
             return
+        self._seen, self._refused = seen, None
         if policies == self._ledger.policies and not is_asked:
             return
         self._ledger.replace(policies)
         self._observer.on_reloaded("ok")
         logger.info("API keys reloaded", extra=fields(keys=len(policies)))
+
+    def _refuse(self, refused: tuple[object, str], *, is_asked: bool) -> None:
+        """Say what is wrong with the file, once; ``refused`` is which file, and what."""
+        if refused == self._refused and not is_asked:
+            return
+        self._refused = refused
+        self._observer.on_reloaded("failed")
+        logger.error("API keys not reloaded: the old ones stay", extra=fields(reason=refused[1]))
 
     def _look_at(self) -> tuple[Any, ...]:
         """What differs when the file does."""

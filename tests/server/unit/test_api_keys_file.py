@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -270,6 +272,22 @@ async def test_the_watch_takes_up_what_it_is_asked_to(server: Server) -> None:
         assert await told == "ok"
     watching.cancel()
     assert server.opens("k2")
+
+
+async def test_a_file_that_could_not_be_opened_once_is_read_a_second_later(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.file.write_text(entry(sha256=key_digest("k2")))
+    with monkeypatch.context() as without_files:
+        error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        without_files.setattr(Path, "open", Mock(side_effect=error))
+        await server.reloader.look()
+        await server.reloader.look()
+    assert (server.opens("k"), server.told.outcomes) == (True, ["failed"])
+
+    await server.reloader.look()
+
+    assert (server.opens("k2"), server.told.outcomes) == (True, ["failed", "ok"])
 
 
 async def test_no_failure_of_any_kind_ends_the_watch(server: Server) -> None:
