@@ -126,7 +126,7 @@ class Chaos:
         if case.needs_own_server:
             env = {} if case.prepare is None else case.prepare(self._folder)
             server = await self._start(case, env)
-            await self._learn(server)
+            await self._learn(server, with_large=not case.is_fresh)
             return server, True
         if self._server is None:
             self._server = await (self._spare or self._start(None, {}))
@@ -148,7 +148,7 @@ class Chaos:
         server.client.authorise(rude_clients.KEY)
         return server
 
-    async def _learn(self, server: FaultyProcess) -> None:
+    async def _learn(self, server: FaultyProcess, *, with_large: bool = True) -> None:
         """What is answered without a fault, and how long it takes."""
         for _ in range(WARM_UP_ROUNDS):
             calm = await run_load(server.client, self._asks)
@@ -157,7 +157,8 @@ class Chaos:
             ]
         self._expected, self._usual_s = calm.texts(), calm.longest_s
         await rude_clients.ask(server.client, structured="[xy]{2}")
-        await rude_clients.big_requests(server.client)
+        if with_large:
+            await rude_clients.big_requests(server.client)
         await server.left_over()
         server.client.close()  # its idle connections are open files of the server
         await asyncio.sleep(0.3)

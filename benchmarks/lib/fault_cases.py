@@ -23,6 +23,8 @@ FLAGS = (
     *("--header-timeout", "1", "--body-timeout", "1", "--write-timeout", "1"),
 )
 """Of every server: replies that are the same each time, and waits that are short."""
+LIMITED_S = 1.5
+"""For how long the system gives nothing."""
 FOUND_S = 2 * STEP_TIMEOUT_S
 """A hang is found after the time-out, at the next look."""
 _serials = itertools.count(3)
@@ -66,11 +68,13 @@ class FaultCase:
     """A folder of the working folder that ``prepare`` made, instead of the checkpoint."""
     log: str | None = None
     """A path that the log goes to."""
+    is_fresh: bool = False
+    """The server has had no large request yet, so that it has not all the threads it may have."""
 
     @property
     def needs_own_server(self) -> bool:
         """Whether it differs from the first one of its start."""
-        return bool(self.flags or self.orders or self.prepare or self.log)
+        return bool(self.flags or self.orders or self.prepare or self.log or self.is_fresh)
 
 
 def at(
@@ -247,24 +251,31 @@ def _clocks() -> list[FaultCase]:
 
 def _resources() -> list[FaultCase]:
     async def no_files(server: FaultyProcess) -> None:
-        await server.order("limit", resource="NOFILE", spare=0)
-        await asyncio.gather(*(server.status("/livez", 1.0) for _ in range(20)))
-        await server.order("limit", resource="NOFILE", spare=None)
+        await server.order("limit", resource_name="NOFILE", seconds=2 * LIMITED_S)
+        status = await rude_clients.ask(server.client, patience_s=LIMITED_S)
+        assert status == 0, f"a connection was taken and got {status} although no file was left"
+        status = await rude_clients.ask(server.client)
+        assert status == 200, f"a connection got {status} when there were files again"
 
     async def no_memory(server: FaultyProcess) -> None:
-        await server.order("limit", resource="AS", spare=0)
-        await rude_clients.big_requests(server.client)
-        await server.order("limit", resource="AS", spare=None)
+        await server.order("limit", resource_name="AS", seconds=2 * LIMITED_S)
+        got = await rude_clients.big_requests(server.client, 24, 3_500_000)
+        assert 500 in got, f"large requests got {got} although no memory was left"
+        assert set(got) <= {400, 500}, f"large requests got {got}"
 
     async def no_threads(server: FaultyProcess) -> None:
         await server.arm("new thread", "thread")
-        await rude_clients.big_requests(server.client)
+        got = await rude_clients.big_requests(server.client)
+        assert set(got) <= {400, 500}, f"large requests got {got}"
 
-    async def kill_renderer(server: FaultyProcess) -> None:
-        for pid in children_of(server.pid):
-            os.kill(pid, signal.SIGKILL)
-        status = await rude_clients.ask(server.client, chat=True)
-        assert status == 200, f"a chat got {status} after the renderer was killed"
+    def on_renderer(number: signal.Signals) -> Strike:
+        async def strike(server: FaultyProcess) -> None:
+            for pid in children_of(server.pid):
+                os.kill(pid, number)
+            status = await rude_clients.ask(server.client, chat=True)
+            assert status == 200, f"a chat got {status} after {number.name} to the renderer"
+
+        return strike
 
     unnoticed, some = Outcome.UNNOTICED, Outcome.SOME_FAIL
     return [
@@ -273,20 +284,37 @@ def _resources() -> list[FaultCase]:
             part="system",
             outcome=unnoticed,
             strike=no_files,
+            found_s=2 * LIMITED_S,
+        ),
+        FaultCase(
+            name="no address space left",
+            part="memory",
+            outcome=some,
+            strike=no_memory,
+            found_s=2 * LIMITED_S,
+        ),
+        FaultCase(
+            name="no new threads",
+            part="system",
+            outcome=unnoticed,
+            strike=no_threads,
             found_s=2.0,
-        ),
-        FaultCase(
-            name="no address space left", part="memory", outcome=some, strike=no_memory, found_s=2.0
-        ),
-        FaultCase(
-            name="no new threads", part="system", outcome=unnoticed, strike=no_threads, found_s=2.0
+            point="new thread",
+            is_fresh=True,
         ),
         FaultCase(
             name="kill -9 of template renderer and workers",
             part="processes",
             outcome=unnoticed,
-            strike=kill_renderer,
+            strike=on_renderer(signal.SIGKILL),
             found_s=3.0,
+        ),
+        FaultCase(
+            name="template renderer and workers stopped (SIGSTOP)",
+            part="processes",
+            outcome=unnoticed,
+            strike=on_renderer(signal.SIGSTOP),
+            found_s=8.0,
         ),
     ]
 

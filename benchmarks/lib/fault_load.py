@@ -11,7 +11,7 @@ from typing import Any, Literal
 from benchmarks.lib.http_client import HttpClient, HttpConnection, encode_request
 from sortserve_client._sse import SSEDecoder
 
-__all__ = ["Answer", "Ask", "End", "Round", "live_requests", "run_load", "text_of"]
+__all__ = ["Answer", "Ask", "End", "Round", "live_requests", "run_load", "text_of", "wait_running"]
 
 End = Literal["whole", "error", "cut", "none"]
 """Answered in full; an error that is one of the API's; the connection ended; nothing came."""
@@ -65,8 +65,15 @@ class Round:
         }
 
 
-def live_requests(model: str, num_tokens: int = 96) -> list[Ask]:
-    """Twelve requests: every route, streamed and whole, at each kind of budget."""
+def live_requests(model: str, num_tokens: int = 96, exits: tuple[int, int] = (2, 4)) -> list[Ask]:
+    """Twelve requests: every route, streamed and whole, at each kind of budget.
+
+    Args:
+        model: as it is served.
+        num_tokens: of each answer.
+        exits: two of its exits, the shallow one first.
+    """
+    shallow, middle = exits
     base = {"model": model, "max_tokens": num_tokens, "ignore_eos": True, "temperature": 0}
     chat = {**base, "messages": [{"role": "user", "content": "Tell me more."}]}
     stop = {"stop": ["never to be seen"]}
@@ -76,10 +83,10 @@ def live_requests(model: str, num_tokens: int = 96) -> list[Ask]:
     completions, chats = "/v1/completions", "/v1/chat/completions"
     return [
         Ask("stream", completions, {**base, **stop, "prompt": "One", "stream": True}),
-        Ask("shallow", completions, _at(2, {**base, "prompt": "Two", "stream": True})),
-        Ask("middle", completions, _at(4, {**base, "prompt": "Three", "stream": True})),
+        Ask("shallow", completions, _at(shallow, {**base, "prompt": "Two", "stream": True})),
+        Ask("middle", completions, _at(middle, {**base, "prompt": "Three", "stream": True})),
         Ask("whole", completions, {**base, **stop, "prompt": "Four"}),
-        Ask("shallow whole", completions, _at(2, {**base, "prompt": "Five"})),
+        Ask("shallow whole", completions, _at(shallow, {**base, "prompt": "Five"})),
         Ask("chat", chats, {**chat, "stream": True}),
         Ask("chat whole", chats, chat),
         Ask("native", "/generate", {**native, "prompt": "Six", "stream": True}),
@@ -127,7 +134,7 @@ async def run_load(
     struck_s = loop.time()
     if strike is not None:
         await strike()
-    pauses = await _wait_running(tasks, wait_s)
+    pauses = await wait_running(tasks, wait_s)
     for task in tasks:
         task.cancel()
     for index, ended_s in ends.items():
@@ -138,8 +145,8 @@ async def run_load(
     return Round(answers, wait_s if any(a.end == "none" for a in answers) else longest_s)
 
 
-async def _wait_running(
-    tasks: Sequence[asyncio.Task[None]], wait_s: float
+async def wait_running(
+    tasks: Sequence[asyncio.Task[Any]], wait_s: float
 ) -> list[tuple[float, float]]:
     """Wait for all; time in which this process itself was stopped does not count.
 

@@ -186,7 +186,7 @@ class Board:
         elif name == "clocks":
             self.wall_s, self.monotonic_s = order.get("wall", 0.0), order.get("monotonic", 0.0)
         elif name == "limit":
-            limit(order["resource"], order["spare"])
+            limit(**order)
         else:
             assert name == "look", name
         with self.lock:
@@ -204,21 +204,32 @@ class Board:
                         print(json.dumps(self.obey(json.loads(line))), file=stream, flush=True)
 
 
-def limit(name: str, spare: int | None) -> None:
-    """Let this process have so much more of a resource than it has now; None: all it may have."""
-    kind = getattr(resource, f"RLIMIT_{name}")
+def limit(resource_name: str, seconds: float) -> None:
+    """Let this process have no more of a resource than it has now, for some seconds.
+
+    It is lifted by itself: with no file left no further order could be taken.
+
+    Args:
+        resource_name: ``NOFILE``, or ``AS`` for memory.
+        seconds: how long.
+    """
+    kind = getattr(resource, f"RLIMIT_{resource_name}")
     _, hard = resource.getrlimit(kind)
-    if spare is None:
-        resource.setrlimit(kind, (hard, hard))
-        return
-    if name == "AS":
+    lifted = threading.Timer(seconds, resource.setrlimit, (kind, (hard, hard)))
+    lifted.start()  # before: a thread needs memory, too
+    resource.setrlimit(kind, (_used(resource_name), hard))
+
+
+def _used(resource_name: str) -> int:
+    if resource_name == "AS":
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        used = pages * resource.getpagesize()
-    elif name == "NOFILE":
-        used = max(int(fd) for fd in os.listdir("/proc/self/fd")) + 1
-    else:
-        used = 0
-    resource.setrlimit(kind, (used + spare, hard))
+        return pages * resource.getpagesize()
+    assert resource_name == "NOFILE", resource_name
+    free = os.dup(
+        0
+    )  # the lowest: a file gets the lowest free number, which must be below the limit
+    os.close(free)
+    return free
 
 
 def main() -> int:

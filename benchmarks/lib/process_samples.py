@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.lib.faulty_process import children_of
 
-__all__ = ["ProcessSample", "sample_process"]
+__all__ = ["ProcessSample", "processor_time", "sample_process"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,18 @@ def sample_process(pid: int) -> ProcessSample:
         num_files=len(os.listdir(f"/proc/{pid}/fd")),
         num_children=len(children),
     )
+
+
+def processor_time(pid: int) -> tuple[int, int]:
+    """Nanoseconds that a process's live threads have run, and have waited for a processor."""
+    ran_ns = waited_ns = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            ran, waited, _ = (task / "schedstat").read_text(encoding="ascii").split()
+        except OSError:  # a thread that has just ended
+            continue
+        ran_ns, waited_ns = ran_ns + int(ran), waited_ns + int(waited)
+    return ran_ns, waited_ns
 
 
 def _memory(pid: int) -> tuple[int, int]:

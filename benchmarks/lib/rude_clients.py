@@ -41,7 +41,12 @@ PATIENCE_S = 20.0
 
 
 async def ask(
-    client: HttpClient, *, chat: bool = False, structured: str | None = None, **fields: Any
+    client: HttpClient,
+    *,
+    chat: bool = False,
+    structured: str | None = None,
+    patience_s: float = PATIENCE_S,
+    **fields: Any,
 ) -> int:
     """The status of a small good request on a connection of its own; 0 if there is no answer."""
     body: dict[str, Any] = {"max_tokens": 4, "temperature": 0, **fields}
@@ -55,7 +60,7 @@ async def ask(
     headers = {"authorization": f"Bearer {KEY}"}
     data = encode_request("POST", path, json.dumps(body).encode(), headers)
     try:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(patience_s):
             connection = await HttpConnection.open(client.host, client.port)
             try:
                 return (await connection.request(data)).status
@@ -65,11 +70,10 @@ async def ask(
         return 0
 
 
-async def big_requests(client: HttpClient, count: int = 6) -> list[int]:
-    """Prompts that are too long, and large enough to be read on a thread."""
-    return list(
-        await asyncio.gather(*(ask(client, prompt="long " * 100_000) for _ in range(count)))
-    )
+async def big_requests(client: HttpClient, count: int = 6, size: int = 500_000) -> list[int]:
+    """Prompts that are too long, of ``size`` bytes: large enough to be read on a thread."""
+    prompt = "long " * (size // 5)
+    return list(await asyncio.gather(*(ask(client, prompt=prompt) for _ in range(count))))
 
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[object]]

@@ -65,7 +65,7 @@ def _polite(model: str, exits: Sequence[int]) -> list[Case]:
         {"ttft_ms": 2000, "tpot_ms": 500},
         {"latency_ms": 300, "on_miss": "truncate"},
         {"latency_ms": 2000, "on_miss": "reject"},
-        {"compute": 0.8},
+        {"compute": 0.8, "min_quality": 0.01},
         {"min_quality": 0.3},
         *({"exit_layer": exit_layer} for exit_layer in exits),
     ]

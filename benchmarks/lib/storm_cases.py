@@ -84,7 +84,10 @@ def _polite(model: str) -> list[Case]:
         "two samples": (COMPLETIONS, _body(model, n=2, seed=1)),
         "long prompt": (COMPLETIONS, _body(model, prompt="storm " * 200)),
         "token ids": (COMPLETIONS, _body(model, prompt=[1000, 2000, 3000])),
-        "half of the compute": (COMPLETIONS, _body(model, budget={"compute": 0.75})),
+        "less of the compute": (
+            COMPLETIONS,
+            _body(model, budget={"compute": 0.75, "min_quality": 0.01}),
+        ),
         "truncated": (
             COMPLETIONS,
             _body(model, max_tokens=200, budget={"latency_ms": 200, "on_miss": "truncate"}),

@@ -74,9 +74,23 @@ def test_memory_that_grows_is_a_problem() -> None:
 def test_a_server_that_slows_down_is_a_problem_and_a_machine_is_none() -> None:
     slower = [Probe(2.0 * i, 50.0, 5.0 + i, 8.0) for i in range(30)]
     machine = [Probe(2.0 * i, 50.0, 5.0 + i, 5.0 + i) for i in range(30)]
+    neighbours = [Probe(2.0 * i, 50.0, 5.0 + i, 8.0, slowdown=5.0 + i) for i in range(30)]
 
     assert len(problems_of(tally(probes=slower), is_long=True)[0]) == 1
     assert problems_of(tally(probes=machine), is_long=True)[0] == []
+    assert problems_of(tally(probes=neighbours), is_long=True)[0] == []
+
+
+def test_what_is_slower_on_another_machine_is_told_and_not_judged() -> None:
+    """Waits in queues grow faster than what they wait for."""
+    queueing = tally(probes=[Probe(2.0 * i, 50.0 * (1 + i) ** 2, 5.0, 8.0 + i) for i in range(30)])
+
+    problems, figures = problems_of(queueing, is_long=True)
+
+    assert problems == []
+    assert figures["machine_ratio"] > 2
+    [told] = queueing.not_judged
+    assert "ttft_ms went from" in told
 
 
 @pytest.mark.parametrize("name", ["num_files", "num_threads", "num_children"])
