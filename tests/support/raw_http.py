@@ -138,7 +138,7 @@ class RawServer:
         """Wait until so many connections are open."""
         async with asyncio.timeout(WAIT_S):
             while len(self.state.connections) != count:
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.01)
 
 
 @asynccontextmanager
