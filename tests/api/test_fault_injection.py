@@ -19,6 +19,7 @@ from sortserve.cost.model import CostModel, RowShape, StepShape
 from sortserve.engine.worker import EngineWorker
 from support.faults import Fault
 from support.http_service import WAIT_S, HttpService
+from support.watchdogs import HandWatchdog
 
 NUM_LIVE = 8
 STEP_TIMEOUT_S = 0.3
@@ -41,6 +42,7 @@ class Scene:
 
     service: HttpService
     learner: CostLearner
+    watchdog: HandWatchdog
 
     @property
     def worker(self) -> EngineWorker:
@@ -48,12 +50,13 @@ class Scene:
 
 
 @pytest.fixture
-async def scene(make: Make) -> Scene:
+async def scene(make: Make, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    watchdog = HandWatchdog(monkeypatch)
     service = make(worker_options={"step_timeout_s": STEP_TIMEOUT_S}, start=False)
     learner = CostLearner(samples())
     service.engine.costs.learn_from(learner)
     service.worker.start()
-    return Scene(service, learner)
+    return Scene(service, learner, watchdog)
 
 
 def body(i: int) -> dict[str, Any]:
@@ -63,17 +66,21 @@ def body(i: int) -> dict[str, Any]:
 
 
 async def eight(
-    service: HttpService, once_live: Callable[[], None] = lambda: None
+    scene: Scene, fault: Fault | None = None, *, hangs: bool = False
 ) -> list[httpx.Response]:
-    """The replies to eight requests; ``once_live`` is called when all of them live."""
+    """The replies to eight requests; the fault is armed when all of them live."""
+    service = scene.service
     service.runner.gated = True
     async with asyncio.timeout(WAIT_S):
         posts = [service.post("/generate", body(i)) for i in range(NUM_LIVE)]
         replies = asyncio.gather(*posts)
         while service.worker._ledger.num_accepted < NUM_LIVE:
             await asyncio.sleep(0.001)
-        once_live()
+        if fault is not None:
+            fault.arm(hangs=hangs)
         service.runner.open()
+        if fault is not None and hangs:
+            await scene.watchdog.time_out(fault)
         return await replies
 
 
@@ -107,7 +114,7 @@ async def test_a_part_that_only_helps_may_fail(
     fault = patch(monkeypatch, *HARMLESS[name](scene))
     fault.arm()
 
-    replies = await eight(scene.service)
+    replies = await eight(scene)
 
     assert fault.struck.is_set()
     assert [reply.status_code for reply in replies] == [200] * NUM_LIVE
@@ -133,7 +140,7 @@ async def test_an_engine_that_must_end_answers_everyone(
 ) -> None:
     fault = patch(monkeypatch, *FATAL[name](scene))
 
-    replies = await eight(scene.service, lambda: fault.arm(hangs=hangs))
+    replies = await eight(scene, fault, hangs=hangs)
 
     assert [reply.status_code for reply in replies] == [500] * NUM_LIVE
     assert {reply.json()["error"]["code"] for reply in replies} == {"engine_failed"}
@@ -145,7 +152,7 @@ async def test_an_engine_that_must_end_answers_everyone(
 async def test_a_model_that_hangs_is_found(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     fault = patch(monkeypatch, scene.service.runner, "execute")
 
-    replies = await eight(scene.service, lambda: fault.arm(hangs=True))
+    replies = await eight(scene, fault, hangs=True)
 
     assert [reply.status_code for reply in replies] == [500] * NUM_LIVE
     assert await health(scene.service) == (503, 503)
@@ -265,7 +272,7 @@ async def test_an_admission_that_raises_never_fails_a_request(
 ) -> None:
     monkeypatch.setattr(f"sortserve.admission.desk.{part}", lambda *args, **kwargs: 1 / 0)
 
-    replies = await eight(scene.service)
+    replies = await eight(scene)
 
     assert [reply.status_code for reply in replies] == [200] * NUM_LIVE
     assert await health(scene.service) == (200, 200)
@@ -279,7 +286,7 @@ async def test_a_policy_that_raises_is_replaced_and_nobody_notices(
     faulty: dict[str, Any] = {part: lambda *args: 1 / 0}
     monkeypatch.setattr(decisions, "policy", replace(decisions.policy, **faulty))
 
-    replies = await eight(scene.service)
+    replies = await eight(scene)
 
     assert {reply.json()["choices"][0]["text"] for reply in replies} == {"bcde"}
     assert await health(scene.service) == (200, 200)
@@ -289,7 +296,7 @@ async def test_the_cost_model_of_a_broken_calibration_serves_everyone(scene: Sce
     nothing = (0.0, 0.0, 0.0, 0.0, 0.0)
     scene.service.engine.costs.use(CostModel(nothing, nothing))
 
-    replies = await eight(scene.service)
+    replies = await eight(scene)
 
     assert {reply.json()["choices"][0]["text"] for reply in replies} == {"bcde"}
     assert await health(scene.service) == (200, 200)
