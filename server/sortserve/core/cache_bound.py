@@ -44,8 +44,8 @@ _SMALL = re.compile(r"[0-9a-f]+\.json")
 _DRAFT = re.compile(r"\.(converting|writing|removing)-.+")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?", re.IGNORECASE)
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
-_held: list[int] = []
-"""Descriptors of what this process uses until it ends."""
+_held: dict[tuple[int, int], int] = {}
+"""Descriptors of what this process uses until it ends, by device and inode."""
 
 
 def cache_size_bytes() -> int:
@@ -74,9 +74,12 @@ def hold(path: Path) -> bool:
         Whether it is there and nobody is removing it.
     """
     descriptor = _lock(path, fcntl.LOCK_SH)
-    if descriptor is not None:
-        _held.append(descriptor)
-    return descriptor is not None
+    if descriptor is None:
+        return False
+    status = os.fstat(descriptor)
+    if _held.setdefault((status.st_dev, status.st_ino), descriptor) != descriptor:
+        os.close(descriptor)  # one lock is enough, however often a process loads the same
+    return True
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,24 @@ def test_what_this_process_holds_stays(cache: Path) -> None:
     prune(cache)
 
     assert path.exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks into /proc")
+def test_what_is_loaded_again_and_again_is_open_once(cache: Path) -> None:
+    path = put(cache / WEIGHTS)
+
+    assert all(hold(path) for _ in range(3))
+
+    assert open_files().count(str(path)) == 1
+
+
+def open_files() -> list[str]:
+    """The names of this process's files; what a thread closes meanwhile is not open."""
+    names = []
+    for handle in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            names.append(os.readlink(handle))
+    return names
 
 
 def test_nothing_can_be_held_that_is_not_there_or_is_a_link_or_a_fifo(cache: Path) -> None:
