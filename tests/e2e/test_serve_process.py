@@ -18,10 +18,13 @@ import pytest
 from sortserve.cli import main
 from sortserve.core.api_keys import key_digest
 from sortserve_client import Client, SamplingOptions
-from support.server_process import Server
+from support.server_process import WAIT_S, Server
 from support.tiny_models import make_tiny_checkpoint
 
-LONG: SamplingOptions = {"max_tokens": 200, "temperature": 0.0, "ignore_eos": True}
+LONG: SamplingOptions = {"max_tokens": 800, "temperature": 0.0, "ignore_eos": True}
+"""Takes a second, if eight are answered at once."""
+ENDLESS: SamplingOptions = {**LONG, "max_tokens": 8000}
+"""Nobody waits for its end."""
 
 
 @contextmanager
@@ -29,7 +32,7 @@ def serving(checkpoint: Path, *flags: str) -> Iterator[Server]:
     command = [sys.executable, "-m", "sortserve", "serve", str(checkpoint), "--port=0"]
     command += [
         "--log-format=json",
-        "--kv-cache-memory=8MiB",
+        "--kv-cache-memory=64MiB",
         "--num-threads=1",
         "--no-calibrate",
         *flags,
@@ -44,26 +47,32 @@ def serving(checkpoint: Path, *flags: str) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), "llama-tied", exits=(2, 4, 6))
+    folder = tmp_path_factory.mktemp("tiny")
+    return make_tiny_checkpoint(folder, "llama-tied", (2, 4, 6), max_position_embeddings=8192)
 
 
 def test_a_terminated_server_finishes_what_runs_and_takes_nothing_new(checkpoint: Path) -> None:
-    with serving(checkpoint, "--access-log") as server, Client(server.url) as client:
+    with (
+        serving(checkpoint, "--access-log") as server,
+        Client(server.url) as client,
+        httpx.Client(base_url=server.url, timeout=WAIT_S) as http,
+    ):
+        assert http.get("/health").status_code == 200  # it is connected before time counts
         streams = [client.stream("A secret: xyzzy", **LONG) for _ in range(8)]
         for stream in streams:
             next(stream)
 
         server.process.send_signal(signal.SIGTERM)
         server.wait_for("draining")
-        health = httpx.get(f"{server.url}/health")
-        refused = httpx.post(f"{server.url}/generate", json={"prompt": "Hi"})
+        health = http.get("/health")
+        refused = http.post("/generate", json={"prompt": "Hi"})
         answers = [stream.result() for stream in streams]
 
         assert (health.status_code, refused.status_code) == (503, 503)
         assert [answer.finish_reason for answer in answers] == ["length"] * 8
         assert server.end() == 0
     log = json.dumps(server.events)
-    assert [event["output"] for event in server.finished()] == [200] * 8
+    assert [event["output"] for event in server.finished()] == [800] * 8
     assert "POST /generate" in log
     assert "xyzzy" not in log
     assert answers[0].text not in log
@@ -71,7 +80,7 @@ def test_a_terminated_server_finishes_what_runs_and_takes_nothing_new(checkpoint
 
 def test_what_outlives_the_shutdown_timeout_ends_as_aborted(checkpoint: Path) -> None:
     with serving(checkpoint, "--shutdown-timeout=0") as server, Client(server.url) as client:
-        stream = client.stream("Once upon a time", **LONG)
+        stream = client.stream("Once upon a time", **ENDLESS)
         next(stream)
 
         server.process.send_signal(signal.SIGTERM)
@@ -83,7 +92,7 @@ def test_what_outlives_the_shutdown_timeout_ends_as_aborted(checkpoint: Path) ->
 
 def test_a_second_signal_does_not_wait(checkpoint: Path) -> None:
     with serving(checkpoint) as server, Client(server.url) as client:
-        stream = client.stream("Once upon a time", **LONG)
+        stream = client.stream("Once upon a time", **ENDLESS)
         next(stream)
 
         server.process.send_signal(signal.SIGTERM)

@@ -133,9 +133,11 @@ def test_a_plan_that_no_rank_can_run_leaves_the_ranks_together(llm: LLM) -> None
     assert len(result.outputs[0].token_ids) == 200
 
 
-def test_a_rank_that_is_killed_ends_every_request_with_an_error(model: Path) -> None:
-    with start(model) as running:
-        streams = [running.stream(prompt, LONG) for prompt in PROMPTS]
+def test_a_rank_that_is_killed_ends_every_request_with_an_error(tmp_path: Path) -> None:
+    model = make_tiny_checkpoint(tmp_path / "m", "llama-untied", max_position_embeddings=8192)
+    endless = SamplingParams(temperature=0.0, max_tokens=8000, ignore_eos=True)
+    with start(model, kv_cache_memory=64 << 20) as running:
+        streams = [running.stream(prompt, endless) for prompt in PROMPTS]
         for stream in streams:
             next(stream)
         [rank] = process_ids(running)

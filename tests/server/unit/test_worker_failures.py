@@ -15,6 +15,7 @@ from sortserve.engine.engine import Engine
 from sortserve.engine.worker import EngineWorker, RequestStream
 from sortserve.scheduling.kv_cache import KVCacheManager
 from support.faults import Fault, FaultyRunner
+from support.http_service import GatedRunner
 from support.scripted import ScriptedRunner, make_engine, make_request
 from support.watchdogs import HandWatchdog
 
@@ -128,11 +129,14 @@ async def test_a_request_that_the_engine_cannot_take_ends_alone(
 async def test_an_abort_that_fails_ends_the_engine_but_nobody_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine = make_engine(runner=ScriptedRunner(num_pages=4096), max_model_len=4096)
+    runner = GatedRunner()
+    runner.gated = True
+    engine = make_engine(runner=runner)
     monkeypatch.setattr(engine, "abort", lambda request_id: 1 / 0)
     async with running(EngineWorker(engine)) as worker:
-        streams = submit(worker, max_tokens=2000)
+        streams = submit(worker)
         streams[0].abort()
+        runner.open()
 
         assert set(await outcomes(streams)) == {"error"}
 
