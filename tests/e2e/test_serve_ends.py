@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -106,7 +107,7 @@ def test_a_thread_that_never_comes_back_does_not_hold_up_a_clean_end() -> None:
 
 def test_a_failed_engine_ends_the_process_with_1() -> None:
     with scripted_server("engine fails") as server:
-        reply = httpx.post(f"{server.url}/generate", json=REQUEST)
+        reply = httpx.post(f"{server.url}/generate", json=REQUEST, timeout=WAIT_S)
 
         assert reply.status_code == 500
         assert server.end() == 1
@@ -116,7 +117,7 @@ def test_a_failed_engine_ends_the_process_with_1() -> None:
 def test_a_blocked_event_loop_ends_the_process_with_1() -> None:
     with scripted_server("loop blocked", "--step-timeout=0.3") as server:
         with contextlib.suppress(httpx.TransportError):
-            httpx.get(f"{server.url}/status")
+            httpx.get(f"{server.url}/status", timeout=WAIT_S)
 
         assert server.end() == 1
     assert "the event loop has not got on" in server.messages()
@@ -134,7 +135,7 @@ def wait_until_healthy(uds: Path) -> None:
             if probe.connect_ex(str(uds)) == 0:
                 break
         threading.Event().wait(0.02)
-    with httpx.Client(transport=httpx.HTTPTransport(uds=str(uds))) as client:
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(uds)), timeout=WAIT_S) as client:
         while client.get("http://localhost/health").status_code != 200:
             threading.Event().wait(0.02)
 
@@ -152,7 +153,8 @@ def test_a_log_that_nobody_reads_blocks_neither_answers_nor_signals(
             os.close(ours)
         try:
             wait_until_healthy(uds)
-            with httpx.Client(transport=httpx.HTTPTransport(uds=str(uds))) as client:
+            transport = httpx.HTTPTransport(uds=str(uds))
+            with httpx.Client(transport=transport, timeout=WAIT_S) as client:
                 assert client.post("http://localhost/generate", json=REQUEST).status_code == 200
 
             process.send_signal(signal.SIGTERM)
@@ -180,13 +182,20 @@ def test_a_server_without_standard_streams_serves_and_ends(tmp_path: Path) -> No
 # ---- one address, two servers ----
 
 
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that a server may listen on, and that is given to nobody who asks for any."""
+    with socket.socket() as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
+
+
 def test_of_two_servers_started_at_once_on_one_port_one_ends_with_2_before_it_loads() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = ["load hangs", f"--port={port}"]
-    with scripted_server(*flags) as first, scripted_server(*flags) as second:
-        servers = [first, second]
+    with contextlib.ExitStack() as stack:
+        port = stack.enter_context(reserved_port())
+        flags = ["load hangs", f"--port={port}"]
+        servers = [stack.enter_context(scripted_server(*flags)) for _ in range(2)]
         loser = next_to_end(servers)
         [winner] = [server for server in servers if server is not loser]
         winner.wait_for("loading hangs")
@@ -207,7 +216,8 @@ def test_of_two_servers_started_at_once_on_one_path_one_ends_with_2(tmp_path: Pa
         winner.wait_for("loading hangs")
 
         assert loser.process.returncode == 2
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(tmp_path / "s"))) as client:
+        transport = httpx.HTTPTransport(uds=str(tmp_path / "s"))
+        with httpx.Client(transport=transport, timeout=WAIT_S) as client:
             assert client.get("http://localhost/livez").status_code == 200
 
 

@@ -3,7 +3,7 @@
     python -m support.scripted_server FAULT [FLAG ...]
 
 All is the real thing but ``build``, so that a process starts in a second and hangs where a test
-wants it to. Waits that only a hung process lasts out are cut short.
+wants it to. Waits that only a hung process lasts out are cut short where one hangs.
 """
 
 from __future__ import annotations
@@ -125,11 +125,12 @@ if __name__ == "__main__":
     module = ModuleType("sortserve.process.build")
     module.build = build  # type: ignore[attr-defined]
     sys.modules["sortserve.process.build"] = module
-    worker_module.STOP_TIMEOUT_S = 0.3
-    serve.MAX_END_S = 1.0
-    serve.STEP_END_S = 0.3
-    serve.MAX_FORCED_END_S = 0.6
-    http_server.LAST_EVENTS_S = 1
+    if "hangs" in FAULT or "blocked" in FAULT:
+        worker_module.STOP_TIMEOUT_S = 0.3
+        serve.MAX_END_S = 1.0
+        serve.STEP_END_S = 0.3
+        serve.MAX_FORCED_END_S = 0.6
+        http_server.LAST_EVENTS_S = 1
     if FAULT == "pool hangs":
         announce = serve.ServerProcess._announce
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parents[1]
-WAIT_S = 60
+WAIT_S = 180
+"""How long a test waits for what should come at once: a machine may be busy."""
 
 
 class Server:
