@@ -7,7 +7,7 @@ import os
 from collections.abc import Generator
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from sortserve.core.user_cache import user_cache_dir
 
@@ -17,7 +17,7 @@ if "SORTSERVE_CACHE_DIR" not in os.environ and (cache := user_cache_dir()) is no
     os.environ["SORTSERVE_CACHE_DIR"] = str(cache.with_name("sortserve-tests"))
 
 # Examples are searched for, not timed: a busy machine must not fail a law.
-settings.register_profile("default", deadline=None)
+settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
 
 
