@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Serve = Callable[..., Site]
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.browser
 
 MAX_FIRST_BYTES = 100_000
 

@@ -101,7 +101,6 @@ def shipped_url() -> Iterator[str]:
 
 @needs_shipped
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", CLIENT_EXAMPLES)
 def test_an_example_runs_on_the_shipped_checkpoint(
     name: str,
@@ -118,7 +117,6 @@ def test_an_example_runs_on_the_shipped_checkpoint(
 
 @needs_shipped
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_offline_example_runs_on_the_shipped_checkpoint() -> None:
     run = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "offline.py")],
@@ -141,7 +139,6 @@ def asking_commands() -> list[list[str]]:
 
 @needs_shipped
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("words", asking_commands(), ids=shlex.join)
 def test_a_documented_command_runs_on_the_shipped_checkpoint(
     words: list[str],
@@ -158,7 +155,6 @@ def test_a_documented_command_runs_on_the_shipped_checkpoint(
 
 @needs_shipped
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_chat_answers_at_two_depths_on_the_shipped_checkpoint(
     shipped_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,7 +172,6 @@ def test_a_chat_answers_at_two_depths_on_the_shipped_checkpoint(
 
 @needs_shipped
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_chat_needs_no_server(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,7 +187,6 @@ def test_a_chat_needs_no_server(
 
 @needs_shipped
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_curl_of_the_readme_is_answered_on_the_shipped_checkpoint(shipped_url: str) -> None:
     (curl,) = (words for words in typed_commands("README.md", "curl"))
     body = json.loads(curl[curl.index("-d") + 1])
@@ -212,7 +206,6 @@ def programs() -> list[Any]:
 
 @needs_shipped
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("program", programs())
 def test_a_documented_program_runs_on_the_shipped_checkpoint(
     program: str, shipped_url: str, tmp_path: Path

@@ -34,7 +34,6 @@ def train(base: Path, output: Path, *more: str) -> None:
     assert main(["train", *f"{arguments} {quick} {quiet}".split(), *more]) == 0
 
 
-@pytest.mark.timeout(300)
 def test_a_trained_checkpoint_is_better_at_every_exit_and_serves_them_all(tmp_path: Path) -> None:
     base = make_tiny_checkpoint(tmp_path / "base", exits=None)
     trained = tmp_path / "trained"
@@ -60,7 +59,6 @@ def test_a_trained_checkpoint_is_better_at_every_exit_and_serves_them_all(tmp_pa
             assert result.outputs[0].tokens_by_exit.keys() == {exit_layer}
 
 
-@pytest.mark.timeout(300)
 def test_heads_trained_over_frozen_blocks_improve_the_exits_and_leave_the_full_depth(
     tmp_path: Path,
 ) -> None:
@@ -102,7 +100,6 @@ def assert_served_as_evaluated(folder: Path) -> None:
             assert [token.logprob for token in served] == pytest.approx(best, abs=1e-4)
 
 
-@pytest.mark.timeout(300)
 def test_qlora_trains_an_adapter_over_a_base_in_four_bits(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     base = make_tiny_checkpoint(

@@ -11,8 +11,6 @@ import pytest
 from support.tiny_models import make_tiny_checkpoint
 from support.training_runs import assert_close, assert_equal, run, run_two
 
-pytestmark = pytest.mark.timeout(300)
-
 FSDP_ON_A_CPU = """
 import accelerate.state
 from accelerate.utils import DistributedType

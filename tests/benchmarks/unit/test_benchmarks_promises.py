@@ -131,7 +131,6 @@ def test_the_twin_is_as_slow_as_the_machine_was_just_then(tmp_path: Path) -> Non
     assert slow["goodput_share"] < quick["goodput_share"]
 
 
-@pytest.mark.timeout(60)
 async def test_a_journal_that_has_everything_leaves_nothing_to_run(tmp_path: Path) -> None:
     trace = write_trace(tmp_path / "trace.jsonl")
     flags = ["--loads", "0.5", "1", "--systems", "full", "lockstep"]
@@ -151,7 +150,6 @@ async def test_a_journal_that_has_everything_leaves_nothing_to_run(tmp_path: Pat
     }
 
 
-@pytest.mark.timeout(60)
 def test_a_machine_is_timed_with_the_exits_that_are_opened(tmp_path: Path) -> None:
     model = make_tiny_checkpoint(tmp_path / "tiny", exits=[2, 4, 6])
 

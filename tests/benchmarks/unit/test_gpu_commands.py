@@ -319,7 +319,6 @@ def rehearse(command: str, folder: Path, *more: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_check_is_rehearsed_without_the_servers_libraries(tmp_path: Path) -> None:
     found = rehearse("gpu_check", tmp_path, "--rows", "1", "2", "--steps", "2")
 
@@ -330,7 +329,6 @@ def test_the_check_is_rehearsed_without_the_servers_libraries(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_training_is_rehearsed_without_the_servers_libraries(tmp_path: Path) -> None:
     check_training(rehearse("gpu_train", tmp_path, "--steps", "1"))
 

@@ -71,7 +71,6 @@ ENDLESS = r"(.*)*(.*)*(.*)*(.*)*(.*)*X"
 
 
 @pytest.mark.usefixtures("no_weights")
-@pytest.mark.timeout(60)
 def test_an_expression_that_backtracks_for_ever_is_stopped(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,7 +83,6 @@ def test_an_expression_that_backtracks_for_ever_is_stopped(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     "field",
     ["exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_pattern"],

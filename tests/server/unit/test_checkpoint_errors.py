@@ -293,7 +293,6 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(
     assert "does not exist" in refusal(source)
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("name", ["model", "model.gguf"])
 def test_a_fifo_is_no_checkpoint(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / name)

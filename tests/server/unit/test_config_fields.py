@@ -13,7 +13,6 @@ from sortserve.checkpoint.load import load_checkpoint
 from sortserve.core.errors import CheckpointError
 from support.tiny_models import make_tiny_checkpoint
 
-pytestmark = pytest.mark.timeout(30)
 NAN, INFINITY = float("nan"), float("inf")
 
 

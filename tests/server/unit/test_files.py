@@ -12,8 +12,6 @@ import pytest
 from sortserve.checkpoint.files import check_folder, check_regular, read_json
 from sortserve.core.errors import CheckpointError
 
-pytestmark = pytest.mark.timeout(20)
-
 
 def refusal(call: Callable[[Path], object], path: Path) -> str:
     with pytest.raises(CheckpointError) as caught:

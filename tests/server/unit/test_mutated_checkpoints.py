@@ -251,7 +251,6 @@ SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 @settings(max_examples=30, suppress_health_check=SHARED, derandomize=True)
 @given(mutation=mutations(DOCUMENTS))
-@pytest.mark.timeout(120)
 def test_a_damaged_document_is_refused_or_read_as_transformers_reads_it(
     mutation: Mutation, originals: Path, tmp_path: Path, reads: list[str]
 ) -> None:
@@ -269,7 +268,6 @@ def test_so_it_is_with_every_document(
     check(data.draw(mutations((file,))), originals, tmp_path / "work", reads)
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("node", ["fifo", "folder", "dangling", "device"])
 @pytest.mark.parametrize("file", DOCUMENTS)
 def test_a_document_that_is_no_regular_file_is_refused_by_name(

@@ -250,7 +250,6 @@ def make_binary(path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("field", FILE_FLAGS)
 @pytest.mark.parametrize(
     "make",

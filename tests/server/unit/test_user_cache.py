@@ -299,7 +299,6 @@ def fifo(path: Path) -> None:
 DAMAGES = [cut, empty, flip_a_bit, plant, link_elsewhere, let_others_write, give_away, fifo]
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_library_that_is_not_what_was_compiled_is_built_again(
     cache: Path, compiler: str, damage: Callable[[Path], None]
@@ -399,7 +398,6 @@ def damage_of(name: str, damage: Callable[[Path], None]) -> Callable[[Path], Non
     return act
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "damage",
     [
@@ -509,7 +507,6 @@ def test_a_calibration_that_is_not_what_was_written_counts_as_none(cache: Path) 
     assert read_samples(path) is None
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_calibration_counts_as_none(cache: Path, damage: Callable[[Path], None]) -> None:
     key = {"machine": "one"}

@@ -131,7 +131,6 @@ def test_empty_data_is_refused(
     assert str(data) in refusal(capsys, command(base, data, tmp_path / "out"))
 
 
-@pytest.mark.timeout(60)
 def test_data_that_is_no_regular_file_is_refused_and_never_waited_for(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
