@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["Site", "Visit", "open_browser", "open_site"]
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-WAIT_MS = 20_000
+WAIT_MS = 60_000
+"""For what should come at once: a machine may be busy."""
 
 
 @contextmanager
@@ -37,7 +38,10 @@ def open_browser() -> Iterator[Browser]:
         pytest.skip("no Chromium on the PATH, and no variable CHROMIUM that names one")
     with playwright.sync_playwright() as driver:
         # A sandbox cannot be had as root or in most containers; all pages here are our own.
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = driver.chromium.launch(
+            executable_path=path, args=["--no-sandbox"], timeout=WAIT_MS
+        )
+        playwright.expect.set_options(timeout=WAIT_MS)
         yield browser
         browser.close()
 
