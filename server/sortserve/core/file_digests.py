@@ -15,7 +15,7 @@ from typing import Any
 from sortserve.core.atomic_write import PRIVATE, write_atomically
 from sortserve.core.user_cache import file_digest, is_private
 
-__all__ = ["remembered_digests"]
+__all__ = ["SETTLED_S", "remembered_digests"]
 
 FILE = "digests.json"
 MAX_BYTES = 2**20

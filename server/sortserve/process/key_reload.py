@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from sortserve.admission.key_ledger import KeyLedger
 from sortserve.core.api_keys import KeyObserver, KeyPolicy
 from sortserve.core.errors import ConfigError
+from sortserve.core.file_digests import SETTLED_S
 from sortserve.process.api_keys import check_exits
 from sortserve.process.config import ServeSettings
 from sortserve.telemetry.logs import fields
@@ -62,6 +64,9 @@ def start_reloading(
 class KeyReloader:
     """Reads the file anew when it has changed, or when told to; what is wrong changes nothing.
 
+    A file that was changed just now is read at the next look, too: two changes within one tick of
+    the file system's clock look like one.
+
     Args:
         path: of the file. It may be replaced, or be a link that moves, as in Kubernetes.
         read: its keys, with those that were given elsewhere; raises ``ConfigError``.
@@ -82,6 +87,7 @@ class KeyReloader:
         self._observer = observer
         self._seen: tuple[Any, ...] | None = None
         """Of the file that was read last."""
+        self._is_settled = False
         self._refused: tuple[object, str] | None = None
 
     async def run(self, asked: asyncio.Event) -> None:
@@ -101,18 +107,20 @@ class KeyReloader:
                 waiting.cancel()
 
     async def look(self, *, is_asked: bool = False) -> None:
-        """Take the file's keys, if it has changed since it was last read, or somebody asks."""
-        seen = await asyncio.to_thread(self._look_at)
-        if seen == self._seen and not is_asked:
+        """Take the file's keys, if it may have changed since it was last read, or somebody asks."""
+        seen, is_settled = await asyncio.to_thread(self._look_at)
+        is_news = seen != self._seen or is_asked
+        if self._is_settled and not is_news:
             return
+        self._seen, self._is_settled = seen, False
         try:
             policies = await asyncio.to_thread(self._read)
         except ConfigError as error:
-            if not isinstance(error.__cause__, OSError):  # else it is the same, and read next time
-                self._seen = seen
+            # A file that could not be opened is the same when it can be.
+            self._is_settled = is_settled and not isinstance(error.__cause__, OSError)
             self._refuse((seen, str(error)), is_asked=is_asked)
             return
-        self._seen, self._refused = seen, None
+        self._is_settled, self._refused = is_settled, None
         if policies == self._ledger.policies and not is_asked:
             return
         self._ledger.replace(policies)
@@ -127,16 +135,17 @@ class KeyReloader:
         self._observer.on_reloaded("failed")
         logger.error("API keys not reloaded: the old ones stay", extra=fields(reason=refused[1]))
 
-    def _look_at(self) -> tuple[Any, ...]:
-        """What differs when the file does."""
+    def _look_at(self) -> tuple[tuple[Any, ...], bool]:
+        """What differs when the file does, and whether any later change would differ from it."""
         try:
             status = os.stat(self._path)
         except OSError as error:
-            return (error.errno,)
-        return (
+            return (error.errno,), True
+        facts = (
             status.st_dev,
             status.st_ino,
             status.st_size,
             status.st_mtime_ns,
             status.st_ctime_ns,
         )
+        return facts, time.time() - max(status.st_mtime, status.st_ctime) > SETTLED_S

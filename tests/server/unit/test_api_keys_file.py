@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -17,6 +18,7 @@ from sortserve.cli import main
 from sortserve.core.api_keys import KeyObserver, KeyPolicy, key_digest
 from sortserve.core.errors import ConfigError
 from sortserve.core.weights import KeyWeights
+from sortserve.process import key_reload
 from sortserve.process.api_keys import check_exits, parse_keys, read_named_keys
 from sortserve.process.config import load_settings
 from sortserve.process.key_reload import KeyReloader
@@ -212,6 +214,29 @@ async def test_a_file_that_changed_counts(server: Server) -> None:
 
     assert (server.opens("k"), server.opens("k2")) == (False, True)
     assert server.told.outcomes == ["ok"]
+
+
+async def test_a_change_within_the_same_tick_of_the_clock_counts(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = server.file.stat()
+    monkeypatch.setattr(key_reload, "os", SimpleNamespace(stat=lambda path: status))
+    await server.reloader.look()
+    server.file.write_text(entry(sha256=key_digest("k2")))
+
+    await server.reloader.look()
+
+    assert (server.opens("k"), server.opens("k2")) == (False, True)
+
+
+async def test_a_file_that_has_long_been_the_same_is_not_read(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(key_reload, "SETTLED_S", -1.0)  # as if it had been written long ago
+    await server.reloader.look()
+    monkeypatch.setattr(server.reloader, "_read", lambda: 1 / 0)
+
+    await server.reloader.look()
 
 
 async def test_a_file_that_is_replaced_counts(server: Server) -> None:
