@@ -76,13 +76,22 @@ class ChunkTile {
   }
 
   void attend() {
-    const int64_t last = position(num_queries_ - 1) + 1;
-    for (int64_t key = 0; key < last; key += kKeysTogether) {
-      const int64_t num_keys = std::min(kKeysTogether, round_up(last - key, kPanel));
-      score(key, num_keys);
-      hide_unseen(key, num_keys);
-      weigh(num_keys);
-      add_values(key, num_keys);
+    int64_t key = 0, which = 0;
+    run(Scoring(*this, key, which));
+    raise(tops(key, which, [] {}));
+    for (;;) {
+      // Tiles of the next block are multiplied while this one is weighed, and while the next one's
+      // largest scores are looked for, this one's values are added.
+      const int64_t next = key + kKeysTogether;
+      Scoring scoring(*this, next, 1 - which);
+      weigh(key, which, [&] { scoring.step(); });
+      run(scoring);
+      Adding adding(*this, key);
+      const Tops tops_of_next = tops(next, 1 - which, [&] { adding.step(); });
+      run(adding);
+      if (num_keys(next) == 0) break;
+      raise(tops_of_next);
+      key = next, which = 1 - which;
     }
     write();
   }
@@ -105,74 +114,136 @@ class ChunkTile {
       positions_[m] = static_cast<float>(position(std::min(m, num_queries_ - 1)));
   }
 
-  void score(int64_t first_key, int64_t num_keys) {
-    using namespace amx_tile;
-    const bf16* queries = reinterpret_cast<const bf16*>(queries_);
-    for (int64_t key = 0; key < num_keys; key += kPanel) {
-      zero_sums();
-      const bf16* keys = heads_.panels.keys + (first_key + key) * padded_dim_;
-      for (int64_t i = 0; i < padded_dim_; i += kBlock)
-        multiply_block<true>(keys + i, padded_dim_, queries + i * kPanel);
-      store_sums<true>(scores_ + key * kPanel);
-    }
+  // Keys of the block that begins at ``key``.
+  int64_t num_keys(int64_t key) const {
+    const int64_t last = position(num_queries_ - 1) + 1;
+    return std::clamp<int64_t>(round_up(last - key, kPanel), 0, kKeysTogether);
   }
 
-  void hide_unseen(int64_t first_key, int64_t num_keys) {
+  // Scores of a block of keys, 32 keys and 32 inputs a step.
+  struct Scoring {
+    ChunkTile& tile;
+    const int64_t key, which, num_keys;
+    int64_t row = 0, input = 0;
+
+    Scoring(ChunkTile& tile, int64_t key, int64_t which)
+        : tile(tile), key(key), which(which), num_keys(tile.num_keys(key)) {}
+
+    bool is_over() const { return row >= num_keys; }
+    void step() {
+      using namespace amx_tile;
+      if (is_over()) return;
+      if (input == 0) zero_sums();
+      const bf16* keys = tile.heads_.panels.keys + (key + row) * tile.padded_dim_;
+      const bf16* queries = reinterpret_cast<const bf16*>(tile.queries_);
+      multiply_block<true>(keys + input, tile.padded_dim_, queries + input * kPanel);
+      input += kBlock;
+      if (input < tile.padded_dim_) return;
+      store_sums<true>(tile.scores_[which] + row * kPanel);
+      input = 0, row += kPanel;
+    }
+  };
+
+  // Adds the values of a block of keys, 32 of their numbers and 32 keys a step.
+  struct Adding {
+    ChunkTile& tile;
+    const int64_t key, num_keys;
+    int64_t column = 0, row = 0;
+
+    Adding(ChunkTile& tile, int64_t key) : tile(tile), key(key), num_keys(tile.num_keys(key)) {}
+
+    bool is_over() const { return column >= tile.padded_dim_; }
+    void step() {
+      using namespace amx_tile;
+      if (is_over()) return;
+      float* sums = tile.sums_ + column * kPanel;
+      if (row == 0) load_sums(sums);
+      const bf16* values =
+          tile.heads_.panels.values + (key + row) * tile.padded_dim_ + column * kBlock;
+      const bf16* probabilities = reinterpret_cast<const bf16*>(tile.probabilities_);
+      multiply_block<true>(values, kBlock, probabilities + row * kPanel);
+      row += kBlock;
+      if (row < num_keys) return;
+      store_sums<true>(sums);
+      row = 0, column += kPanel;
+    }
+  };
+
+  template <typename Steps>
+  static void run(Steps&& steps) {
+    while (!steps.is_over()) steps.step();
+  }
+
+  // The scores of keys that a query comes before.
+  void hide_unseen(int64_t first_key, int64_t which) {
     const int64_t first_hidden = position(0) + 1 - first_key;
-    for (int64_t key = std::max<int64_t>(first_hidden, 0); key < num_keys; ++key)
+    const int64_t count = num_keys(first_key);
+    for (int64_t key = std::max<int64_t>(first_hidden, 0); key < count; ++key)
       for (int half = 0; half < kPanel; half += 16) {
-        float* scores = scores_ + key * kPanel + half;
+        float* scores = scores_[which] + key * kPanel + half;
         const f32x16 position = static_cast<float>(first_key + key);
         store(scores, if_at_least(load(positions_ + half), position, load(scores), kUnseen));
       }
   }
 
-  // Scores to probabilities.
-  void weigh(int64_t num_keys) {
+  struct Tops {
+    f32x16 halves[2];
+  };
+
+  // The largest scores of a block; beside() is called with every 16 keys.
+  template <typename Beside>
+  Tops tops(int64_t first_key, int64_t which, const Beside& beside) {
+    hide_unseen(first_key, which);
+    const float* scores = scores_[which];
+    const int64_t count = num_keys(first_key);
+    f32x16 left = kUnseen, right = kUnseen;
+    for (int64_t first = 0; first < count; first += 16) {
+      beside();
+      for (int64_t key = first; key < first + 16; ++key) {
+        left = max(left, load(scores + key * kPanel));
+        right = max(right, load(scores + key * kPanel + 16));
+      }
+    }
+    return {left, right};
+  }
+
+  // Scores to probabilities; beside() is called with every 16 keys of a half.
+  template <typename Beside>
+  void weigh(int64_t first_key, int64_t which, const Beside& beside) {
+    const int64_t count = num_keys(first_key);
     for (int half = 0; half < 2; ++half) {
-      const float* scores = scores_ + half * 16;
-      f32x16 top = kUnseen;
-      for (int64_t key = 0; key < num_keys; ++key) top = max(top, load(scores + key * kPanel));
-      raise(half, top * log2_scale_);
+      const float* scores = scores_[which] + half * 16;
       const f32x16 offset = -largest_[half], scale = log2_scale_;
       uint32_t* pairs = probabilities_ + half * 16;
       f32x16 total = totals_[half];
-      for (int64_t key = 0; key < num_keys; key += 2) {
-        const float* at = scores + key * kPanel;
-        const f32x16 even = exp2_roughly(fma(load(at), scale, offset));
-        const f32x16 odd = exp2_roughly(fma(load(at + kPanel), scale, offset));
-        total += even + odd;
-        store_pairs(pairs + key / 2 * kPanel, even, odd);
+      for (int64_t first = 0; first < count; first += 16) {
+        beside();
+        for (int64_t key = first; key < first + 16; key += 2) {
+          const float* at = scores + key * kPanel;
+          const f32x16 even = exp2_roughly(fma(load(at), scale, offset));
+          const f32x16 odd = exp2_roughly(fma(load(at + kPanel), scale, offset));
+          total += even + odd;
+          store_pairs(pairs + key / 2 * kPanel, even, odd);
+        }
       }
       totals_[half] = total;
     }
   }
 
-  // Scales to a larger score where there is one, else by 1.
-  void raise(int half, const f32x16& top) {
-    const f32x16 limit = largest_[half] + kLog2Slack;
-    if (!any_above(top, limit)) return;
-    const f32x16 largest = if_at_least(limit, top, largest_[half], top);
-    const f32x16 factor =
-        if_at_least(limit, top, 1.0f, exp2_roughly(largest_[half] - largest));
-    largest_[half] = largest;
-    totals_[half] = totals_[half] * factor;
-    for (int64_t i = 0; i < padded_dim_; ++i) {
-      float* sums = sums_ + i * kPanel + half * 16;
-      store(sums, load(sums) * factor);
-    }
-  }
-
-  void add_values(int64_t first_key, int64_t num_keys) {
-    using namespace amx_tile;
-    const bf16* probabilities = reinterpret_cast<const bf16*>(probabilities_);
-    for (int64_t i = 0; i < padded_dim_; i += kPanel) {
-      load_sums(sums_ + i * kPanel);
-      for (int64_t key = 0; key < num_keys; key += kBlock) {
-        const bf16* values = heads_.panels.values + (first_key + key) * padded_dim_ + i * kBlock;
-        multiply_block<true>(values, kBlock, probabilities + key * kPanel);
+  // Scales to larger scores where there are any, else by 1.
+  void raise(const Tops& tops) {
+    for (int half = 0; half < 2; ++half) {
+      const f32x16 top = tops.halves[half] * log2_scale_, limit = largest_[half] + kLog2Slack;
+      if (!any_above(top, limit)) continue;
+      const f32x16 largest = if_at_least(limit, top, largest_[half], top);
+      const f32x16 factor =
+          if_at_least(limit, top, 1.0f, exp2_roughly(largest_[half] - largest));
+      largest_[half] = largest;
+      totals_[half] = totals_[half] * factor;
+      for (int64_t i = 0; i < padded_dim_; ++i) {
+        float* sums = sums_ + i * kPanel + half * 16;
+        store(sums, load(sums) * factor);
       }
-      store_sums<true>(sums_ + i * kPanel);
     }
   }
 
@@ -214,7 +285,7 @@ class ChunkTile {
   const float log2_scale_;
   Turn turn_;
   alignas(64) float positions_[kPanel];
-  alignas(64) float scores_[kKeysTogether * kPanel];
+  alignas(64) float scores_[2][kKeysTogether * kPanel];  // of this block and the next
   alignas(64) uint32_t probabilities_[kKeysTogether / 2 * kPanel];
   f32x16 largest_[2] = {kUnseen, kUnseen}, totals_[2] = {0.0f, 0.0f};
   uint32_t *queries_, *rows_;  // [H / 2, 32], [32, H / 2]
