@@ -19,7 +19,7 @@ from sortserve.model.quantization import (
     quantize_int8,
 )
 from sortserve.model.weight import Weight
-from support.native import INSTANCES, force_isa
+from support.native import INSTANCES, force_isa, instance
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(32, 64), (70, 36), (8, 2), (18, 7), (576, 576), (40, 1536)]
@@ -159,6 +159,21 @@ def test_a_token_gets_the_same_int8_bits_at_any_place_among_any_number_of_tokens
     expected = torch.cat([linear(x[i : i + 1]) for i in range(len(x))])
     for num_tokens in range(1, len(x) + 1):
         assert torch.equal(linear(x[-num_tokens:]), expected[-num_tokens:])
+
+
+@pytest.mark.parametrize(
+    ("tiled", "by_vectors"), [("amx", "avx512_bf16"), ("amx_emulated", "avx2")]
+)
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), SHAPES)
+def test_tiles_of_amx_give_the_bits_that_vectors_give(
+    tiled: str, by_vectors: str, num_outputs: int, num_inputs: int
+) -> None:
+    """Whatever their number: few rows are multiplied by vectors in every instance."""
+    weight = quantize_int8(random(num_outputs, num_inputs, seed=1))
+    ours, theirs = (native(instance(isa), weight) for isa in (tiled, by_vectors))
+    for num_tokens in (1, 6, 7, 9, 16, 17, 40):
+        x = uneven(num_tokens, num_inputs, torch.float32)
+        assert torch.equal(ours(x), theirs(x))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
