@@ -157,6 +157,63 @@ struct Int8Tile {
   static void add_to(__m256i& sum, __m256i v) { asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(v)); }
 };
 
+#elif defined(__SSE2__)
+
+// pmaddwd multiplies numbers of 16 bits and sums two products: eight products at a time, where
+// floats are four. An output's sum is two until the end of a block.
+struct Int8Tile {
+  static constexpr int kRows = 4;
+  static constexpr int kWeightOffset = 0;
+
+  static constexpr bool has_lacks(int64_t) { return false; }
+  static void find_lacks(const uint8_t*, int16_t*) {}
+
+  template <int M, bool kLacks>
+  static void add_block(const int8_t (&x)[M][kBlock], const BlockScale (&x_scales)[M],
+                        const uint8_t* block, const int16_t*, float (*sums)[kPanel]) {
+    __m128i fours[M][kBlock / 4];  // four inputs of a row, for the weights of two outputs
+    for (int m = 0; m < M; ++m)
+      for (int i = 0; i < kBlock / 4; ++i)
+        fours[m][i] = widen(_mm_set1_epi32(load_as<int32_t>(x[m] + 4 * i))).front;
+    for (int first = 0; first < kPanel; first += kLanes)
+      add_outputs<M>(fours, x_scales, block, first, sums);
+  }
+
+ private:
+  struct Words {
+    __m128i front, back;
+  };
+
+  static Words widen(__m128i bytes) {
+    const __m128i signs = _mm_cmpgt_epi8(_mm_setzero_si128(), bytes);
+    return {_mm_unpacklo_epi8(bytes, signs), _mm_unpackhi_epi8(bytes, signs)};
+  }
+
+  template <int M>
+  static void add_outputs(const __m128i (&fours)[M][kBlock / 4], const BlockScale (&x_scales)[M],
+                          const uint8_t* block, int first, float (*sums)[kPanel]) {
+    __m128i front[M] = {}, back[M] = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < kBlock / 4; ++i) {
+      const Words w = widen(load_as<__m128i>(block + (i * kPanel + first) * 4));
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        front[m] = _mm_add_epi32(front[m], _mm_madd_epi16(fours[m][i], w.front));
+        back[m] = _mm_add_epi32(back[m], _mm_madd_epi16(fours[m][i], w.back));
+      }
+    }
+    const bf16* scales = reinterpret_cast<const bf16*>(block + kBlockValueBytes);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const __m128 left = _mm_castsi128_ps(front[m]), right = _mm_castsi128_ps(back[m]);
+      const __m128i even = _mm_castps_si128(_mm_shuffle_ps(left, right, 0x88));
+      const __m128i odd = _mm_castps_si128(_mm_shuffle_ps(left, right, 0xdd));
+      add_scaled(sums[m] + first, (lanes)_mm_cvtepi32_ps(_mm_add_epi32(even, odd)),
+                 load_lanes(scales + first), x_scales[m].scale);
+    }
+  }
+};
+
 #else
 
 // Integers in floats, which are exact up to 2^24 and which every machine multiplies at once.
