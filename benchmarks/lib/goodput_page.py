@@ -87,11 +87,16 @@ def simulated_errors(results: Mapping[str, Any], figure: str) -> dict[str, dict[
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The tables of a page: every load and system, and the simulator beside the server."""
+    """The tables of a page: every load and system, and the simulator beside the server.
+
+    The slow-down is how many times as long as at first a request alone took around the run. Systems
+    are measured one after the other, and a tenth more of it can cost a system more than any choice.
+    """
     lines = [
         "| load | requests/s | system | quality-weighted goodput | met, of all | met, of admitted "
-        "| refused | mean depth | mean score | output tok/s | quality: tight / medium / loose |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| refused | mean depth | mean score | output tok/s | quality: tight / medium / loose "
+        "| slow-down |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     half_rate, systems = results.get("half_rate"), results["systems"]
     for rate in next(iter(systems.values())):
@@ -101,7 +106,8 @@ def markdown(results: Mapping[str, Any]) -> str:
             classes = " / ".join(f"{q or 0.0:.2f}" for q in figures["quality_by_class"].values())
             shown = [c or "" for c in cells(figures)[:-1]]
             tokens = f"{figures['output_tokens_per_s']:.0f}"
-            row = [load, f"{float(rate):.2f}", _label(name), *shown, tokens, classes]
+            slowdown = f"{figures['slowdown']:.2f}" if "slowdown" in figures else ""
+            row = [load, f"{float(rate):.2f}", _label(name), *shown, tokens, classes, slowdown]
             lines.append(f"| {' | '.join(row)} |")
     for figure in SIMULATED_FIGURES if results.get("simulated") else ():
         lines += ["", *_simulated_table(results, figure)]
