@@ -126,7 +126,12 @@ class Chaos:
         if case.needs_own_server:
             env = {} if case.prepare is None else case.prepare(self._folder)
             server = await self._start(case, env)
-            await self._learn(server, with_large=not case.is_fresh)
+            if not case.is_fresh:
+                await self._learn(server)
+            elif not self._expected:
+                other = await self._start(None, {})
+                await self._learn(other)
+                other.end()
             return server, True
         if self._server is None:
             self._server = await (self._spare or self._start(None, {}))
@@ -146,9 +151,10 @@ class Chaos:
             log=None if case is None or case.log is None else Path(case.log),
         )
         server.client.authorise(rude_clients.KEY)
+        server.notes["files"] = _own_files(server)
         return server
 
-    async def _learn(self, server: FaultyProcess, *, with_large: bool = True) -> None:
+    async def _learn(self, server: FaultyProcess) -> None:
         """What is answered without a fault, and how long it takes."""
         for _ in range(WARM_UP_ROUNDS):
             calm = await run_load(server.client, self._asks)
@@ -157,8 +163,7 @@ class Chaos:
             ]
         self._expected, self._usual_s = calm.texts(), calm.longest_s
         await rude_clients.ask(server.client, structured="[xy]{2}")
-        if with_large:
-            await rude_clients.big_requests(server.client)
+        await rude_clients.big_requests(server.client)
         await server.left_over()
         server.client.close()  # its idle connections are open files of the server
         await asyncio.sleep(0.3)
@@ -171,7 +176,8 @@ class Chaos:
             if strike is not None:
                 await strike(server)
 
-        got = await run_load(server.client, self._asks, struck)
+        asks = [ask for ask in self._asks if ask.is_plain or not case.is_fresh]
+        got = await run_load(server.client, asks, struck)
         result.ends = {name: got.count(name) for name in ("whole", "error", "cut", "none")}
         result.longest_s = got.longest_s
         result.health = (await server.status("/health"), await server.status("/livez"))

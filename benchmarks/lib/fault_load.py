@@ -31,6 +31,11 @@ class Ask:
     is_repeatable: bool = True
     """Whether its text is the same each time."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether no thread beside the engine's works for it."""
+        return self.path == "/v1/completions" and "structured_outputs" not in self.body
+
 
 @dataclass
 class Answer:
