@@ -19,7 +19,7 @@ from support.tiny_models import make_tiny_checkpoint
 pytest.importorskip("ray.serve", reason="needs the extra `ray`")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
     pytest.mark.filterwarnings("ignore"),  # Ray's own
 ]
 
@@ -97,7 +97,7 @@ async def whole(client: httpx.AsyncClient) -> str:
 
 
 async def test_the_application_answers_as_one_engine(url: str, expected: str) -> None:
-    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=400) as client:
         health = await client.get("/health")
         answers = await asyncio.gather(*(whole(client) for _ in range(4)))
         streams = await asyncio.gather(*(streamed(client) for _ in range(4)))
@@ -121,13 +121,13 @@ async def test_a_rolling_update_drops_nothing(url: str, checkpoint: Path, expect
         while not is_over:
             answers.append((await streamed(client))[0] if is_streamed else await whole(client))
 
-    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=400) as client:
         before = set((await client.get("/health")).json()["replicas"])
         asking = [asyncio.create_task(ask(client, i % 2 == 0)) for i in range(4)]
         app = build_app(arguments(checkpoint, max_num_seqs=99))
         await asyncio.to_thread(serve.run, app, name="sortserve", route_prefix="/")
         now: dict[str, str] = {}
-        async with asyncio.timeout(240):
+        async with asyncio.timeout(800):
             while now.keys() & before or list(now.values()) != ["ready", "ready"]:
                 await asyncio.sleep(0.2)
                 now = (await client.get("/health")).json()["replicas"]

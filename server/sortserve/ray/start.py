@@ -33,6 +33,8 @@ def start_replicas(settings: ServeSettings) -> RemoteModel:
     """
     words = ingress_words(settings)  # refuses most of what is wrong before anything is started
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's own default, 15, has engines wait for whatever else runs on the machine.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Linux ends Ray's processes with the thread that started them, so it lives as long as they do.
     thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
     try:
