@@ -83,8 +83,8 @@ def read_response_format(value: Mapping[str, Any], param: str) -> OutputFormat |
     return read_kind("json", described.get("schema"), f"{param}.json_schema.schema")
 
 
-def read_kind(kind: str, value: object, param: str) -> OutputFormat | None:
-    """One kind of format; None where an empty text or list asks for nothing.
+def read_kind(kind: str, value: object, param: str) -> OutputFormat:
+    """One kind of format.
 
     Raises:
         InvalidRequestError: ``param`` is the place of what is wrong.
@@ -93,9 +93,9 @@ def read_kind(kind: str, value: object, param: str) -> OutputFormat | None:
         return _schema(value, param)
     if kind == "choice":
         return _choices(value, param)
-    if not isinstance(value, str):
-        raise _not_allowed(param, value, "a string")
-    return OutputFormat(kind, value, param) if value else None
+    if not isinstance(value, str) or not value:
+        raise _not_allowed(param, value, "a string that is not empty")
+    return OutputFormat(kind, value, param)
 
 
 def _schema(value: object, param: str) -> OutputFormat:
@@ -115,11 +115,9 @@ def _schema(value: object, param: str) -> OutputFormat:
         raise InvalidRequestError(f"{param} is no JSON: {error}.", param=param) from None
 
 
-def _choices(value: object, param: str) -> OutputFormat | None:
-    if value == []:
-        return None
-    allowed = f"a list of at most {MAX_CHOICES} texts that are not empty"
-    if not isinstance(value, list | tuple) or len(value) > MAX_CHOICES:
+def _choices(value: object, param: str) -> OutputFormat:
+    allowed = f"a list of 1 to {MAX_CHOICES} texts that are not empty"
+    if not isinstance(value, list | tuple) or not 0 < len(value) <= MAX_CHOICES:
         raise _not_allowed(param, value, allowed)
     if not all(isinstance(text, str) and text for text in value):
         raise _not_allowed(param, value, allowed)

@@ -55,6 +55,8 @@ class BudgetHeaders(BaseModel):
 BUDGET_HEADERS = {str(field.alias): name for name, field in BudgetHeaders.model_fields.items()}
 """Each header, and the budget field it means."""
 _GUIDED = "guided_"
+_UNSET: Mapping[str, object] = {"choice": [], "regex": "", "grammar": ""}
+"""Of the fields ``guided_*``: what clients send that have them always."""
 NO_BUDGET = Budget()
 SAMPLING_FIELDS = (
     *("min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
@@ -209,10 +211,10 @@ def read_output_format(body: GenerationFields) -> OutputFormat | None:
     given: dict[str, OutputFormat] = {}
     for name in FORMAT_FIELDS:
         value = getattr(body, name) if name in type(body).model_fields else None
-        if value is None:
-            continue
         is_guided = name.startswith(_GUIDED)
         kind = name.removeprefix(_GUIDED)
+        if value is None or (is_guided and value == _UNSET.get(kind)):
+            continue
         format_ = read_kind(kind, value, name) if is_guided else read_format(value, name)
         if format_ is not None:
             given[name] = format_
