@@ -100,10 +100,11 @@ def test_a_row_gets_the_same_bits_whatever_rows_are_beside_it(
         assert torch.equal(alone.run(native)[0], out_TX[tokens])
 
 
-def test_stale_contents_of_pages_do_not_matter(library: NativeLibrary) -> None:
-    config, rope = make_config(6, 2, 16), make_rope(16)
-    case = Case(config, [(3, 1), (20, 1)])
-    native = NativeAttention(config, rope, library, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_stale_contents_of_pages_do_not_matter(library: NativeLibrary, dtype: torch.dtype) -> None:
+    config, rope = make_config(6, 2, 64), make_rope(64)
+    case = Case(config, [(3, 1), (20, 1), (5, 20)], dtype=dtype)
+    native = NativeAttention(config, rope, library, dtype)
     expected, _ = case.run(native)
     seen = torch.zeros(case.pages.shape[1] * 16, dtype=torch.bool)
     for table, length in zip(case.batch.block_tables_SRB[0], case.batch.context_lens, strict=True):
@@ -112,6 +113,34 @@ def test_stale_contents_of_pages_do_not_matter(library: NativeLibrary) -> None:
     stale = (~seen).view(1, -1, 1, 16, 1).expand_as(case.pages)
     case.pages[stale] = float("nan")
     assert torch.equal(case.run(native)[0], expected)
+
+
+def test_a_prompt_attends_to_far_larger_scores_that_come_late(library: NativeLibrary) -> None:
+    config = make_config(6, 2, 64)
+    case = Case(config, [(200, 150)], dtype=torch.bfloat16)
+    for page in case.batch.block_tables_SRB[0, 0, [9, 11]]:
+        case.pages[0, int(page)] *= 8
+    assert_native_equals_reference(library, config, case)
+
+
+def test_a_prompts_tokens_get_the_same_bits_in_any_chunks(library: NativeLibrary) -> None:
+    config, rope = make_config(6, 2, 64), make_rope(64)
+    whole = Case(config, [(0, 300)], dtype=torch.bfloat16)
+    whole.pages[0, int(whole.batch.block_tables_SRB[0, 0, 5])] *= 8
+    native = NativeAttention(config, rope, library, torch.bfloat16)
+    expected_TX, whole.pages = whole.run(native)
+    for start in (33, 64, 250):
+        rest = Case(config, [(start, 300 - start)], dtype=torch.bfloat16)
+        rest.qkv_TX, rest.pages = whole.qkv_TX[start:], whole.pages
+        tables_SRB, slots_ST = whole.batch.block_tables_SRB, whole.batch.slots_ST[:, start:]
+        rest.batch = Batch(
+            **{
+                **vars(rest.batch),
+                "block_tables_SRB": tables_SRB,
+                "slots_ST": slots_ST.contiguous(),
+            }
+        )
+        assert torch.equal(rest.run(native)[0], expected_TX[start:])
 
 
 def test_the_reference_writes_keys_and_values_apart_from_queries() -> None:
