@@ -6,8 +6,10 @@ Time passes only while nobody does anything: see ``support.patient_loop``.
 from __future__ import annotations
 
 import asyncio
+from unittest.mock import Mock
 
 import pytest
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from sortserve.api.http.limits import MAX_PIPELINED, ConnectionLimits
 from sortserve.api.http.protocol import RESERVED_CONNECTIONS, HttpProtocol
@@ -121,6 +123,21 @@ async def test_an_endless_chunk_extension_is_refused() -> None:
         assert (await client.reply()).status == 431
         await client.rest()
         await server.app.left.wait()
+
+
+@pytest.mark.parametrize("callback", ["on_message_begin", "on_header", "on_body"])
+@patient
+async def test_where_we_fail_it_is_not_called_the_clients_mistake(
+    callback: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HttpToolsProtocol, callback, Mock(side_effect=MemoryError))
+    async with raw_server() as server, server.client() as client:
+        client.send(POST + b"Content-Length: 4\r\n\r\nbody")
+
+        reply = await client.reply()
+
+        assert (reply.status, reply.error["code"]) == (500, "internal_error")
+        assert await client.rest() == b""
 
 
 @patient

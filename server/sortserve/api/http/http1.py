@@ -30,8 +30,14 @@ class Http1Protocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         try:
             self._parse(data)
+        except httptools.HttpParserCallbackError as error:
+            self.callback_failed(error.__context__ or error)
         except httptools.HttpParserError:
             self.send_400_response("Invalid HTTP request received.")
+
+    def callback_failed(self, error: BaseException) -> None:
+        """What the parser called has raised: that is none of the client's mistakes."""
+        raise error
 
     def _parse(self, data: bytes) -> None:
         while data:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -12,13 +12,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from sortserve.api.http.middleware import outer_headers
 from sortserve.api.http.security import OPEN_PATHS
 from sortserve.api.problems import error_response
-from sortserve.core.errors import InvalidRequestError, UnavailableError
+from sortserve.core.errors import (
+    EngineError,
+    InvalidRequestError,
+    SortserveError,
+    UnavailableError,
+)
 
 __all__ = [
     "MAX_PIPELINED",
     "ConnectionLimits",
     "Refusal",
     "headers_too_large",
+    "our_failure",
     "probes_only",
     "too_many_connections",
     "too_many_pipelined",
@@ -48,6 +54,13 @@ class ConnectionLimits:
     """For which an answer may lie unread."""
 
 
+OURS: Mapping[HTTPStatus, type[SortserveError]] = {
+    HTTPStatus.INTERNAL_SERVER_ERROR: EngineError,
+    HTTPStatus.SERVICE_UNAVAILABLE: UnavailableError,
+}
+"""Errors that are none of the client's mistakes."""
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Why a connection is refused."""
@@ -70,8 +83,7 @@ class Refusal:
             default_headers: the server's own, of every reply.
             cors_allow_origins: origins that browsers may call from.
         """
-        is_ours = self.status == HTTPStatus.SERVICE_UNAVAILABLE
-        kind = UnavailableError if is_ours else InvalidRequestError
+        kind = OURS.get(self.status, InvalidRequestError)
         added = outer_headers(request, cors_allow_origins=cors_allow_origins)
         response = error_response(kind(self.message, code=self.code), added)
         if self.status == HTTPStatus.REQUEST_TIMEOUT:  # it may be faster next time
@@ -105,6 +117,12 @@ def too_many_connections(cap: int) -> Refusal:
     """The server has no room for the connection."""
     message = f"The server has its --max-connections={cap} open already. Come back soon."
     return Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too_many_connections", message)
+
+
+def our_failure() -> Refusal:
+    """The server has failed while a request came."""
+    message = "The server failed on this request."
+    return Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", message)
 
 
 def probes_only(app: ASGIApp, cap: int, cors_allow_origins: Sequence[str]) -> ASGIApp:

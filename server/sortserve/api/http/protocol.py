@@ -27,6 +27,7 @@ from sortserve.api.http.limits import (
     ConnectionLimits,
     Refusal,
     headers_too_large,
+    our_failure,
     probes_only,
     too_many_connections,
     too_many_pipelined,
@@ -49,7 +50,7 @@ INTERIM_REPLY = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class _RefusedError(Exception):
-    """Stops the parser; the refusal says why."""
+    """Stops the parser; its argument, a refusal, says why."""
 
 
 class HttpProtocol(Http1Protocol):
@@ -72,7 +73,6 @@ class HttpProtocol(Http1Protocol):
         self._bytes_since_callback = 0
         self._is_over_cap = False
         self._is_refused = False
-        self._refusal: Refusal | None = None
         self._running: RequestResponseCycle | None = None
         """The request being answered; ``cycle`` is the last received, perhaps in the pipeline."""
         self._receipt_timer: asyncio.TimerHandle | None = None
@@ -149,9 +149,7 @@ class HttpProtocol(Http1Protocol):
 
     def _is_behind_another(self) -> bool:
         """Whether an earlier request on this connection has yet to be answered."""
-        if self._phase == "body":
-            return self.cycle is not self._running
-        return self._is_answering
+        return self.cycle is not self._running if self._phase == "body" else self._is_answering
 
     # ---- receiving: the parser calls back ----
 
@@ -186,7 +184,7 @@ class HttpProtocol(Http1Protocol):
         self._num_headers += 1
         self._count_header_bytes(len(name) + len(value))
         if self._num_headers > self._limits.max_num_headers:
-            self._stop_parsing(headers_too_large(self._limits))
+            raise _RefusedError(headers_too_large(self._limits))
         if self._phase == "headers":
             super().on_header(name, value)
 
@@ -204,7 +202,7 @@ class HttpProtocol(Http1Protocol):
         if self._is_over_cap:
             self.cycle.keep_alive = False
         if len(self.pipeline) > MAX_PIPELINED:
-            self._stop_parsing(too_many_pipelined())
+            raise _RefusedError(too_many_pipelined())
 
     def on_body(self, body: bytes) -> None:
         """Some of the body is here."""
@@ -220,20 +218,22 @@ class HttpProtocol(Http1Protocol):
         self._bytes_since_callback = 0
         self._stop_timing_receipt()
 
+    def callback_failed(self, error: BaseException) -> None:
+        """What came is over a limit, or we have failed: there is no memory, for example."""
+        if isinstance(error, _RefusedError):
+            return self._refuse(*error.args)
+        logger.error("a request could not be received", exc_info=error)
+        self._refuse(our_failure())
+
     def send_400_response(self, msg: str) -> None:
-        """The parser has stopped: what came is not HTTP, or over a limit."""
-        malformed = Refusal(HTTPStatus.BAD_REQUEST, "invalid_http", msg)
-        self._refuse(self._refusal or malformed)
+        """The parser has stopped: what came is not HTTP."""
+        self._refuse(Refusal(HTTPStatus.BAD_REQUEST, "invalid_http", msg))
 
     def _count_header_bytes(self, num_bytes: int) -> None:
         self._bytes_since_callback = 0
         self._header_bytes += num_bytes
         if self._header_bytes > self._limits.max_header_bytes:
-            self._stop_parsing(headers_too_large(self._limits))
-
-    def _stop_parsing(self, refusal: Refusal) -> None:
-        self._refusal = refusal
-        raise _RefusedError
+            raise _RefusedError(headers_too_large(self._limits))
 
     # ---- time ----
 
@@ -267,8 +267,8 @@ class HttpProtocol(Http1Protocol):
             self._time_receipt()  # the client may be waiting for us
             return
         part = "headers" if self._phase == "headers" else "body"
-        message = f"The {part} of the request did not arrive within {timeout_s:g} seconds."
-        self._refuse(Refusal(HTTPStatus.REQUEST_TIMEOUT, f"{part}_timeout", message))
+        said = f"The {part} of the request did not arrive within {timeout_s:g} seconds."
+        self._refuse(Refusal(HTTPStatus.REQUEST_TIMEOUT, f"{part}_timeout", said))
 
     # ---- answering ----
 
