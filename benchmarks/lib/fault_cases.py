@@ -259,9 +259,9 @@ def _resources() -> list[FaultCase]:
 
     async def no_memory(server: FaultyProcess) -> None:
         await server.order("limit", resource_name="AS", seconds=2 * LIMITED_S)
-        got = await rude_clients.big_requests(server.client, 24, 3_500_000)
-        assert 500 in got, f"large requests got {got} although no memory was left"
-        assert set(got) <= {400, 500}, f"large requests got {got}"
+        got = await rude_clients.big_requests(server.client, 60)
+        assert set(got) != {400}, "no large request met the limit of memory"
+        assert set(got) <= {0, 400, 500}, f"large requests got {got}"
 
     async def no_threads(server: FaultyProcess) -> None:
         await server.arm("new thread", "thread")

@@ -70,10 +70,11 @@ async def ask(
         return 0
 
 
-async def big_requests(client: HttpClient, count: int = 6, size: int = 500_000) -> list[int]:
-    """Prompts that are too long, of ``size`` bytes: large enough to be read on a thread."""
-    prompt = "long " * (size // 5)
-    return list(await asyncio.gather(*(ask(client, prompt=prompt) for _ in range(count))))
+async def big_requests(client: HttpClient, count: int = 6) -> list[int]:
+    """Prompts that are too long, and large enough to be read on a thread."""
+    return list(
+        await asyncio.gather(*(ask(client, prompt="long " * 100_000) for _ in range(count)))
+    )
 
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[object]]
