@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from sortserve.core.errors import (
     NotFoundError,
     SortserveError,
     UnavailableError,
+    in_our_words,
     shortened,
 )
 
@@ -106,8 +106,7 @@ def _invalid(first: Mapping[str, Any]) -> InvalidRequestError:
     param = ".".join(str(part) for part in first["loc"][1:])  # without body, header or path
     if first["type"] == "missing":
         return InvalidRequestError(f"{param} is missing; it is required.", param=param)
-    allowed = first["msg"].removeprefix("Value error, ")
-    allowed = re.sub(r"^Input should ", "it should ", allowed)
+    allowed = in_our_words(first["msg"])
     allowed = allowed[0].lower() + allowed[1:]
     return InvalidRequestError(
         f"{param}={shortened(first['input'])} is not allowed: {allowed}.", param=param

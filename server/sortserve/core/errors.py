@@ -43,6 +43,7 @@ __all__ = [
     "RequestTimeoutError",
     "SortserveError",
     "UnavailableError",
+    "in_our_words",
     "shortened",
 ]
 
@@ -265,3 +266,10 @@ def _one_line(text: str) -> str:
         return line
     escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     return "".join(escaped)
+
+
+def in_our_words(message: str) -> str:
+    """What pydantic says of a value, as it stands behind "is not allowed": what it should be."""
+    said = message.removeprefix("Value error, ")
+    said = re.sub(r"^(Input|String|List|Dictionary) should ", "it should ", said)
+    return re.sub(r" after validation, not \w+$", "", said)

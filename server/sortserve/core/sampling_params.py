@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
-from sortserve.core.errors import InvalidRequestError
+from sortserve.core.errors import InvalidRequestError, shortened
 from sortserve.core.formats import read_format
 from sortserve.core.grammar import Constraint, OutputFormat
 from sortserve.core.ranges import Range, integers, numbers
@@ -35,10 +35,9 @@ def _shown(value: object) -> str:
             f"(an integer of {value.bit_length()} bits)"  # Python refuses to write very long ones
         )
     try:
-        text = repr(value)
+        return shortened(value)
     except ValueError:  # such an integer in a list
         return f"(a {type(value).__name__})"
-    return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "..."
 
 
 _TOKEN_ID = integers(0, MAX_INT)

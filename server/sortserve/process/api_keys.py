@@ -24,7 +24,7 @@ from sortserve.core.api_keys import (
     KeyPolicy,
     weights_for,
 )
-from sortserve.core.errors import ConfigError
+from sortserve.core.errors import ConfigError, in_our_words
 from sortserve.core.weights import PRIORITY
 from sortserve.process.sources import read_small_file
 from sortserve.process.values import Number, shown
@@ -166,7 +166,7 @@ def _refusal(where: str, said: str) -> ConfigError:
 def _first(error: ValidationError, content: object) -> str:
     """The first thing that is wrong: field, value, what is allowed."""
     first = error.errors(include_url=False)[0]
-    allowed = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    allowed = in_our_words(first["msg"])
     allowed = allowed[:1].lower() + allowed[1:]
     location = [str(part) for part in first["loc"]]
     if first["type"] == "missing":

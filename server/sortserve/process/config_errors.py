@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sortserve.core.errors import ConfigError
+from sortserve.core.errors import ConfigError, in_our_words
 from sortserve.process.sources import flag_name, key_name, read_environment, variable_name
 from sortserve.process.values import shown
 
@@ -26,8 +26,7 @@ def config_error(
         names: all fields.
     """
     first = error.errors(include_url=False)[0]
-    message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    message = message.rstrip(".")
+    message = in_our_words(first["msg"]).rstrip(".")
     if first["type"] in ("too_short", "string_too_short"):
         message = "it must not be empty"
     if not first["loc"]:

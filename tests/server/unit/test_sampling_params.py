@@ -78,7 +78,7 @@ def test_each_number_has_a_range_and_its_ends_are_allowed(
     ("fields", "param"),
     [
         ({"logit_bias": {-1: 1.0}}, "logit_bias.-1"),
-        ({"logit_bias": {True: 1.0}}, "logit_bias.True"),
+        ({"logit_bias": {True: 1.0}}, "logit_bias.true"),
         ({"logit_bias": {"5": 1.0}}, "logit_bias.5"),
         ({"logit_bias": {5: 100.5}}, "logit_bias.5"),
         ({"logit_bias": {5: math.nan}}, "logit_bias.5"),

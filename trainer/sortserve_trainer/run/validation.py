@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from sortserve.core.errors import ConfigError
+from sortserve.core.errors import ConfigError, in_our_words
 from sortserve.process.sources import flag_name
 from sortserve.process.values import shown
 
@@ -28,8 +28,7 @@ def validated(
         return settings(**flags)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-    message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    message = message.rstrip(".")
+    message = in_our_words(first["msg"]).rstrip(".")
     if not first["loc"]:
         raise ConfigError(f"{message}.")
     flag = flag_name(str(first["loc"][0]), positional)
