@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from sortserve_client import Client, SamplingOptions
 from support.server_process import WAIT_S, Server
 from support.tiny_models import make_tiny_checkpoint
 
-LONG: SamplingOptions = {"max_tokens": 800, "temperature": 0.0, "ignore_eos": True}
-"""Takes a second, if eight are answered at once."""
+LONG: SamplingOptions = {"max_tokens": 400, "temperature": 0.0, "ignore_eos": True}
+"""Takes half a second, if eight are answered at once."""
 ENDLESS: SamplingOptions = {**LONG, "max_tokens": 8000}
 """Nobody waits for its end."""
 
@@ -53,7 +54,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_terminated_server_finishes_what_runs_and_takes_nothing_new(checkpoint: Path) -> None:
     with (
-        serving(checkpoint, "--access-log") as server,
+        serving(checkpoint, "--access-log", "--shutdown-timeout=600") as server,
         Client(server.url) as client,
         httpx.Client(base_url=server.url, timeout=WAIT_S) as http,
     ):
@@ -62,17 +63,19 @@ def test_a_terminated_server_finishes_what_runs_and_takes_nothing_new(checkpoint
         for stream in streams:
             next(stream)
 
-        server.process.send_signal(signal.SIGTERM)
-        server.wait_for("draining")
-        health = http.get("/health")
-        refused = http.post("/generate", json={"prompt": "Hi"})
-        answers = [stream.result() for stream in streams]
+        with ThreadPoolExecutor(8) as readers:  # the last events have little time to be sent
+            reading = [readers.submit(stream.result) for stream in streams]
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for("draining")
+            health = http.get("/health")
+            refused = http.post("/generate", json={"prompt": "Hi"})
+        answers = [reader.result() for reader in reading]
 
         assert (health.status_code, refused.status_code) == (503, 503)
         assert [answer.finish_reason for answer in answers] == ["length"] * 8
         assert server.end() == 0
     log = json.dumps(server.events)
-    assert [event["output"] for event in server.finished()] == [800] * 8
+    assert [event["output"] for event in server.finished()] == [400] * 8
     assert "POST /generate" in log
     assert "xyzzy" not in log
     assert answers[0].text not in log
