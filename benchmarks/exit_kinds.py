@@ -4,7 +4,7 @@ Over one frozen trunk a new module of each kind is trained at each exit, all on 
 same sampled columns and the same teacher, in one pass: the trunk is asked once for all of them.
 Each starts as it does in ``sortserve train``, is clipped and stepped alone, and is then evaluated
 on files that it was not trained on, the whole vocabulary counted. A checkpoint of each kind goes
-through the engine, and the median decode step at every exit stands beside what ``compute`` says.
+through ``benchmarks.offline``: the median decode step stands beside what ``compute`` says.
 The last line is one JSON document.
 
     python -m benchmarks.exit_kinds --exits 18,24 --max-tokens 100000 \
@@ -14,7 +14,8 @@ The last line is one JSON document.
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,10 +25,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from benchmarks.lib.common import environment, print_json, print_table
-from benchmarks.offline import EngineBench
+from benchmarks.lib.common import ROOT, environment, print_json, print_table
 from sortserve.checkpoint.exit_table import exit_table
-from sortserve.checkpoint.load import load_checkpoint
 from sortserve.checkpoint.sorted_json import SortedInfo
 from sortserve.model.exit_module import EXIT_MODULE_KINDS, NO_MODULE
 from sortserve_trainer.data import Pack, collate
@@ -240,15 +239,7 @@ class Contest:
             if (module := self._modules[kind, exit_layer]) is not None:
                 model.exit_modules[str(exit_layer)] = module
         save_checkpoint(self._loaded, folder, recipe={}, card="", dtype=torch.bfloat16)
-        checkpoint = load_checkpoint(str(folder), dtype=self._arguments.dtype)
-        bench = EngineBench(checkpoint, _engine_arguments(self._arguments))
-        rounds = [
-            {e: bench.decode_step_times(e, self._arguments.rows) for e in model.exits}
-            for _ in range(3)
-        ]
-        return {
-            e: 1e3 * statistics.median(t for times in rounds for t in times[e]) for e in model.exits
-        }
+        return _offline_step_ms(folder, model.exits, self._arguments)
 
     def results(
         self, losses: Mapping[str, Mapping[tuple[str, int], float]], times: Mapping[str, Any]
@@ -297,17 +288,18 @@ def _one(pack: Pack) -> dict[str, Tensor]:
     return dict(collate([pack]))
 
 
-def _engine_arguments(arguments: argparse.Namespace) -> argparse.Namespace:
-    """What ``EngineBench`` reads of ``benchmarks.offline``'s."""
-    return argparse.Namespace(
-        rows=[arguments.rows],
-        steps=arguments.steps,
-        context=128,
-        prefill_tokens=128,
-        backend="auto",
-        async_scheduling=False,
-        seed=arguments.seed,
-    )
+def _offline_step_ms(
+    checkpoint: Path, exits: Sequence[int], arguments: argparse.Namespace
+) -> dict[int, float]:
+    """By ``benchmarks.offline`` in a process of its own: of several engines in one process the
+    later ones were up to 17 % slower, whatever their kind.
+    """
+    command = [sys.executable, "-m", "benchmarks.offline", "--model", str(checkpoint)]
+    command += ["--exits", ",".join(map(str, exits)), "--rows", str(arguments.rows)]
+    command += ["--steps", str(arguments.steps), "--dtype", arguments.dtype]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    decode = json.loads(done.stdout.splitlines()[-1])["results"]["decode"][str(arguments.rows)]
+    return {e: decode[str(e)]["step_ms"] for e in exits}
 
 
 def _print(results: Sequence[Mapping[str, Any]], files: Sequence[str]) -> None:

@@ -84,8 +84,18 @@ def test_recipes_trains_and_measures_each_method_once_on_the_same_data(
 
 
 def test_kinds_of_modules_are_compared_on_the_same_tokens(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    timed: list[dict[str, str]] = []
+
+    def step_ms(checkpoint: Path, exits: tuple[int, ...], _: object) -> dict[int, float]:
+        timed.append(json.loads((checkpoint / "sorted.json").read_text())["exit_modules"])
+        return {e: float(e) for e in exits}
+
+    monkeypatch.setattr(exit_kinds, "_offline_step_ms", step_ms)
     text = "".join(f"Line {i} is about {i * i}, and about {i % 7}.\n\n" for i in range(200))
     (tmp_path / "train.txt").write_text(text)
     (tmp_path / "dev.txt").write_text(text[:1000])
@@ -102,4 +112,5 @@ def test_kinds_of_modules_are_compared_on_the_same_tokens(
     assert len(set(costs)) == 4
     (plain,), (trained,) = (by_place[k, 4]["losses"].values() for k in ("none", "layer"))
     assert trained < plain
-    assert all(entry["step_ms"] > 0 for entry in found)
+    assert timed == [{}, *({"2": kind, "4": kind} for kind in exit_kinds.KINDS[1:])]
+    assert by_place["mlp", 2]["step_of_full"] == pytest.approx(2 / 6)
