@@ -34,7 +34,7 @@ constexpr int kMaxRows = kFmaRows;
 // multiple if there are more.
 #if defined(SORTSERVE_HAS_AMX)
 template <typename W>
-constexpr int64_t kBlockBytes = std::is_same<W, bf16>::value ? 768 << 10 : 256 << 10;
+constexpr int64_t kBlockBytes = std::is_same<W, bf16>::value ? 512 << 10 : 256 << 10;
 template <typename W>
 constexpr int64_t kRowsOfBlocks = std::is_same<W, bf16>::value ? kBf16Rows : 1;
 #else
