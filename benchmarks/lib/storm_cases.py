@@ -59,7 +59,7 @@ class Target:
 def all_cases(target: Target) -> list[Case]:
     """Polite and rude requests several times over, and every kind of wrong one once."""
     return [
-        *_polite(target.model) * 4,
+        *_polite(target) * 4,
         *_rude(target.model) * 12,
         *_wrong_fields(target.model),
         *_wrong_prompts(target),
@@ -76,14 +76,16 @@ def _body(served_model: str, /, **fields: Any) -> bytes:
     return json.dumps({k: v for k, v in merged.items() if v is not ...}).encode()
 
 
-def _polite(model: str) -> list[Case]:
+def _polite(target: Target) -> list[Case]:
+    model = target.model
+    words = min(200, target.max_model_len // 12)  # a token a letter, in the tiny checkpoint
     chat = {"prompt": ..., "messages": [{"role": "user", "content": "Hello"}]}
     bodies = {
         "stream": (COMPLETIONS, _body(model, ignore_eos=True)),
         "whole": (COMPLETIONS, _body(model, stream=False)),
         "two samples": (COMPLETIONS, _body(model, n=2, seed=1)),
-        "long prompt": (COMPLETIONS, _body(model, prompt="storm " * 200)),
-        "token ids": (COMPLETIONS, _body(model, prompt=[1000, 2000, 3000])),
+        "long prompt": (COMPLETIONS, _body(model, prompt="storm " * words)),
+        "token ids": (COMPLETIONS, _body(model, prompt=[100, 200, 250])),
         "less of the compute": (
             COMPLETIONS,
             _body(model, budget={"compute": 0.75, "min_quality": 0.01}),
