@@ -317,7 +317,7 @@ async def test_a_file_that_could_not_be_opened_once_is_read_a_second_later(
 
 async def test_no_failure_of_any_kind_ends_the_watch(server: Server) -> None:
     outcomes: asyncio.Queue[str] = asyncio.Queue()
-    server.told.on_reloaded = outcomes.put_nowait  # type: ignore[method-assign]
+    server.told.on_reloaded = outcomes.put_nowait  # type: ignore[method-assign, assignment]
     read, asked = server.reloader._read, asyncio.Event()
 
     def fail() -> tuple[KeyPolicy, ...]:

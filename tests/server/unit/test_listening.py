@@ -71,7 +71,7 @@ async def test_where_no_file_is_left_it_is_said_once_and_who_waits_is_taken_late
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """asyncio would say it once for each place in the backlog, and keep the event loop busy."""
-    monkeypatch.setattr(asyncio.constants, "ACCEPT_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("asyncio.constants.ACCEPT_RETRY_DELAY", 0.01)
     monkeypatch.setattr(listening_module, "_SILENT_S", 0.005)
     loop, said = asyncio.get_running_loop(), asyncio.Event()
     errors: list[dict[str, Any]] = []
