@@ -94,6 +94,7 @@ class Ours:
 
     def __init__(self, num_replicas: int, seed: int) -> None:
         self.book = ReplicaBook()
+        self.num_replicas = num_replicas
         self.block_size = 16
 
     def choose(self, request: Request, open_to: Sequence[int], now: float) -> int:
@@ -108,10 +109,14 @@ class Ours:
             weight=request.weight,
             prefixes=() if is_blank else prefix_digests(prompt, block_size=self.block_size),
         )
-        candidates = self.book.candidates(map(str, open_to), now=now)
-        best = choose_replica(candidates, routed, now=now).ranked[0]
+        names = [str(i) for i in range(self.num_replicas)]
+        candidates = self.book.candidates(names, now=now)
+        not_to = set(names) - {str(i) for i in open_to}
+        choice = choose_replica(candidates, routed, now=now, mix=self.book.mix, not_to=not_to)
+        best = choice.ranked[0]
         sent = Sent(request=routed, exit_layer=best.exit_layer, sent_s=now)
-        self.book.send(best.replica_id, request.request_id, sent)
+        is_again = len(open_to) < self.num_replicas
+        self.book.send(best.replica_id, request.request_id, sent, is_again=is_again)
         return int(best.replica_id)
 
     def on_ended(self, replica: int, request_id: str) -> None:

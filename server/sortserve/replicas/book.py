@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from sortserve.replicas.bands import Mix
 from sortserve.replicas.choice import Candidate, Sent
 from sortserve.replicas.load import EngineLoad
+from sortserve.replicas.place import pace_of
 
 __all__ = ["TRANSIT_S", "ReplicaBook"]
 
@@ -21,6 +23,7 @@ than not at all."""
 @dataclass
 class _Page:
     load: EngineLoad | None = None
+    first_load: EngineLoad | None = None
     made_s: float = 0.0
     ongoing: set[str] = field(default_factory=set)
     unseen: dict[str, Sent] = field(default_factory=dict)
@@ -32,6 +35,8 @@ class ReplicaBook:
 
     def __init__(self) -> None:
         self._pages: dict[str, _Page] = {}
+        self.mix = Mix()
+        """Of the requests that were sent."""
 
     def report(self, replica_id: str, load: EngineLoad, made_s: float) -> None:
         """A replica has said how it stands; an older report than the last changes nothing.
@@ -45,13 +50,20 @@ class ReplicaBook:
         if page.load is not None and made_s < page.made_s:
             return
         page.load, page.made_s = load, made_s
+        if page.first_load is None and load.is_calibrated:
+            page.first_load = load
         page.unseen = {
             id_: sent for id_, sent in page.unseen.items() if sent.sent_s + TRANSIT_S > made_s
         }
 
-    def send(self, replica_id: str, request_id: str, sent: Sent) -> None:
-        """A request goes to a replica."""
+    def send(self, replica_id: str, request_id: str, sent: Sent, *, is_again: bool = False) -> None:
+        """A request goes to a replica; ``is_again``: it was sent before, there or elsewhere."""
         page = self._pages.setdefault(replica_id, _Page())
+        if not is_again:
+            loads = {name: own.first_load for name, own in self._pages.items()}
+            pace = pace_of(sent.request, loads, now=sent.sent_s)
+            if pace is not None:
+                self.mix.add(pace)
         page.ongoing.add(request_id)
         page.unseen[request_id] = sent
 
@@ -78,6 +90,7 @@ class ReplicaBook:
                     age_s=max(0.0, now - page.made_s),
                     sent=tuple(page.unseen.values()),
                     num_ongoing=len(page.ongoing),
+                    first_load=page.first_load,
                 )
             )
         return found

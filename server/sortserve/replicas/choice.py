@@ -11,11 +11,12 @@ how full the replica would be.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+from sortserve.replicas.bands import Mix, at_home, row_of
 from sortserve.replicas.load import EngineLoad
-from sortserve.replicas.place import Place, Prospect, RoutedRequest
+from sortserve.replicas.place import Place, Prospect, RoutedRequest, pace_of, token_ms
 
 __all__ = ["MAX_AGE_S", "Candidate", "Choice", "Ranked", "RoutedRequest", "Sent", "choose_replica"]
 
@@ -56,6 +57,9 @@ class Candidate:
     """What this router has sent there since."""
     num_ongoing: int = 0
     """All requests that this router has there now: what is known of a replica that is silent."""
+    first_load: EngineLoad | None = None
+    """Its first report with times. What is learned under load says less well how a step's time
+    parts into its depth and its rows, so a replica's place in the row is told by this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,8 @@ class Ranked:
     tpot_ms: float | None = None
     num_cached_tokens: int = 0
     """Of its prompt, as far as the report says."""
+    is_home: bool = True
+    """Whether those who are as hurried go there (``bands.py``)."""
     crowd: int = 0
     """Of a request that bounds no time: the requests that are there, with this one."""
     excess: int = 0
@@ -100,33 +106,64 @@ class Choice:
 
 
 def choose_replica(
-    candidates: Sequence[Candidate], request: RoutedRequest, *, now: float
+    candidates: Sequence[Candidate],
+    request: RoutedRequest,
+    *,
+    now: float,
+    mix: Mix | None = None,
+    not_to: Collection[str] = (),
 ) -> Choice:
     """Rank the replicas for a request: where the deepest exit that fits its budget is reachable.
 
-    Of those where the same exit fits, one that has more of its prompt in its cache comes first,
-    then the one where its time is worth least to others, which is the one with the least pressure
-    if all is alike; of equals the lower id. What it costs others counts against an exit, as it does
-    in admission. A request without a bound on time goes to the least crowded, before all that. A
-    replica that is not known comes after those where the request fits, and before those where it
-    does not. Replicas that take nothing are left out; with none left the ranking is empty.
+    Of those where an exit fits, the ones come first where the request is at home, with others that
+    are as hurried (``bands.py``). Of these the one of most value; of equals the one that has more
+    of its prompt in its cache, then the one where its time is worth least to others, which is the
+    one with the least pressure if all is alike, then the lower id. What it costs others counts
+    against an exit, as it does in admission. A request without a bound on time is at home
+    everywhere, and goes to the least crowded. A replica that is not known comes after those where
+    the request fits, and before those where it does not. Replicas that take nothing are left out;
+    with none left the ranking is empty.
 
     Args:
         candidates: in any order, ids distinct.
         request: to be sent.
         now: on the router's clock.
+        mix: of the requests before; None: everybody is at home everywhere.
+        not_to: of the candidates those that are left out, and keep their places in the row.
     """
     ranked = [
         rank(candidate, request, now=now)
         for candidate in candidates
-        if candidate.load is None or candidate.load.is_accepting
+        if (candidate.load is None or candidate.load.is_accepting)
+        and candidate.replica_id not in not_to
     ]
+    if mix is not None:
+        ranked = _homed(ranked, candidates, request, now, mix)
     return Choice(ranked=tuple(sorted(_valued(ranked, request.weight), key=_order)))
+
+
+def _homed(
+    ranked: Sequence[Ranked],
+    candidates: Sequence[Candidate],
+    request: RoutedRequest,
+    now: float,
+    mix: Mix,
+) -> list[Ranked]:
+    """The same, each told whether it is home."""
+    firsts = {c.replica_id: c.first_load or c.load for c in candidates}
+    loads = {name: load for name, load in firsts.items() if load and load.is_calibrated}
+    pace = pace_of(request, loads, now=now)
+    place = None if pace is None else mix.place(pace)
+    if place is None:
+        return list(ranked)
+    home = at_home(place, row_of({name: token_ms(load) for name, load in loads.items()}))
+    return [replace(r, is_home=r.replica_id in home) for r in ranked]
 
 
 def _valued(ranked: Sequence[Ranked], weight: float) -> list[Ranked]:
     """The same, each with its value."""
-    efforts = [r.effort for r in ranked if r.exit_layer is not None and r.effort > 0.0]
+    fitting = [r for r in ranked if r.exit_layer is not None and r.effort > 0.0]
+    efforts = [r.effort for r in fitting if r.is_home] or [r.effort for r in fitting]
     least = min(efforts, default=1.0)
     crowd = min((r.crowd for r in ranked if r.is_known), default=0)
     step = max(1.0, SAME_CROWD * crowd)
@@ -187,6 +224,7 @@ def _order(ranked: Ranked) -> tuple[float | int | str, ...]:
     return (
         fits,
         ranked.excess,
+        not ranked.is_home,
         value,
         -ranked.num_cached_tokens,
         *exact,

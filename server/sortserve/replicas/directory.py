@@ -77,12 +77,16 @@ class Directory:
         allowed = [name for name in names if name not in not_to] or names
         now = self.clock()
         with self._lock:
-            candidates = self._book.candidates(allowed, now=now)
+            candidates = self._book.candidates(names, now=now)
+            mix = self._book.mix.copy()
         try:
-            ranked = [own.replica_id for own in self._choose(candidates, routed, now=now).ranked]
+            left_out = set(names) - set(allowed)
+            choice = self._choose(candidates, routed, now=now, mix=mix, not_to=left_out)
+            ranked = [own.replica_id for own in choice.ranked if own.replica_id in allowed]
         except Exception:  # a request that cannot be judged must go somewhere
             logger.exception("the replicas could not be ranked: the least busy one is taken")
-            ranked = [own.replica_id for own in sorted(candidates, key=lambda c: c.num_ongoing)]
+            by_number = sorted(candidates, key=lambda c: c.num_ongoing)
+            ranked = [own.replica_id for own in by_number if own.replica_id in allowed]
         return ranked + [name for name in allowed if name not in ranked]
 
     def begin(self, key: str) -> None:
@@ -117,7 +121,7 @@ class Directory:
             if before is not None and before != replica_id:
                 self._book.end(before, key)
             self._places[key] = replica_id
-            self._book.send(replica_id, key, sent)
+            self._book.send(replica_id, key, sent, is_again=before is not None)
 
     def place_of(self, key: str) -> str | None:
         """Where a request is; None: it is not under way."""

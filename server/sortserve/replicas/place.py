@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 
 from sortserve.core.budget import Budget, Deadlines
 from sortserve.core.errors import InvalidRequestError
+from sortserve.replicas.bands import MAX_HURRY, Pace, row_of
 from sortserve.replicas.load import TYPICAL_TOKENS, EngineLoad, ExitLoad
 from sortserve.scheduling.demand import SOFT_GAP_S, plan_pace, targets_of
 from sortserve.scheduling.lowering import MAX_PRESSURE
 
-__all__ = ["Place", "Prospect", "RoutedRequest", "num_cached_tokens"]
+__all__ = ["Place", "Prospect", "RoutedRequest", "num_cached_tokens", "pace_of", "token_ms"]
 
 STALE_S = 5.0
 """What is left of a report's slack shrinks by a factor e in so many seconds."""
@@ -135,6 +136,21 @@ class Place:
         layers = range(self.load.exits.index(own) + 1)
         for i in layers:
             self.rates[i] = max(self.rates[i], 1.0 / ask.gap_s)
+
+    # ---- how a request would use it ----
+
+    def pace(self, request: RoutedRequest) -> Pace | None:
+        """How a request uses such a machine; None: it is refused."""
+        try:
+            allowed = self.load.table.allowed(request.budget)
+        except InvalidRequestError:
+            return None
+        exits = self._open(allowed, request)
+        ask = self._asks(request, exits[0], EASES[0])
+        return Pace(
+            hurry=min(1e-3 * exits[0].step_ms / ask.gap_s, MAX_HURRY),
+            work_s=ask.prompt_s + request.num_output_tokens * ask.row_s,
+        )
 
     # ---- what a request would get ----
 
@@ -287,6 +303,25 @@ _NOWHERE = Prospect(
     num_cached_tokens=0,
 )
 """Of a request that the replica will refuse as invalid."""
+
+
+def token_ms(load: EngineLoad) -> float:
+    """How long a replica takes for a token at full depth: what it is worth beside others."""
+    return load.exits[-1].step_ms + load.exits[-1].row_ms
+
+
+def pace_of(
+    request: RoutedRequest, loads: Mapping[str, EngineLoad | None], *, now: float
+) -> Pace | None:
+    """How a request would use the first of the row of some replicas, whichever it goes to.
+
+    None where it bounds no time, is refused, or nothing is known.
+    """
+    known = {name: load for name, load in loads.items() if load and load.is_calibrated}
+    if not known or not request.budget.has_latency:
+        return None
+    first = next(iter(row_of({name: token_ms(load) for name, load in known.items()})))
+    return Place.of(known[first], 0.0, now).pace(request)
 
 
 def num_cached_tokens(load: EngineLoad, request: RoutedRequest, exit_layer: int) -> int:

@@ -6,11 +6,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from sortserve.core.budget import Budget
+from sortserve.replicas.bands import LEAST_NUM, Pace
 from sortserve.replicas.book import TRANSIT_S, ReplicaBook
 from sortserve.replicas.choice import RoutedRequest, Sent
 from sortserve.replicas.load import EngineLoad, ExitLoad
 
 EXITS = (ExitLoad(exit_layer=2, score=1.0, compute=1.0),)
+TIMED = (ExitLoad(exit_layer=2, score=1.0, compute=1.0, step_ms=5.0, row_ms=1.0),)
 
 
 def load_at(time_s: float) -> EngineLoad:
@@ -62,6 +65,23 @@ def test_a_request_that_is_over_counts_nowhere() -> None:
 
     [known] = book.candidates("a", now=2.0)
     assert (known.sent, known.num_ongoing) == ((), 0)
+
+
+def test_what_is_sent_is_remembered_as_hurried_as_it_is() -> None:
+    """Once, wherever it goes then."""
+    book, budget = ReplicaBook(), Budget(latency_ms=100)
+    request = RoutedRequest(arrival_s=1.0, num_prompt_tokens=1, num_output_tokens=9, budget=budget)
+    sent = Sent(request=request, exit_layer=2, sent_s=1.0)
+    book.report("a", EngineLoad(time_s=0.5, exits=TIMED), 0.5)
+    for i in range(LEAST_NUM - 1):
+        book.send("a", str(i), sent)
+        book.send("b", str(i), sent, is_again=True)
+    patient = Pace(hurry=0.001, work_s=1.0)
+
+    before = book.mix.place(patient)
+    book.send("b", "last", sent)
+
+    assert (before, book.mix.place(patient)) == (None, 1.0)
 
 
 def test_of_a_replica_that_is_gone_nothing_is_kept() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sortserve.core.budget import Budget, OnMiss
+from sortserve.replicas.bands import Mix
 from sortserve.replicas.choice import (
     MAX_AGE_S,
     Candidate,
@@ -19,6 +20,7 @@ from sortserve.replicas.choice import (
     choose_replica,
 )
 from sortserve.replicas.load import EngineLoad, ExitLoad
+from sortserve.replicas.place import pace_of
 
 NOW = 100.0
 LAYERS = (2, 4, 6)
@@ -202,6 +204,78 @@ def test_of_large_crowds_about_the_same_number_is_the_same() -> None:
     request = make_request(prefixes=((64, "x"),))
 
     assert order(choose(candidate("a", cold), candidate("b", warm), request=request)) == ["b", "a"]
+
+
+# ---- homes ----
+
+HURRIED = make_request(budget=Budget(latency_ms=160, on_miss=OnMiss.REJECT))
+PATIENT = make_request(budget=Budget(latency_ms=5000, on_miss=OnMiss.REJECT))
+
+
+def mix_of(*requests: RoutedRequest) -> Mix:
+    mix = Mix()
+    for request in requests:
+        pace = pace_of(request, {"a": IDLE}, now=NOW)
+        assert pace is not None
+        mix.add(pace)
+    return mix
+
+
+def choose_of_six(request: RoutedRequest, mix: Mix | None, idle: str = "abcdef") -> list[str]:
+    loaded = make_load(pressure=0.3, decode_pressure=0.3, num_running=3)
+    candidates = [candidate(name, IDLE if name in idle else loaded) for name in "abcdef"]
+    return order(choose_replica(candidates, request, now=NOW, mix=mix))
+
+
+def test_the_hurried_and_the_patient_keep_apart() -> None:
+    """The first begin at the front, the others behind the 3.5 of six replicas that those need."""
+    mix = mix_of(*[HURRIED, PATIENT] * 50)
+
+    assert choose_of_six(HURRIED, mix, idle="f")[:2] == ["a", "b"]
+    assert set(choose_of_six(PATIENT, mix, idle="a")[:4]) == {"b", "c", "d", "e"}
+
+
+def test_a_replica_keeps_its_place_whatever_is_learned_under_load() -> None:
+    """f says that its steps take no time, and then that its rows take all."""
+    mix, learned = mix_of(*[HURRIED, PATIENT] * 50), make_load(slowness=0.1)
+    candidates = [candidate(name, IDLE, first_load=IDLE) for name in "abcde"]
+    candidates.append(candidate("f", learned, first_load=IDLE))
+
+    choice = choose_replica(candidates, HURRIED, now=NOW, mix=mix)
+
+    assert {r.replica_id for r in choice.ranked if r.is_home} == {"a", "b"}
+
+
+def test_who_is_left_out_keeps_its_place_in_the_row() -> None:
+    mix = mix_of(*[HURRIED, PATIENT] * 50)
+    candidates = [candidate(name, IDLE) for name in "abcdef"]
+
+    choice = choose_replica(candidates, HURRIED, now=NOW, mix=mix, not_to={"a"})
+
+    assert sorted(order(choice)) == list("bcdef")
+    assert {r.replica_id for r in choice.ranked if r.is_home} == {"b"}
+
+
+def test_who_does_not_fit_at_home_goes_elsewhere() -> None:
+    full = replace(BUSY, floor_pressure=2.0, floor_decode_pressure=2.0, pressure=2.0)
+    mix = mix_of(*[PATIENT] * 99)
+    candidates = [candidate(name, full) for name in "abcde"] + [candidate("f", IDLE)]
+
+    choice = choose_replica(candidates, HURRIED, now=NOW, mix=mix)
+
+    assert order(choice)[0] == "f"
+    assert [r.replica_id for r in choice.ranked if r.is_home] == ["a", "b"]
+
+
+def test_who_bounds_no_time_is_at_home_everywhere() -> None:
+    mix = mix_of(*[HURRIED, PATIENT] * 50)
+
+    assert [choose_of_six(make_request(), mix, idle=name)[0] for name in "af"] == ["a", "f"]
+
+
+def test_where_nothing_is_known_of_the_traffic_everybody_is_at_home_everywhere() -> None:
+    for request in (HURRIED, PATIENT):
+        assert choose_of_six(request, Mix(), idle="f") == choose_of_six(request, None, idle="f")
 
 
 # ---- what holds always ----

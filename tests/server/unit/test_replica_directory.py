@@ -32,7 +32,7 @@ def report(time_s: float = 0.0, state: str = "ready") -> ReplicaReport:
     )
 
 
-def by_what_was_sent(candidates: Any, request: Any, *, now: float) -> Choice:
+def by_what_was_sent(candidates: Any, request: Any, **_: Any) -> Choice:
     ids = sorted(candidates, key=lambda own: (len(own.sent), own.replica_id))
     return Choice(ranked=tuple(Ranked(replica_id=own.replica_id, exit_layer=6) for own in ids))
 
