@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -19,7 +18,7 @@ import pytest
 from sortserve.cli import main
 from sortserve.core.api_keys import key_digest
 from sortserve_client import Client, SamplingOptions
-from support.server_process import WAIT_S, Server
+from support.server_process import WAIT_S, Server, server_environment
 from support.tiny_models import make_tiny_checkpoint
 
 LONG: SamplingOptions = {"max_tokens": 400, "temperature": 0.0, "ignore_eos": True}
@@ -38,8 +37,9 @@ def serving(checkpoint: Path, *flags: str) -> Iterator[Server]:
         "--no-calibrate",
         *flags,
     ]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SORTSERVE_")}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=server_environment()
+    ) as process:
         try:
             yield Server(process)
         finally:

@@ -18,7 +18,7 @@ from sortserve import LLM, Budget, SamplingParams
 from sortserve_client import Budget as ClientBudget
 from sortserve_client import Client, StreamError
 from support.processes import has_ended
-from support.server_process import Server
+from support.server_process import Server, server_environment
 from support.tiny_models import make_tiny_checkpoint
 
 EXITS = (2, 4, 6)
@@ -29,8 +29,9 @@ def serving(checkpoint: Path) -> Iterator[Server]:
     command = [sys.executable, "-m", "sortserve", "serve", str(checkpoint), "--port=0"]
     command += ["--tensor-parallel-size=2", "--log-format=json", "--kv-cache-memory=8MiB"]
     command += ["--num-threads=1", "--dtype=float32", "--device=cpu", "--no-calibrate"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SORTSERVE_")}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=server_environment()
+    ) as process:
         try:
             yield Server(process)
         finally:

@@ -53,14 +53,19 @@ class Server:
         return [event["message"] for event in self.events]
 
 
+def server_environment() -> dict[str, str]:
+    """Ours without settings of a server, but with the tests' cache: compiling takes long."""
+    kept = "SORTSERVE_CACHE_DIR"
+    return {k: v for k, v in os.environ.items() if k == kept or not k.startswith("SORTSERVE_")}
+
+
 @contextmanager
 def scripted_server(fault: str, *flags: str) -> Iterator[Server]:
     """``support/scripted_server.py`` with a fault, as a process."""
     command = [sys.executable, "-m", "support.scripted_server", fault, "--log-format=json"]
     command += flags if any(flag.startswith("--uds") for flag in flags) else ["--port=0", *flags]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SORTSERVE_")}
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=environment, cwd=TESTS
+        command, stderr=subprocess.PIPE, text=True, env=server_environment(), cwd=TESTS
     ) as process:
         try:
             yield Server(process)
