@@ -18,8 +18,8 @@ from sortserve.core.user_cache import user_cache_dir
 if "SORTSERVE_CACHE_DIR" not in os.environ and (cache := user_cache_dir()) is not None:
     os.environ["SORTSERVE_CACHE_DIR"] = str(cache.with_name("sortserve-tests"))
 
-# Examples are searched for, not timed: a busy machine must not fail a law. They are the same in each
-# run, so that a change is judged by what it changed; `make test-search` draws new ones.
+# Examples are searched for, not timed: a busy machine must not fail a law. They are the same in
+# every run, so that a change is judged by what it changed; `make test-search` draws new ones.
 settings.register_profile(
     "default",
     deadline=None,
