@@ -32,22 +32,26 @@ COMMAND = (
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("cache") / "base", exits=None)
+    folder = tmp_path_factory.mktemp("cache")
+    write_data(folder / "data.jsonl")
+    return make_tiny_checkpoint(folder / "base", exits=None)
 
 
-def flags(base: Path, output: Path, **overrides: object) -> dict[str, object]:
-    """A short run of modules alone; one row in five was generated, and goes around in circles."""
+def write_data(path: Path) -> None:
+    """Rows of which one in five was generated, and goes around in circles."""
     rows: list[dict[str, Any]] = [
         {"instruction": f"Say {word} {i % 4 + 1} times.", "output": " ".join([word] * (i % 4 + 1))}
         | ({"finish_reason": "stop"} if i % 5 == 0 else {})
         for i, word in enumerate(["red", "blue", "green", "black"] * 15)
     ]
-    data = base.parent / "data.jsonl"
-    if not data.exists():
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def flags(base: Path, output: Path, **overrides: object) -> dict[str, object]:
+    """A short run of modules alone."""
     return {
         "base": str(base),
-        "data": str(data),
+        "data": str(base.parent / "data.jsonl"),
         "output": str(output),
         "exits": "2,4",
         "dtype": "float32",
