@@ -32,26 +32,27 @@ COMMAND = (
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    write_data(folder / "data.jsonl")
-    return make_tiny_checkpoint(folder / "base", exits=None)
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("cache") / "base", exits=None)
 
 
-def write_data(path: Path) -> None:
+def data_beside(base: Path) -> Path:
     """Rows of which one in five was generated, and goes around in circles."""
     rows: list[dict[str, Any]] = [
         {"instruction": f"Say {word} {i % 4 + 1} times.", "output": " ".join([word] * (i % 4 + 1))}
         | ({"finish_reason": "stop"} if i % 5 == 0 else {})
         for i, word in enumerate(["red", "blue", "green", "black"] * 15)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path = base.parent / "data.jsonl"
+    if not path.exists():
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def flags(base: Path, output: Path, **overrides: object) -> dict[str, object]:
     """A short run of modules alone."""
     return {
         "base": str(base),
-        "data": str(base.parent / "data.jsonl"),
+        "data": str(data_beside(base)),
         "output": str(output),
         "exits": "2,4",
         "dtype": "float32",
@@ -143,7 +144,7 @@ def test_epochs_and_other_runs_find_what_is_there_and_ask_the_trunk_nothing(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = tmp_path / "short.jsonl"
-    rows = (base.parent / "data.jsonl").read_text().splitlines(keepends=True)
+    rows = data_beside(base).read_text().splitlines(keepends=True)
     short.write_text("".join(rows[:16]))
     cache = {"trunk_cache": tmp_path / "c", "max_tokens": None, "data": str(short)}
     run(base, tmp_path / "first", epochs=2, **cache)
