@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +20,9 @@ from sortserve_trainer.run import cached_trunk
 from sortserve_trainer.run.settings import load_train_settings
 from sortserve_trainer.run.train import train
 from support.tiny_models import make_tiny_checkpoint
+from support.training_runs import assert_equal, spawn
 
 EXACT = {"trunk_cache_dtype": "float32"}
-COMMAND = (
-    "import sys; from sortserve_trainer.run.train import train_command; train_command(sys.argv[1:])"
-)
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +70,6 @@ def run(base: Path, output: Path, **overrides: object) -> tuple[dict[str, Tensor
     train(load_train_settings(flags(base, output, **overrides)))
     recipe = json.loads((output / "sorted.json").read_text())["recipe"]
     return load_file(output / "exit_modules.safetensors"), recipe["held_out_loss"]
-
-
-def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        assert torch.equal(tensor, right[name]), name
 
 
 @pytest.mark.parametrize(
@@ -230,15 +219,7 @@ def test_a_run_with_a_cache_that_is_killed_at_any_moment_ends_at_the_same_module
 
 def kill_at(pattern: str, base: Path, output: Path, options: dict[str, object]) -> bool:
     """Kill a run once a file is there; returns whether its cache was whole by then."""
-    arguments = [
-        part
-        for name, value in flags(base, output, **options).items()
-        for part in (f"--{name.replace('_', '-')}", *([] if value is True else [str(value)]))
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *arguments], env=environment, stderr=subprocess.DEVNULL
-    )
+    process = spawn(flags(base, output, **options))
     while not list(output.parent.glob(pattern)):
         assert process.poll() is None, "the run ended before it could be killed"
     process.send_signal(signal.SIGKILL)

@@ -90,11 +90,21 @@ def start(
     environment: Mapping[str, str] = MappingProxyType({}),
     **overrides: Any,
 ) -> subprocess.Popen[bytes]:
-    """``sortserve train`` in a process of its own; ``before`` is run first."""
+    """A short run in a process of its own."""
+    return spawn(flags(base, output, **overrides), before=before, environment=environment)
+
+
+def spawn(
+    settings: Mapping[str, object],
+    *,
+    before: str = "",
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.Popen[bytes]:
+    """``sortserve train`` with these flags in a process of its own; ``before`` is run first."""
     arguments = [
         part
-        for name, value in flags(base, output, **overrides).items()
-        for part in (f"--{name.replace('_', '-')}", str(value))
+        for name, value in settings.items()
+        for part in (f"--{name.replace('_', '-')}", *([] if value is True else [str(value)]))
     ]
     quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen(
