@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,19 +28,16 @@ from sortserve.checkpoint.tensors import SafetensorsReader
 from sortserve.core.errors import CheckpointError, ConfigError
 from sortserve.model.config import ModelConfig
 from sortserve.model.weight import Weight
+from sortserve_trainer.model.adapter import continue_adapter, new_adapter
 from sortserve_trainer.model.dtypes import resolve_trainer_dtype
 from sortserve_trainer.model.exit_modules import ExitModules
 from sortserve_trainer.model.load_settings import ModelSettings
-from sortserve_trainer.model.lora import merge_in_forward
 from sortserve_trainer.model.quantized import quantize_layers
 from sortserve_trainer.model.sorted_model import SortedModel
 from sortserve_trainer.run.methods import Method
 from sortserve_trainer.run.module_kinds import AskedKinds
 
 __all__ = ["LoadedModel", "choose_exits", "load_for_evaluation", "load_for_training"]
-
-BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear layers of a block, in every supported family."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,61 +219,11 @@ def _with_adapter(
     trunk: Any, layout: CheckpointLayout, settings: ModelSettings, method: Method
 ) -> Any:
     """``trunk`` with the LoRA adapter to train or to keep: a new one, or the base's own."""
-    if not layout.is_adapter and not settings.trains_adapter:
-        return trunk  # a machine without peft can train all weights
-    from peft import LoraConfig, PeftModel, get_peft_model
-
     if layout.is_adapter:
-        with quiet():
-            model: Any = PeftModel.from_pretrained(
-                trunk, str(layout.own), is_trainable=settings.trains_adapter
-            )
-        if settings.trains_weights:
-            return model.merge_and_unload()  # and saved as weights
-        _check_rank(model, settings, layout)
-        return _prepare_lora(model)
-    widest = max(trunk.config.hidden_size, trunk.config.intermediate_size)
-    if method.lora_rank > widest:
-        raise ConfigError(
-            f"--lora-rank {method.lora_rank} is more than the widest layer has rows ({widest}): "
-            "choose a smaller one, or 0 to train all weights.",
-            param="lora-rank",
-        )
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=method.lora_rank,
-        lora_alpha=settings.lora_alpha or method.lora_rank,
-        lora_dropout=settings.lora_dropout,
-        target_modules=list(settings.lora_targets or BLOCK_LINEARS),
-    )
-    torch.manual_seed(settings.seed)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _prepare_lora(get_peft_model(trunk, config))
-    except ValueError as error:
-        raise ConfigError(f"--lora-targets: {error}", param="lora-targets") from error
-
-
-def _check_rank(model: Any, settings: ModelSettings, layout: CheckpointLayout) -> None:
-    rank = model.active_peft_config.r
-    if settings.lora_rank is not None and settings.lora_rank != rank:
-        raise ConfigError(
-            f"--lora-rank {settings.lora_rank} does not fit {layout.own}, whose adapter has rank "
-            f"{rank} and goes on: leave the flag out.",
-            param="lora-rank",
-        )
-
-
-def _prepare_lora(model: Any) -> Any:
-    """Plain layers compute merged; in the others autocast chooses the dtype, where peft would
-    widen every activation to float32 first.
-    """
-    merge_in_forward(model)
-    for module in model.modules():
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False
-    return model
+        return continue_adapter(trunk, layout.own, settings)
+    if not settings.trains_adapter:
+        return trunk  # a machine without peft can train all weights
+    return new_adapter(trunk, settings, method.lora_rank)
 
 
 def _final_norm(trunk: Any) -> torch.Tensor:
