@@ -158,6 +158,68 @@ def test_a_prompt_that_fills_the_context_is_left_empty_whatever_the_limit(
     assert [row["output"] for row in rows] == [""]
 
 
+def scripted_turns(monkeypatch: pytest.MonkeyPatch, *turns: list[tuple[str, str]]) -> list[Any]:
+    """Let the model write these texts, with how they end; returns the prompts it is given."""
+    asked: list[Any] = []
+    left = list(turns)
+
+    def generate(self: LLM, prompts: list[list[int]], *_: object, **__: object) -> list[Any]:
+        asked.append([self.tokenizer.decode(prompt) for prompt in prompts])
+        outputs = [
+            SimpleNamespace(text=text, finish_reason=FinishReason(reason))
+            for text, reason in left.pop(0)
+        ]
+        assert len(outputs) == len(prompts)
+        return [SimpleNamespace(outputs=(output,)) for output in outputs]
+
+    monkeypatch.setattr(LLM, "generate", generate)
+    return asked
+
+
+def own(model: Path, output: Path, *more: str) -> list[dict[str, str]]:
+    """The rows after a run in which the model writes the prompts, too."""
+    arguments = ["selfdata", "--model", model, "--output", output, "--max-tokens", "20", *more]
+    assert main([*map(str, arguments)]) == 0
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_model_writes_prompts_as_the_user_of_its_chat_template_and_answers_them(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = scripted_turns(
+        monkeypatch,
+        [
+            (" Who are you? ", "stop"),
+            ("I would like to", "length"),
+            ("so it goes and " * 9, "stop"),
+        ],
+        [("A model.", "stop")],
+    )
+
+    rows = own(model, tmp_path / "out.jsonl", "--write-prompts", "3")
+
+    assert rows == [
+        {"instruction": "Who are you?", "input": "", "output": "A model."},
+        {"instruction": "", "input": "", "output": ""},
+        {"instruction": "", "input": "", "output": ""},
+    ]
+    openings, questions = asked
+    assert len(set(openings)) == 1
+    (question,) = questions
+    assert question.startswith(openings[0])
+    assert "Who are you?" in question.removeprefix(openings[0])
+
+
+def test_the_number_of_prompts_that_a_model_writes_counts_those_of_an_earlier_run(
+    model: Path, tmp_path: Path
+) -> None:
+    first = own(model, tmp_path / "out.jsonl", "--write-prompts", "2", "--keep-all")
+    rows = own(model, tmp_path / "out.jsonl", "--write-prompts", "5", "--keep-all")
+
+    assert rows[:2] == first
+    assert len(rows) == 5
+
+
 def refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
     """The one line that a mistake is answered with."""
     assert main(["selfdata", *arguments.split()]) == 2
@@ -170,8 +232,11 @@ def refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("--output out", "PROMPTS is missing."),
+        ("--output out", "PROMPTS is missing: name files, or let the model --write-prompts."),
         ("prompts.jsonl", "--output is missing."),
+        ("--write-prompts 0 --output out", "--write-prompts: '0' is not allowed: "),
+        ("prompts.jsonl --write-prompts 3 --output out", "--write-prompts takes the place of"),
+        ("--limit 2 --write-prompts 3 --output out", "--write-prompts takes the place of"),
         ("prompts.jsonl --output prompts.jsonl", "--output is also one of PROMPTS"),
         ("prompts.jsonl --output no/out", "--output no/out cannot be written: no is no folder."),
         ("prompts.jsonl --output .", "--output . cannot be written: it is a folder."),

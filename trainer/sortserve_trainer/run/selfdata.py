@@ -2,7 +2,7 @@
 
 Exits learn to say what the full model would say, so its own answers are text worth learning from,
 and text by an Apache-licensed model may be shipped. The prompts are the rows of instruction or
-question files; the answers in them are ignored.
+question files, whose answers are ignored, or the model's own.
 
 Appends as answers finish, so that a killed run goes on where it was.
 """
@@ -22,6 +22,7 @@ from sortserve_trainer.data.forms import parse_question
 from sortserve_trainer.data.rows import read_rows
 from sortserve_trainer.model.generation import sampling_for
 from sortserve_trainer.model.repetition import repeated_ngrams
+from sortserve_trainer.run.own_prompts import write_prompts
 from sortserve_trainer.run.selfdata_settings import SelfdataSettings
 
 __all__ = ["write_selfdata"]
@@ -50,6 +51,7 @@ def write_selfdata(
     budget = Budget(exit_layer=_exit_layer(settings, checkpoint))
     longest = settings.max_prompt_tokens + settings.max_tokens
     num_done = _num_lines(settings.output)
+    total = settings.write_prompts or len(messages)
     with (
         LLM(
             checkpoint,
@@ -58,10 +60,20 @@ def write_selfdata(
         ) as llm,
         settings.output.open("a", encoding="utf-8") as file,
     ):
-        for start in range(num_done, len(messages), WAVE):
+        for start in range(num_done, total, WAVE):
+            seed = settings.seed + start
             wave = messages[start : start + WAVE]
-            _answer_all(llm, wave, settings, budget, settings.seed + start, file)
-            on_wave(start + len(wave), len(messages))
+            if settings.write_prompts is not None:
+                wave = _write_wave(llm, min(WAVE, total - start), settings, budget, seed)
+            _answer_all(llm, wave, settings, budget, seed, file)
+            on_wave(start + len(wave), total)
+
+
+def _write_wave(
+    llm: LLM, count: int, settings: SelfdataSettings, budget: Budget, seed: int
+) -> list[str]:
+    longest = settings.max_prompt_tokens
+    return write_prompts(llm, count, budget=budget, max_tokens=longest, seed=seed)
 
 
 def _read_messages(path: Path, limit: int | None) -> list[str]:
@@ -116,13 +128,14 @@ def _answer_all(
 ) -> None:
     """Write one row per message, so that a killed run can count them.
 
-    The answer is empty, and skipped in training, where the prompt was too long, or the answer was
-    cut (it would teach to stop in the middle) or went around in circles. With ``--keep-all`` these
-    are kept, with the ``finish_reason`` that tells training that they are the model's own words.
+    The answer is empty, and skipped in training, where there is no prompt or one too long, or
+    the answer was cut (it would teach to stop in the middle) or went around in circles. With
+    ``--keep-all`` the latter are kept, with the ``finish_reason`` that tells training that they
+    are the model's own words.
     """
     prompts = [llm.chat_prompt([{"role": "user", "content": message}]) for message in messages]
     longest = min(settings.max_prompt_tokens, llm.max_model_len - 1)
-    chosen = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
+    chosen = [i for i, prompt in enumerate(prompts) if messages[i] and len(prompt) <= longest]
     asked = [prompts[i] for i in chosen]
     sampling = SamplingParams(
         temperature=settings.temperature,

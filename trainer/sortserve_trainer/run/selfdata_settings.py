@@ -38,9 +38,12 @@ class SelfdataSettings(BaseModel):
     )
 
     # What to answer
-    prompts: Annotated[tuple[FilePath, ...], Field(min_length=1)]
+    prompts: tuple[FilePath, ...] = ()
     """Files of prompts: rows of `instruction` (and `input`) or `question`. Answers in them are
     ignored."""
+    write_prompts: Count | None = None
+    """In place of files: so many prompts that the model writes itself, as the user's turn of its
+    chat template."""
     limit: Count | None = None
     """Most rows of each file, spread evenly. Default: all."""
     max_prompt_tokens: Count = 512
@@ -76,6 +79,10 @@ class SelfdataSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> SelfdataSettings:
+        if not self.prompts and self.write_prompts is None:
+            raise ValueError("PROMPTS is missing: name files, or let the model --write-prompts")
+        if self.write_prompts is not None and (self.prompts or self.limit is not None):
+            raise ValueError("--write-prompts takes the place of PROMPTS and --limit")
         if self.output in self.prompts:
             raise ValueError("--output is also one of PROMPTS: name a file of its own")
         return self
