@@ -150,6 +150,29 @@ async def test_what_is_not_http_is_refused_in_the_error_format() -> None:
     assert (reply.status, reply.error["code"]) == (400, "invalid_http")
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        "GET / HTTP/1.1\r\nHost: a\r\nHost: b",
+        "GET / HTTP/1.1\r\nHost: a\r\nhost: a",
+        "GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\nConnection: Upgrade\r\nUpgrade: h2c",
+        "POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked",
+        "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Length: 5",
+        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6",
+        "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, identity",
+    ],
+)
+@patient
+async def test_a_request_that_a_proxy_may_read_another_way_is_refused(head: str) -> None:
+    async with raw_server() as server, server.client() as client:
+        client.send(head.encode() + b"\r\n\r\n0\r\n\r\n")
+        reply = await client.reply()
+        rest = await client.rest()
+
+    assert (reply.status, reply.error["code"]) == (400, "invalid_http")
+    assert rest == b""
+
+
 # ---- time ----
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import httptools
@@ -31,9 +32,19 @@ class Http1Protocol(HttpToolsProtocol):
         try:
             self._parse(data)
         except httptools.HttpParserCallbackError as error:
-            self.callback_failed(error.__context__ or error)
+            cause = error.__context__ or error
+            if isinstance(cause, _AmbiguousError):
+                self.send_400_response(str(cause))
+            else:
+                self.callback_failed(cause)
         except httptools.HttpParserError:
             self.send_400_response("Invalid HTTP request received.")
+
+    def on_headers_complete(self) -> None:
+        """Refuse what a proxy before us may have understood otherwise; else take the request on."""
+        if reason := _ambiguity(self.headers, self.parser.get_http_version()):
+            raise _AmbiguousError(reason)
+        super().on_headers_complete()
 
     def callback_failed(self, error: BaseException) -> None:
         """What the parser called has raised: that is none of the client's mistakes."""
@@ -69,6 +80,27 @@ class Http1Protocol(HttpToolsProtocol):
             if name not in UPGRADE_FIELDS and (value or name != b"connection"):
                 lines.append(b"%b: %b" % (name, value))
         return b"\r\n".join([*lines, b"", b""])
+
+
+class _AmbiguousError(Exception):
+    """Stops the parser; its message is for the client."""
+
+
+def _ambiguity(headers: Sequence[tuple[bytes, bytes]], version: str) -> str | None:
+    """How a request may be read in two ways, which lets one be smuggled past a proxy (RFC 9112).
+
+    The parser itself refuses lengths that contradict each other.
+
+    Args:
+        headers: names in lower case, and values.
+        version: of HTTP, ``"1.1"``.
+    """
+    names = [name for name, _ in headers]
+    if names.count(b"host") > 1:
+        return "The request has more than one Host field."
+    if version == "1.0" and b"transfer-encoding" in names:
+        return "A request of HTTP/1.0 cannot have Transfer-Encoding."
+    return None
 
 
 class _Callbacks:
