@@ -29,7 +29,8 @@ from typing import Any
 
 from benchmarks.lib import rude_clients
 from benchmarks.lib.common import environment, print_json, print_table
-from benchmarks.lib.fault_cases import FLAGS, FaultCase, Outcome, fault_cases
+from benchmarks.lib.fault_case import FLAGS, FaultCase, Outcome
+from benchmarks.lib.fault_cases import fault_cases
 from benchmarks.lib.fault_load import Round, live_requests, run_load
 from benchmarks.lib.fault_verdicts import problems_with
 from benchmarks.lib.faulty_process import FaultyProcess, children_of, open_files, start_faulty

@@ -1,4 +1,4 @@
-"""The faults of ``benchmarks.chaos``: what is done to a server, and what must come of it."""
+"""Faults of ``benchmarks.chaos`` that a server outlives; the others are in ``fault_ends.py``."""
 
 from __future__ import annotations
 
@@ -6,105 +6,22 @@ import asyncio
 import itertools
 import os
 import signal
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from enum import Enum
-from pathlib import Path
-from typing import Any
 
 from benchmarks.lib import rude_clients
+from benchmarks.lib.fault_case import STEP_TIMEOUT_S, FaultCase, Outcome, Strike, at
+from benchmarks.lib.fault_ends import ends, starts
 from benchmarks.lib.faulty_process import FaultyProcess, children_of
 
-__all__ = ["FLAGS", "FaultCase", "Outcome", "fault_cases"]
+__all__ = ["fault_cases"]
 
-STEP_TIMEOUT_S = 1.0
-FLAGS = (
-    *("--dtype", "float32", "--step-timeout", f"{STEP_TIMEOUT_S:g}", "--shutdown-timeout", "10"),
-    *("--header-timeout", "1", "--body-timeout", "1", "--write-timeout", "1"),
-)
-"""Of every server: replies that are the same each time, and waits that are short."""
 LIMITED_S = 1.5
 """For how long the system gives nothing."""
-FOUND_S = 2 * STEP_TIMEOUT_S
-"""A hang is found after the time-out, at the next look."""
 _serials = itertools.count(3)
-Strike = Callable[[FaultyProcess], Awaitable[object]]
-
-
-class Outcome(Enum):
-    """What must come of a fault."""
-
-    UNNOTICED = "all answered as without it; healthy"
-    ONE_FAILS = "one request gets an error, the others their answers; healthy"
-    SOME_FAIL = "errors for those it struck, answers for the others; healthy"
-    ENGINE_ENDS = "every live request gets an error; 503; exit code 1"
-    PROCESS_GONE = "connections end; exit by the signal; the next start serves"
-    DRAINS = "all answered; 503 for newcomers; exit code 0"
-    FORCED = "answered or aborted at once; exit code 143"
-    LOOP_LOST = "connections end; exit code 1"
-    STARTS = "it starts with a warning and serves"
-    REFUSED = "one line on stderr; exit code 2"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FaultCase:
-    """One fault."""
-
-    name: str
-    part: str
-    outcome: Outcome
-    strike: Strike | None = None
-    """Done when all requests are live; None: the fault is in ``orders`` or ``prepare``."""
-    found_s: float = 0.0
-    """How long it may take until it is noticed; the two seconds of an answer count from there."""
-    flags: tuple[str, ...] = ()
-    orders: tuple[dict[str, Any], ...] = ()
-    """What the server is told before it starts."""
-    point: str | None = None
-    """Of ``faulty_server.POINTS``: it must have struck."""
-    prepare: Callable[[Path], dict[str, str]] | None = None
-    """Makes what the start meets in a folder; returns variables of the environment."""
-    model: str | None = None
-    """A folder of the working folder that ``prepare`` made, instead of the checkpoint."""
-    log: str | None = None
-    """A path that the log goes to."""
-    is_fresh: bool = False
-    """The server has had plain requests alone, so that it has not all the threads it may have."""
-
-    @property
-    def needs_own_server(self) -> bool:
-        """Whether it differs from the first one of its start."""
-        return bool(self.flags or self.orders or self.prepare or self.log or self.is_fresh)
-
-
-def at(
-    part: str,
-    point: str,
-    kind: str,
-    outcome: Outcome,
-    *,
-    times: int | None = 1,
-    seconds: float = 0.0,
-    name: str | None = None,
-    **fields: Any,
-) -> FaultCase:
-    """A function that raises, hangs or is slow."""
-    how = {"raise": "raises", "hang": "hangs", "slow": f"takes {seconds:g} s", "full": "disk full"}
-    often = {None: ", always", 1: ""}.get(times, f", {times} times")
-    return FaultCase(
-        name=name or f"{point} {how.get(kind, kind)}{often}",
-        part=part,
-        outcome=outcome,
-        strike=lambda server: server.arm(point, kind, times, seconds=seconds),
-        point=point,
-        found_s=FOUND_S if kind == "hang" else seconds,
-        **fields,
-    )
 
 
 def fault_cases() -> list[FaultCase]:
     """All of them, those first that leave the server as it is."""
-    return [*_harmless(), *_guilty(), *_clients(), *_clocks(), *_resources(), *_ends(), *_starts()]
+    return [*_harmless(), *_guilty(), *_clients(), *_clocks(), *_resources(), *ends(), *starts()]
 
 
 # ---- parts that may fail and cost nobody anything ----
@@ -317,167 +234,3 @@ def _resources() -> list[FaultCase]:
             found_s=8.0,
         ),
     ]
-
-
-# ---- the engine or the process ends ----
-
-
-def _ends() -> list[FaultCase]:
-    ends = Outcome.ENGINE_ENDS
-
-    def signalled(number: signal.Signals, times: int = 1) -> Strike:
-        async def strike(server: FaultyProcess) -> None:
-            for _ in range(times):
-                os.kill(server.pid, number)
-                await asyncio.sleep(0.02)
-
-        return strike
-
-    raises = ("schedule", "pages", "prefix publishing", "commit")
-    hangs = (
-        *("schedule", "pages", "host batch", "forward", "sampling", "grammar mask"),
-        *("detokenise", "commit"),
-    )
-
-    async def looked_up(server: FaultyProcess) -> None:
-        await server.arm("prefix look-up", "raise", 1)
-        await rude_clients.ask(server.client)  # one that is admitted meets it
-
-    async def aborted(server: FaultyProcess) -> None:
-        await server.arm("abort", "raise", 1)
-        await rude_clients.leave_once(server)
-
-    async def block_loop(server: FaultyProcess) -> None:
-        await server.arm("metrics page", "hang", 1)
-        await server.status("/metrics", 0.1)
-
-    first = ("--max-failed-steps", "1")  # all may be in one step, and then no other follows
-    return [
-        at("step", "forward", "raise", ends, times=None, flags=first),
-        at("step", "sampling", "raise", ends, times=None, flags=first),
-        at("step", "schedule", "exit", ends, name="the engine's thread is told to exit"),
-        FaultCase(
-            name="prefix look-up raises",
-            part="step",
-            outcome=ends,
-            strike=looked_up,
-            point="prefix look-up",
-        ),
-        FaultCase(name="abort raises", part="step", outcome=ends, strike=aborted, point="abort"),
-        FaultCase(
-            name="event loop hangs",
-            part="event loop",
-            outcome=Outcome.LOOP_LOST,
-            strike=block_loop,
-            found_s=FOUND_S,
-            point="metrics page",
-        ),
-        FaultCase(
-            name="kill -9 of the server",
-            part="processes",
-            outcome=Outcome.PROCESS_GONE,
-            strike=signalled(signal.SIGKILL),
-        ),
-        FaultCase(
-            name="SIGTERM under load",
-            part="processes",
-            outcome=Outcome.DRAINS,
-            strike=signalled(signal.SIGTERM),
-        ),
-        FaultCase(
-            name="SIGTERM twice under load",
-            part="processes",
-            outcome=Outcome.FORCED,
-            strike=signalled(signal.SIGTERM, 2),
-        ),
-        *(at("step", name, "raise", ends) for name in raises),
-        *(at("step", name, "hang", ends) for name in hangs),
-    ]
-
-
-# ---- what a start meets ----
-
-
-def _starts() -> list[FaultCase]:
-    starts, refused = Outcome.STARTS, Outcome.REFUSED
-
-    def armed(point: str, kind: str) -> dict[str, Any]:
-        return {"do": "arm", "point": point, "kind": kind}
-
-    def at_start(name: str, outcome: Outcome, **fields: Any) -> FaultCase:
-        return FaultCase(name=name, part="files", outcome=outcome, **fields)
-
-    return [
-        at_start("log on a full disk (/dev/full)", starts, log="/dev/full"),
-        at_start(
-            "calibration cache: disk full",
-            starts,
-            orders=(armed("atomic write", "full"),),
-            flags=("--backend", "reference"),
-            prepare=_new_cache,
-            point="atomic write",
-        ),
-        at_start(
-            "weights cache: disk full",
-            starts,
-            orders=(armed("weights write", "full"),),
-            flags=("--backend", "reference"),
-            prepare=_new_cache,
-            model="adapter",
-            point="weights write",
-        ),
-        at_start(
-            "cache on a file system of 64 KiB",
-            starts,
-            flags=("--backend", "reference"),
-            prepare=_tiny_file_system,
-            model="adapter",
-        ),
-        at_start("weights that end too early", refused, prepare=_cut_weights, model="cut"),
-        at_start("trace collector that never answers", starts, prepare=rude_clients.mute_collector),
-        _keys("keys file becomes wrong", "keys: [nonsense"),
-        _keys("keys file vanishes", None),
-    ]
-
-
-def _new_cache(folder: Path) -> dict[str, str]:
-    cache = folder / f"cache-{os.urandom(4).hex()}"
-    return {"SORTSERVE_CACHE_DIR": str(cache)}
-
-
-def _tiny_file_system(folder: Path) -> dict[str, str]:
-    """A mount of its own where we may; else a limit of the size of files does the same."""
-    mount = folder / "tiny-fs"
-    mount.mkdir(exist_ok=True)
-    if os.system(f"mount -t tmpfs -o size=64k,mode=700 none '{mount}' 2>/dev/null") != 0:
-        return {"SORTSERVE_CACHE_DIR": "/dev/full/cache"}
-    return {"SORTSERVE_CACHE_DIR": str(mount / "cache")}
-
-
-def _cut_weights(folder: Path) -> dict[str, str]:
-    from benchmarks.lib.tiny_checkpoint import write_tiny_checkpoint
-
-    weights = write_tiny_checkpoint(folder / "cut") / "model.safetensors"
-    os.truncate(weights, weights.stat().st_size // 2)
-    return {}
-
-
-def _keys(name: str, content: str | None) -> FaultCase:
-    def prepare(folder: Path) -> dict[str, str]:
-        (folder / "keys.yaml").write_text(rude_clients.KEYS_FILE, encoding="utf-8")
-        return {"SORTSERVE_API_KEYS_FILE": str(folder / "keys.yaml")}
-
-    async def strike(server: FaultyProcess) -> None:
-        path = Path(server.env["SORTSERVE_API_KEYS_FILE"])
-        if content is None:
-            path.unlink()
-        else:
-            path.write_text(content, encoding="utf-8")
-        os.kill(server.pid, signal.SIGHUP)
-        await asyncio.sleep(1.5)
-        status = await rude_clients.ask(server.client)
-        assert status == 200, f"the old key got {status}"
-
-    return FaultCase(
-        name=name, part="files", outcome=Outcome.STARTS, prepare=prepare, strike=strike, found_s=1.5
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from benchmarks.lib.fault_cases import Outcome
+from benchmarks.lib.fault_case import Outcome
 from benchmarks.lib.fault_load import Answer, Round
 
 __all__ = ["problems_with"]

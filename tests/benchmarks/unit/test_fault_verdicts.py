@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.lib.fault_cases import Outcome, fault_cases
+from benchmarks.lib.fault_case import Outcome
+from benchmarks.lib.fault_cases import fault_cases
 from benchmarks.lib.fault_load import Answer, Ask, End, Round, text_of
 from benchmarks.lib.fault_verdicts import problems_with
 from benchmarks.lib.faulty_server import POINTS, Board, Order
