@@ -76,6 +76,7 @@ def make_timed(
     slab_size: int = 2,
     rule: Rule = next_letter,
     overload_delay_s: float = 0.0,
+    enable_prefix_caching: bool = False,
     **config: Any,
 ) -> Timed:
     """A timed server; with a seed its steps are noisy."""
@@ -87,7 +88,7 @@ def make_timed(
         exits=exits,
         runner=runner,
         clock=clock,
-        enable_prefix_caching=False,
+        enable_prefix_caching=enable_prefix_caching,
         overload_delay_s=overload_delay_s,
         **config,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TypeVar
@@ -76,6 +76,8 @@ class AdmissionDesk:
     expect: Callable[[Request], int]
     """The output tokens to plan a request for."""
     costs: Costs
+    held: Callable[[Request], Mapping[int, int]] = lambda request: {}
+    """Leading tokens of a prompt that the prefix cache holds, by exit."""
     busy_until_s: Callable[[], float] = lambda: -math.inf
     """When what the engine does for no request should be over."""
     overload_degrade: bool = False
@@ -138,9 +140,7 @@ class AdmissionDesk:
 
         choice = self._ask(judge, unknown=deepest, failed=unpromised)
         floor_layer = floor_in_flight(
-            request,
-            choice.exit_layer,
-            allowed,
+            *(request, choice.exit_layer, allowed),
             exits=self.exits.layers,
             overload_degrade=self.overload_degrade,
         )
@@ -346,4 +346,5 @@ class AdmissionDesk:
             weight=request.weight,
             schedule=schedule or request.budget.schedule,
             num_scored=request.num_scored_tokens,
+            cached=self.held(request),
         )

@@ -89,7 +89,7 @@ class Drains:
         )
         key = (
             exit_layer,
-            newcomer.num_prompt_tokens.bit_length(),
+            newcomer.reading(exit_layer)[0].bit_length(),
             newcomer.num_output_tokens.bit_length(),
             *(0 if s is None else int(1e6 * s).bit_length() for s in times_s),
         )
@@ -116,10 +116,13 @@ def predicted_places_s(num_requests: int, num_tokens: int, load: Load, model: Co
         return 0.0
     course, outlook = _course(load, model), Outlook(load, model)
     first_token_s = sorted(
-        (course.start_s.get(d.request_id, 0.0) + d.work_s(outlook.costs), d.num_pending)
+        (
+            course.start_s.get(d.request_id, 0.0) + d.work_s(outlook.costs),
+            d.num_pending + (d.context_len if d.is_waiting else 0),  # in the queue all of it counts
+        )
         for d in waiting
     )
-    tokens_left = itertools.accumulate(num_pending for _, num_pending in first_token_s)
+    tokens_left = itertools.accumulate(num_tokens for _, num_tokens in first_token_s)
     enough = (
         seconds
         for index, ((seconds, _), num_gone) in enumerate(

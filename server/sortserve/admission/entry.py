@@ -80,7 +80,8 @@ class Queue:
 
     def stay_of(self, newcomer: Demand) -> Stay:
         """What somebody else would take, who has nothing yet."""
-        exit_layer, num_tokens = newcomer.exit_layer, newcomer.num_pending
+        exit_layer = newcomer.exit_layer
+        num_tokens = newcomer.context_len + newcomer.num_pending
         pace_s = self.paces.get(exit_layer, max(self.paces.values(), default=0.0))
         return Stay(
             request_id=newcomer.request_id,

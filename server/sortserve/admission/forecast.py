@@ -167,7 +167,7 @@ def _own_times(exit_layer: int, newcomer: Newcomer, costs: StepCosts) -> tuple[f
     """Seconds of its prompt and of each further token, were it alone."""
     context_len = newcomer.num_prompt_tokens + newcomer.num_output_tokens // 2
     return (
-        costs.prefill_s(exit_layer, newcomer.num_prompt_tokens, 0, newcomer.num_scored),
+        costs.prefill_s(exit_layer, *newcomer.reading(exit_layer), newcomer.num_scored),
         newcomer.mean(lambda e: costs.decode_s(e, context_len), exit_layer),
     )
 
@@ -202,13 +202,14 @@ def newcomer_demand(
     floor_layer = newcomer.floor_layer
     num_gaps = newcomer.num_output_tokens - 1
     end_s = start_s + (num_gaps * gap_s if math.isfinite(gap_s) else 0.0)
+    num_pending, context_len = newcomer.reading(exit_layer)
     return Demand(
         request_id=request_id,
         exit_layer=exit_layer,
         floor_layer=floor_layer if may_move and floor_layer is not None else exit_layer,
         order=newcomer.arrival_s,
-        num_pending=newcomer.num_prompt_tokens,
-        context_len=0,
+        num_pending=num_pending,
+        context_len=context_len,
         is_waiting=True,
         is_promised=promise is not None,
         is_hard=is_hard,

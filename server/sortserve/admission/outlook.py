@@ -63,6 +63,13 @@ class Newcomer:
     schedule: DepthSchedule | None = None
     num_scored: int = 0
     """As a ``Demand`` has it."""
+    cached: Mapping[int, int] = field(default_factory=dict)
+    """Leading tokens of its prompt that the prefix cache holds, by exit; none where it has none."""
+
+    def reading(self, exit_layer: int) -> tuple[int, int]:
+        """Tokens of its prompt to be read at an exit, and those before them, which need not be."""
+        num_read = self.cached.get(exit_layer, 0)
+        return self.num_prompt_tokens - num_read, num_read
 
     def mean(self, value: Callable[[int], float], exit_layer: int) -> float:
         """The mean over its tokens after the first, if it starts at an exit."""

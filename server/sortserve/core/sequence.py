@@ -114,6 +114,8 @@ class Sequence:
         # Where the plan launched last samples the latest of them: see ``RowPlan.token_from``.
         self.sampled_at = 0
         self.num_cached_tokens = 0
+        # Leading tokens that the prefix cache held when it came: nobody keeps them for it.
+        self.num_found_tokens = 0
         self.num_preemptions = 0
         self.expected_tokens: int | None = None
         self.tokens_by_exit: dict[int, int] = {}

@@ -42,6 +42,7 @@ def desk_of(
         clock=engine.clock,
         expect=engine.expect,
         costs=engine.costs,
+        held=lambda request: engine.kv_cache.held_tokens(request, engine.exits.layers),
         busy_until_s=busy_until_s,
         on_failure=on_failure,
     )

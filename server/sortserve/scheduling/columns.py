@@ -134,7 +134,7 @@ def _columns(values: Floats) -> Columns:
         is_hard=hard > 0,
         is_promised=promised > 0,
         is_waiting=waiting > 0,
-        is_decoding=(pending <= ready) & (context > 0),
+        is_decoding=(pending <= ready) & (context > 0) & (waiting == 0),
         weight=np.where(lost > 0, 0.0, weight),
         left_share=num_left / (num_left + num_done),
         next_share=next_share,

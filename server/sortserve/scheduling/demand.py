@@ -113,9 +113,9 @@ class Demand:
     order: float
     """When it came."""
     num_pending: int
-    """Known tokens without KV; ``num_ready`` or fewer mean that it decodes."""
+    """Known tokens without KV; of one that runs, ``num_ready`` or fewer mean that it decodes."""
     context_len: int
-    """Tokens whose KV exists."""
+    """Tokens whose KV exists; of one that waits, those that it should find in the prefix cache."""
     is_waiting: bool
     is_promised: bool
     """Its times were promised and can still be kept."""
@@ -154,7 +154,8 @@ class Demand:
     @property
     def is_decoding(self) -> bool:
         """Whether one more step gives a token."""
-        return self.num_pending <= self.num_ready and self.context_len > 0
+        is_read = self.num_pending <= self.num_ready and self.context_len > 0
+        return is_read and not self.is_waiting
 
     def work_s(self, costs: StepCosts) -> float:
         """Predicted seconds to its next token if it were alone."""
@@ -253,13 +254,14 @@ def demand_of(
     if not promised:
         due_s = gap_s = end_s = math.inf
     is_hard = math.isfinite(due_s)
+    num_pending, context_len = _reading(sequence)
     return Demand(
         request_id=sequence.request_id,
         exit_layer=sequence.exit_layer,
         floor_layer=sequence.floor_layer,
         order=sequence.request.arrival_s,
-        num_pending=sequence.num_pending_tokens,
-        context_len=sequence.num_computed_tokens,
+        num_pending=num_pending,
+        context_len=context_len,
         is_waiting=sequence.status is Status.WAITING,
         is_promised=promised,
         is_hard=is_hard,
@@ -274,6 +276,18 @@ def demand_of(
         num_ready=sequence.num_ready_tokens,
         num_scored=sequence.num_scored_tokens,
     )
+
+
+def _reading(sequence: Sequence) -> tuple[int, int]:
+    """Tokens to read before its next one, and those before them, which need no reading.
+
+    What the prefix cache held when a sequence came counts as read while it waits: most of it will
+    still be there.
+    """
+    num_read = sequence.num_computed_tokens
+    if sequence.status is Status.WAITING:
+        num_read = max(num_read, sequence.num_found_tokens)
+    return sequence.num_tokens - num_read, num_read
 
 
 def _next_share(sequence: Sequence, num_left: int, costs: StepCosts) -> float:
@@ -332,8 +346,7 @@ def _is_hopeless(
     """
     deadlines, floor = sequence.deadlines, sequence.floor_layer
     if sequence.num_output_tokens == 0:
-        pending = sequence.num_pending_tokens, 0, sequence.num_scored_tokens
-        ready_s = now + costs.prefill_s(floor, *pending)
+        ready_s = now + costs.prefill_s(floor, *_reading(sequence), sequence.num_scored_tokens)
         if deadlines.ttft_s is not None and ready_s > deadlines.ttft_s:
             return True
         rest_s = (num_left - 1) * costs.decode_s(floor, sequence.num_tokens)

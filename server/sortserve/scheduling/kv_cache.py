@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
+from itertools import accumulate, takewhile
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sortserve.core.request import Request
 from sortserve.core.sequence import Sequence
 from sortserve.core.slabs import Slabs
 from sortserve.scheduling.block_pool import BlockPool
@@ -92,15 +95,33 @@ class KVCacheManager:
         if not self.enable_prefix_caching or sequence.prompt_logprobs is not None:
             return []
         num_slabs = self.slabs.count(sequence.exit_layer)
-        digests: list[bytes] = []
-        digest = root_digest(sequence.request.cache_salt)
-        for block in range((sequence.num_tokens - 1) // self.block_size):
+        salt, num_tokens = sequence.request.cache_salt, sequence.num_tokens
+        held = self._leading_blocks(sequence.tokens, num_tokens, salt)
+        return [digest for digest, _ in takewhile(lambda block: block[1] >= num_slabs, held)]
+
+    def held_tokens(self, request: Request, exits: Iterable[int]) -> dict[int, int]:
+        """How many leading tokens of a prompt the cache holds for each exit, where it holds any.
+
+        Any thread may ask: what it hears may be out of date.
+        """
+        if not self.enable_prefix_caching or request.prompt_logprobs is not None:
+            return {}
+        prompt, salt = request.prompt_token_ids, request.cache_salt
+        held = self._leading_blocks(lambda start, stop: prompt[start:stop], len(prompt), salt)
+        # A block is of use only as far as all before it are there.
+        depths = list(takewhile(bool, accumulate((depth for _, depth in held), min)))
+        num_blocks = {e: sum(depth >= self.slabs.count(e) for depth in depths) for e in exits}
+        return {e: count * self.block_size for e, count in num_blocks.items() if count}
+
+    def _leading_blocks(
+        self, tokens: Callable[[int, int], SequenceOf[int]], num_tokens: int, salt: str
+    ) -> Iterator[tuple[bytes, int]]:
+        """The digest of each full block before the last token, and in how many slabs it is held."""
+        digest = root_digest(salt)
+        for block in range((num_tokens - 1) // self.block_size):
             start = block * self.block_size
-            digest = block_digest(digest, sequence.tokens(start, start + self.block_size))
-            if len(self.prefix_cache.pages(digest)) < num_slabs:
-                break
-            digests.append(digest)
-        return digests
+            digest = block_digest(digest, tokens(start, start + self.block_size))
+            yield digest, len(self.prefix_cache.pages(digest))
 
     def can_admit(self, sequence: Sequence, *, num_spare_pages: int) -> bool:
         """Whether all known tokens fit now and ``num_spare_pages`` remain free."""
