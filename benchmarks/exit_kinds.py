@@ -5,7 +5,7 @@ same sampled columns and the same teacher, in one pass: the trunk is asked once 
 Each starts as it does in ``sortserve train``, is clipped and stepped alone, and is then evaluated
 on files that it was not trained on, the whole vocabulary counted. A checkpoint of each kind goes
 through ``benchmarks.offline``: the median decode step stands beside what ``compute`` says.
-The last line is one JSON document.
+The last line is one JSON document; ``--plot`` draws it.
 
     python -m benchmarks.exit_kinds --exits 18,24 --max-tokens 100000 \
         --data train.jsonl --eval-data dev.jsonl --eval-data valid.txt
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.lib.common import ROOT, environment, print_json, print_table
+from benchmarks.lib.kinds_plot import draw_kinds
 from sortserve.checkpoint.exit_table import exit_table
 from sortserve.checkpoint.sorted_json import SortedInfo
 from sortserve.model.exit_module import EXIT_MODULE_KINDS, NO_MODULE
@@ -68,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
     results = contest.results(losses, times)
     _print(results, [Path(name).parent.name or name for name in losses])
+    if arguments.plot is not None:
+        arguments.plot.write_bytes(draw_kinds(results, arguments.plot.suffix[1:]))
     print_json("exit_kinds", arguments, described, {"tokens": num_tokens, "exits": results})
     return 0
 
@@ -92,7 +95,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=32, help="decode steps that are timed")
     parser.add_argument("--rows", type=int, default=1, help="of a decode step")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    parser.add_argument("--plot", type=Path, help="a .png or .svg; needs --steps above 0")
+    arguments = parser.parse_args(argv)
+    if arguments.plot is not None and (
+        arguments.steps == 0 or arguments.plot.suffix not in (".png", ".svg")
+    ):
+        parser.error("--plot takes a .png or .svg, and times of steps to draw")
+    return arguments
 
 
 def _settings(arguments: argparse.Namespace) -> TrainSettings:

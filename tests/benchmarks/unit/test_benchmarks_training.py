@@ -102,8 +102,12 @@ def test_kinds_of_modules_are_compared_on_the_same_tokens(
     flags = ["--model", str(model), "--exits", "2,4", "--max-tokens", "1500", "--steps", "2"]
     flags += ["--data", str(tmp_path / "train.txt"), "--eval-data", str(tmp_path / "dev.txt")]
 
-    assert exit_kinds.main([*flags, "--pack-length", "128", "--dtype", "float32"]) == 0
+    flags += ["--pack-length", "128", "--dtype", "float32", "--plot", str(tmp_path / "plot.svg")]
 
+    assert exit_kinds.main(flags) == 0
+
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert all(f">{kind}<" in drawn for kind in exit_kinds.KINDS)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["exits"]
     by_place = {(entry["kind"], entry["exit_layer"]): entry for entry in found}
     assert by_place.keys() == {(kind, e) for kind in exit_kinds.KINDS for e in (2, 4)}
