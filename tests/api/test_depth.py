@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -22,13 +23,18 @@ SHORT = {"prompt": "a", "max_tokens": 2}
 
 @contextmanager
 def calibrated(
-    *, overload_degrade: bool = False, min_quality: float = 0.0, **settings: Any
+    *,
+    overload_degrade: bool = False,
+    min_quality: float = 0.0,
+    table: Mapping[str, Any] = MappingProxyType({}),
+    **settings: Any,
 ) -> Iterator[HttpService]:
     service = make_service(
         engine_options={
             "overload_degrade": overload_degrade,
             "overload_delay_s": 0.2,
             "min_quality": min_quality,
+            **table,
         },
         **settings,
     )
@@ -189,6 +195,29 @@ async def test_a_schedule_is_what_the_client_asked_for_and_no_loss_of_depth() ->
     assert whole.json()["budget"]["degraded"] is False
     assert whole.headers["x-degraded"] == "false"
     assert {whole.json()["model"], *(event["model"] for event in events)} == {"tiny"}
+
+
+MEASURED = {"scores": (0.3, 0.6, 1.0), "schedules": {"0:6,10:2": 0.8}}
+
+
+@pytest.mark.parametrize(
+    ("latency_ms", "tokens_by_exit"),
+    [(500, {"6": 30}), (380, {"4": 30}), (280, {"6": 10, "2": 20}), (200, {"2": 30})],
+)
+async def test_a_measured_schedule_is_followed_where_it_brings_more_than_any_exit_in_time(
+    latency_ms: int, tokens_by_exit: dict[str, int]
+) -> None:
+    body = {"prompt": "a", "max_tokens": 30, "budget": {"latency_ms": latency_ms}}
+
+    with calibrated(table=MEASURED) as service:
+        whole = await service.post("/generate", body)
+        events = await service.events("/generate", body)
+
+    for budget in (whole.json()["budget"], events[-1]["budget"]):
+        assert budget["tokens_by_exit"] == tokens_by_exit
+        assert budget["predicted_ms"] <= latency_ms
+        assert budget["met"] is True
+    assert whole.headers["x-degraded"] == ("false" if tokens_by_exit == {"6": 30} else "true")
 
 
 def gauge(text: str, name: str) -> float:
