@@ -19,6 +19,7 @@ from sortserve_trainer.model.trunk_cache import Stream, TrunkCache
 from sortserve_trainer.run import cached_trunk
 from sortserve_trainer.run.settings import load_train_settings
 from sortserve_trainer.run.train import train
+from support import training_runs
 from support.tiny_models import make_tiny_checkpoint
 from support.training_runs import assert_equal, spawn
 
@@ -37,7 +38,7 @@ def data_beside(base: Path) -> Path:
         | ({"finish_reason": "stop"} if i % 5 == 0 else {})
         for i, word in enumerate(["red", "blue", "green", "black"] * 15)
     ]
-    path = base.parent / "data.jsonl"
+    path = base.parent / "generated.jsonl"
     if not path.exists():
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -45,24 +46,9 @@ def data_beside(base: Path) -> Path:
 
 def flags(base: Path, output: Path, **overrides: object) -> dict[str, object]:
     """A short run of modules alone."""
-    return {
-        "base": str(base),
-        "data": str(data_beside(base)),
-        "output": str(output),
-        "exits": "2,4",
-        "dtype": "float32",
-        "device": "cpu",
-        "max_length": 96,
-        "pack_length": 128,
-        "learning_rate": 2e-3,
-        "max_tokens": 1300,
-        "held_out": 0.05,
-        "report_to": "none",
-        "save_every": 3,
-        "freeze_trunk": True,
-        "unlikelihood": 0.5,
-        **overrides,
-    }
+    own = {"data": str(data_beside(base)), "held_out": 0.05}
+    own |= {"freeze_trunk": True, "unlikelihood": 0.5}
+    return training_runs.flags(base, output, **{**own, **overrides})
 
 
 def run(base: Path, output: Path, **overrides: object) -> tuple[dict[str, Tensor], dict[str, Any]]:
