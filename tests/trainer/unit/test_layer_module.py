@@ -215,6 +215,20 @@ def test_a_module_that_has_seen_states_starts_near_the_full_depth(variant: str) 
     assert distance_to_full(model, 4) < distance_to_full(model, 2)
 
 
+def test_where_bfloat16_is_computed_in_a_module_starts_as_near_as_in_float32() -> None:
+    packs = [packed([60] * 20, seed=seed) for seed in (2, 3)]
+    exact, rounded = make_model(random=False), make_model(random=False)
+
+    warm_start(exact, [2, 4], packs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for exit_layer in (2, 4):  # what it casts of the first weights is kept
+            distance_to_full(rounded, exit_layer)
+        warm_start(rounded, [2, 4], packs)
+
+    for exit_layer in (2, 4):
+        assert distance_to_full(rounded, exit_layer) < 1.05 * distance_to_full(exact, exit_layer)
+
+
 def test_one_layer_below_full_depth_a_new_module_is_the_layer_that_is_missing() -> None:
     trunk = tiny_hf_model()
     config = read_model_config(trunk.config)

@@ -156,6 +156,12 @@ class ExitModule(nn.Module):
         with torch.no_grad():
             for name, tensor in tensors.items():
                 self.get_parameter(_attribute(name)).copy_(tensor)
+        self.forget_casts()
+
+    @staticmethod
+    def forget_casts() -> None:
+        """After weights change in place: autocast keeps what it has cast of the old ones."""
+        torch.clear_autocast_cache()
 
 
 def _attribute(name: str) -> str:

@@ -110,6 +110,7 @@ class Affine(OwnNorm):
             if is_new:
                 identity = torch.eye(len(size_D)).to(size_D)
                 self.affine_weight.copy_((typical * moments.fit() - identity) * scale_D)
+        self.forget_casts()
 
     def tensors(self) -> dict[str, Tensor]:
         """See ExitModule."""
@@ -121,6 +122,7 @@ class Affine(OwnNorm):
         super().load(tensors)
         with torch.no_grad():
             self.affine_weight.mul_(self.input_scale)
+        self.forget_casts()
 
 
 def _affine_moments(seen: Sequence[SeenStates]) -> Moments:

@@ -144,6 +144,7 @@ class WholeLayer(OwnNorm):
             moments.add(self.mlp_hidden(x_RD) * scale_R1, missing_RD * scale_R1)
         with torch.no_grad():
             self.down_proj_weight.copy_(moments.fit())
+        self.forget_casts()
 
     def _behind_attention(self, x_TD: Tensor, states: SeenStates) -> Tensor:
         """The residual stream between attention and MLP, at the typical tokens."""
@@ -175,6 +176,7 @@ class WholeLayer(OwnNorm):
             for name in names:
                 weight = getattr(self, f"{name}_weight")
                 weight.copy_(weight.double() @ map_DD)
+        self.forget_casts()
 
     def quantize(self, quantize: Callable[[Tensor], Weight]) -> None:
         """See ExitModule."""
