@@ -24,7 +24,7 @@ from support.tiny_models import hf_submodel, load_hf, read_exit_module
 
 ROOT = Path(__file__).parents[2]
 MODEL = "sorted-smollm2-135m"
-SHALLOW, DEEP = 18, 30
+SHALLOW, DEEP = 24, 30
 WITHIN = 1e-3
 
 pytestmark = [
