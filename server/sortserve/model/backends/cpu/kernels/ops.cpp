@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "kernels.h"
+#include "silu.h"
 
 namespace sortserve {
 namespace {
@@ -63,7 +64,7 @@ void silu_and_mul_row(const RowsCall& call, int64_t row) {
   const T* up = gate + width;
   T* y = static_cast<T*>(call.y) + row * width;
   for (int64_t i = 0; i < width; i += 16)
-    store(y + i, silu(load(gate + i, width - i)) * load(up + i, width - i), width - i);
+    store(y + i, silu<T>(load(gate + i, width - i)) * load(up + i, width - i), width - i);
 }
 
 }  // namespace

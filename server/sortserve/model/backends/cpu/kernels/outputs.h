@@ -3,6 +3,7 @@
 
 #include "kernels.h"
 #include "panel.h"
+#include "silu.h"
 
 namespace sortserve {
 
@@ -18,7 +19,7 @@ __attribute__((noinline)) void write_outputs(const Matrix& matrix, void* y, int6
   if (matrix.output == kSiluMul) {
     const int64_t first = panel * kPanel / 2;
     T* out = static_cast<T*>(y) + token * matrix.num_outputs + first;
-    return store(out, silu(a) * b, matrix.num_outputs - first);
+    return store(out, silu<T>(a) * b, matrix.num_outputs - first);
   }
   const int64_t first = panel * kPanel, left = matrix.num_outputs - first;
   const auto both = [&](auto* out) {

@@ -272,6 +272,4 @@ inline f32x16 exp(const f32x16& x) {
   return f32x16::of_parts([&](int i) { return exp(x.part[i]); });
 }
 
-inline f32x16 silu(const f32x16& x) { return x / (1.0f + exp(-x)); }
-
 }  // namespace sortserve
