@@ -51,8 +51,8 @@ class Isa:
 
 
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
-_AMX = frozenset({"amx_tile", "amx_bf16", "amx_int8"})
-_AMX_CODE = ("-mamx-tile", "-mamx-bf16", "-mamx-int8")
+_AMX = frozenset({"amx_tile", "amx_bf16", "amx_int8", "avx512vbmi"})
+_AMX_CODE = ("-mamx-tile", "-mamx-bf16", "-mamx-int8", "-mavx512vbmi")
 _AVX512_BF16 = _AVX2 | {
     *("abm", "bmi1", "bmi2", "movbe"),
     *("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),

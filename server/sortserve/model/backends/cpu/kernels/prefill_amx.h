@@ -2,8 +2,8 @@
 // so that softmax goes down columns, 16 queries at a time, and sums no vector across.
 //
 // Keys come in blocks that begin at multiples of kKeysTogether, whatever the chunk. A query's results
-// are scaled by the largest score so far, or by one that is less than e^6 below it: to scale anew for
-// every little step costs more than it gains.
+// are scaled by a power of two that is above the largest score so far, or less than 2^8 below it: to
+// scale anew for every little step costs more than it gains.
 #pragma once
 
 #include <algorithm>
@@ -11,6 +11,7 @@
 
 #include "exp2.h"
 #include "lines.h"
+#include "powers.h"
 #include "prefill.h"
 #include "tile_amx.h"
 
@@ -19,6 +20,7 @@ namespace sortserve {
 constexpr int64_t kQueriesTogether = kPanel, kKeysTogether = 64;
 constexpr float kUnseen = -1e30f;  // a score, whose probability is 0
 constexpr float kLog2Slack = 8;
+constexpr float kMostLog2 = 1 << 28;  // scores beyond it have no differences that count: NaN
 
 // Elements of a head's keys, [context / 32, 32 tokens, H up to 32s], and of its values,
 // [context / 32, H up to 32s, 32 tokens].
@@ -56,6 +58,31 @@ inline void pack_tokens(const Step& step, const AttentionCall& call, const Panel
     transpose_words(pairs.data() + i, padded_dim, values + i * 16, 16);
 }
 
+// Whether all numbers that were seen are numbers.
+class Ordered {
+ public:
+  void see(const f32x16& a, const f32x16& b) {
+    for (int i = 0; i < kParts; ++i) {
+#if defined(__AVX512F__)
+      seen_ = _mm512_mask_cmp_ps_mask(seen_, (__m512)a.part[i], (__m512)b.part[i], _CMP_ORD_Q);
+#else
+      const i32_lanes is_number = (a.part[i] == a.part[i]) & (b.part[i] == b.part[i]);
+      for (int j = 0; j < kLanes; ++j) seen_ &= is_number[j] != 0;
+#endif
+    }
+  }
+  bool all() const { return seen_ == kAll; }
+
+ private:
+#if defined(__AVX512F__)
+  static constexpr __mmask16 kAll = 0xffff;
+  __mmask16 seen_ = kAll;
+#else
+  static constexpr bool kAll = true;
+  bool seen_ = kAll;
+#endif
+};
+
 // What a thread has of 32 queries: 16 of them in each half.
 class ChunkTile {
  public:
@@ -63,6 +90,8 @@ class ChunkTile {
       : heads_(heads),
         first_(first),
         num_queries_(num_queries),
+        first_position_(heads.position(first)),
+        last_position_(heads.position(first + num_queries - 1)),
         padded_dim_(round_up(heads.step.head_dim, kPanel)),
         log2_scale_(static_cast<float>(heads.step.scale * 1.4426950408889634)) {
     turn_.set(kPanel);
@@ -116,8 +145,7 @@ class ChunkTile {
 
   // Keys of the block that begins at ``key``.
   int64_t num_keys(int64_t key) const {
-    const int64_t last = position(num_queries_ - 1) + 1;
-    return std::clamp<int64_t>(round_up(last - key, kPanel), 0, kKeysTogether);
+    return std::clamp<int64_t>(round_up(last_position_ + 1 - key, kPanel), 0, kKeysTogether);
   }
 
   // Scores of a block of keys, 32 keys and 32 inputs a step.
@@ -176,7 +204,7 @@ class ChunkTile {
 
   // The scores of keys that a query comes before.
   void hide_unseen(int64_t first_key, int64_t which) {
-    const int64_t first_hidden = position(0) + 1 - first_key;
+    const int64_t first_hidden = first_position_ + 1 - first_key;
     const int64_t count = num_keys(first_key);
     for (int64_t key = std::max<int64_t>(first_hidden, 0); key < count; ++key)
       for (int half = 0; half < kPanel; half += 16) {
@@ -197,14 +225,26 @@ class ChunkTile {
     const float* scores = scores_[which];
     const int64_t count = num_keys(first_key);
     f32x16 left = kUnseen, right = kUnseen;
+    Ordered ordered;
     for (int64_t first = 0; first < count; first += 16) {
       beside();
       for (int64_t key = first; key < first + 16; ++key) {
-        left = max(left, load(scores + key * kPanel));
-        right = max(right, load(scores + key * kPanel + 16));
+        const f32x16 a = load(scores + key * kPanel), b = load(scores + key * kPanel + 16);
+        left = max(left, a), right = max(right, b);
+        ordered.see(a, b);
       }
     }
+    if (!ordered.all()) spoil(first_key, which);
     return {left, right};
+  }
+
+  // Results of queries with a score that is no number will be none.
+  void spoil(int64_t first_key, int64_t which) {
+    for (int64_t key = 0; key < num_keys(first_key); ++key)
+      for (int half = 0; half < 2; ++half) {
+        const f32x16 score = load(scores_[which] + key * kPanel + half * 16);
+        totals_[half] += if_at_least(score, score, 0.0f, score);
+      }
   }
 
   // Scores to probabilities; beside() is called with every 16 keys of a half.
@@ -213,17 +253,14 @@ class ChunkTile {
     const int64_t count = num_keys(first_key);
     for (int half = 0; half < 2; ++half) {
       const float* scores = scores_[which] + half * 16;
-      const f32x16 offset = -largest_[half], scale = log2_scale_;
+      const Powers powers(log2_scale_, largest_[half]);
       uint32_t* pairs = probabilities_ + half * 16;
       f32x16 total = totals_[half];
       for (int64_t first = 0; first < count; first += 16) {
         beside();
         for (int64_t key = first; key < first + 16; key += 2) {
           const float* at = scores + key * kPanel;
-          const f32x16 even = exp2_roughly(fma(load(at), scale, offset));
-          const f32x16 odd = exp2_roughly(fma(load(at + kPanel), scale, offset));
-          total += even + odd;
-          store_pairs(pairs + key / 2 * kPanel, even, odd);
+          powers.store(pairs + key / 2 * kPanel, load(at), load(at + kPanel), total);
         }
       }
       totals_[half] = total;
@@ -235,7 +272,7 @@ class ChunkTile {
     for (int half = 0; half < 2; ++half) {
       const f32x16 top = tops.halves[half] * log2_scale_, limit = largest_[half] + kLog2Slack;
       if (!any_above(top, limit)) continue;
-      const f32x16 largest = if_at_least(limit, top, largest_[half], top);
+      const f32x16 largest = if_at_least(limit, top, largest_[half], integer_above(top));
       const f32x16 factor =
           if_at_least(limit, top, 1.0f, exp2_roughly(largest_[half] - largest));
       largest_[half] = largest;
@@ -272,6 +309,13 @@ class ChunkTile {
     return f32x16::of_parts(
         [&](int i) { return a.part[i] >= b.part[i] ? yes.part[i] : no.part[i]; });
   }
+  static f32x16 integer_above(const f32x16& x) {
+    float numbers[16];
+    store(numbers, x);
+    for (float& number : numbers)
+      number = std::abs(number) < kMostLog2 ? std::ceil(number) : HUGE_VALF;
+    return load(numbers);
+  }
   static bool any_above(const f32x16& a, const f32x16& b) {
     i32_lanes above = {};
     for (int i = 0; i < kParts; ++i) above |= a.part[i] > b.part[i];
@@ -281,7 +325,7 @@ class ChunkTile {
   }
 
   const QueryHeads& heads_;
-  const int64_t first_, num_queries_, padded_dim_;
+  const int64_t first_, num_queries_, first_position_, last_position_, padded_dim_;
   const float log2_scale_;
   Turn turn_;
   alignas(64) float positions_[kPanel];
