@@ -24,6 +24,9 @@ from sortserve.model.weight import LinearOp
 
 __all__ = ["NativeStack", "can_fuse"]
 
+_TILE_ROWS = 16
+"""kTileRows of ``kernels/rows.h``."""
+
 
 class _Layer(ctypes.Structure):
     """Layer of ``kernels/layers.cpp``."""
@@ -107,8 +110,9 @@ class NativeStack:
         first = layers.start % len(self._layers)
         assert first + len(layers) <= len(self._layers)
         steps, _rows = self._attention.steps(batch, places.slabs, num_rows, kv_cache.block_size)
+        num_rows_of_tiles = -(-num_tokens // _TILE_ROWS) * _TILE_ROWS
         workspaces = [
-            h_TD.new_empty(num_tokens, width)
+            h_TD.new_empty(num_rows_of_tiles, width)
             for width in (
                 hidden_size,
                 config.q_size + 2 * config.kv_size,

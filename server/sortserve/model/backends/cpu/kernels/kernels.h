@@ -5,6 +5,7 @@
 #pragma once
 
 #include "parallel.h"
+#include "rows.h"
 #include "vec.h"
 
 namespace sortserve {
@@ -34,8 +35,8 @@ struct RowsCall {
   double eps;
 };
 
-// x += delta (if there is one); y = x / rms(x) * weight.
-void add_rms_norm(Team& team, const RowsCall& call);
+// x += delta (if there is one); y = x / rms(x) * weight. y_in_tiles: see Rows.
+void add_rms_norm(Team& team, const RowsCall& call, bool y_in_tiles);
 
 // ---- linear.cpp; Python: linear.py
 
@@ -52,8 +53,18 @@ struct Matrix {
   int64_t format;  // a Format
 };
 
+// Rows of outputs, of the type that the matrix says.
+struct Results {
+  void* data;
+  bool in_tiles = false;  // see Rows
+};
+
+// Whether products of many rows with it take their rows in tiles.
+bool takes_tiles(const Matrix& matrix);
+
 // y = x W^T + b, in bf16 with fp32 accumulation.
-void linear(Team& team, const Matrix& matrix, const bf16* x, void* y, int64_t num_tokens);
+void linear(Team& team, const Matrix& matrix, const Rows<const bf16>& x, const Results& y,
+            int64_t num_tokens);
 
 // The same with weights and activations in int8.
 void linear_int8(Team& team, const Matrix& matrix, const bf16* x, void* y, int64_t num_tokens);

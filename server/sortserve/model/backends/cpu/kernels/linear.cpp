@@ -27,26 +27,21 @@ struct PackedRowsCall {
   int64_t num_rows, num_words, num_threads;
 };
 
-// Rows as tiles take them: in the element type of RowOf, and filled up to a whole pack.
+// Rows as products take them: in the element type of RowOf, and filled up to a whole pack.
 template <typename T>
-struct Rows {
-  const RowOf<T>* x;
-  int64_t stride;
-};
-
-template <typename T>
-Rows<T> prepare_rows(Team& team, const T* x, int64_t num_tokens, int64_t num_inputs) {
+Rows<const RowOf<T>> prepare_rows(Team& team, const Rows<const T>& x, int64_t num_tokens,
+                                  int64_t num_inputs) {
   using Row = RowOf<T>;
   const int64_t stride = round_up(num_inputs, kPack<T>);
   if constexpr (std::is_same<Row, T>::value)
-    if (stride == num_inputs) return {x, stride};
+    if (stride == num_inputs) return x;
   thread_local std::vector<Row> buffer;
   if (static_cast<int64_t>(buffer.size()) < num_tokens * stride) buffer.resize(num_tokens * stride);
   Row* rows = buffer.data();
   team.parallel_for(num_tokens, std::max<int64_t>(1, (1 << 15) / stride), [&](int64_t token) {
     Row* row = rows + token * stride;
     for (int64_t i = 0; i < num_inputs; i += 16)
-      store(row + i, load(x + token * num_inputs + i, num_inputs - i), stride - i);
+      store(row + i, load(x.at(token, i), num_inputs - i), stride - i);
   });
   return {rows, stride};
 }
@@ -56,9 +51,9 @@ template <typename T>
 struct Blocks {
   int64_t num_tokens, count;
 
-  Blocks(const Rows<T>& rows, int64_t num_tokens) : num_tokens(num_tokens) {
+  Blocks(int64_t stride, int64_t num_tokens) : num_tokens(num_tokens) {
     constexpr int64_t kMinTokens = 48;
-    const int64_t row_bytes = rows.stride * sizeof(*rows.x);
+    const int64_t row_bytes = stride * sizeof(RowOf<T>);
     const int64_t size = std::max<int64_t>(kMinTokens, kBlockBytes<T> / row_bytes);
     count = std::max<int64_t>(1, (num_tokens + size / 2) / size);
   }
@@ -70,13 +65,14 @@ struct Blocks {
 };
 
 template <typename T>
-void multiply(Team& team, const Matrix& matrix, const T* x, void* y, int64_t num_tokens) {
+void multiply(Team& team, const Matrix& matrix, const Rows<const T>& x, const Results& y,
+              int64_t num_tokens) {
   if (num_tokens == 0) return;
   const int64_t width = matrix.output == kSiluMul ? kPanel / 2 : kPanel;
   const int64_t num_panels = (matrix.num_outputs + width - 1) / width;
   const int64_t panel_size = round_up(matrix.num_inputs, kPack<T>) * kPanel;
-  const Rows<T> rows = prepare_rows(team, x, num_tokens, matrix.num_inputs);
-  const Blocks<T> blocks(rows, num_tokens);
+  const auto rows = prepare_rows<T>(team, x, num_tokens, matrix.num_inputs);
+  const Blocks<T> blocks(rows.stride, num_tokens);
   const int64_t count = blocks.count * num_panels;
   const int64_t grain = std::max<int64_t>(1, count / (team.num_threads() * 4 * blocks.count));
   const auto weights_of = [&](int64_t index) {
@@ -90,8 +86,8 @@ void multiply(Team& team, const Matrix& matrix, const T* x, void* y, int64_t num
       // The panel that this thread will probably take next: threads take grains in turn. Hence also
       // grains of neighbouring panels.
       const int64_t next = index + 1 < end ? index + 1 : end + grain * (team.num_threads() - 1);
-      multiply_rows<T>(turn, blocks.begin(block + 1) - first, rows.x + first * rows.stride,
-                       rows.stride, weights_of(index), matrix.num_inputs, weights_of(next),
+      multiply_rows<T>(turn, blocks.begin(block + 1) - first, rows.from(first), weights_of(index),
+                       matrix.num_inputs, weights_of(next),
                        [&](int64_t m, const f32x16& a, const f32x16& b) {
                          write_outputs<T>(matrix, y, first + m, panel, a, b);
                        });
@@ -101,8 +97,13 @@ void multiply(Team& team, const Matrix& matrix, const T* x, void* y, int64_t num
 
 }  // namespace
 
-void linear(Team& team, const Matrix& matrix, const bf16* x, void* y, int64_t num_tokens) {
-  multiply(team, matrix, x, y, num_tokens);
+bool takes_tiles(const Matrix& matrix) {
+  return kReadsTiles && matrix.format == kPlain && matrix.num_inputs % Rows<bf16>::kTileWidth == 0;
+}
+
+void linear(Team& team, const Matrix& matrix, const Rows<const bf16>& x, const Results& y,
+            int64_t num_tokens) {
+  multiply<bf16>(team, matrix, x, y, num_tokens);
 }
 
 extern "C" void sortserve_packed_rows(const PackedRowsCall* call) {
@@ -117,16 +118,19 @@ extern "C" void sortserve_packed_rows(const PackedRowsCall* call) {
   });
 }
 
-extern "C" void sortserve_linear(const LinearCall<bf16>* call) {
-  Team::run(call->num_threads, [&](Team& team) {
-    multiply(team, call->matrix, call->x, call->y, call->num_tokens);
+namespace {
+
+template <typename T>
+void run(const LinearCall<T>& call) {
+  Team::run(call.num_threads, [&](Team& team) {
+    multiply<T>(team, call.matrix, {call.x, call.matrix.num_inputs}, {call.y}, call.num_tokens);
   });
 }
 
-extern "C" void sortserve_linear_fp32(const LinearCall<float>* call) {
-  Team::run(call->num_threads, [&](Team& team) {
-    multiply(team, call->matrix, call->x, call->y, call->num_tokens);
-  });
-}
+}  // namespace
+
+extern "C" void sortserve_linear(const LinearCall<bf16>* call) { run(*call); }
+
+extern "C" void sortserve_linear_fp32(const LinearCall<float>* call) { run(*call); }
 
 }  // namespace sortserve

@@ -20,11 +20,11 @@ int64_t num_threads_of(const RowsCall& call) {
 }
 
 template <typename T>
-void add_rms_norm_row(const RowsCall& call, int64_t row) {
+void add_rms_norm_row(const RowsCall& call, int64_t row, bool y_in_tiles) {
   const int64_t width = call.width;
   T* x = static_cast<T*>(call.x) + row * width;
   const T* weight = static_cast<const T*>(call.weight);
-  T* y = static_cast<T*>(call.y) + row * width;
+  const Rows<T> y = {static_cast<T*>(call.y), width, y_in_tiles};
   if (call.delta != nullptr) {
     const T* delta = static_cast<const T*>(call.delta) + row * width;
     for (int64_t i = 0; i < width; i += 16)
@@ -37,21 +37,21 @@ void add_rms_norm_row(const RowsCall& call, int64_t row) {
   }
   const f32x16 scale = 1.0f / std::sqrt(sum(squares) / width + static_cast<float>(call.eps));
   for (int64_t i = 0; i < width; i += 16)
-    store(y + i, load(x + i, width - i) * scale * load(weight + i, width - i), width - i);
+    store(y.at(row, i), load(x + i, width - i) * scale * load(weight + i, width - i), width - i);
 }
 
 }  // namespace
 
-void add_rms_norm(Team& team, const RowsCall& call) {
+void add_rms_norm(Team& team, const RowsCall& call, bool y_in_tiles) {
   with_dtype(call.dtype, [&](auto type) {
     using T = decltype(type);
     team.parallel_for(call.num_rows, grain_of(call),
-                      [&](int64_t row) { add_rms_norm_row<T>(call, row); });
+                      [&](int64_t row) { add_rms_norm_row<T>(call, row, y_in_tiles); });
   });
 }
 
 extern "C" void sortserve_add_rms_norm(const RowsCall* call) {
-  Team::run(num_threads_of(*call), [&](Team& team) { add_rms_norm(team, *call); });
+  Team::run(num_threads_of(*call), [&](Team& team) { add_rms_norm(team, *call, false); });
 }
 
 namespace {

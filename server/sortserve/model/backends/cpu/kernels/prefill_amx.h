@@ -164,7 +164,9 @@ class ChunkTile {
       if (input == 0) zero_sums();
       const bf16* keys = tile.heads_.panels.keys + (key + row) * tile.padded_dim_;
       const bf16* queries = reinterpret_cast<const bf16*>(tile.queries_);
-      multiply_block<true>(keys + input, tile.padded_dim_, queries + input * kPanel);
+      const int64_t line = tile.padded_dim_;
+      multiply_block<true>(keys + input, keys + input + amx::kTileRows * line, line,
+                           queries + input * kPanel);
       input += kBlock;
       if (input < tile.padded_dim_) return;
       store_sums<true>(tile.scores_[which] + row * kPanel);
@@ -185,11 +187,12 @@ class ChunkTile {
       using namespace amx_tile;
       if (is_over()) return;
       float* sums = tile.sums_ + column * kPanel;
-      if (row == 0) load_sums(sums);
+      if (row == 0) load_sums<true>(sums);
       const bf16* values =
           tile.heads_.panels.values + (key + row) * tile.padded_dim_ + column * kBlock;
       const bf16* probabilities = reinterpret_cast<const bf16*>(tile.probabilities_);
-      multiply_block<true>(values, kBlock, probabilities + row * kPanel);
+      multiply_block<true>(values, values + amx::kTileRows * kBlock, kBlock,
+                           probabilities + row * kPanel);
       row += kBlock;
       if (row < num_keys) return;
       store_sums<true>(sums);

@@ -79,7 +79,7 @@ inline void attend_tile(const QueryHeads& heads, int64_t first, int64_t num_rows
       store(queries + m * dim + i, load(heads.query(first + m) + i, dim - i), dim - i);
   for (int64_t key = 0; key < visible; key += kPanel) {
     const bf16* panel = panels.keys + key * dim;
-    multiply_rows(turn, num_rows, queries, dim, panel, dim, panel,
+    multiply_rows(turn, num_rows, {queries, dim}, panel, dim, panel,
                   [&](int64_t m, const f32x16& a, const f32x16& b) {
                     store(scores + m * visible + key, a);
                     store(scores + m * visible + key + 16, b);
@@ -98,7 +98,7 @@ inline void attend_tile(const QueryHeads& heads, int64_t first, int64_t num_rows
   const RowOf<bf16>* probabilities = tile_rows(scores, scratch.probabilities, num_rows * visible);
   for (int64_t column = 0; column < dim; column += kPanel) {
     const bf16* panel = panels.values + column * panels.padded_context();
-    multiply_rows(turn, num_rows, probabilities, visible, panel, visible, panel,
+    multiply_rows(turn, num_rows, {probabilities, visible}, panel, visible, panel,
                   [&](int64_t m, const f32x16& a, const f32x16& b) {
                     bf16* out = heads.out(first + m) + column;
                     store(out, a / totals[m], dim - column);

@@ -12,6 +12,7 @@
 
 #include <type_traits>
 
+#include "rows.h"
 #include "tile_amx.h"
 #include "tile_bf16.h"
 #include "tile_fma.h"
@@ -28,6 +29,13 @@ template <typename W>
 using RowOf = float;
 template <typename W>
 constexpr int kMaxRows = kFmaRows;
+#endif
+
+// Whether rows of bf16 may lie in tiles: see Rows.
+#if defined(SORTSERVE_HAS_AMX)
+constexpr bool kReadsTiles = true;
+#else
+constexpr bool kReadsTiles = false;
 #endif
 
 // How many bytes of x go through all panels together, and of how many rows their number is a
@@ -63,13 +71,13 @@ Ahead ahead_of(int64_t tile, int64_t num_tiles, const W* panel, const W* next, i
 }
 
 template <typename W, typename Write>
-inline void multiply_by_tiles(int64_t num_rows, const RowOf<W>* x, int64_t x_stride, const W* panel,
+inline void multiply_by_tiles(int64_t num_rows, const Rows<const RowOf<W>>& x, const W* panel,
                               int64_t num_inputs, const W* next, const Write& write) {
   const int64_t num_tiles = (num_rows + kMaxRows<W> - 1) / kMaxRows<W>;
   for (int64_t i = 0; i < num_tiles; ++i) {
     const int64_t first = i * num_rows / num_tiles, end = (i + 1) * num_rows / num_tiles;
     alignas(64) float outputs[kMaxRows<W> * kPanel];
-    multiply_any<W>(end - first, x + first * x_stride, x_stride, panel, num_inputs, outputs,
+    multiply_any<W>(end - first, x.at(first, 0), x.stride, panel, num_inputs, outputs,
                     ahead_of(i, num_tiles, panel, next, num_inputs));
     for (int64_t m = first; m < end; ++m) {
       const float* row = outputs + (m - first) * kPanel;
@@ -86,14 +94,14 @@ struct Turn {};
 // meanwhile panel ``next`` is brought near. Of an odd number of inputs the last is half of a pair,
 // whose other half is zero in the panel, and must be finite in x.
 template <typename W, typename Write>
-inline void multiply_rows(Turn& turn, int64_t num_rows, const RowOf<W>* x, int64_t x_stride,
+inline void multiply_rows(Turn& turn, int64_t num_rows, const Rows<const RowOf<W>>& x,
                           const W* panel, int64_t num_inputs, const W* next, const Write& write) {
 #if defined(SORTSERVE_HAS_AMX)
   if constexpr (std::is_same<W, bf16>::value)
-    multiply_by_amx(turn, num_rows, x, x_stride, panel, num_inputs, next, write);
+    multiply_by_amx(turn, num_rows, x, panel, num_inputs, next, write);
   else
 #endif
-    multiply_by_tiles<W>(num_rows, x, x_stride, panel, num_inputs, next, write);
+    multiply_by_tiles<W>(num_rows, x, panel, num_inputs, next, write);
 }
 
 }  // namespace sortserve

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "panel.h"
+#include "rows.h"
 #include "vec.h"
 
 #if defined(__AMX_BF16__) || defined(SORTSERVE_EMULATE_AMX)
@@ -14,6 +15,7 @@
 #include <algorithm>
 
 #include "amx.h"
+#include "lines.h"
 
 namespace sortserve {
 
@@ -55,16 +57,17 @@ class Shape {
   int64_t num_rows_ = 0;
 };
 
-// One block of inputs; ``panel`` points at its first pair, ``x`` at its first input.
+// One block of inputs; ``panel`` points at its first pair, ``top`` and ``bottom`` at its first input
+// in two times 16 rows, ``line`` elements apart.
 template <bool has_bottom>
-inline void multiply_block(const bf16* x, int64_t x_stride, const bf16* panel) {
+inline void multiply_block(const bf16* top, const bf16* bottom, int64_t line, const bf16* panel) {
   amx::load<kLeft>(panel, kPanelLine);
   amx::load<kRight>(panel + kPanel, kPanelLine);
-  amx::load_once<kTop>(x, x_stride * sizeof(bf16));
+  amx::load_once<kTop>(top, line * sizeof(bf16));
   amx::multiply_bf16<kTopLeft, kTop, kLeft>();
   amx::multiply_bf16<kTopRight, kTop, kRight>();
   if constexpr (has_bottom) {
-    amx::load_once<kBottom>(x + amx::kTileRows * x_stride, x_stride * sizeof(bf16));
+    amx::load_once<kBottom>(bottom, line * sizeof(bf16));
     amx::multiply_bf16<kBottomLeft, kBottom, kLeft>();
     amx::multiply_bf16<kBottomRight, kBottom, kRight>();
   }
@@ -80,7 +83,7 @@ inline void multiply_rest(int64_t num_rows, const bf16* x, int64_t x_stride, con
   for (int64_t m = 0; m < num_rows; ++m)
     std::memcpy(rows + m * kBlock, x + m * x_stride, num_inputs * sizeof(bf16));
   std::memcpy(weights, panel, (num_inputs + 1) / 2 * kPanelLine);
-  multiply_block<has_bottom>(rows, kBlock, weights);
+  multiply_block<has_bottom>(rows, rows + amx::kTileRows * kBlock, kBlock, weights);
 }
 
 // Sums lie as [rows up to a whole register, 32].
@@ -94,11 +97,14 @@ inline void zero_sums() {
   amx::zero<kBottomRight>();
 }
 
+template <bool has_bottom>
 inline void load_sums(const float* sums) {
   amx::load<kTopLeft>(sums, kSumsLine);
   amx::load<kTopRight>(sums + 16, kSumsLine);
-  amx::load<kBottomLeft>(sums + kBottomSums, kSumsLine);
-  amx::load<kBottomRight>(sums + kBottomSums + 16, kSumsLine);
+  if constexpr (has_bottom) {
+    amx::load<kBottomLeft>(sums + kBottomSums, kSumsLine);
+    amx::load<kBottomRight>(sums + kBottomSums + 16, kSumsLine);
+  }
 }
 
 template <bool has_bottom>
@@ -111,18 +117,20 @@ inline void store_sums(float* sums) {
   }
 }
 
-// beside() is called with every block of inputs: what it does goes on while tiles are multiplied.
+// Inputs [begin, end): their sums are added to those of the inputs before. beside() is called with
+// every block: what it does goes on while tiles are multiplied.
 template <bool has_bottom, typename Beside>
-inline void multiply_tile(int64_t num_rows, const bf16* x, int64_t x_stride, const bf16* panel,
-                          int64_t num_inputs, float* sums, const Beside& beside) {
-  zero_sums();
-  int64_t k = 0;
-  for (; k + kBlock <= num_inputs; k += kBlock) {
-    multiply_block<has_bottom>(x + k, x_stride, panel + k * kPanel);
+inline void multiply_tile(int64_t num_rows, const Rows<const bf16>& x, const bf16* panel,
+                          int64_t begin, int64_t end, float* sums, const Beside& beside) {
+  begin == 0 ? zero_sums() : load_sums<has_bottom>(sums);
+  const int64_t line = x.line(), step = x.step();
+  const bf16 *top = x.at(0, begin), *bottom = top + amx::kTileRows * x.stride;
+  int64_t k = begin;
+  for (; k + kBlock <= end; k += kBlock, top += step, bottom += step) {
+    multiply_block<has_bottom>(top, bottom, line, panel + k * kPanel);
     beside();
   }
-  if (k < num_inputs)
-    multiply_rest<has_bottom>(num_rows, x + k, x_stride, panel + k * kPanel, num_inputs - k);
+  if (k < end) multiply_rest<has_bottom>(num_rows, top, line, panel + k * kPanel, end - k);
   store_sums<has_bottom>(sums);
 }
 
@@ -148,6 +156,24 @@ struct Near {
   }
 };
 
+// How the inputs of a panel are cut: of a long one the first cache holds a part, which all rows go
+// through before the next.
+class Slices {
+ public:
+  Slices(int64_t num_inputs, int64_t num_tiles)
+      : num_inputs_(num_inputs), num_blocks_(std::max<int64_t>(num_inputs / kBlock, 1)) {
+    constexpr int64_t kMostBlocks = 20, kFewTiles = 3;
+    if (num_blocks_ > kMostBlocks && num_tiles > kFewTiles) count_ = (num_blocks_ + 15) / 16;
+  }
+  int64_t count() const { return count_; }
+  int64_t num_blocks() const { return num_blocks_; }
+  int64_t begin(int64_t slice) const { return slice * num_blocks_ / count_ * kBlock; }
+  int64_t end(int64_t slice) const { return slice + 1 < count_ ? begin(slice + 1) : num_inputs_; }
+
+ private:
+  int64_t num_inputs_, num_blocks_, count_ = 1;
+};
+
 }  // namespace amx_tile
 
 // What a thread keeps from one call of multiply_rows to the next.
@@ -156,34 +182,40 @@ using Turn = amx_tile::Shape;
 // Any number of rows against one panel: write(m, outputs 0 to 15, outputs 16 to 31) for each row,
 // the rows of a tile while the next tile is multiplied. ``next`` is the panel to bring near.
 template <typename Write>
-inline void multiply_by_amx(Turn& turn, int64_t num_rows, const bf16* x, int64_t x_stride,
+inline void multiply_by_amx(Turn& turn, int64_t num_rows, const Rows<const bf16>& x,
                             const bf16* panel, int64_t num_inputs, const bf16* next,
                             const Write& write) {
   using namespace amx_tile;
-  alignas(64) float sums[2][kBf16Rows * kPanel];
-  const int64_t num_blocks = std::max<int64_t>(num_inputs / kBlock, 1);
   const int64_t num_tiles = (num_rows + kBf16Rows - 1) / kBf16Rows;
+  const Slices slices(num_inputs, num_tiles);
+  const int64_t num_steps = num_tiles * slices.num_blocks();
+  const int64_t num_sums = slices.count() > 1 ? num_tiles : 2;
+  thread_local Lines<float> buffer;
+  float* const all_sums = buffer.reserve(num_sums * kBf16Rows * kPanel);
   const char* near_bytes = reinterpret_cast<const char*>(next);
   const int64_t panel_lines = num_inputs + num_inputs % 2;
   Near near = {near_bytes, near_bytes + panel_lines * 64};
-  const int64_t lines_at_once = (panel_lines + num_tiles * num_blocks - 1) / (num_tiles * num_blocks);
+  const int64_t lines_at_once = (panel_lines + num_steps - 1) / num_steps;
   Unwritten<Write> unwritten = {write};
-  const int64_t rows_at_once = (kBf16Rows + num_blocks - 1) / num_blocks;
-  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+  const int64_t blocks_of_slice = std::max<int64_t>(slices.num_blocks() / slices.count(), 1);
+  const int64_t rows_at_once = (kBf16Rows + blocks_of_slice - 1) / blocks_of_slice;
+  const auto beside = [&] {
+    near.fetch(lines_at_once);
+    unwritten.write_some(rows_at_once);
+  };
+  for (int64_t index = 0; index < slices.count() * num_tiles; ++index) {
+    const int64_t slice = index / num_tiles, tile = index % num_tiles;
     const int64_t first = tile * kBf16Rows, size = std::min<int64_t>(kBf16Rows, num_rows - first);
+    const int64_t begin = slices.begin(slice), end = slices.end(slice);
     turn.set(size);
-    const auto beside = [&] {
-      near.fetch(lines_at_once);
-      unwritten.write_some(rows_at_once);
-    };
-    const bf16* rows = x + first * x_stride;
-    float* to = sums[tile % 2];
+    float* sums = all_sums + tile % num_sums * kBf16Rows * kPanel;
     if (size > amx::kTileRows)
-      multiply_tile<true>(size, rows, x_stride, panel, num_inputs, to, beside);
+      multiply_tile<true>(size, x.from(first), panel, begin, end, sums, beside);
     else
-      multiply_tile<false>(size, rows, x_stride, panel, num_inputs, to, beside);
+      multiply_tile<false>(size, x.from(first), panel, begin, end, sums, beside);
+    if (slice + 1 < slices.count()) continue;
     unwritten.write_some(kBf16Rows);
-    unwritten.sums = to, unwritten.first = first, unwritten.next = 0, unwritten.size = size;
+    unwritten.sums = sums, unwritten.first = first, unwritten.next = 0, unwritten.size = size;
   }
   unwritten.write_some(kBf16Rows);
 }
