@@ -88,8 +88,8 @@ void multiply(Team& team, const Matrix& matrix, const Rows<const T>& x, const Re
       const int64_t next = index + 1 < end ? index + 1 : end + grain * (team.num_threads() - 1);
       multiply_rows<T>(turn, blocks.begin(block + 1) - first, rows.from(first), weights_of(index),
                        matrix.num_inputs, weights_of(next),
-                       [&](int64_t m, const f32x16& a, const f32x16& b) {
-                         write_outputs<T>(matrix, y, first + m, panel, a, b);
+                       [&](int64_t m, const float* sums, int64_t num_rows) {
+                         write_outputs<T>(matrix, y, first + m, panel, sums, num_rows);
                        });
     }
   });

@@ -303,7 +303,7 @@ void multiply_int8(Team& team, const Matrix& matrix, const T* x, void* y, int64_
     const uint8_t* weights = static_cast<const uint8_t*>(matrix.packed) + panel * panel_bytes;
     multiply_panel(rows, group * num_tiles / num_groups, (group + 1) * num_tiles / num_groups,
                    weights, [&](int64_t row, const float* sums) {
-                     write_outputs<T>(matrix, {y}, row, panel, load(sums), load(sums + 16));
+                     write_outputs<T>(matrix, {y}, row, panel, sums, 1);
                    });
   });
 }

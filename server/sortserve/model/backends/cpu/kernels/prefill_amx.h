@@ -165,8 +165,9 @@ class ChunkTile {
       const bf16* keys = tile.heads_.panels.keys + (key + row) * tile.padded_dim_;
       const bf16* queries = reinterpret_cast<const bf16*>(tile.queries_);
       const int64_t line = tile.padded_dim_;
-      multiply_block<true>(keys + input, keys + input + amx::kTileRows * line, line,
-                           queries + input * kPanel);
+      load_block<true>({keys + input, keys + input + amx::kTileRows * line,
+                        queries + input * kPanel, line});
+      multiply_loaded<true>();
       input += kBlock;
       if (input < tile.padded_dim_) return;
       store_sums<true>(tile.scores_[which] + row * kPanel);
@@ -191,8 +192,9 @@ class ChunkTile {
       const bf16* values =
           tile.heads_.panels.values + (key + row) * tile.padded_dim_ + column * kBlock;
       const bf16* probabilities = reinterpret_cast<const bf16*>(tile.probabilities_);
-      multiply_block<true>(values, values + amx::kTileRows * kBlock, kBlock,
-                           probabilities + row * kPanel);
+      load_block<true>(
+          {values, values + amx::kTileRows * kBlock, probabilities + row * kPanel, kBlock});
+      multiply_loaded<true>();
       row += kBlock;
       if (row < num_keys) return;
       store_sums<true>(sums);

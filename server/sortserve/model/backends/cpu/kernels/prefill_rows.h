@@ -80,9 +80,9 @@ inline void attend_tile(const QueryHeads& heads, int64_t first, int64_t num_rows
   for (int64_t key = 0; key < visible; key += kPanel) {
     const bf16* panel = panels.keys + key * dim;
     multiply_rows(turn, num_rows, {queries, dim}, panel, dim, panel,
-                  [&](int64_t m, const f32x16& a, const f32x16& b) {
-                    store(scores + m * visible + key, a);
-                    store(scores + m * visible + key + 16, b);
+                  [&](int64_t m, const float* sums, int64_t count) {
+                    for (const int64_t end = m + count; m < end; ++m, sums += kPanel)
+                      std::copy_n(sums, kPanel, scores + m * visible + key);
                   });
   }
 
@@ -99,10 +99,13 @@ inline void attend_tile(const QueryHeads& heads, int64_t first, int64_t num_rows
   for (int64_t column = 0; column < dim; column += kPanel) {
     const bf16* panel = panels.values + column * panels.padded_context();
     multiply_rows(turn, num_rows, {probabilities, visible}, panel, visible, panel,
-                  [&](int64_t m, const f32x16& a, const f32x16& b) {
-                    bf16* out = heads.out(first + m) + column;
-                    store(out, a / totals[m], dim - column);
-                    if (dim - column > 16) store(out + 16, b / totals[m], dim - column - 16);
+                  [&](int64_t m, const float* sums, int64_t count) {
+                    for (const int64_t end = m + count; m < end; ++m, sums += kPanel) {
+                      bf16* out = heads.out(first + m) + column;
+                      store(out, load(sums) / totals[m], dim - column);
+                      if (dim - column > 16)
+                        store(out + 16, load(sums + 16) / totals[m], dim - column - 16);
+                    }
                   });
   }
 }

@@ -19,9 +19,10 @@ struct Rows {
   bool in_tiles = false;
 
   T* at(int64_t row, int64_t column) const {
-    if (!in_tiles) return data + row * stride + column;
-    const int64_t tile = row / kTileRows * (stride / kTileWidth) + column / kTileWidth;
-    return data + tile * kTileSize + row % kTileRows * kTileWidth + column % kTileWidth;
+    const int64_t row_of_tile = row & (kTileRows - 1), column_of_tile = column & (kTileWidth - 1);
+    const int64_t first_row = (row - row_of_tile) * stride, in_line = row_of_tile * line();
+    const int64_t first_column = (column - column_of_tile) * (in_tiles ? kTileRows : 1);
+    return data + first_row + in_line + first_column + column_of_tile;
   }
 
   // Those that begin with ``row``; in tiles: one that a tile begins with.

@@ -79,10 +79,7 @@ inline void multiply_by_tiles(int64_t num_rows, const Rows<const RowOf<W>>& x, c
     alignas(64) float outputs[kMaxRows<W> * kPanel];
     multiply_any<W>(end - first, x.at(first, 0), x.stride, panel, num_inputs, outputs,
                     ahead_of(i, num_tiles, panel, next, num_inputs));
-    for (int64_t m = first; m < end; ++m) {
-      const float* row = outputs + (m - first) * kPanel;
-      write(m, load(row), load(row + 16));
-    }
+    write(first, outputs, end - first);
   }
 }
 
@@ -90,8 +87,8 @@ inline void multiply_by_tiles(int64_t num_rows, const Rows<const RowOf<W>>& x, c
 struct Turn {};
 #endif
 
-// Any number of rows against one panel: write(m, outputs 0 to 15, outputs 16 to 31) for each row,
-// meanwhile panel ``next`` is brought near. Of an odd number of inputs the last is half of a pair,
+// Any number of rows against one panel: write(m, sums [n, 32], n) for rows m to m + n - 1 and so for
+// all, meanwhile panel ``next`` is brought near. Of an odd number of inputs the last is half of a pair,
 // whose other half is zero in the panel, and must be finite in x.
 template <typename W, typename Write>
 inline void multiply_rows(Turn& turn, int64_t num_rows, const Rows<const RowOf<W>>& x,

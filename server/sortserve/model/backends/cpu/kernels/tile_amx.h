@@ -57,20 +57,42 @@ class Shape {
   int64_t num_rows_ = 0;
 };
 
-// One block of inputs; ``panel`` points at its first pair, ``top`` and ``bottom`` at its first input
-// in two times 16 rows, ``line`` elements apart.
+// Where a block of inputs begins: in 16 rows and in the 16 below, whose lines are ``line`` elements
+// apart, and in a panel.
+struct Block {
+  const bf16 *top, *bottom, *panel;
+  int64_t line;
+};
+
 template <bool has_bottom>
-inline void multiply_block(const bf16* top, const bf16* bottom, int64_t line, const bf16* panel) {
-  amx::load<kLeft>(panel, kPanelLine);
-  amx::load<kRight>(panel + kPanel, kPanelLine);
-  amx::load_once<kTop>(top, line * sizeof(bf16));
+inline void load_block(const Block& block) {
+  amx::load<kLeft>(block.panel, kPanelLine);
+  amx::load<kRight>(block.panel + kPanel, kPanelLine);
+  amx::load_once<kTop>(block.top, block.line * sizeof(bf16));
+  if constexpr (has_bottom) amx::load_once<kBottom>(block.bottom, block.line * sizeof(bf16));
+}
+
+// Of the block that is loaded.
+template <bool has_bottom>
+inline void multiply_loaded() {
   amx::multiply_bf16<kTopLeft, kTop, kLeft>();
+  if constexpr (has_bottom) amx::multiply_bf16<kBottomLeft, kBottom, kLeft>();
   amx::multiply_bf16<kTopRight, kTop, kRight>();
-  if constexpr (has_bottom) {
-    amx::load_once<kBottom>(bottom, line * sizeof(bf16));
-    amx::multiply_bf16<kBottomLeft, kBottom, kLeft>();
-    amx::multiply_bf16<kBottomRight, kBottom, kRight>();
-  }
+  if constexpr (has_bottom) amx::multiply_bf16<kBottomRight, kBottom, kRight>();
+}
+
+// The same, and each register is loaded with the next block as soon as it is free: the earlier a
+// load stands in the program, the less it is held up by what goes on beside.
+template <bool has_bottom>
+inline void multiply_and_load(const Block& next) {
+  amx::multiply_bf16<kTopLeft, kTop, kLeft>();
+  if constexpr (has_bottom) amx::multiply_bf16<kBottomLeft, kBottom, kLeft>();
+  amx::load<kLeft>(next.panel, kPanelLine);
+  amx::multiply_bf16<kTopRight, kTop, kRight>();
+  amx::load_once<kTop>(next.top, next.line * sizeof(bf16));
+  if constexpr (has_bottom) amx::multiply_bf16<kBottomRight, kBottom, kRight>();
+  amx::load<kRight>(next.panel + kPanel, kPanelLine);
+  if constexpr (has_bottom) amx::load_once<kBottom>(next.bottom, next.line * sizeof(bf16));
 }
 
 // The last inputs, fewer than a block: filled up with zeros on both sides, so that what lies behind
@@ -83,7 +105,8 @@ inline void multiply_rest(int64_t num_rows, const bf16* x, int64_t x_stride, con
   for (int64_t m = 0; m < num_rows; ++m)
     std::memcpy(rows + m * kBlock, x + m * x_stride, num_inputs * sizeof(bf16));
   std::memcpy(weights, panel, (num_inputs + 1) / 2 * kPanelLine);
-  multiply_block<has_bottom>(rows, rows + amx::kTileRows * kBlock, kBlock, weights);
+  load_block<has_bottom>({rows, rows + amx::kTileRows * kBlock, weights, kBlock});
+  multiply_loaded<has_bottom>();
 }
 
 // Sums lie as [rows up to a whole register, 32].
@@ -118,19 +141,25 @@ inline void store_sums(float* sums) {
 }
 
 // Inputs [begin, end): their sums are added to those of the inputs before. beside() is called with
-// every block: what it does goes on while tiles are multiplied.
-template <bool has_bottom, typename Beside>
+// every block: what it does goes on while tiles are multiplied. finish() is called before ``sums``
+// are written.
+template <bool has_bottom, typename Beside, typename Finish>
 inline void multiply_tile(int64_t num_rows, const Rows<const bf16>& x, const bf16* panel,
-                          int64_t begin, int64_t end, float* sums, const Beside& beside) {
+                          int64_t begin, int64_t end, float* sums, const Beside& beside,
+                          const Finish& finish) {
   begin == 0 ? zero_sums() : load_sums<has_bottom>(sums);
-  const int64_t line = x.line(), step = x.step();
-  const bf16 *top = x.at(0, begin), *bottom = top + amx::kTileRows * x.stride;
-  int64_t k = begin;
-  for (; k + kBlock <= end; k += kBlock, top += step, bottom += step) {
-    multiply_block<has_bottom>(top, bottom, line, panel + k * kPanel);
+  const int64_t num_blocks = (end - begin) / kBlock;
+  Block at = {x.at(0, begin), x.at(0, begin) + amx::kTileRows * x.stride, panel + begin * kPanel,
+              x.line()};
+  if (num_blocks > 0) load_block<has_bottom>(at);
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    at.top += x.step(), at.bottom += x.step(), at.panel += kBlock * kPanel;
+    i + 1 < num_blocks ? multiply_and_load<has_bottom>(at) : multiply_loaded<has_bottom>();
     beside();
   }
-  if (k < end) multiply_rest<has_bottom>(num_rows, top, line, panel + k * kPanel, end - k);
+  const int64_t num_left = end - begin - num_blocks * kBlock;
+  if (num_left > 0) multiply_rest<has_bottom>(num_rows, at.top, at.line, at.panel, num_left);
+  finish();
   store_sums<has_bottom>(sums);
 }
 
@@ -142,8 +171,10 @@ struct Unwritten {
   int64_t first = 0, next = 0, size = 0;
 
   void write_some(int64_t count) {
-    for (const int64_t end = std::min(next + count, size); next < end; ++next)
-      write(first + next, load(sums + next * kPanel), load(sums + next * kPanel + 16));
+    count = std::min(count, size - next);
+    if (count <= 0) return;
+    write(first + next, sums + next * kPanel, count);
+    next += count;
   }
 };
 
@@ -179,8 +210,8 @@ class Slices {
 // What a thread keeps from one call of multiply_rows to the next.
 using Turn = amx_tile::Shape;
 
-// Any number of rows against one panel: write(m, outputs 0 to 15, outputs 16 to 31) for each row,
-// the rows of a tile while the next tile is multiplied. ``next`` is the panel to bring near.
+// Any number of rows against one panel: write(m, sums [n, 32], n) for all rows, some at a time,
+// those of a tile while the next tile is multiplied. ``next`` is the panel to bring near.
 template <typename Write>
 inline void multiply_by_amx(Turn& turn, int64_t num_rows, const Rows<const bf16>& x,
                             const bf16* panel, int64_t num_inputs, const bf16* next,
@@ -189,7 +220,7 @@ inline void multiply_by_amx(Turn& turn, int64_t num_rows, const Rows<const bf16>
   const int64_t num_tiles = (num_rows + kBf16Rows - 1) / kBf16Rows;
   const Slices slices(num_inputs, num_tiles);
   const int64_t num_steps = num_tiles * slices.num_blocks();
-  const int64_t num_sums = slices.count() > 1 ? num_tiles : 2;
+  const int64_t num_sums = slices.count() > 1 ? num_tiles : 1;
   thread_local Lines<float> buffer;
   float* const all_sums = buffer.reserve(num_sums * kBf16Rows * kPanel);
   const char* near_bytes = reinterpret_cast<const char*>(next);
@@ -203,6 +234,7 @@ inline void multiply_by_amx(Turn& turn, int64_t num_rows, const Rows<const bf16>
     near.fetch(lines_at_once);
     unwritten.write_some(rows_at_once);
   };
+  const auto finish = [&] { unwritten.write_some(kBf16Rows); };
   for (int64_t index = 0; index < slices.count() * num_tiles; ++index) {
     const int64_t slice = index / num_tiles, tile = index % num_tiles;
     const int64_t first = tile * kBf16Rows, size = std::min<int64_t>(kBf16Rows, num_rows - first);
@@ -210,14 +242,13 @@ inline void multiply_by_amx(Turn& turn, int64_t num_rows, const Rows<const bf16>
     turn.set(size);
     float* sums = all_sums + tile % num_sums * kBf16Rows * kPanel;
     if (size > amx::kTileRows)
-      multiply_tile<true>(size, x.from(first), panel, begin, end, sums, beside);
+      multiply_tile<true>(size, x.from(first), panel, begin, end, sums, beside, finish);
     else
-      multiply_tile<false>(size, x.from(first), panel, begin, end, sums, beside);
+      multiply_tile<false>(size, x.from(first), panel, begin, end, sums, beside, finish);
     if (slice + 1 < slices.count()) continue;
-    unwritten.write_some(kBf16Rows);
     unwritten.sums = sums, unwritten.first = first, unwritten.next = 0, unwritten.size = size;
   }
-  unwritten.write_some(kBf16Rows);
+  finish();
 }
 
 }  // namespace sortserve

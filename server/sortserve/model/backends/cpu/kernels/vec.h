@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -209,6 +210,20 @@ template <typename T>
 inline void store(T* p, const f32x16& v) {
 #pragma GCC unroll 4
   for (int i = 0; i < kParts; ++i) store_lanes(p + i * kLanes, v.part[i]);
+}
+
+// Thirty-two elements.
+template <typename T>
+inline void store_two(T* p, const f32x16& a, const f32x16& b) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same<T, bf16>::value) {
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)b.part[0], (__m512)a.part[0]);
+    std::memcpy(p, &both, sizeof(both));
+    return;
+  }
+#endif
+  store(p, a);
+  store(p + 16, b);
 }
 
 // The first n <= 16 elements; the rest reads as zero and is not written.
