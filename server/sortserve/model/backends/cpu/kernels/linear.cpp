@@ -64,6 +64,41 @@ struct Blocks {
   }
 };
 
+// The order in which threads take their work: some neighbouring panels with a block of rows at a
+// time. Blocks go together, one for each thread, so that a thread finds its own in its second cache.
+class Pieces {
+ public:
+  struct Piece {
+    int64_t block, first_panel, end_panel;
+  };
+
+  Pieces(int64_t num_blocks, int64_t num_panels, int64_t num_threads)
+      : num_blocks_(num_blocks),
+        num_panels_(num_panels),
+        num_threads_(num_threads),
+        panels_at_once_(std::max<int64_t>(1, num_panels / (4 * num_threads))) {}
+
+  int64_t count() const { return num_blocks_ * pieces_of_block(); }
+  Piece at(int64_t index) const {
+    const int64_t pieces_of_group = num_threads_ * pieces_of_block();
+    const int64_t first_block = index / pieces_of_group * num_threads_;
+    const int64_t num_together = std::min(num_threads_, num_blocks_ - first_block);
+    const int64_t in_group = index % pieces_of_group;
+    const int64_t first_panel = in_group / num_together * panels_at_once_;
+    return {first_block + in_group % num_together, first_panel,
+            std::min(first_panel + panels_at_once_, num_panels_)};
+  }
+  // The panel that the thread will probably take after a piece: threads take pieces in turn.
+  int64_t panel_after(int64_t index) const {
+    return at(std::min(index + num_threads_, count() - 1)).first_panel;
+  }
+
+ private:
+  int64_t pieces_of_block() const { return (num_panels_ + panels_at_once_ - 1) / panels_at_once_; }
+
+  const int64_t num_blocks_, num_panels_, num_threads_, panels_at_once_;
+};
+
 template <typename T>
 void multiply(Team& team, const Matrix& matrix, const Rows<const T>& x, const Results& y,
               int64_t num_tokens) {
@@ -73,24 +108,21 @@ void multiply(Team& team, const Matrix& matrix, const Rows<const T>& x, const Re
   const int64_t panel_size = round_up(matrix.num_inputs, kPack<T>) * kPanel;
   const auto rows = prepare_rows<T>(team, x, num_tokens, matrix.num_inputs);
   const Blocks<T> blocks(rows.stride, num_tokens);
-  const int64_t count = blocks.count * num_panels;
-  const int64_t grain = std::max<int64_t>(1, count / (team.num_threads() * 4 * blocks.count));
-  const auto weights_of = [&](int64_t index) {
-    return static_cast<const T*>(matrix.packed) + index % num_panels * panel_size;
-  };
-  team.parallel_for_grains(count, grain, [&](int64_t begin, int64_t end) {
+  const Pieces pieces(blocks.count, num_panels, team.num_threads());
+  const T* weights = static_cast<const T*>(matrix.packed);
+  team.parallel_for_grains(pieces.count(), 1, [&](int64_t begin, int64_t end) {
     Turn turn;
     for (int64_t index = begin; index < end; ++index) {
-      const int64_t panel = index % num_panels, block = index / num_panels;
-      const int64_t first = blocks.begin(block);
-      // The panel that this thread will probably take next: threads take grains in turn. Hence also
-      // grains of neighbouring panels.
-      const int64_t next = index + 1 < end ? index + 1 : end + grain * (team.num_threads() - 1);
-      multiply_rows<T>(turn, blocks.begin(block + 1) - first, rows.from(first), weights_of(index),
-                       matrix.num_inputs, weights_of(next),
-                       [&](int64_t m, const float* sums, int64_t num_rows) {
-                         write_outputs<T>(matrix, y, first + m, panel, sums, num_rows);
-                       });
+      const Pieces::Piece piece = pieces.at(index);
+      const int64_t first = blocks.begin(piece.block), last = blocks.begin(piece.block + 1);
+      for (int64_t panel = piece.first_panel; panel < piece.end_panel; ++panel) {
+        const int64_t next = panel + 1 < piece.end_panel ? panel + 1 : pieces.panel_after(index);
+        multiply_rows<T>(turn, last - first, rows.from(first), weights + panel * panel_size,
+                         matrix.num_inputs, weights + next * panel_size,
+                         [&](int64_t m, const float* sums, int64_t num_rows) {
+                           write_outputs<T>(matrix, y, first + m, panel, sums, num_rows);
+                         });
+      }
     }
   });
 }
