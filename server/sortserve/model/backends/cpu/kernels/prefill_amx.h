@@ -10,14 +10,16 @@
 #include <vector>
 
 #include "exp2.h"
+#include "held_amx.h"
 #include "lines.h"
+#include "ordered.h"
 #include "powers.h"
 #include "prefill.h"
 #include "tile_amx.h"
 
 namespace sortserve {
 
-constexpr int64_t kQueriesTogether = kPanel, kKeysTogether = 64;
+constexpr int64_t kQueriesTogether = kPanel, kKeysTogether = 64;  // as many as Adding holds
 constexpr float kUnseen = -1e30f;  // a score, whose probability is 0
 constexpr float kLog2Slack = 8;
 constexpr float kMostLog2 = 1 << 28;  // scores beyond it have no differences that count: NaN
@@ -57,31 +59,6 @@ inline void pack_tokens(const Step& step, const AttentionCall& call, const Panel
   for (int64_t i = 0; i < padded_dim; i += 16)
     transpose_words(pairs.data() + i, padded_dim, values + i * 16, 16);
 }
-
-// Whether all numbers that were seen are numbers.
-class Ordered {
- public:
-  void see(const f32x16& a, const f32x16& b) {
-    for (int i = 0; i < kParts; ++i) {
-#if defined(__AVX512F__)
-      seen_ = _mm512_mask_cmp_ps_mask(seen_, (__m512)a.part[i], (__m512)b.part[i], _CMP_ORD_Q);
-#else
-      const i32_lanes is_number = (a.part[i] == a.part[i]) & (b.part[i] == b.part[i]);
-      for (int j = 0; j < kLanes; ++j) seen_ &= is_number[j] != 0;
-#endif
-    }
-  }
-  bool all() const { return seen_ == kAll; }
-
- private:
-#if defined(__AVX512F__)
-  static constexpr __mmask16 kAll = 0xffff;
-  __mmask16 seen_ = kAll;
-#else
-  static constexpr bool kAll = true;
-  bool seen_ = kAll;
-#endif
-};
 
 // What a thread has of 32 queries: 16 of them in each half.
 class ChunkTile {
@@ -148,7 +125,8 @@ class ChunkTile {
     return std::clamp<int64_t>(round_up(last_position_ + 1 - key, kPanel), 0, kKeysTogether);
   }
 
-  // Scores of a block of keys, 32 keys and 32 inputs a step.
+  // Scores of a block of keys: 16 keys a step where all inputs of the queries fit registers, else 32
+  // keys and 32 inputs.
   struct Scoring {
     ChunkTile& tile;
     const int64_t key, which, num_keys;
@@ -159,46 +137,57 @@ class ChunkTile {
 
     bool is_over() const { return row >= num_keys; }
     void step() {
-      using namespace amx_tile;
       if (is_over()) return;
-      if (input == 0) zero_sums();
-      const bf16* keys = tile.heads_.panels.keys + (key + row) * tile.padded_dim_;
-      const bf16* queries = reinterpret_cast<const bf16*>(tile.queries_);
-      const int64_t line = tile.padded_dim_;
-      load_block<true>({keys + input, keys + input + amx::kTileRows * line,
-                        queries + input * kPanel, line});
+      const int64_t dim = tile.padded_dim_;
+      const bf16* keys = tile.heads_.panels.keys + (key + row) * dim;
+      float* scores = tile.scores_[which] + row * kPanel;
+      dim <= 2 * amx_tile::kBlock ? score_held(keys, dim, scores) : score_block(keys, dim, scores);
+    }
+
+   private:
+    void score_held(const bf16* keys, int64_t dim, float* scores) {
+      const bool has_last = dim > amx_tile::kBlock;
+      if (row == 0) held::load_columns(tile.queries_, has_last);
+      held::zero_sums();
+      held::multiply(keys, keys + amx_tile::kBlock, dim, has_last);
+      held::store_sums(scores);
+      row += amx::kTileRows;
+    }
+    void score_block(const bf16* keys, int64_t dim, float* scores) {
+      using namespace amx_tile;
+      if (input == 0) amx_tile::zero_sums();
+      const bf16* queries = reinterpret_cast<const bf16*>(tile.queries_) + input * kPanel;
+      load_block<true>({keys + input, keys + input + amx::kTileRows * dim, queries, dim});
       multiply_loaded<true>();
       input += kBlock;
-      if (input < tile.padded_dim_) return;
-      store_sums<true>(tile.scores_[which] + row * kPanel);
+      if (input < dim) return;
+      amx_tile::store_sums<true>(scores);
       input = 0, row += kPanel;
     }
   };
 
-  // Adds the values of a block of keys, 32 of their numbers and 32 keys a step.
+  // Adds the values of a block of keys, 16 of their numbers a step.
   struct Adding {
     ChunkTile& tile;
-    const int64_t key, num_keys;
-    int64_t column = 0, row = 0;
+    const int64_t key;
+    const bool is_whole;
+    int64_t column = 0;
 
-    Adding(ChunkTile& tile, int64_t key) : tile(tile), key(key), num_keys(tile.num_keys(key)) {}
+    Adding(ChunkTile& tile, int64_t key)
+        : tile(tile), key(key), is_whole(tile.num_keys(key) == kKeysTogether) {}
 
     bool is_over() const { return column >= tile.padded_dim_; }
     void step() {
-      using namespace amx_tile;
+      using amx_tile::kBlock;
       if (is_over()) return;
+      const int64_t dim = tile.padded_dim_;
+      const bf16* values = tile.heads_.panels.values + key * dim + column * kBlock;
       float* sums = tile.sums_ + column * kPanel;
-      if (row == 0) load_sums<true>(sums);
-      const bf16* values =
-          tile.heads_.panels.values + (key + row) * tile.padded_dim_ + column * kBlock;
-      const bf16* probabilities = reinterpret_cast<const bf16*>(tile.probabilities_);
-      load_block<true>(
-          {values, values + amx::kTileRows * kBlock, probabilities + row * kPanel, kBlock});
-      multiply_loaded<true>();
-      row += kBlock;
-      if (row < num_keys) return;
-      store_sums<true>(sums);
-      row = 0, column += kPanel;
+      if (column == 0) held::load_columns(tile.probabilities_, is_whole);
+      held::load_sums(sums);
+      held::multiply(values, values + kBlock * dim, kBlock, is_whole);
+      held::store_sums(sums);
+      column += amx::kTileRows;
     }
   };
 
