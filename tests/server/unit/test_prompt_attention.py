@@ -27,7 +27,8 @@ def make_case() -> Case:
 def parts(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Queries [T, N, H], keys and values [T, K, H] of a case."""
     heads_TNH = case.qkv_TX.view(NUM_TOKENS, -1, CONFIG.head_dim)
-    q, k, v = heads_TNH.split((CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.num_kv_heads), dim=1)
+    sizes = [CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.num_kv_heads]
+    q, k, v = heads_TNH.split_with_sizes(sizes, dim=1)
     return q, k, v
 
 
