@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import socket
@@ -9,15 +10,16 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from sortserve.api.http.hosts import HostCheckMiddleware
 from sortserve.api.http.limits import ConnectionLimits
-from sortserve.api.http.protocol import HttpProtocol
+from sortserve.api.http.protocol import RESERVED_CONNECTIONS, HttpProtocol
 from sortserve.process.config import ServeSettings
-from sortserve.process.listening import BACKLOG, allow_open_files, is_loopback
+from sortserve.process.listening import BACKLOG, Listener, allow_open_files, is_loopback
 from sortserve.telemetry.logs import fields
 
 __all__ = ["http_server"]
@@ -29,24 +31,58 @@ LAST_EVENTS_S = 3
 
 
 class _HTTPServer(uvicorn.Server):
-    """uvicorn without its signal handlers: a signal does not close the socket, we drain first."""
+    """uvicorn without its signal handlers: a signal does not close the socket, we drain first.
+
+    Args:
+        config: loaded.
+        limits: also of TLS, which comes before the first byte of HTTP: asyncio's own limit is one
+            of a minute, during which our protocol does not hear of the connection.
+    """
+
+    def __init__(self, config: uvicorn.Config, limits: ConnectionLimits) -> None:
+        super().__init__(config)
+        self._limits = limits
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve on the one socket."""
+        assert sockets is not None
+        [listener] = sockets
+        config, state = self.config, self.server_state
+
+        def protocol() -> asyncio.Protocol:
+            kind: Any = config.http_protocol_class
+            made: asyncio.Protocol = kind(config=config, server_state=state, app_state={})
+            return made
+
+        server = await asyncio.get_running_loop().create_server(
+            protocol,
+            sock=listener,
+            ssl=config.ssl,
+            backlog=config.backlog,
+            ssl_handshake_timeout=self._limits.header_timeout_s if config.ssl else None,
+        )
+        self.servers = [server]
+        self.started = True
+
 
 def http_server(
-    settings: ServeSettings, door: ASGIApp, listener: socket.socket, tls: ssl.SSLContext | None
+    settings: ServeSettings, door: ASGIApp, listener: Listener, tls: ssl.SSLContext | None
 ) -> uvicorn.Server:
     """A server for ``door`` on a socket that listens already."""
+    limits = _limits(settings)
+    if tls is not None:  # who is over the cap can be told so only when TLS is agreed on
+        listener.max_open = limits.max_connections + 2 * RESERVED_CONNECTIONS
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     proxies = list(settings.forwarded_allow_ips)
     config = uvicorn.Config(
         _with_host_check(settings, door, listener),
         http=partial(  # type: ignore[arg-type]
             HttpProtocol,
-            limits=_limits(settings),
+            limits=limits,
             cors_allow_origins=settings.cors_allow_origins,
         ),
         ws="none",
@@ -60,7 +96,7 @@ def http_server(
     )
     config.load()
     config.ssl = tls
-    return _HTTPServer(config)
+    return _HTTPServer(config, limits)
 
 
 def _with_host_check(settings: ServeSettings, app: ASGIApp, listener: socket.socket) -> ASGIApp:

@@ -19,11 +19,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from sortserve.core.errors import ConfigError
 from sortserve.process.config import ServeSettings
 
-__all__ = ["allow_open_files", "is_loopback", "listening", "tls_context"]
+__all__ = ["Listener", "allow_open_files", "is_loopback", "listening", "tls_context"]
 
 BACKLOG = 2048
 """Connections that the system holds for us until we take them."""
@@ -35,35 +36,60 @@ _SILENT_S = 0.5
 """After one of these; asyncio comes back after a second."""
 
 
-class _Listener(socket.socket):
-    """Says once that the system gives no file for a connection, and then that nobody has come.
+class Listener(socket.socket):
+    """Takes no more connections than it may, and says once that the system gives no file for one.
 
     asyncio does not stop at that error: it asks on as often as its backlog is long, writes a
     traceback each time, and plans as many new starts a second later. With a backlog of thousands
     that keeps the event loop busy for as long as there are no files.
     """
 
+    max_open: int | None = None
+    """Most connections that are open at once; one more is closed unheard. None: no limit here."""
     _silent_until_s = 0.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._open: WeakSet[_Connection] = WeakSet()
 
     def accept(self) -> tuple[socket.socket, Any]:
         """The next connection.
 
         Raises:
             BlockingIOError: there is none, or none can be taken, as was said a moment ago.
+            ConnectionAbortedError: there is one, and there are too many; asyncio asks again.
             OSError: none can be taken.
         """
         if time.monotonic() < self._silent_until_s:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         try:
-            return super().accept()
+            plain, address = super().accept()
         except OSError as error:
             if error.errno in _EXHAUSTED:
                 self._silent_until_s = time.monotonic() + _SILENT_S
             raise
+        if self.max_open is not None and len(self._open) >= self.max_open:
+            plain.close()
+            raise ConnectionAbortedError(errno.ECONNABORTED, "too many connections")
+        return _Connection(plain, self._open), address
+
+
+class _Connection(socket.socket):
+    """A connection that is in a set until it is closed."""
+
+    def __init__(self, plain: socket.socket, those_open: WeakSet[_Connection]) -> None:
+        super().__init__(plain.family, plain.type, plain.proto, fileno=plain.detach())
+        self._those_open = those_open
+        those_open.add(self)
+
+    def close(self) -> None:
+        """Close it, once or more often."""
+        super().close()
+        self._those_open.discard(self)
 
 
 @contextmanager
-def listening(settings: ServeSettings) -> Iterator[socket.socket]:
+def listening(settings: ServeSettings) -> Iterator[Listener]:
     """A socket that takes connections, and whose file, if it has one, is removed at the end.
 
     Raises:
@@ -80,7 +106,7 @@ def listening(settings: ServeSettings) -> Iterator[socket.socket]:
             _remove(path, identity)
 
 
-def _listen(settings: ServeSettings) -> socket.socket:
+def _listen(settings: ServeSettings) -> Listener:
     host, port, uds = settings.host, settings.port, settings.uds
     try:
         if uds is not None:
@@ -92,7 +118,7 @@ def _listen(settings: ServeSettings) -> socket.socket:
         raise ConfigError(f"cannot listen on {where}: {reason}. Choose another.") from error
 
 
-def _listen_tcp(host: str, port: int) -> socket.socket:
+def _listen_tcp(host: str, port: int) -> Listener:
     host = host.strip().removeprefix("[").removesuffix("]")
     if not host:
         raise ValueError("the host is empty (0.0.0.0 is every interface)")
@@ -101,7 +127,7 @@ def _listen_tcp(host: str, port: int) -> socket.socket:
     family, _, _, _, address = found[0]
     # With the protocol named, asyncio switches Nagle's algorithm off for every connection; without,
     # small events wait for the client's delayed acknowledgements, some 40 ms.
-    listener = _Listener(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener = Listener(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -115,11 +141,11 @@ def _listen_tcp(host: str, port: int) -> socket.socket:
 # Unix sockets
 
 
-def _listen_unix(uds: str) -> socket.socket:
+def _listen_unix(uds: str) -> Listener:
     if not uds:
         raise ValueError("the path is empty")
     path = Path(uds)
-    listener = _Listener(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener = Listener(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with _folder_lock(path.parent):
             _remove_stale(path)

@@ -32,7 +32,7 @@ from sortserve.process.config import ServeSettings
 from sortserve.process.garbage import calm_garbage_collector
 from sortserve.process.http_server import http_server
 from sortserve.process.key_reload import key_ledger, start_reloading
-from sortserve.process.listening import is_loopback, listening, tls_context
+from sortserve.process.listening import Listener, is_loopback, listening, tls_context
 from sortserve.process.loop_watch import watched_loop
 from sortserve.process.notices import warn_of_open_door
 from sortserve.process.signals import SignalGuard
@@ -148,7 +148,7 @@ class ServerProcess:
             self._keys_asked = asyncio.Event()
             return runner.run(self._run(listener, tls))
 
-    async def _run(self, listener: socket.socket, tls: ssl.SSLContext | None) -> int:
+    async def _run(self, listener: Listener, tls: ssl.SSLContext | None) -> int:
         http = http_server(self.settings, self._door, listener, tls)
         serving_http = asyncio.create_task(http.serve(sockets=[listener]))
         exit_code = 1
