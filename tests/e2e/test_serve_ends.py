@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,21 @@ def ask_and_forget(server: Server) -> None:
             return
 
     threading.Thread(target=ask, daemon=True).start()
+
+
+def test_who_reads_slowly_gets_all_of_an_answer_that_was_begun_before_the_end() -> None:
+    """The engine has long ended the request, but the system holds only some of its answer."""
+    body = {"prompt": "a" * 2000, "max_tokens": 1, "n": 16, "echo": True, "logprobs": 20}
+    with scripted_server("no time after the end", "--write-timeout=100000") as server:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as reply:
+            assert reply.status_code == 200
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for("draining")
+            time.sleep(1)  # a server that did not wait would be gone
+
+            assert len(reply.read()) == int(reply.headers["content-length"])
+        assert server.wait_for("stopped")["all_requests_finished"] is True
+        assert server.end() == 0
 
 
 def test_a_hung_step_does_not_outlive_the_shutdown_timeout() -> None:

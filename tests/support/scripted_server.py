@@ -35,6 +35,9 @@ from support.scripted import ScriptedRunner, make_engine
 
 logger = logging.getLogger("sortserve.test")
 
+MAX_MODEL_LEN = 2048
+"""Enough for an answer that is larger than what the system holds for a client."""
+
 
 def hang() -> None:
     threading.Event().wait()
@@ -84,8 +87,10 @@ def build(settings: ServeSettings) -> Any:
     if fault == "load hangs":
         logger.info("loading hangs")
         hang()
-    runner = {"step hangs": HangingRunner}.get(fault, SlowRunner)()
-    engine = make_engine(exits=EXITS, runner=runner, clock=time.monotonic)
+    runner = {"step hangs": HangingRunner}.get(fault, SlowRunner)(num_pages=1 << 15)
+    engine = make_engine(
+        exits=EXITS, runner=runner, clock=time.monotonic, max_model_len=MAX_MODEL_LEN
+    )
     worker = EngineWorker(engine)
     prepare: Callable[[], None] = {"calibration hangs": hang_loudly, "chatter": chatter}.get(
         fault, lambda: None
@@ -131,6 +136,8 @@ if __name__ == "__main__":
         serve.STEP_END_S = 0.3
         serve.MAX_FORCED_END_S = 0.6
         http_server.LAST_EVENTS_S = 1
+    if FAULT == "no time after the end":
+        http_server.LAST_EVENTS_S = 0
     if FAULT == "pool hangs":
         announce = serve.ServerProcess._announce
 

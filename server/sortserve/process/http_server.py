@@ -22,15 +22,16 @@ from sortserve.process.config import ServeSettings
 from sortserve.process.listening import BACKLOG, Listener, allow_open_files, is_loopback
 from sortserve.telemetry.logs import fields
 
-__all__ = ["http_server"]
+__all__ = ["HttpServer", "http_server"]
 
 logger = logging.getLogger(__name__)
 
 LAST_EVENTS_S = 3
-"""Seconds that connections get to take the end of their answers after the engine has stopped."""
+"""Seconds that connections get to take the end of their answers after the server has stopped."""
+POLL_S = 0.02
 
 
-class _HTTPServer(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """uvicorn without its signal handlers: a signal does not close the socket, we drain first.
 
     Args:
@@ -45,6 +46,7 @@ class _HTTPServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
+        """They are the process's."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -68,10 +70,25 @@ class _HTTPServer(uvicorn.Server):
         self.servers = [server]
         self.started = True
 
+    async def answers_taken(self, timeout_s: float) -> bool:
+        """Wait until the clients have taken what is being answered now; whether they have in time.
+
+        What comes meanwhile is not waited for: a server that ends refuses it.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        connections: Any = self.server_state.connections
+        left = set(connections)
+        while left := {own for own in left & connections if own.owes_an_answer}:
+            if loop.time() >= deadline:
+                return False
+            await asyncio.sleep(POLL_S)
+        return True
+
 
 def http_server(
     settings: ServeSettings, door: ASGIApp, listener: Listener, tls: ssl.SSLContext | None
-) -> uvicorn.Server:
+) -> HttpServer:
     """A server for ``door`` on a socket that listens already."""
     limits = _limits(settings)
     if tls is not None:  # who is over the cap can be told so only when TLS is agreed on
@@ -96,7 +113,7 @@ def http_server(
     )
     config.load()
     config.ssl = tls
-    return _HTTPServer(config, limits)
+    return HttpServer(config, limits)
 
 
 def _with_host_check(settings: ServeSettings, app: ASGIApp, listener: socket.socket) -> ASGIApp:

@@ -42,7 +42,7 @@ from sortserve.telemetry.status_line import phase_over
 from sortserve.text.template_renderer import shared_renderer
 
 if TYPE_CHECKING:
-    from sortserve.process.served import Served
+    from sortserve.process.served import Runner, Served
 
 __all__ = ["FrontDoor", "serve"]
 
@@ -149,7 +149,7 @@ class ServerProcess:
             return runner.run(self._run(listener, tls))
 
     async def _run(self, listener: Listener, tls: ssl.SSLContext | None) -> int:
-        http = http_server(self.settings, self._door, listener, tls)
+        http = self._http = http_server(self.settings, self._door, listener, tls)
         serving_http = asyncio.create_task(http.serve(sockets=[listener]))
         exit_code = 1
         try:
@@ -238,7 +238,7 @@ class ServerProcess:
             "draining",
             extra=fields(running=stats.num_running, waiting=stats.num_waiting, timeout_s=timeout_s),
         )
-        draining = asyncio.create_task(worker.drain(timeout_s))
+        draining = asyncio.create_task(self._finish(worker, timeout_s))
         await _first(self._signalled_twice, draining)
         if draining.done():
             clean = draining.result()
@@ -251,6 +251,14 @@ class ServerProcess:
             return 1
         logger.info("stopped", extra=fields(all_requests_finished=clean))
         return 0
+
+    async def _finish(self, worker: Runner, timeout_s: float) -> bool:
+        """Let what runs end, and its answers be taken; whether all of that was done in time."""
+        deadline = self._loop.time() + timeout_s
+        clean = await worker.drain(timeout_s)
+        if worker.state == "failed":
+            return False
+        return await self._http.answers_taken(deadline - self._loop.time()) and clean
 
     def _announce(self, serving: Served, listener: socket.socket) -> None:
         """Say where the server listens, what it serves, and one command to try."""

@@ -26,6 +26,13 @@ class Http1Protocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self.parser = self._new_parser()
 
+    @property
+    def owes_an_answer(self) -> bool:
+        """Whether a request that is whole waits for its answer, or some of that is unsent."""
+        cycle = self.cycle
+        is_asked = cycle is not None and not (cycle.more_body or cycle.response_complete)
+        return is_asked or self.transport.get_write_buffer_size() > 0
+
     def data_received(self, data: bytes) -> None:
         """Parse what came."""
         self._unset_keepalive_if_required()
