@@ -27,6 +27,8 @@ LIMITS = {
 }
 """Fields of an entry, and what they bound."""
 HEAD = "keys:\n"
+WAIT_S = 30.0
+"""How long others may be adding keys in the same folder."""
 
 
 def keys_parser() -> Parser:
@@ -98,19 +100,24 @@ def _add(path: Path, entry: str) -> None:
 
     It stays its owner's, so that a server can read what root has added.
     """
-    old = path.stat() if path.exists() else None
-    before = path.read_text(encoding="utf-8") if old else HEAD
-    if before and not before.endswith("\n"):
-        before += "\n"
-    text = before.replace("keys: []\n", HEAD) + _indented_as(before, entry)
-    _check(text, f"{path} with the new entry at its end")
-    mode = old.st_mode & 0o777 if old else PRIVATE
+    from sortserve.process.folder_lock import folder_lock
+    from sortserve.process.sources import read_small_file
+
     path = path.resolve()  # a link stays one
-    write_atomically(path, text.encode(), mode=mode)
-    if old:
-        with suppress(PermissionError):  # who may not give it away has it now
-            os.chown(path, old.st_uid, old.st_gid)
-    os.chmod(path, mode)
+    with folder_lock(path.parent, wait_s=WAIT_S):  # of two at once, one would undo the other's
+        old = path.stat() if path.exists() else None
+        before = read_small_file(path, "file") if old else HEAD
+        before = before.replace("\r\n", "\n")
+        if before and not before.endswith("\n"):
+            before += "\n"
+        text = before.replace("keys: []\n", HEAD) + _indented_as(before, entry)
+        _check(text, f"{path} with the new entry at its end")
+        mode = old.st_mode & 0o777 if old else PRIVATE
+        write_atomically(path, text.encode(), mode=mode)
+        if old:
+            with suppress(PermissionError):  # who may not give it away has it now
+                os.chown(path, old.st_uid, old.st_gid)
+        os.chmod(path, mode)
 
 
 def _indented_as(before: str, entry: str) -> str:

@@ -7,7 +7,6 @@ one address exactly one gets it.
 from __future__ import annotations
 
 import errno
-import fcntl
 import ipaddress
 import os
 import resource
@@ -23,6 +22,7 @@ from weakref import WeakSet
 
 from sortserve.core.errors import ConfigError
 from sortserve.process.config import ServeSettings
+from sortserve.process.folder_lock import folder_lock
 
 __all__ = ["Listener", "allow_open_files", "is_loopback", "listening", "tls_context"]
 
@@ -30,7 +30,6 @@ BACKLOG = 2048
 """Connections that the system holds for us until we take them."""
 SPARE_FILES = 256
 """Open files of a server beside its connections."""
-_LOCK_TRIES, _LOCK_POLL_S = 100, 0.02
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _SILENT_S = 0.5
 """After one of these; asyncio comes back after a second."""
@@ -147,7 +146,7 @@ def _listen_unix(uds: str) -> Listener:
     path = Path(uds)
     listener = Listener(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with _folder_lock(path.parent):
+        with folder_lock(path.parent):
             _remove_stale(path)
             listener.bind(uds)
             listener.listen(BACKLOG)
@@ -155,23 +154,6 @@ def _listen_unix(uds: str) -> Listener:
         listener.close()
         raise
     return listener
-
-
-@contextmanager
-def _folder_lock(folder: Path) -> Iterator[None]:
-    """One server at a time looks at what lies in a folder and replaces it."""
-    folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        for _ in range(_LOCK_TRIES):
-            with suppress(BlockingIOError):
-                fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(_LOCK_POLL_S)
-        else:
-            raise OSError(errno.EBUSY, f"{folder} is locked by another program")
-        yield
-    finally:
-        os.close(folder_fd)
 
 
 def _remove_stale(path: Path) -> None:
@@ -203,7 +185,7 @@ def _identity(path: Path) -> Identity | None:
 
 def _remove(path: Path, identity: Identity | None) -> None:
     """Remove our own socket's file, and not that of a server which has taken its place."""
-    with suppress(OSError), _folder_lock(path.parent):
+    with suppress(OSError), folder_lock(path.parent):
         if _identity(path) == identity:
             path.unlink()
 

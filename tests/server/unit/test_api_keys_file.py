@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -391,7 +392,7 @@ def test_what_a_server_would_refuse_is_not_made(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", [entry(), WHOLE, "keys: []\n", "# none yet\nkeys:\n"])
+@pytest.mark.parametrize("text", [entry(), WHOLE, "keys: []\r\n", "# none yet\nkeys:\n"])
 def test_an_entry_is_added_to_a_list_however_it_is_indented(tmp_path: Path, text: str) -> None:
     file = tmp_path / "keys.yaml"
     file.write_text(text)
@@ -401,6 +402,39 @@ def test_an_entry_is_added_to_a_list_however_it_is_indented(tmp_path: Path, text
 
     *_, carol, dora = read_named_keys(file, base=1.1)
     assert (carol.name, dora.name, dora.max_concurrency) == ("carol", "dora", 3)
+
+
+def test_of_keys_that_are_made_at_once_none_is_lost(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+
+    def add(number: int) -> int:
+        return main(["keys", "new", f"n{number}", "--file", str(file)])
+
+    with ThreadPoolExecutor(8) as threads:
+        assert set(threads.map(add, range(16))) == {0}
+
+    assert {policy.name for policy in read_named_keys(file, base=1.1)} == {
+        f"n{number}" for number in range(16)
+    }
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pipe", "folder"])
+def test_what_is_no_file_of_keys_is_one_line(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "keys.yaml"
+    match kind:
+        case "bytes":
+            file.write_bytes(b"\xff\xfe")
+        case "pipe":
+            os.mkfifo(file)
+        case "folder":
+            file.mkdir()
+
+    assert main(["keys", "new", "a", "--file", str(file)]) == 2
+
+    assert "--file" in (said := capsys.readouterr().err)
+    assert said.count("\n") == 1
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file away")
