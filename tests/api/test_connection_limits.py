@@ -160,6 +160,7 @@ async def test_what_is_not_http_is_refused_in_the_error_format() -> None:
         "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Length: 5",
         "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6",
         "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, identity",
+        "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked",
     ],
 )
 @patient

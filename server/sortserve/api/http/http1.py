@@ -102,11 +102,13 @@ def _ambiguity(headers: Sequence[tuple[bytes, bytes]], version: str) -> str | No
         headers: names in lower case, and values.
         version: of HTTP, ``"1.1"``.
     """
-    names = [name for name, _ in headers]
-    if names.count(b"host") > 1:
+    if sum(name == b"host" for name, _ in headers) > 1:
         return "The request has more than one Host field."
-    if version == "1.0" and b"transfer-encoding" in names:
+    codings = [value.strip().lower() for name, value in headers if name == b"transfer-encoding"]
+    if version == "1.0" and codings:
         return "A request of HTTP/1.0 cannot have Transfer-Encoding."
+    if any(coding != b"chunked" for coding in codings):  # the parser looks at the last one alone
+        return "No Transfer-Encoding but chunked is known here."
     return None
 
 
