@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,36 @@ def test_no_name_is_too_long_and_none_comes_twice(values: dict[str, Any]) -> Non
     assert len(set(names)) == len(names)
     assert max(len(name) for _, name in names) <= 63
     assert all(re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", name) for _, name in names)
+
+
+@each
+@pytest.mark.parametrize("word", ["2024", "1e3", "on", "no", "0x1f"])
+def test_no_name_is_taken_for_a_number_or_a_truth(values: dict[str, Any], word: str) -> None:
+    """Releases and namespaces may be called so, which YAML reads as another type unless quoted."""
+    told = {**values, "fullnameOverride": "on", "serviceAccount": {"name": word}}
+    for manifest in render(told, name=word, namespace=word):
+        assert [*values_that_are_no_text(manifest)] == []
+
+
+def values_that_are_no_text(part: Any, path: str = "") -> Iterator[str]:
+    """Of the fields that hold names and labels."""
+    if isinstance(part, dict):
+        for key, value in part.items():
+            is_text = key in {"name", "serviceAccountName"} or path.endswith("abels")
+            if is_text and not isinstance(value, str | dict | list):
+                yield f"{path}/{key}: {value!r}"
+            yield from values_that_are_no_text(value, f"{path}/{key}")
+    elif isinstance(part, list):
+        for value in part:
+            if path.endswith("/matchNames") and not isinstance(value, str):
+                yield f"{path}: {value!r}"
+            yield from values_that_are_no_text(value, path)
+
+
+@pytest.mark.parametrize("name", ["2024", "a.b"])
+def test_a_release_whose_service_could_not_be_called_so_is_refused(name: str) -> None:
+    with pytest.raises(charts.HelmError, match="give another as fullnameOverride"):
+        render({}, name=name)
 
 
 @each

@@ -24,8 +24,8 @@
 
 {{/* Labels */}}
 {{- define "sortserve.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "sortserve.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "sortserve.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{- define "sortserve.labels" -}}

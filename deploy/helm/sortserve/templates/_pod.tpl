@@ -65,7 +65,7 @@
 
 {{- define "sortserve.volumes" -}}
 - name: config
-  configMap: {name: {{ include "sortserve.fullname" . }}}
+  configMap: {name: {{ include "sortserve.fullname" . | quote }}}
 - name: cache
   {{- if .Values.cache.existingClaim }}
   persistentVolumeClaim: {claimName: {{ .Values.cache.existingClaim | quote }}}
@@ -150,7 +150,7 @@
 
 {{/* Of every pod. */}}
 {{- define "sortserve.podSpec" -}}
-serviceAccountName: {{ include "sortserve.serviceAccountName" . }}
+serviceAccountName: {{ include "sortserve.serviceAccountName" . | quote }}
 # Variables of Services are of no use here.
 enableServiceLinks: false
 securityContext: {{ toJson .Values.podSecurityContext }}

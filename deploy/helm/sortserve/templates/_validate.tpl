@@ -1,5 +1,9 @@
 {{/* What the schema cannot say: values that do not go together. Each message says what to do. */}}
 {{- define "sortserve.validate" -}}
+{{- $name := include "sortserve.fullname" . }}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) }}
+{{- fail (printf "%s cannot be the name of a Service, which begins with a letter and has small letters, digits and dashes: give another as fullnameOverride" $name) }}
+{{- end }}
 {{- if and (eq .Values.model.source "pvc") (not .Values.model.pvc.claimName) }}
 {{- fail "model.source is pvc: model.pvc.claimName must name the claim that holds the checkpoint" }}
 {{- end }}
