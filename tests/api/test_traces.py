@@ -313,6 +313,23 @@ def test_a_protocol_that_nobody_speaks_is_refused() -> None:
         protocol_of("http://c:4318", {"OTEL_EXPORTER_OTLP_PROTOCOL": "http/json"})
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("OTEL_BSP_SCHEDULE_DELAY", "0"),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "-5"),
+        ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "many"),
+    ],
+)
+def test_a_variable_that_opentelemetry_does_not_take_is_a_mistake_of_who_set_it(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+
+    with pytest.raises(ConfigError, match=r"does not take what a variable OTEL_\* says: \S"):
+        make_tracing("http://localhost:4318", clock=FakeClock())
+
+
 def test_nobody_asked_is_nothing_made() -> None:
     assert make_tracing(None, clock=FakeClock()) is None
 

@@ -63,7 +63,7 @@ def make_tracing(endpoint: str | None, *, clock: Callable[[], float]) -> Tracing
         clock: the engine's.
 
     Raises:
-        ConfigError: the endpoint cannot be used, or the extra is not installed.
+        ConfigError: the endpoint or a variable cannot be used, or the extra is not installed.
     """
     if endpoint is None:
         return None
@@ -74,7 +74,8 @@ def make_tracing(endpoint: str | None, *, clock: Callable[[], float]) -> Tracing
 
         from sortserve.telemetry.traces import Tracing
 
-        exporter = _exporter(endpoint, protocol)
+        provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
+        provider.add_span_processor(BatchSpanProcessor(_exporter(endpoint, protocol)))
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "sortserve":
             raise
@@ -84,8 +85,11 @@ def make_tracing(endpoint: str | None, *, clock: Callable[[], float]) -> Tracing
             f"pip install {extra or repr('sortserve[otel]')}",
             param="otlp-traces-endpoint",
         ) from error
-    provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(exporter))
+    except Exception as error:  # of classes of its own, too
+        raise ConfigError(
+            f"{FLAG}: OpenTelemetry does not take what a variable OTEL_* says: {error}",
+            param="otlp-traces-endpoint",
+        ) from error
     return Tracing(provider, clock=clock)
 
 
