@@ -40,6 +40,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "/generate": {"prompt": "the", "max_tokens": 3},
     "/v1/completions": {"prompt": "the", "max_tokens": 3},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "the"}], "max_tokens": 3},
+    "/v1/responses": {"input": "the", "max_output_tokens": 3},
     "/tokenize": {"prompt": "the"},
     "/detokenize": {"tokens": [5, 6]},
 }
