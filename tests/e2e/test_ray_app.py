@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from sortserve import LLM, SamplingParams
+from support.otlp import Received, http_receiver
 from support.tiny_models import make_tiny_checkpoint
 
 pytest.importorskip("ray.serve", reason="needs the extra `ray`")
@@ -56,7 +57,13 @@ def arguments(checkpoint: Path, **more: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def url(checkpoint: Path) -> Iterator[str]:
+def collector() -> Iterator[Received]:
+    with http_receiver() as received:
+        yield received
+
+
+@pytest.fixture(scope="module")
+def url(checkpoint: Path, collector: Received) -> Iterator[str]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
     from ray import serve
@@ -69,7 +76,8 @@ def url(checkpoint: Path) -> Iterator[str]:
     ray.init(num_cpus=8, object_store_memory=100 << 20, include_dashboard=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build_app(arguments(checkpoint)), name="sortserve", route_prefix="/")
+        traced = arguments(checkpoint, otlp_traces_endpoint=collector.url)
+        serve.run(build_app(traced), name="sortserve", route_prefix="/")
         yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()
@@ -107,6 +115,7 @@ async def test_the_application_answers_as_one_engine(url: str, expected: str) ->
     assert answers == [expected] * 4
     assert [text for text, _ in streams] == [expected] * 4
     assert refused.status_code == 400
+    assert len(refused.headers.get_list("x-request-id")) == 1, "Ray's proxy has one, too"
 
 
 async def test_a_rolling_update_drops_nothing(url: str, checkpoint: Path, expected: str) -> None:
@@ -136,3 +145,17 @@ async def test_a_rolling_update_drops_nothing(url: str, checkpoint: Path, expect
 
     assert len(answers) >= 8
     assert set(answers) == {expected}
+
+
+async def test_an_ingress_that_ended_has_sent_its_last_spans(url: str, collector: Received) -> None:
+    """The engines' spans are parts of its own; without those nobody sees which request they are."""
+
+    def orphans() -> set[bytes]:
+        spans = collector.spans
+        of_sequences = [span for span in spans if span.name == f"text_completion {BODY['model']}"]
+        assert of_sequences
+        return {own.parent_span_id for own in of_sequences} - {own.span_id for own in spans}
+
+    async with asyncio.timeout(120):  # the old one may still be about to end
+        while orphans():
+            await asyncio.sleep(0.2)

@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sortserve.api.app import create_app
 from sortserve.process.api_settings import api_settings
@@ -115,12 +115,13 @@ class Ingress:
         words = asyncio.create_task(asyncio.to_thread(ingress_words, settings))
         facts = await self._link.ask(Ask(what="facts"), timeout_s=None)
         model = remote_model(settings, facts, self._link, await words)
+        self._stack.callback(model.close)
         keys = model.metrics.keys
         ledger = key_ledger(settings, keys)
         self._reloading = start_reloading(
             settings, ledger, keys, model.exits.layers, asyncio.Event()
         )
-        return create_app(
+        app = create_app(
             model.worker,
             model.tokenizer,
             api_settings(settings, model),
@@ -129,7 +130,27 @@ class Ingress:
             ledger,
             model.tracing,
         )
+        return _WithoutId(app)
 
     def __del__(self) -> None:
         """Called by Ray when no request runs here any more, or has run for too long."""
         self._stack.close()
+
+
+class _WithoutId:
+    """Leaves the id of a reply to Ray's proxy, which appends its own to whatever is there.
+
+    It is the one that our routes find in the request's headers.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                pairs = message["headers"]
+                message["headers"] = [pair for pair in pairs if pair[0].lower() != b"x-request-id"]
+            await send(message)
+
+        await self._app(scope, receive, send_without_id)
