@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,19 @@ def expected(checkpoint: Path) -> dict[tuple[str, int], str]:
         }
 
 
+def started(checkpoint: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "sortserve", "serve", str(checkpoint)]
+    command += [*FLAGS, "--port=0", f"--served-model-name={MODEL}", "--no-calibrate"]
+    command += ["--log-format=json", "--shutdown-timeout=60", *flags]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SORTSERVE_", "RAY_"))}
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
+    )
+
+
 @pytest.fixture(scope="module")
 def server(checkpoint: Path) -> Iterator[Server]:
-    command = [sys.executable, "-m", "sortserve", "serve", str(checkpoint), "--replicas=2"]
-    command += [*FLAGS, "--port=0", f"--served-model-name={MODEL}", "--no-calibrate"]
-    command += ["--log-format=json", "--shutdown-timeout=60"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SORTSERVE_", "RAY_"))}
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
-    ) as process:
+    with started(checkpoint, "--replicas=2") as process:
         try:
             yield Server(process)
         finally:
@@ -218,3 +223,28 @@ def engine_processes(server: Server) -> list[int]:
             if name.startswith(b"ray::ServeReplica:sortserve:engines"):
                 found.append(int(entry.name))
     return sorted(found)
+
+
+def test_what_no_engine_takes_is_said_and_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    """Ray tells it in its status alone, and does not end all of its processes with ours."""
+    keys = tmp_path / "keys.yaml"
+    entry = {"name": "a", "sha256": "0" * 64, "max_exit_layer": 5}
+    keys.write_text(json.dumps({"keys": [entry]}))
+    before = ray_processes()
+
+    with started(checkpoint, "--replicas=1", f"--api-keys-file={keys}") as process:
+        _, said = process.communicate(timeout=WAIT_S)
+
+    assert process.returncode == 2, said
+    assert "max_exit_layer: 5 is not allowed" in said.splitlines()[-1]
+    assert ray_processes() <= before
+
+
+def ray_processes() -> set[int]:
+    """The process ids of everything that Ray has started on this machine."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdecimal() and b"ray::" in (entry / "cmdline").read_bytes():
+                found.add(int(entry.name))
+    return found

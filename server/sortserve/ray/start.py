@@ -9,12 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from sortserve.core.errors import CheckpointError
 from sortserve.process.config import ServeSettings
 from sortserve.ray.model import IngressWords, RemoteModel, ingress_words, remote_model
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
 
 __all__ = ["start_replicas"]
 
@@ -48,20 +53,11 @@ def _start(settings: ServeSettings, words: IngressWords, thread: ThreadPoolExecu
     import ray
     from ray import serve
 
-    from sortserve.ray.application import engines
     from sortserve.ray.link import RayLink
     from sortserve.replicas.messages import Ask
 
     _log_as_we_do()
     is_ours = _connect(settings)
-    serve.start(proxy_location="Disabled")
-    application = engines(settings)
-    try:
-        handle = serve.run(application, name=APP, route_prefix=None)
-    except RuntimeError as error:
-        raise CheckpointError(f"No engine could start under Ray Serve: {error}") from error
-    link = RayLink(handle)
-    facts = asyncio.run(link.ask(Ask(what="facts"), timeout_s=60.0))
 
     def end_here() -> None:
         with suppress(Exception):
@@ -75,7 +71,34 @@ def _start(settings: ServeSettings, words: IngressWords, thread: ThreadPoolExecu
         thread.submit(end_here).result()
         thread.shutdown()
 
-    return remote_model(settings, facts, link, words, end)
+    try:
+        link = RayLink(_engines_of(settings))
+        facts = asyncio.run(link.ask(Ask(what="facts"), timeout_s=60.0))
+        return remote_model(settings, facts, link, words, end)
+    except BaseException:
+        end_here()  # some of Ray's processes would outlive this one for minutes
+        raise
+
+
+def _engines_of(settings: ServeSettings) -> DeploymentHandle:
+    """The handle of the engines, once they run."""
+    from ray import serve
+
+    from sortserve.ray.application import engines
+
+    serve.start(proxy_location="Disabled")
+    try:
+        return serve.run(engines(settings), name=APP, route_prefix=None)
+    except RuntimeError as error:
+        of_all = serve.status().applications[APP].deployments.values()
+        reason = _reason_of("\n".join(own.message for own in of_all)) or error
+        raise CheckpointError(f"No engine could start under Ray Serve: {reason}") from error
+
+
+def _reason_of(status: str) -> str:
+    """What an engine has said that could not start, of all that Ray tells of it; "": nothing."""
+    said = re.findall(r"^sortserve\.core\.errors\.\w+: (.+)$", status, re.MULTILINE)
+    return said[-1] if said else ""
 
 
 def _log_as_we_do() -> None:
