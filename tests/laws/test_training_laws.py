@@ -101,6 +101,18 @@ def test_a_frozen_trunk_keeps_the_adapter_that_it_was_trained_with(
         assert torch.equal(tensor, first[name]) is name.startswith("adapter_model"), name
 
 
+def test_modules_that_a_base_has_train_by_a_method_that_makes_none(
+    base: Path, tmp_path: Path
+) -> None:
+    first = run(base, tmp_path / "first", exits="2")
+
+    then = run(tmp_path / "first", tmp_path / "then", method="soft", freeze_trunk=True, exits="2,4")
+
+    assert kinds(tmp_path / "then") == {"2": "affine"}
+    name = "exit_modules.safetensors:exits.2.affine.weight"
+    assert not torch.equal(then[name], first[name])
+
+
 def test_modules_of_a_kind_that_is_asked_for_take_the_place_of_others(
     base: Path, tmp_path: Path
 ) -> None:

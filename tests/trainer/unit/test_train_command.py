@@ -82,6 +82,13 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
             ["--freeze-trunk", "--method", "sft", "--exit-modules", "affine"],
             ["--freeze-trunk with --method sft", "nothing to train"],
         ),
+        (["--freeze-trunk", "--exits", "6"], ["--freeze-trunk", "nothing to train"]),
+        (["--freeze-trunk", "--method", "soft"], ["--freeze-trunk", "nothing to train"]),
+        (
+            ["--freeze-trunk", "--exit-modules", "4=none", "--exits-per-step", "1"],
+            ["--exits-per-step 1", "(4)", "2 or more"],
+        ),
+        (["--method", "sft+ict", "--exits", "6"], ["--method sft+ict", "--exits names none"]),
         (["--trunk-cache", "/nowhere"], ["--trunk-cache", "needs --freeze-trunk"]),
         (["--batch-size", "1000"], ["--data", "smaller batches"]),
         (["--exit", "4"], ["--exit", "Did you mean --exits?"]),

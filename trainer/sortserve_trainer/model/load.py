@@ -87,6 +87,7 @@ def load_for_training(settings: ModelSettings, method: Method) -> LoadedModel:
         trained = _load_modules(modules, layout)
         tokenizer = load_tokenizer(layout.model)
     model = SortedModel(trunk, exits, modules)
+    _check_trains(model, method)
     new = [e for e in modules.by_exit if e not in trained]
     for exit_layer in new:
         modules.by_exit[exit_layer].start_from_head(model.head(exits[-1]).detach())
@@ -239,6 +240,37 @@ def _module_kinds(
     asked.check_exits(exits[:-1])
     own = layout.sorted_info.exit_modules if layout.sorted_info is not None else {}
     return {e: asked.at(e, own.get(e, method.exit_modules)) for e in exits[:-1]}
+
+
+def _check_trains(model: SortedModel, method: Method) -> None:
+    """Refuse a run in which some step would have nothing to train.
+
+    Raises:
+        ConfigError: the flags leave no exit, or no exit with a module, that a step needs.
+    """
+    shallow = model.exits[:-1]
+    if method.has_head_phase and not shallow:
+        raise ConfigError(
+            f"--method {method.name} trains a head for each exit below full depth, and --exits "
+            "names none.",
+            param="exits",
+        )
+    if any(parameter.requires_grad for parameter in model.trunk.parameters()):
+        return
+    plain = [e for e in shallow if e not in model.exit_modules.by_exit]
+    if len(plain) == len(shallow):
+        raise ConfigError(
+            "--freeze-trunk leaves nothing to train: no exit below full depth has a module. Name "
+            "such exits with --exits, and their kinds with --exit-modules.",
+            param="freeze-trunk",
+        )
+    if method.exits_per_step is not None and method.exits_per_step <= len(plain):
+        raise ConfigError(
+            f"--exits-per-step {method.exits_per_step} with --freeze-trunk would draw exits "
+            f"without a module alone ({', '.join(map(str, plain))}), and train nothing: give "
+            f"{len(plain) + 1} or more.",
+            param="exits-per-step",
+        )
 
 
 def _load_modules(modules: ExitModules, layout: CheckpointLayout) -> frozenset[int]:

@@ -245,7 +245,7 @@ class TrainSettings(BaseModel):
                 "--trunk-cache keeps the states of a trunk that does not train: it needs "
                 "--freeze-trunk"
             )
-        if self.freeze_trunk and all(kind == NO_MODULE for kind in self.new_kinds.values()):
+        if self.freeze_trunk and self.asked_kinds.everywhere == NO_MODULE:
             *kinds, last = (kind for kind in EXIT_MODULE_KINDS if kind != NO_MODULE)
             raise ValueError(
                 "--freeze-trunk with --exit-modules none leaves nothing to train: "
@@ -272,12 +272,6 @@ class TrainSettings(BaseModel):
     def asked_kinds(self) -> AskedKinds:
         """What ``exit_modules`` says."""
         return parse_kinds(self.exit_modules)
-
-    @property
-    def new_kinds(self) -> dict[int, str]:
-        """Exit layer to the kind that a base without exit modules gets there, of ``exits``."""
-        asked, default = self.asked_kinds, METHODS[self.method].exit_modules
-        return {e: asked.at(e, default) for e in self.exits}
 
     @property
     def resolved(self) -> Method:
