@@ -220,6 +220,24 @@ def test_a_bound_too_small_refuses_the_run_and_leaves_nothing(base: Path, tmp_pa
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize(
+    "flag",
+    [
+        {"report_to": "nobody"},
+        {"batch_size": 1000},
+        {"metric_for_best_model": "accuracy"},
+    ],
+    ids=lambda flag: next(iter(flag)),
+)
+def test_a_run_that_is_refused_asks_the_trunk_nothing(
+    base: Path, tmp_path: Path, flag: dict[str, object]
+) -> None:
+    with pytest.raises(ConfigError):
+        run(base, tmp_path / "out", trunk_cache=tmp_path / "cache", **flag)
+
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_cache_says_what_it_is_of(base: Path, tmp_path: Path) -> None:
     run(base, tmp_path / "out", trunk_cache=tmp_path / "c")
 

@@ -38,6 +38,7 @@ def found(*values: float) -> list[Evaluation]:
 def test_the_first_of_the_best_is_chosen_and_never_what_is_no_number() -> None:
     assert best_of(found(3.0, 2.0, 2.0)) == Evaluation(20, 2.0)
     assert best_of(found(2.0, float("nan"))) == Evaluation(10, 2.0)
+    assert best_of(found(float("nan"), 3.0, 2.0)) == Evaluation(30, 2.0)
     assert best_of([]) is None
 
 
@@ -101,11 +102,12 @@ def test_the_mean_is_of_the_last_steps_alone_and_survives_a_state(tmp_path: Path
     assert model.weight.item() == 9.0
 
 
-def test_without_a_share_nothing_is_averaged() -> None:
+def test_without_a_share_nothing_is_averaged_or_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(1, 1)
     before = model.weight.clone()
     average = TailAverage(model, 0.0)
     step(average, 10)
+    monkeypatch.setattr(Tensor, "clone", None, raising=False)
 
     with average.applied():
         assert torch.equal(model.weight, before)
@@ -227,6 +229,20 @@ def test_named_files_are_evaluated_and_nothing_is_held_out(base: Path, tmp_path:
     assert told["data"][0]["held_out_rows"] == 0
     assert told["eval_data"][0]["name"] == "judged.jsonl"
     assert set(told["held_out_loss"]) == {"2", "4", "6"}
+
+
+@pytest.mark.parametrize(
+    "flags", [{"load_best_model_at_end": True}, {"early_stopping_patience": 1}]
+)
+def test_a_choice_among_evaluations_of_nothing_is_refused(
+    base: Path, tmp_path: Path, flags: dict[str, object]
+) -> None:
+    one_row = tmp_path / "one.jsonl"
+    one_row.write_text(json.dumps({"instruction": "Say it.", "output": "it"}) + "\n")
+
+    with pytest.raises(ConfigError, match="one row is never held out"):
+        run(base, tmp_path / "out", data=str(one_row), **flags)
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize(

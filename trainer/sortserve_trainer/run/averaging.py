@@ -55,13 +55,15 @@ class TailAverage(TrainerCallback):  # type: ignore[misc] # transformers has no 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The mean in place of the weights, where there is one."""
+        if not self.count:  # a copy of all weights is not for nothing
+            yield
+            return
         kept = {name: p.detach().clone() for name, p in self._parameters().items()}
         try:
             self.take()
             yield
         finally:
-            if self.count:
-                self._copy(kept)
+            self._copy(kept)
 
     def take(self) -> None:
         """Put the mean in place of the weights, where there is one, for good."""

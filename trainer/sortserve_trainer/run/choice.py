@@ -5,6 +5,7 @@ Decided from the log alone, so that a run that is resumed decides as it would ha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,12 +53,10 @@ def evaluations(log_history: Iterable[Mapping[str, Any]], metric: str) -> list[E
 
 
 def best_of(found: Iterable[Evaluation]) -> Evaluation | None:
-    """The first with the least value; not a number is never better."""
-    best: Evaluation | None = None
-    for evaluation in found:
-        if best is None or evaluation.value < best.value:
-            best = evaluation
-    return best
+    """The first with the least value; not a number is never better than one that is."""
+    known = list(found)
+    numbers = [evaluation for evaluation in known if not math.isnan(evaluation.value)]
+    return min(numbers or known[:1], key=lambda evaluation: evaluation.value, default=None)
 
 
 def should_stop(found: Iterable[Evaluation], patience: int | None, threshold: float) -> bool:

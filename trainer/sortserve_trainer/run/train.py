@@ -182,6 +182,9 @@ def _train_phase(
     limits: RunLimits,
 ) -> SortedTrainer:
     states = run.folder / name
+    # What can be refused is, before the trunk's states are asked for, which may take hours.
+    arguments = training_arguments(settings, method, loaded, data, states)
+    choice = _choice(settings, loaded.model.exits, data)
     cache = _fill_trunk_cache(settings, method, loaded, data)
     with tensorboard_logs_in(run.folder / "tensorboard"):
         trainer = SortedTrainer(
@@ -190,12 +193,12 @@ def _train_phase(
             seed=settings.seed,
             mixture=data.mixture,
             held_out=data.held_out,
-            args=training_arguments(settings, method, loaded, data, states),
+            args=arguments,
             callbacks=[ProgressDisplay(), limits],
             cache=cache,
             decays_all=run.decays_all,
             average=settings.average,
-            choice=_choice(settings, loaded.model.exits),
+            choice=choice,
         )
     if trainer.is_fsdp_enabled and (settings.average or settings.chooses or cache is not None):
         raise ConfigError(
@@ -217,10 +220,16 @@ def _train_phase(
     return trainer
 
 
-def _choice(settings: TrainSettings, exits: Sequence[int]) -> Choice | None:
+def _choice(settings: TrainSettings, exits: Sequence[int], data: RunData) -> Choice | None:
     metric = metric_name(settings.metric_for_best_model, exits)
     if not settings.chooses:
         return None
+    if not data.held_out:
+        raise ConfigError(
+            "--load-best-model-at-end and --early-stopping-patience need something to evaluate, "
+            "and one row is never held out: give more data, or --eval-data.",
+            param="held-out",
+        )
     return Choice(
         metric=metric,
         keeps_best=settings.load_best_model_at_end,
