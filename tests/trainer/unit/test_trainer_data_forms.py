@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sortserve.api.bodies.messages import read_calls
 from sortserve.core.errors import ConfigError
 from sortserve_trainer.data.chat_format import ChatFormat
 from sortserve_trainer.data.forms import Conversation, parse_row
@@ -81,6 +82,29 @@ def test_parquet_is_read_with_its_lists(tmp_path: Path) -> None:
     assert found[2].place == f"{path}, row 3"
 
 
+def test_what_other_rows_of_a_table_say_is_absent_not_null(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {"messages": [{"role": "user", "content": "hi"}, *turns]}
+        for turns in (
+            [{"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": [1, None]}}]}],
+            [{"role": "assistant", "tool_calls": [{"name": "see", "arguments": {"in": "Rome"}}]}],
+        )
+    ]
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+    assert fields(path) == rows
+
+
+def test_a_field_of_csv_may_be_as_long_as_a_book(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text\n" + "word " * 60_000 + "\n")
+
+    assert fields(path) == [{"text": "word " * 60_000}]
+
+
 def test_what_only_ends_like_parquet_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     path = tmp_path / "rows.parquet"
@@ -143,6 +167,33 @@ def test_calls_of_tools_are_learned_and_what_tools_say_is_not(tools: object) -> 
     assert answer.strip() == "It is sunny.<|im_end|>"
     assert "# Tools" in text[: spans[0][0]]
     assert "sunny" in text[spans[0][1] : spans[1][0]]
+
+
+def test_a_conversation_may_be_json_in_a_string_which_is_all_that_csv_holds() -> None:
+    assert parse(messages=json.dumps(CHAT)) == parse(messages=CHAT)
+    with pytest.raises(ConfigError, match="`messages` is a string that is not JSON"):
+        parse(messages="hi")
+
+
+@pytest.mark.parametrize("is_flat", [False, True])
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [('{"ort": "Wien"}', {"ort": "Wien"}), ("", {}), (None, {}), ("Wien", "Wien")],
+)
+def test_arguments_in_a_string_are_what_the_server_makes_of_them(
+    written: str | None, read: object, is_flat: bool
+) -> None:
+    def call(arguments: object) -> dict[str, Any]:
+        function = {"name": "wetter", "arguments": arguments}
+        return function if is_flat else {"type": "function", "function": function}
+
+    turn = {"role": "assistant", "content": "", "tool_calls": [call(written)]}
+
+    found = parse(messages=[CHAT[1], turn]).messages[1]["tool_calls"]
+
+    assert found == [call(read)]
+    if not is_flat:
+        assert found == read_calls([call(written)], "messages.1.tool_calls")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@
 The first form whose columns are there counts; other columns are ignored, and null is absent.
 Turns have any role that the base's chat template knows, ``system`` and ``tool`` among them; one of
 the assistant may have ``tool_calls``, as the OpenAI API writes them, with or without ``content``.
+Lists may be JSON in a string, since the columns of CSV hold nothing else.
 A conversation with a ``finish_reason`` was generated, as ``selfdata --keep-all`` writes them.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,9 +121,7 @@ def _parse_form(row: Row, end_tokens: tuple[str, ...]) -> Conversation | Documen
 
 
 def _parse_chat(row: Row, end_tokens: tuple[str, ...]) -> Conversation | None:
-    turns = row.fields["messages"]
-    if not isinstance(turns, list):
-        raise bad_data(row.place, f"`messages` is {json_kind(turns)}, not a list")
+    turns = _parse_list(row.place, "messages", row.fields["messages"])
     messages = [_parse_turn(row.place, i, turn) for i, turn in enumerate(turns)]
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
@@ -139,10 +139,8 @@ def _parse_chat(row: Row, end_tokens: tuple[str, ...]) -> Conversation | None:
     return Conversation(row.place, messages, tools=tools or None)
 
 
-def _parse_turn(place: str, index: int, turn: object) -> dict[str, Any]:
+def _parse_turn(place: str, index: int, turn: Mapping[str, Any]) -> dict[str, Any]:
     name = f"messages[{index}]"
-    if not isinstance(turn, dict):
-        raise bad_data(place, f"`{name}` is {json_kind(turn)}, not an object")
     calls = turn.get("tool_calls")
     # A turn that calls tools need not say anything.
     content = "" if calls and turn.get("content") is None else turn.get("content")
@@ -151,11 +149,27 @@ def _parse_turn(place: str, index: int, turn: object) -> dict[str, Any]:
         "content": _check_text(place, f"{name}.content", content),
     }
     if calls:
-        parsed["tool_calls"] = _parse_list(place, f"{name}.tool_calls", calls)
+        calls = _parse_list(place, f"{name}.tool_calls", calls)
+        parsed["tool_calls"] = [_with_object(call) for call in calls]
     for other in ("tool_call_id", "name"):
         if turn.get(other) is not None:
             parsed[other] = _check_text(place, f"{name}.{other}", turn[other])
     return parsed
+
+
+def _with_object(call: dict[str, Any]) -> dict[str, Any]:
+    """A call whose arguments are an object: what the server, too, makes of the OpenAI API's string
+    before a template sees it. What is no JSON stays as the model wrote it.
+    """
+    function = call.get("function", call)
+    if not isinstance(function, dict):
+        return call
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        with suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments)
+    function = {**function, "arguments": arguments}
+    return {**call, "function": function} if "function" in call else function
 
 
 def _parse_list(place: str, name: str, value: object) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from importlib import import_module
 
-from sortserve_trainer.data.rows import Row
+from sortserve_trainer.data.rows import Row, columnar_row
 from sortserve_trainer.data.source import bad_data
 
 __all__ = ["is_hub_id", "read_hub_rows"]
@@ -37,4 +37,4 @@ def read_hub_rows(reference: str, split: str) -> Iterator[Row]:
         problem = f"no such file here, and as a hub data set it does not load: {reason}"
         raise bad_data(reference, problem) from error
     for index, fields in enumerate(dataset):
-        yield Row(f"{reference}, row {index} of {split}", dict(fields))
+        yield columnar_row(f"{reference}, row {index} of {split}", dict(fields))

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from sortserve_trainer.data.source import bad_data
 
-__all__ = ["SUFFIXES", "Row", "data_suffix", "json_kind", "read_rows"]
+__all__ = ["SUFFIXES", "Row", "columnar_row", "data_suffix", "json_kind", "read_rows"]
 
 SUFFIXES = (".json", ".jsonl", ".txt", ".csv", ".parquet")
 """Of the files that can be read; but for the last, ``.gz`` may follow."""
@@ -70,6 +70,21 @@ def read_rows(path: Path) -> Iterator[Row]:
         yield from _read_lines(path, text)
 
 
+def columnar_row(place: str, fields: dict[str, Any]) -> Row:
+    """A row of a table whose nested objects have one set of fields in all rows (Arrow's).
+
+    What a row did not say is null there: an argument that only another tool has would be learned
+    as one that every call gives.
+    """
+    return Row(place, {name: _said(value) for name, value in fields.items()})
+
+
+def _said(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _said(v) for name, v in value.items() if v is not None}
+    return [_said(item) for item in value] if isinstance(value, list) else value
+
+
 def json_kind(value: object) -> str:
     """What JSON calls a value, for messages."""
     return _KINDS.get(type(value), type(value).__name__)
@@ -114,6 +129,8 @@ def _read_lines(path: Path, text: str) -> Iterator[Row]:
 
 
 def _read_csv(path: Path, text: str) -> Iterator[Row]:
+    # A document of any length: the reader's bound, of the whole process, is for files unseen.
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     line = 1
     try:
@@ -145,7 +162,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches():
                 for fields in batch.to_pylist():
                     number += 1
-                    yield Row(f"{path}, row {number}", fields)
+                    yield columnar_row(f"{path}, row {number}", fields)
     except errors as error:
         raise bad_data(str(path), f"is no parquet file that can be read: {error}") from error
     except OSError as error:
