@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -13,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sortserve.cli import main
 from sortserve.core.errors import ConfigError
 from sortserve_trainer.run.folder import Run, plain_settings
-from sortserve_trainer.run.save import disk_errors
 from sortserve_trainer.run.settings import TrainSettings, load_train_settings
 from support.tiny_models import make_tiny_checkpoint
 
@@ -204,6 +205,55 @@ def test_a_changed_data_file_is_refused_by_the_command(
     assert main(command(base, moved, tmp_path / "out", log_every="1")) == 0
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors"])
+def test_a_changed_base_is_refused_by_the_command(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    own = tmp_path / "own"
+    if name.startswith("adapter"):
+        assert main(command(base, data, own)) == 0
+    else:
+        shutil.copytree(base, own)
+    leased = command(own, data, tmp_path / "out", max_steps_per_run="2")
+    assert main(leased) == 0
+    kept = (own / name).read_bytes()
+    tensors = {key: 1.01 * tensor for key, tensor in load_file(own / name).items()}
+    save_file(tensors, own / name, metadata={"format": "pt"})
+
+    assert main(leased) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"--base {own} has changed since the unfinished run" in line
+
+    (own / name).write_bytes(kept)
+    assert main(command(own, data, tmp_path / "out")) == 0
+
+
+def test_a_base_of_the_same_name_in_another_folder_is_another_one(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = make_tiny_checkpoint(tmp_path / "there" / "base", exits=None, tie_word_embeddings=False)
+    monkeypatch.chdir(base.parent)
+    leased = command(Path("base"), data, tmp_path / "out", max_steps_per_run="2")
+    assert main(leased) == 0
+
+    monkeypatch.chdir(other.parent)
+    assert main(leased) == 2
+
+
+def test_the_base_of_prepared_data_counts_from_the_first_step_on(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    begin(tmp_path)
+    with Run.open(settings(tmp_path)) as run:
+        run.check_base("a" * 64)
+        run.begin(described())
+
+    with Run.open(settings(tmp_path)) as run:
+        run.check_base("a" * 64)
+        with pytest.raises(ConfigError, match=r"--base .* has changed .*aaaa.*now bbbb"):
+            run.check_base("b" * 64)
+
+
 def test_a_disk_that_is_full_while_torch_writes_is_one_line_and_the_run_goes_on(
     base: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -229,6 +279,30 @@ def test_a_disk_that_is_full_while_torch_writes_is_one_line_and_the_run_goes_on(
     assert main(arguments) == 0
 
 
-def test_a_damaged_state_that_is_read_is_not_called_a_full_disk() -> None:
-    with pytest.raises(RuntimeError, match="Reader"), disk_errors("states"):
-        raise RuntimeError("[enforce fail at inline_container.cc:1] . PytorchStreamReader failed")
+@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.pt"])
+def test_a_damaged_state_is_one_line_and_the_run_goes_on_from_the_one_before(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    leased = command(base, data, tmp_path / "out", save_every="1", max_steps_per_run="2")
+    assert main(leased) == 0
+    newest = max((tmp_path / "out.run" / "states").glob("checkpoint-*"))
+    (newest / name).write_bytes((newest / name).read_bytes()[:200])
+
+    assert main(leased) == 2
+
+    assert "out.run/states is damaged (" in capsys.readouterr().err.splitlines()[-1]
+    shutil.rmtree(newest)
+    assert main(command(base, data, tmp_path / "out")) == 0
+
+
+@pytest.mark.parametrize("content", ["", '{"version": 2', "[]"])
+def test_a_damaged_record_of_a_run_is_one_line(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    begin(tmp_path / "b")
+    folder = settings(tmp_path / "b").output.with_name("out.run")
+    (folder / "run.json").write_text(content)
+
+    assert main(command(base, data, tmp_path / "b" / "a" / "out")) == 2
+
+    assert f"{folder}/run.json is damaged" in capsys.readouterr().err.splitlines()[-1]

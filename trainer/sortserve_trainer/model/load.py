@@ -29,6 +29,7 @@ from sortserve.core.errors import CheckpointError, ConfigError
 from sortserve.model.config import ModelConfig
 from sortserve.model.weight import Weight
 from sortserve_trainer.model.adapter import continue_adapter, new_adapter
+from sortserve_trainer.model.base_digest import base_digest
 from sortserve_trainer.model.dtypes import resolve_trainer_dtype
 from sortserve_trainer.model.exit_modules import ExitModules
 from sortserve_trainer.model.load_settings import ModelSettings
@@ -50,6 +51,8 @@ class LoadedModel:
     config: ModelConfig
     base: str
     """What its trunk is known as, findable from any working directory."""
+    base_digest: str = ""
+    """Of what is trained further (``base_digest``); empty where nothing is."""
     sorted_info: SortedInfo | None
     dtype: torch.dtype
     """To compute in; weights that are trained are float32 whatever it is."""
@@ -86,6 +89,7 @@ def load_for_training(settings: ModelSettings, method: Method) -> LoadedModel:
         modules = ExitModules(kinds, config, final_norm)
         trained = _load_modules(modules, layout)
         tokenizer = load_tokenizer(layout.model)
+        digest = base_digest(layout)
     model = SortedModel(trunk, exits, modules)
     _check_trains(model, method)
     new = [e for e in modules.by_exit if e not in trained]
@@ -97,6 +101,7 @@ def load_for_training(settings: ModelSettings, method: Method) -> LoadedModel:
         tokenizer=tokenizer,
         config=config,
         base=layout.base,
+        base_digest=digest,
         sorted_info=layout.sorted_info,
         dtype=dtype,
         device=device,

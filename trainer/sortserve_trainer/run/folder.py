@@ -25,6 +25,7 @@ _HUB = {"push_to_hub", "hub_model_id", "hub_private_repo"}
 FREE = {"log_every", "save_every", "report_to", "trunk_cache_gb", *_HUB}
 """Settings that a run may be resumed with other values of: no weight hangs on them."""
 RECORD, LOCK = "run.json", "lock"
+BASE_DIGEST = "base_digest"
 VERSION = 2
 """Of the record. Before there were numbers it was the settings alone."""
 
@@ -41,6 +42,7 @@ class Run:
         self.folder = _folder(settings)
         self.decays_all = record is not None and "version" not in record
         self._settings, self._record = settings, record
+        self._base_digest: str | None = None
 
     @classmethod
     @contextmanager
@@ -110,26 +112,52 @@ class Run:
                         param=flag,
                     )
 
+    def check_base(self, digest: str) -> None:
+        """Refuse a base that is not the one that the run began with, whatever it is called.
+
+        Args:
+            digest: ``LoadedModel.base_digest``.
+
+        Raises:
+            ConfigError: it is another one.
+        """
+        old = (self._record or {}).get(BASE_DIGEST, digest)
+        if old != digest:
+            raise ConfigError(
+                f"--base {self._settings.base} has changed since the unfinished run in "
+                f"{self.folder} began (digest {old[:12]}, now {digest[:12]}): put the old one "
+                "back, name another --output, or delete that folder.",
+                param="base",
+            )
+        self._base_digest = digest
+
     def begin(
         self,
         described: Sequence[Mapping[str, Any]],
         evaluated: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Write down what the run is, so that it can be resumed; the second time does nothing.
+        """Write down what the run is, so that it can be resumed.
+
+        The second time does nothing, but for the base of a run whose data alone were prepared.
 
         Args:
             described: ``RunData.described``.
             evaluated: ``RunData.evaluated``.
         """
-        if self._record is not None or int(os.environ.get("RANK", "0")) > 0:
+        if int(os.environ.get("RANK", "0")) > 0:
             return
-        self._record = {
+        record = self._record or {
             "version": VERSION,
             "settings": plain_settings(self._settings),
             "base": os.path.realpath(self._settings.base),
             "data": _digests(described),
             "eval-data": _digests(evaluated),
         }
+        if self._base_digest is not None and "version" in record:
+            record = {**record, BASE_DIGEST: self._base_digest}
+        if record == self._record:
+            return
+        self._record = record
         with disk_errors(f"--output {self._settings.output}"):
             text = json.dumps(self._record, indent=2)
             write_atomically(self.folder / RECORD, text.encode())
@@ -157,8 +185,14 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     path = folder / RECORD
     if not path.is_file():
         return None
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return record
+    with suppress(ValueError):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record, dict):
+            return record
+    raise ConfigError(
+        f"{path} is damaged: delete {folder} to begin anew, or name another --output.",
+        param="output",
+    )
 
 
 def _lock(folder: Path) -> BinaryIO:

@@ -36,6 +36,8 @@ STOPPED_BY = "stopped_by"
 """Key of a recipe: the limit that stopped the run before its last step."""
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
 """What torch.save's messages have in common where its file cannot be written."""
+_READERS = ("PytorchStreamReader", "Error while deserializing")
+"""What torch.load's and safetensors' messages begin with where a file is damaged."""
 
 
 def check_output(folder: Path) -> None:
@@ -102,7 +104,8 @@ def disk_errors(place: str) -> Iterator[None]:
     """Turn a disk that is full or cannot be written into one line, which begins with ``place``.
 
     Raises:
-        ConfigError: what is done in the block could not be written.
+        ConfigError: what is done in the block could not be written, or a state to resume from is
+            damaged.
     """
     try:
         yield
@@ -111,9 +114,15 @@ def disk_errors(place: str) -> Iterator[None]:
     except Exception as error:
         # safetensors and torch.save report a full disk in types of their own.
         reason = " ".join(str(error).split())[:200]
+        if any(mark in reason for mark in _READERS):
+            raise ConfigError(
+                f"{place} is damaged ({reason}): delete what is newest there, and the same command "
+                "goes on from before it.",
+                param="output",
+            ) from error
         if type(error).__name__ == "SafetensorError":
             raise _cannot_write(place, reason) from error
-        if any(mark in reason for mark in _TORCH_WRITER) and "Reader" not in reason:
+        if any(mark in reason for mark in _TORCH_WRITER):
             raise _cannot_write(place, f"the disk is full, or refuses it ({reason})") from error
         raise
 

@@ -56,8 +56,9 @@ class TrainSettings(BaseModel):
     revision: Text | None = None
     """Branch, tag or commit of a Hugging Face id."""
     data: Annotated[tuple[Text, ...], BeforeValidator(_as_list), Field(min_length=1)]
-    """Training data: a .json, .jsonl or .txt file or a Hugging Face data set id; `:WEIGHT` after it
-    is how often its rows are seen in an epoch. May be repeated."""
+    """Training data: a .jsonl, .json, .txt, .csv (each also .gz) or .parquet file, or a Hugging
+    Face data set id; `:WEIGHT` after it is how often its rows are seen in an epoch. May be
+    repeated."""
     output: FilePath
     """Folder of the checkpoint. The same command on the same folder resumes a run."""
     exits: Layers

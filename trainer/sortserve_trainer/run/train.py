@@ -90,6 +90,7 @@ def train(settings: TrainSettings, *, command: str = "") -> Path:
         _seed_everything(settings.seed)
         method = settings.resolved
         loaded = load_for_training(settings, method)
+        run.check_base(loaded.base_digest)
         data = load_run_data(settings, loaded.tokenizer, loaded.config, run.prepared)
         run.check_data(data.described, data.evaluated)
         trainer = _train_phase(settings, method, loaded, data, run, "states", limits)
