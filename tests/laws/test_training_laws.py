@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sortserve.checkpoint.sorted_json import SortedInfo
+from sortserve_trainer.run.export import export_submodel
 from sortserve_trainer.run.prepare import prepare
 from sortserve_trainer.run.settings import load_train_settings
 from sortserve_trainer.run.train import train
@@ -99,6 +101,24 @@ def test_a_frozen_trunk_keeps_the_adapter_that_it_was_trained_with(
     assert first.keys() == then.keys()
     for name, tensor in then.items():
         assert torch.equal(tensor, first[name]) is name.startswith("adapter_model"), name
+
+
+@pytest.mark.parametrize("method", ["soft", "sft", "sft+ict"])
+def test_all_weights_over_an_adapter_train_as_those_of_the_merged_model(
+    base: Path, tmp_path: Path, method: str
+) -> None:
+    run(base, tmp_path / "first", exit_modules="none")
+    export_submodel(str(tmp_path / "first"), 6, tmp_path / "merged")
+
+    trained = {
+        name: run(tmp_path / name, tmp_path / f"{name}-{method}", method=method, lora_rank=None)
+        for name in ("first", "merged")
+    }
+
+    assert_equal(trained["first"], trained["merged"])
+    before = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, tensor in before.items():
+        assert not torch.equal(trained["first"][f"model.safetensors:{name}"], tensor), name
 
 
 def test_modules_that_a_base_has_train_by_a_method_that_makes_none(

@@ -72,8 +72,8 @@ def continue_adapter(trunk: Any, folder: Path, settings: ModelSettings) -> Any:
         config: Any = PeftConfig.from_pretrained(str(folder))
     if settings.trains_weights:
         with quiet():
-            merged = PeftModel.from_pretrained(trunk, str(folder)).merge_and_unload()
-        return merged  # and saved as weights
+            merged: Any = PeftModel.from_pretrained(trunk, str(folder)).merge_and_unload()
+        return merged.requires_grad_(True)  # peft froze them; they are saved as weights
     rank = settings.lora_rank
     if rank is not None and rank != config.r:
         _check_rank(rank, config, folder, settings)
