@@ -119,3 +119,25 @@ def test_a_rank_that_the_adapter_cannot_have_is_refused(
     assert f"{flags[0]} {flags[1]} does not fit" in line
     assert reason in line
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--lora-alpha", "6"], "made with 18 and goes on so"),
+        (["--lora-dropout", "0.5"], "made with 0 and goes on so"),
+        (["--lora-targets", "q_proj,v_proj"], "made with down_proj,gate_proj,k_proj,o_proj,"),
+    ],
+)
+def test_flags_that_an_adapter_does_not_take_up_are_refused(
+    flags: list[str], reason: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = sorted_checkpoint(tmp_path, data, 6)
+    capsys.readouterr()
+
+    assert train(first, data, tmp_path / "out", *flags) == 2
+
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"{flags[0]} does not fit" in line
+    assert reason in line
+    assert train(first, data, tmp_path / "out", "--lora-alpha", "18") == 0

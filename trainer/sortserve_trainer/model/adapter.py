@@ -64,7 +64,8 @@ def continue_adapter(trunk: Any, folder: Path, settings: ModelSettings) -> Any:
     A smaller ``lora_rank`` than the adapter's asks for the nearest adapter of that rank.
 
     Raises:
-        ConfigError: ``lora_rank`` is another one that the adapter cannot have.
+        ConfigError: ``lora_rank`` is another one that the adapter cannot have, or another flag is
+            not what the adapter was made with.
     """
     from peft import PeftConfig, PeftModel
 
@@ -74,6 +75,8 @@ def continue_adapter(trunk: Any, folder: Path, settings: ModelSettings) -> Any:
         with quiet():
             merged: Any = PeftModel.from_pretrained(trunk, str(folder)).merge_and_unload()
         return merged.requires_grad_(True)  # peft froze them; they are saved as weights
+    if settings.trains_adapter:
+        _check_flags(config, folder, settings)
     rank = settings.lora_rank
     if rank is not None and rank != config.r:
         _check_rank(rank, config, folder, settings)
@@ -81,6 +84,27 @@ def continue_adapter(trunk: Any, folder: Path, settings: ModelSettings) -> Any:
     with quiet():
         model = PeftModel.from_pretrained(trunk, str(folder), is_trainable=settings.trains_adapter)
     return _prepare(model)
+
+
+def _check_flags(config: Any, folder: Path, settings: ModelSettings) -> None:
+    """Refuse what would be left out of account: an adapter goes on as it was made."""
+    targets = config.target_modules
+    own = {
+        "lora-alpha": (settings.lora_alpha, config.lora_alpha),
+        "lora-targets": (
+            set(settings.lora_targets),
+            {targets} if isinstance(targets, str) else set(targets or ()),
+        ),
+        "lora-dropout": (settings.lora_dropout, config.lora_dropout),
+    }
+    for flag, (asked, made) in own.items():
+        if asked and asked != made:
+            told = ",".join(sorted(made)) if isinstance(made, set) else f"{made:g}"
+            raise ConfigError(
+                f"--{flag} does not fit {folder}, whose adapter was made with {told} and goes on "
+                "so: leave the flag out.",
+                param=flag,
+            )
 
 
 def _check_rank(rank: int, config: Any, folder: Path, settings: ModelSettings) -> None:
