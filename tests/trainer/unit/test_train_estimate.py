@@ -118,3 +118,26 @@ def test_a_dry_run_needs_a_config_alone_and_leaves_nothing(
     assert "trained" in text
     assert "tokens/s (H100)" in text
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_dry_run_over_a_sorted_base_counts_the_adapter_and_modules_that_it_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make_tiny_checkpoint(tmp_path / "base", exits=None)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"instruction": "Say it.", "output": "it"}\n' * 9)
+    common = ["train", "--data", str(data), "--exits", "2,4", "--held-out", "0"]
+    common += ["--report-to", "none", "--pack-length", "96", "--max-length", "96"]
+    made = [*common, "--base", str(base), "--output", str(tmp_path / "first")]
+    made += ["--lora-rank", "3", "--exit-modules", "2=layer"]
+    assert main(made) == 0
+
+    further = [*common, "--base", str(tmp_path / "first"), "--output", str(tmp_path / "out")]
+    assert main([*further, "--dry-run"]) == 0
+    alike = [*common, "--base", str(base), "--output", str(tmp_path / "out"), "--lora-rank", "3"]
+    told = capsys.readouterr().out
+    assert main([*alike, "--exit-modules", "2=layer", "--dry-run"]) == 0
+
+    assert told == capsys.readouterr().out
+    assert main([*further, "--lora-rank", "2", "--exit-modules", "4=mlp", "--dry-run"]) == 0
+    assert told != capsys.readouterr().out

@@ -38,7 +38,13 @@ from sortserve_trainer.model.sorted_model import SortedModel
 from sortserve_trainer.run.methods import Method
 from sortserve_trainer.run.module_kinds import AskedKinds
 
-__all__ = ["LoadedModel", "choose_exits", "load_for_evaluation", "load_for_training"]
+__all__ = [
+    "LoadedModel",
+    "choose_exits",
+    "load_for_evaluation",
+    "load_for_training",
+    "module_kinds",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +90,7 @@ def load_for_training(settings: ModelSettings, method: Method) -> LoadedModel:
         if not settings.trains_weights:
             trunk.requires_grad_(False)
         trunk = _with_adapter(trunk, layout, settings, method)
-        kinds = _module_kinds(layout, exits, method, settings.asked_kinds)
+        kinds = module_kinds(layout, exits, method, settings.asked_kinds)
         final_norm = _final_norm(trunk)
         modules = ExitModules(kinds, config, final_norm)
         trained = _load_modules(modules, layout)
@@ -238,10 +244,15 @@ def _final_norm(trunk: Any) -> torch.Tensor:
     return weight.detach().float()
 
 
-def _module_kinds(
+def module_kinds(
     layout: CheckpointLayout, exits: Sequence[int], method: Method, asked: AskedKinds
 ) -> Mapping[int, str]:
-    """The kind that was asked for; else the method's, but where the base has a module already."""
+    """By exit below full depth, the kind that was asked for; else the method's, but where the base
+    has a module already.
+
+    Raises:
+        ConfigError: a kind is asked for where there is no such exit.
+    """
     asked.check_exits(exits[:-1])
     own = layout.sorted_info.exit_modules if layout.sorted_info is not None else {}
     return {e: asked.at(e, own.get(e, method.exit_modules)) for e in exits[:-1]}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
+from sortserve.checkpoint.adapter_config import read_adapter_config
 from sortserve.checkpoint.families import read_model_config
 from sortserve.checkpoint.hf import load_hf_config, load_tokenizer
+from sortserve.checkpoint.layout import CheckpointLayout
 from sortserve.checkpoint.load import open_checkpoint
 from sortserve_trainer.commands.console import Console
-from sortserve_trainer.model.load import choose_exits
+from sortserve_trainer.model.load import choose_exits, module_kinds
 from sortserve_trainer.run.estimate import estimate, estimate_text
 from sortserve_trainer.run.folder import Run
 from sortserve_trainer.run.run_data import RunData, load_run_data
@@ -27,8 +30,22 @@ def dry_run(settings: TrainSettings) -> str:
     """
     with open_checkpoint(settings.base, revision=settings.revision) as layout:
         config = read_model_config(load_hf_config(layout.model))
-    exits = choose_exits(settings.exits, config.num_layers)
+        exits = choose_exits(settings.exits, config.num_layers)
+        settings = _with_own(settings, layout, exits)
     return estimate_text(estimate(settings, config, exits), exits)
+
+
+def _with_own(
+    settings: TrainSettings, layout: CheckpointLayout, exits: Sequence[int]
+) -> TrainSettings:
+    """The settings with what a base has of its own, where they leave it to the base."""
+    method = settings.resolved
+    kinds = module_kinds(layout, exits, method, settings.asked_kinds)
+    text = ",".join(f"{e}={kind}" for e, kind in kinds.items())
+    found: dict[str, object] = {"exit_modules": text or None}
+    if layout.is_adapter and settings.lora_rank is None and method.lora_rank:
+        found["lora_rank"] = read_adapter_config(layout.own)["r"]
+    return settings.model_copy(update=found)
 
 
 def prepare(settings: TrainSettings) -> RunData:
