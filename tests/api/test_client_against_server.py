@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import uvicorn
@@ -40,6 +40,7 @@ class AsciiTokenizer:
     """Each character is its number. A conversation is its contents, one after the other."""
 
     vocab_size = VOCAB_SIZE
+    info: ClassVar[dict[str, Any]] = {}
     grammars = FormCompiler()
     tool_dialect = None
 

@@ -98,7 +98,7 @@ async def test_version(shared: HttpService) -> None:
 
 
 GET_ROUTES = [
-    *("/health", "/readyz", "/livez", "/version", "/metrics", "/exits"),
+    *("/health", "/readyz", "/livez", "/version", "/metrics", "/exits", "/tokenizer_info"),
     *("/v1/models", "/v1/models/tiny@2", "/status", "/load", "/docs", "/openapi.json"),
 ]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jinja2
 import pytest
 from fastapi import FastAPI
 from transformers import AutoTokenizer
@@ -50,6 +51,12 @@ async def post(app: FastAPI, path: str, body: dict[str, Any]) -> httpx.Response:
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         return await client.post(path, json=body)
+
+
+async def get(app: FastAPI, path: str) -> httpx.Response:
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        return await client.get(path)
 
 
 def text_of(choice: dict[str, Any]) -> str:
@@ -118,6 +125,23 @@ async def test_mixed_depths_at_once_answer_as_each_alone(app: FastAPI) -> None:
         reply["choices"][0]["text"] for reply in alone
     ]
     assert len({reply["choices"][0]["text"] for reply in alone}) > 6
+
+
+async def test_a_program_without_the_tokenizer_can_do_what_it_does(app: FastAPI) -> None:
+    """As lm-eval's ``tokenizer_backend=remote`` has it: its own template, the server's tokens."""
+    info = (await get(app, "/tokenizer_info")).json()
+
+    text = jinja2.Template(info["chat_template"], keep_trailing_newline=True).render(
+        messages=CHAT, add_generation_prompt=True
+    )
+    own = await post(app, "/tokenize", {"prompt": text, "add_special_tokens": False})
+    ends = await post(app, "/tokenize", {"prompt": info["eos_token"], "add_special_tokens": False})
+
+    asked = await post(app, "/tokenize", {"messages": CHAT})
+    assert own.json()["tokens"] == asked.json()["tokens"]
+    assert ends.json()["tokens"] == [tiny_tokenizer().eos_token_id]
+    assert info["model_max_length"] == asked.json()["max_model_len"]
+    assert info["additional_special_tokens"] == ["<|im_start|>"]
 
 
 async def test_tokenize_shows_what_the_chat_template_writes(app: FastAPI) -> None:

@@ -25,6 +25,7 @@ GUARDED = [
     ("GET", "/exits"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
+    ("GET", "/tokenizer_info"),
     ("GET", "/version"),
     ("GET", "/openapi.json"),
     ("GET", "/status"),

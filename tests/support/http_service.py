@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import uvicorn
@@ -60,6 +60,15 @@ class AsciiTokenizer:
 
     vocab_size = VOCAB_SIZE
     max_token_chars = 1
+    info: ClassVar[Mapping[str, Any]] = {
+        "tokenizer_class": "CharacterTokenizer",
+        "bos_token": None,
+        "eos_token": "~",
+        "unk_token": None,
+        "pad_token": None,
+        "additional_special_tokens": [],
+        "chat_template": None,
+    }
 
     def __init__(self) -> None:
         self.grammars = FormCompiler()

@@ -85,6 +85,10 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int:
         """Token ids are below this."""
 
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """What ``GET /tokenizer_info`` tells of it."""
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Text to token ids."""
 

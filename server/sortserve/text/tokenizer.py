@@ -26,6 +26,7 @@ from sortserve.text.chat_template import ChatTemplate
 from sortserve.text.grammars import Grammars
 from sortserve.text.plain_content import PlainContent
 from sortserve.text.stop_strings import StopMatcher
+from sortserve.text.tokenizer_info import tokenizer_info
 
 __all__ = ["TextStream", "Tokenizer"]
 
@@ -62,6 +63,8 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._plain = PlainContent(self._backend)
+        self.info = tokenizer_info(hf_tokenizer)
+        """Special tokens and chat template, for programs that have none of it."""
         self.allow_special_in_content = False
         """Whether special tokens that are written out in messages count as such."""
         self.eos_token_ids = eos_token_ids

@@ -211,6 +211,21 @@ class DetokenizeResponse(BaseModel):
     prompt: str
 
 
+class TokenizerInfoResponse(BaseModel):
+    """Reply of `GET /tokenizer_info`."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    unk_token: str | None
+    pad_token: str | None
+    additional_special_tokens: list[str]
+    chat_template: str | None
+    """As the checkpoint has it (Jinja); null where it has none."""
+    model_max_length: int
+    """Most tokens of prompt and answer together."""
+
+
 class StatusResponse(BaseModel):
     """Reply of the probes."""
 

@@ -1,4 +1,4 @@
-"""``POST /generate``, ``GET /exits``, ``POST /tokenize`` and ``POST /detokenize``."""
+"""``POST /generate``, ``GET /exits``, ``/tokenize``, ``/detokenize``, ``/tokenizer_info``."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from sortserve.api.replies.models import (
     GenerateResponse,
     ScheduleEntry,
     TokenizeResponse,
+    TokenizerInfoResponse,
 )
 from sortserve.api.replies.streaming import GenerationReply, GenerationStream
 from sortserve.api.routes.dependencies import OpenExits, Serving, body_of
@@ -223,6 +224,14 @@ async def detokenize(
         return tokenizer.decode(token_ids, skip_special_tokens=bool(body.skip_special_tokens))
 
     return DetokenizeResponse(prompt=await service.work_on_body(request, decode))
+
+
+@router.get("/tokenizer_info", responses=errors(401))
+async def tokenizer_info(service: Serving) -> TokenizerInfoResponse:
+    """Special tokens and chat template, for programs that tokenise through this server."""
+    return TokenizerInfoResponse(
+        **service.tokenizer.info, model_max_length=service.worker.max_model_len
+    )
 
 
 def _prompt_of(body: GenerateBody | TokenizeBody, vocab_size: int, max_chars: int) -> Prompt:
