@@ -1,11 +1,13 @@
 """lm-evaluation-harness through the server gives the likelihoods of its own ``hf`` backend.
 
-At a shallow exit, which has a module of its own, and at full depth; the task is the one of the
-documentation. Skipped where the package is missing: it is in no extra, for it brings much.
+At every exit: there with nothing but the server, here with the exit as it is exported. The task is
+the one of the documentation. Skipped where the package is missing: it is in no extra, for it brings
+much.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,16 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from sortserve.checkpoint.sources import missing_requirements
-from support.reference import apply_exit_module
 from support.server_process import Server
-from support.tiny_models import hf_submodel, load_hf, read_exit_module
 
 ROOT = Path(__file__).parents[2]
 MODEL = "sorted-smollm2-135m"
-SHALLOW, DEEP = 24, 30
+EXITS = json.loads((ROOT / "checkpoints" / MODEL / "sorted.json").read_text())["exits"]
 WITHIN = 1e-3
 
 pytestmark = [
@@ -54,37 +53,20 @@ def url() -> Iterator[str]:
             process.kill()
 
 
+@pytest.fixture(scope="module", params=EXITS)
+def exit_layer(request: pytest.FixtureRequest) -> int:
+    layer: int = request.param
+    return layer
+
+
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Full depth as transformers reads it; its tokenizer is everybody's."""
+def exported(exit_layer: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The exit as a model of transformers, with the tokenizer that is everybody's."""
     folder = tmp_path_factory.mktemp("export") / "model"
     command = [sys.executable, "-m", "sortserve", "export", MODEL]
-    command += [f"--exit={DEEP}", f"--output={folder}"]
+    command += [f"--exit={exit_layer}", f"--output={folder}"]
     subprocess.run(command, check=True)
     return folder
-
-
-class _Norm(torch.nn.Module):
-    """What an exit has in place of the final norm."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor], eps: float) -> None:
-        super().__init__()
-        self._tensors = {name: tensor.float() for name, tensor in tensors.items()}
-        self._eps = eps
-
-    def forward(self, h_BTD: torch.Tensor) -> torch.Tensor:
-        return apply_exit_module(h_BTD, self._tensors, self._eps)
-
-
-def transformers_model(exported: Path, exit_layer: int) -> Any:
-    whole = load_hf(exported)
-    if exit_layer == DEEP:
-        return whole
-    tensors = read_exit_module(ROOT / "checkpoints" / MODEL, exit_layer)
-    eps = whole.model.norm.variance_epsilon
-    model = hf_submodel(whole, exit_layer, final_norm=False)
-    model.model.norm = _Norm(tensors, eps)
-    return model
 
 
 def likelihoods(model: Any, **options: Any) -> list[float]:
@@ -104,8 +86,7 @@ def likelihoods(model: Any, **options: Any) -> list[float]:
     return [float(answer[0]) for sample in samples for answer in sample["filtered_resps"]]
 
 
-@pytest.mark.parametrize("exit_layer", [SHALLOW, DEEP])
-def test_the_likelihoods_are_those_of_transformers(
+def test_the_likelihoods_are_those_of_the_exported_exit_in_transformers(
     url: str, exported: Path, exit_layer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lm_eval.models.huggingface import HFLM
@@ -118,13 +99,11 @@ def test_the_likelihoods_are_those_of_transformers(
         model_args={
             "base_url": f"{url}/v1/completions",
             "model": f"{MODEL}@{exit_layer}",
-            "tokenizer": str(exported),
+            "tokenizer_backend": "remote",
             "num_concurrent": 4,
         },
     )
-    reference = HFLM(
-        pretrained=transformers_model(exported, exit_layer), tokenizer=str(exported), device="cpu"
-    )
+    reference = HFLM(pretrained=str(exported), dtype="float32", device="cpu")
 
     expected = likelihoods(reference)
 
