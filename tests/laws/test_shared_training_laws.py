@@ -94,3 +94,22 @@ def test_a_sharded_run_that_is_stopped_and_goes_on_ends_at_the_same_weights(
 
     run_two(base, tmp_path / "parts", max_steps_per_run=2, **options)
     assert_equal(run_two(base, tmp_path / "parts", **options), whole)
+
+
+@pytest.mark.slow
+def test_a_shared_run_with_a_mean_over_a_shrunk_adapter_goes_on_to_the_same_weights(
+    base: Path, tmp_path: Path
+) -> None:
+    """What a run keeps beside its weights (the mean, evaluations) is in its states, too."""
+    first = tmp_path / "first"
+    run(base, first, lora_rank=6, exit_modules="2=layer")
+    options: dict[str, Any] = {
+        **{"lora_rank": 3, "average": 0.6, "load_best_model_at_end": True},
+        **{"held_out": 0.1, "eval_every": 2, "batch_size": 1},
+        **SAME_BATCH,
+    }
+    whole = run_two(first, tmp_path / "whole", **options)
+
+    run_two(first, tmp_path / "parts", max_steps_per_run=2, **options)
+    run_two(first, tmp_path / "parts", max_steps_per_run=2, **options)
+    assert_equal(run_two(first, tmp_path / "parts", **options), whole)
