@@ -11,7 +11,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sortserve.checkpoint.exit_table import exit_table
 from sortserve.checkpoint.families import count_layer_parameters
+from sortserve.checkpoint.sorted_json import SortedInfo
 from sortserve.model.config import ModelConfig
 from sortserve.model.exit_module import EXIT_MODULE_KINDS, ExitModule
 from sortserve_trainer.run.settings import TrainSettings
@@ -82,7 +84,7 @@ def estimate(settings: TrainSettings, config: ModelConfig, exits: tuple[int, ...
         # Weight, gradient and AdamW's two moments, all in float32.
         weight_bytes=int(frozen * base_bytes + trained * 16),
         activation_bytes=_activations(settings, config, exits, micro, compute_bytes),
-        exit_costs=_exit_costs(exits, matrices, head, kinds, config),
+        exit_costs=_exit_costs(settings, exits, config),
         tokens_per_step=micro * settings.gradient_accumulation,
     )
 
@@ -186,21 +188,27 @@ def _activations(
 
 
 def _exit_costs(
-    exits: tuple[int, ...],
-    matrices: int,
-    head: int,
-    kinds: Mapping[int, type[ExitModule]],
-    config: ModelConfig,
+    settings: TrainSettings, exits: tuple[int, ...], config: ModelConfig
 ) -> dict[int, float]:
-    full = exits[-1] * matrices + head
-    own = {e: kind.num_matrix_elements(config) for e, kind in kinds.items()}
-    return {e: (e * matrices + head + own.get(e, 0)) / full for e in exits}
+    """As the server will tell them, what deeper rows leave at shallower layers of their own too."""
+    info = SortedInfo(
+        format_version=1,
+        base=None,
+        num_layers=config.num_layers,
+        exits=exits,
+        exit_modules=_kind_names(settings, exits),
+    )
+    return {one.exit_layer: one.compute for one in exit_table(config, info, exits).exits}
 
 
 def _kinds(settings: TrainSettings, exits: tuple[int, ...]) -> dict[int, type[ExitModule]]:
+    return {e: EXIT_MODULE_KINDS[name] for e, name in _kind_names(settings, exits).items()}
+
+
+def _kind_names(settings: TrainSettings, exits: tuple[int, ...]) -> dict[int, str]:
     """Of the exits below full depth, over a base that has none."""
     method, asked = settings.resolved, settings.asked_kinds
     if method.has_head_phase:
-        return {e: EXIT_MODULE_KINDS["head"] for e in exits[:-1]}
+        return dict.fromkeys(exits[:-1], "head")
     asked.check_exits(exits[:-1])
-    return {e: EXIT_MODULE_KINDS[asked.at(e, method.exit_modules)] for e in exits[:-1]}
+    return {e: asked.at(e, method.exit_modules) for e in exits[:-1]}
