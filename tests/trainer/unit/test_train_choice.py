@@ -219,6 +219,22 @@ def test_a_run_ends_early_and_one_killed_at_that_moment_ends_there_too(
     assert recipe(tmp_path / "killed")["steps"] == 6
 
 
+def test_a_run_that_ends_before_its_mean_begins_says_so(
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    losses_of([9, 8, 2, 6, 3, 5, 4, 5, 6, 7, 8, 9], monkeypatch)
+    plain = run(base, tmp_path / "plain", early_stopping_patience=2)
+    assert "--average" not in caplog.text
+
+    ended = run(base, tmp_path / "out", early_stopping_patience=2, average=0.1)
+
+    assert "ended early, after step 6 of" in caplog.text
+    assert_equal(ended, plain)
+
+
 def test_named_files_are_evaluated_and_nothing_is_held_out(base: Path, tmp_path: Path) -> None:
     judged = tmp_path / "judged.jsonl"
     judged.write_text(json.dumps({"instruction": "Say it.", "output": "it"}) + "\n")

@@ -36,6 +36,11 @@ class TailAverage(TrainerCallback):  # type: ignore[misc] # transformers has no 
         self.count = 0
         """Steps in the mean."""
 
+    @property
+    def misses_all(self) -> bool:
+        """Whether there is to be a mean, and no step is in it."""
+        return self._share > 0 and not self.count
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Count a step in, if it is one of the last."""
         if state.global_step > state.max_steps - round(self._share * state.max_steps):

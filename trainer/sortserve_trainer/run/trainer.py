@@ -6,6 +6,7 @@ resume from that hold only what is trained and count only when they are whole.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -29,6 +30,8 @@ from sortserve_trainer.run.terms import ExitTerm
 from sortserve_trainer.run.trained import load_trained_tensors, trained_tensors
 
 __all__ = ["COMPLETE", "SortedTrainer", "newest_state"]
+
+logger = logging.getLogger(__name__)
 
 COMPLETE = "complete"
 """A state folder without this file was cut short, and is not resumed from."""
@@ -170,7 +173,7 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
             self.control,  # type: ignore[has-type]
             metrics,
         )
-        if self._choice is not None and self._choice.is_over(self.state.log_history):
+        if self._is_over():
             self.control.should_save = self.control.should_training_stop = True
         return metrics
 
@@ -224,11 +227,22 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
         else:
             self.train(resume_from_checkpoint=None if state is None else str(state))
         if self._choice is None or not self._choice.keeps_best:
+            if self._average.misses_all and self._is_over():
+                logger.warning(
+                    "--average: the run ended early, after step %d of %d and before the first step "
+                    "of the mean, so its weights are those of the last step.",
+                    self.state.global_step,
+                    self.state.max_steps,
+                )
             self._average.take()
             return
         self.evaluate_last_step()
         self.accelerator.wait_for_everyone()
         load_trained_tensors(self.sorted_model, load_file(self._best_path(self.best_step)))
+
+    def _is_over(self) -> bool:
+        """Whether evaluations have ended the run."""
+        return self._choice is not None and self._choice.is_over(self.state.log_history)
 
     @property
     def best_step(self) -> int | None:
