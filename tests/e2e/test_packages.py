@@ -162,7 +162,11 @@ def installed(
 def test_what_was_installed_serves_the_checkpoint_that_was_installed(
     installed: Path, tmp_path: Path
 ) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name == "SORTSERVE_CACHE_DIR" or not name.startswith(("SORTSERVE_", "PYTHONPATH"))
+    }
     asked = {"prompt": "Gravity is", "max_tokens": 4, "temperature": 0}
     flags = ["--port=0", "--log-format=json", "--kv-cache-memory=256MiB", "--num-threads=1"]
 
