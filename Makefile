@@ -69,7 +69,7 @@ schema-suite: $(VENV)/dev.stamp
 	SORTSERVE_JSON_SCHEMA_SUITE=$(SUITE)/jsonschema-4.23.0/json/tests \
 	  $(BIN)/python -m pytest -q -s -m slow tests/parity/test_json_schema_suite.py $(ARGS)
 
-check: $(VENV)/dev.stamp
+check: $(VENV)/dev.stamp audit sbom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

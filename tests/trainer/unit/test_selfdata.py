@@ -220,6 +220,15 @@ def test_the_number_of_prompts_that_a_model_writes_counts_those_of_an_earlier_ru
     assert len(rows) == 5
 
 
+def without_template(folder: Path) -> None:
+    make_tiny_checkpoint(folder, exits=None)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config.pop("chat_template", None)
+    path.write_text(json.dumps(config))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+
+
 def refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
     """The one line that a mistake is answered with."""
     assert main(["selfdata", *arguments.split()]) == 2
@@ -241,6 +250,11 @@ def refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("prompts.jsonl --output no/out", "--output no/out cannot be written: no is no folder."),
         ("prompts.jsonl --output .", "--output . cannot be written: it is a folder."),
         ("none.jsonl --output out", "none.jsonl: cannot be read: No such file or directory."),
+        ("empty.jsonl --output out", "empty.jsonl: there is no prompt in it."),
+        (
+            "prompts.jsonl --output out --model plain",
+            "messages cannot be used: this checkpoint has no chat",
+        ),
         ("bad.jsonl --output out", "bad.jsonl:2: not a JSON object on one line: "),
         ("text.txt --output out", "text.txt:1: a row has no `question` or `instruction`"),
         ("number.jsonl --output out", "number.jsonl:1: `instruction` is a number, not a string."),
@@ -260,6 +274,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"question": "Who?"}\n{"question": \n')
     (tmp_path / "text.txt").write_text("plain")
+    (tmp_path / "empty.jsonl").write_text("")
+    without_template(tmp_path / "plain")
     (tmp_path / "number.jsonl").write_text('{"instruction": 7}\n')
     monkeypatch.chdir(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}

@@ -46,27 +46,28 @@ def write_selfdata(
         OSError: the output cannot be written.
     """
     messages = [m for path in settings.prompts for m in _read_messages(path, settings.limit)]
+    total = settings.write_prompts or len(messages)
+    if not total:
+        raise ConfigError(f"{settings.prompts[0]}: there is no prompt in it.", param="prompts")
     _check_output(settings.output)
     checkpoint = load_checkpoint(settings.model)
     budget = Budget(exit_layer=_exit_layer(settings, checkpoint))
     longest = settings.max_prompt_tokens + settings.max_tokens
     num_done = _num_lines(settings.output)
-    total = settings.write_prompts or len(messages)
-    with (
-        LLM(
-            checkpoint,
-            max_model_len=min(longest, checkpoint.max_model_len),
-            max_num_seqs=min(settings.max_num_seqs, WAVE),
-        ) as llm,
-        settings.output.open("a", encoding="utf-8") as file,
-    ):
-        for start in range(num_done, total, WAVE):
-            seed = settings.seed + start
-            wave = messages[start : start + WAVE]
-            if settings.write_prompts is not None:
-                wave = _write_wave(llm, min(WAVE, total - start), settings, budget, seed)
-            _answer_all(llm, wave, settings, budget, seed, file)
-            on_wave(start + len(wave), total)
+    with LLM(
+        checkpoint,
+        max_model_len=min(longest, checkpoint.max_model_len),
+        max_num_seqs=min(settings.max_num_seqs, WAVE),
+    ) as llm:
+        llm.chat_prompt([{"role": "user", "content": "?"}])  # refused where there is no template
+        with settings.output.open("a", encoding="utf-8") as file:
+            for start in range(num_done, total, WAVE):
+                seed = settings.seed + start
+                wave = messages[start : start + WAVE]
+                if settings.write_prompts is not None:
+                    wave = _write_wave(llm, min(WAVE, total - start), settings, budget, seed)
+                _answer_all(llm, wave, settings, budget, seed, file)
+                on_wave(start + len(wave), total)
 
 
 def _write_wave(
