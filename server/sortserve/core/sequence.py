@@ -164,6 +164,18 @@ class Sequence:
         return self.num_prompt_tokens + num_output - self.num_computed_tokens
 
     @property
+    def reading(self) -> tuple[int, int]:
+        """Tokens to read before its next one, and those before them, which need no reading.
+
+        What the prefix cache held when it came counts as read while it waits: most of it will
+        still be there.
+        """
+        num_read = self.num_computed_tokens
+        if self._status is Status.WAITING:
+            num_read = max(num_read, self.num_found_tokens)
+        return self.num_tokens - num_read, num_read
+
+    @property
     def is_complete(self) -> bool:
         """Whether it has all the tokens that it may have: no further step is for it."""
         return self.num_output_tokens >= self.request.sampling.max_tokens

@@ -254,7 +254,7 @@ def demand_of(
     if not promised:
         due_s = gap_s = end_s = math.inf
     is_hard = math.isfinite(due_s)
-    num_pending, context_len = _reading(sequence)
+    num_pending, context_len = sequence.reading
     return Demand(
         request_id=sequence.request_id,
         exit_layer=sequence.exit_layer,
@@ -276,18 +276,6 @@ def demand_of(
         num_ready=sequence.num_ready_tokens,
         num_scored=sequence.num_scored_tokens,
     )
-
-
-def _reading(sequence: Sequence) -> tuple[int, int]:
-    """Tokens to read before its next one, and those before them, which need no reading.
-
-    What the prefix cache held when a sequence came counts as read while it waits: most of it will
-    still be there.
-    """
-    num_read = sequence.num_computed_tokens
-    if sequence.status is Status.WAITING:
-        num_read = max(num_read, sequence.num_found_tokens)
-    return sequence.num_tokens - num_read, num_read
 
 
 def _next_share(sequence: Sequence, num_left: int, costs: StepCosts) -> float:
@@ -346,7 +334,7 @@ def _is_hopeless(
     """
     deadlines, floor = sequence.deadlines, sequence.floor_layer
     if sequence.num_output_tokens == 0:
-        ready_s = now + costs.prefill_s(floor, *_reading(sequence), sequence.num_scored_tokens)
+        ready_s = now + costs.prefill_s(floor, *sequence.reading, sequence.num_scored_tokens)
         if deadlines.ttft_s is not None and ready_s > deadlines.ttft_s:
             return True
         rest_s = (num_left - 1) * costs.decode_s(floor, sequence.num_tokens)
