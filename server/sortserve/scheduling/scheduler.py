@@ -105,9 +105,8 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
-        exit_layer = sequence.exit_layer
-        found = self.kv_cache.held_tokens(sequence.request, (exit_layer,))
-        sequence.num_found_tokens = found.get(exit_layer, 0)
+        num_blocks = len(self.kv_cache.match_prefix(sequence))
+        sequence.num_found_tokens = num_blocks * self.kv_cache.block_size
         self._waiting.append(sequence)
 
     def finish(self, sequence: Sequence, *, keep_prefix: bool = True) -> None:

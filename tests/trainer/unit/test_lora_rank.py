@@ -49,6 +49,15 @@ def changes(checkpoint: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def refusal(
+    base: Path, data: Path, output: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> str:
+    """The last line of a run that is refused."""
+    capsys.readouterr()
+    assert train(base, data, output, *flags) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(24, 40), (6, 40), (40, 6)])
 def test_the_pair_of_a_smaller_rank_is_the_nearest_there_is(rows: int, columns: int) -> None:
     torch.manual_seed(0)
@@ -111,11 +120,9 @@ def test_a_rank_that_the_adapter_cannot_have_is_refused(
     flags: list[str], reason: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = sorted_checkpoint(tmp_path, data, 6)
-    capsys.readouterr()
 
-    assert train(first, data, tmp_path / "out", *flags) == 2
+    line = refusal(first, data, tmp_path / "out", flags, capsys)
 
-    line = capsys.readouterr().err.splitlines()[-1]
     assert f"{flags[0]} {flags[1]} does not fit" in line
     assert reason in line
     assert not list(tmp_path.glob("out*"))
@@ -133,11 +140,9 @@ def test_flags_that_an_adapter_does_not_take_up_are_refused(
     flags: list[str], reason: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = sorted_checkpoint(tmp_path, data, 6)
-    capsys.readouterr()
 
-    assert train(first, data, tmp_path / "out", *flags) == 2
+    line = refusal(first, data, tmp_path / "out", flags, capsys)
 
-    line = capsys.readouterr().err.splitlines()[-1]
     assert f"{flags[0]} does not fit" in line
     assert reason in line
     assert train(first, data, tmp_path / "out", "--lora-alpha", "18") == 0

@@ -69,12 +69,12 @@ def continue_adapter(trunk: Any, folder: Path, settings: ModelSettings) -> Any:
     """
     from peft import PeftConfig, PeftModel
 
-    with quiet():
-        config: Any = PeftConfig.from_pretrained(str(folder))
     if settings.trains_weights:
         with quiet():
             merged: Any = PeftModel.from_pretrained(trunk, str(folder)).merge_and_unload()
         return merged.requires_grad_(True)  # peft froze them; they are saved as weights
+    with quiet():
+        config: Any = PeftConfig.from_pretrained(str(folder))
     if settings.trains_adapter:
         _check_flags(config, folder, settings)
     rank = settings.lora_rank

@@ -52,11 +52,11 @@ def write_selfdata(
     _check_output(settings.output)
     checkpoint = load_checkpoint(settings.model)
     budget = Budget(exit_layer=_exit_layer(settings, checkpoint))
-    longest = settings.max_prompt_tokens + settings.max_tokens
+    most_tokens = settings.max_prompt_tokens + settings.max_tokens
     num_done = _num_lines(settings.output)
     with LLM(
         checkpoint,
-        max_model_len=min(longest, checkpoint.max_model_len),
+        max_model_len=min(most_tokens, checkpoint.max_model_len),
         max_num_seqs=min(settings.max_num_seqs, WAVE),
     ) as llm:
         llm.chat_prompt([{"role": "user", "content": "?"}])  # refused where there is no template
@@ -65,16 +65,10 @@ def write_selfdata(
                 seed = settings.seed + start
                 wave = messages[start : start + WAVE]
                 if settings.write_prompts is not None:
-                    wave = _write_wave(llm, min(WAVE, total - start), settings, budget, seed)
+                    count, longest = min(WAVE, total - start), settings.max_prompt_tokens
+                    wave = write_prompts(llm, count, budget=budget, max_tokens=longest, seed=seed)
                 _answer_all(llm, wave, settings, budget, seed, file)
                 on_wave(start + len(wave), total)
-
-
-def _write_wave(
-    llm: LLM, count: int, settings: SelfdataSettings, budget: Budget, seed: int
-) -> list[str]:
-    longest = settings.max_prompt_tokens
-    return write_prompts(llm, count, budget=budget, max_tokens=longest, seed=seed)
 
 
 def _read_messages(path: Path, limit: int | None) -> list[str]:
