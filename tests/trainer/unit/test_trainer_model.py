@@ -7,9 +7,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from sortserve.checkpoint.families import read_model_config
+from sortserve_trainer.model import lora
 from sortserve_trainer.model.exit_modules import Affine, ExitModules
 from sortserve_trainer.model.load import load_for_evaluation
 from sortserve_trainer.model.lora import merge_in_forward
+from sortserve_trainer.model.norms import fuse_norms, fused_norm
 from sortserve_trainer.model.sorted_model import SortedModel
 from sortserve_trainer.run.terms import ExitTerm
 from sortserve_trainer.run.warm_start import warm_start
@@ -135,6 +137,65 @@ def test_merged_lora_is_the_same_function_with_the_same_gradients() -> None:
     assert merged_grads.keys() == peft_grads.keys()
     for name, grad in peft_grads.items():
         torch.testing.assert_close(merged_grads[name], grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_merged_at_once_are_the_same_function_with_the_same_gradients(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = lora_model(), packed([8, 13])
+    merge_in_forward(model.trunk)
+    terms = dict.fromkeys(EXITS, ExitTerm(ce=1 / 3))
+
+    def run() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+            loss, _ = model(**batch, terms=terms)
+        loss.backward()
+        return loss.detach(), {
+            n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+        }
+
+    loss, grads = run()
+    monkeypatch.setattr(lora, "weight_budget", lambda _: 1 << 30)
+    monkeypatch.delattr(torch, "addmm")  # one layer after the other is not merged any more
+    loss_at_once, grads_at_once = run()
+
+    rtol = 1e-4 if dtype is torch.float32 else 2e-2
+    torch.testing.assert_close(loss_at_once, loss, rtol=rtol, atol=1e-5)
+    assert grads_at_once.keys() == grads.keys()
+    for name, grad in grads.items():
+        error = (grads_at_once[name] - grad).norm() / grad.norm().clamp(min=1e-3)
+        assert error < rtol, name
+
+
+def test_layers_are_merged_one_after_the_other_where_all_would_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, batch = lora_model(), packed([8, 13])
+    merge_in_forward(model.trunk)
+    weights = [m.base_layer.weight for m in model.modules() if hasattr(m, "lora_A")]
+    monkeypatch.setattr(lora, "weight_budget", lambda _: 2 * sum(w.numel() for w in weights) - 1)
+    monkeypatch.delattr(torch, "baddbmm")
+
+    loss, _ = model(**batch, terms=dict.fromkeys(EXITS, ExitTerm(ce=1 / 3)))
+
+    assert loss.isfinite()
+
+
+def test_the_fused_norm_is_that_of_the_family() -> None:
+    norm = tiny_hf_model().model.norm
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2.0)
+    x = torch.randn(7, norm.weight.numel())
+
+    torch.testing.assert_close(fused_norm(x, norm.weight, norm.variance_epsilon), norm(x))
+
+
+def test_all_norms_of_a_trunk_are_known() -> None:
+    trunk = tiny_hf_model()
+
+    assert fuse_norms(trunk) == 2 * len(trunk.model.layers) + 1
 
 
 def test_an_adapter_that_does_not_train_is_merged_once(monkeypatch: pytest.MonkeyPatch) -> None:

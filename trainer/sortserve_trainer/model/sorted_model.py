@@ -22,6 +22,7 @@ from sortserve_trainer.model.attention import PACKED_ATTENTION
 from sortserve_trainer.model.device_attention import PackedLengths
 from sortserve_trainer.model.exit_module import PackedRow, take_rows
 from sortserve_trainer.model.exit_modules import ExitModules
+from sortserve_trainer.model.lora import MergedAtOnce
 from sortserve_trainer.model.loss import (
     Likely,
     Teacher,
@@ -29,6 +30,7 @@ from sortserve_trainer.model.loss import (
     exit_losses,
     unlikelihood_loss,
 )
+from sortserve_trainer.model.norms import fuse_norms
 from sortserve_trainer.run.terms import ExitTerm
 
 __all__ = ["FULL", "SortedModel", "TrunkStates", "stream_name"]
@@ -73,6 +75,8 @@ class SortedModel(nn.Module):
         self.exit_modules = exit_modules
         self.base.config._attn_implementation = PACKED_ATTENTION
         self.base.config.use_cache = False
+        fuse_norms(self.base)
+        self._merged = MergedAtOnce(trunk)
 
     @property
     def base(self) -> Any:
@@ -142,7 +146,8 @@ class SortedModel(nn.Module):
         count = targets.numel() if num_targets is None else num_targets
         # Distillation and vocabulary samples read the full depth, whatever its own weight.
         exits = sorted({*terms, self.exits[-1]}) if _needs_full(terms, sample) else sorted(terms)
-        read = self._reader(input_ids, position_ids, lengths, exits, cached)
+        with self._merged.for_pass(input_ids.device, recomputes=_is_checkpointing(self.base.model)):
+            read = self._reader(input_ids, position_ids, lengths, exits, cached)
         heads = {e: self.head(e) for e in exits}
         loss, means = exit_losses(
             read(rows, "target_at"),
