@@ -172,6 +172,35 @@ def test_an_output_folder_that_is_not_empty_is_refused_before_anything_is_done(
     assert not (tmp_path / "out.run").exists()
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--freeze-trunk", "--trunk-cache", "CACHE"],
+        ["--average", "0.5"],
+        ["--held-out", "0.1", "--early-stopping-patience", "2", "--load-best-model-at-end"],
+    ],
+)
+def test_what_needs_whole_weights_is_refused_under_fsdp_before_anything_is_done(
+    base: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch --use_fsdp` sets it
+    cache = tmp_path / "cache"
+    flags = [str(cache) if flag == "CACHE" else flag for flag in flags]
+
+    line = refusal(capsys, command(base, data, tmp_path / "out", *flags))
+
+    asked = {"--trunk-cache", "--average", "--early-stopping-patience", "--load-best-model-at-end"}
+    for word in (*asked.intersection(flags), "FSDP", "leave", "DDP"):
+        assert word in line
+    assert not cache.exists()
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_an_unfinished_run_is_not_resumed_with_other_flags(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

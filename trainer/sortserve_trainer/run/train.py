@@ -28,7 +28,11 @@ from sortserve_trainer.commands.console import Console
 from sortserve_trainer.data import Mixture, collate
 from sortserve_trainer.model.load import LoadedModel, load_for_training
 from sortserve_trainer.run import hub
-from sortserve_trainer.run.arguments import tensorboard_logs_in, training_arguments
+from sortserve_trainer.run.arguments import (
+    check_sharding,
+    tensorboard_logs_in,
+    training_arguments,
+)
 from sortserve_trainer.run.cached_trunk import CachedTrunk
 from sortserve_trainer.run.choice import Choice, metric_name
 from sortserve_trainer.run.folder import Run, plain_settings
@@ -81,6 +85,7 @@ def train(settings: TrainSettings, *, command: str = "") -> Path:
         CheckpointError: the base cannot be trained.
     """
     started_s = time.monotonic()
+    check_sharding(settings)
     limits = RunLimits(
         max_time_s=settings.max_time, max_steps=settings.max_steps_per_run, started_s=started_s
     )
@@ -200,12 +205,6 @@ def _train_phase(
             decays_all=run.decays_all,
             average=settings.average,
             choice=choice,
-        )
-    if trainer.is_fsdp_enabled and (settings.average or settings.chooses or cache is not None):
-        raise ConfigError(
-            "--average, --load-best-model-at-end, --early-stopping-patience and --trunk-cache are "
-            "not for FSDP, whose weights are in pieces: leave them out, or use DDP.",
-            param="average",
         )
     state = newest_state(states)
     loaded.model.train()
