@@ -175,3 +175,12 @@ def test_a_cache_larger_than_its_bound_or_than_the_disk_is_refused_with_its_size
         check_room(21 * 10**8, 5, **room)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"/caches: .* take 2\.00 GB, .* has 1\.00 GB left"):
         check_room(2 * 10**9, 5, **{**room, "free": 10**9})  # type: ignore[arg-type]
+
+
+def test_a_small_size_is_told_in_a_unit_that_shows_it() -> None:
+    room = {"held": 34_560_000, "max_bytes": 40_000_000, "free": 7_800, "root": "/caches"}
+
+    with pytest.raises(ConfigError, match=r"take 9\.00 MB, and /caches has 34\.56 MB:"):
+        check_room(9_000_000, 5, **room)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"take 8\.00 kB, and the disk has 7\.80 kB left"):
+        check_room(8_000, 5, **room)  # type: ignore[arg-type]

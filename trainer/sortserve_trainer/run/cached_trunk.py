@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.filesize import decimal
 from rich.progress import Progress
 from torch import Tensor
 from torch.nn.functional import linear
@@ -205,19 +206,24 @@ def check_room(
     Raises:
         ConfigError: more than ``max_bytes``, or than is free.
     """
-    what = f"the trunk's states of {num_tokens:,} tokens take {num_bytes / 1e9:.2f} GB"
+    what = f"the trunk's states of {num_tokens:,} tokens take {_size(num_bytes)}"
     if held + num_bytes > max_bytes:
         raise ConfigError(
-            f"--trunk-cache-gb {max_bytes / 1e9:g}: {what}, and {root} has {held / 1e9:.2f} GB: "
+            f"--trunk-cache-gb {max_bytes / 1e9:g}: {what}, and {root} has {_size(held)}: "
             "give more, train on fewer tokens (--max-tokens), or delete caches of other trunks "
             "in that folder.",
             param="trunk-cache-gb",
         )
     if num_bytes > free:
         raise ConfigError(
-            f"--trunk-cache {root}: {what}, and the disk has {free / 1e9:.2f} GB left.",
+            f"--trunk-cache {root}: {what}, and the disk has {_size(free)} left.",
             param="trunk-cache",
         )
+
+
+def _size(num_bytes: int) -> str:
+    """In the unit that suits it: ``2.10 GB``, ``34.56 MB``, ``7.80 kB``."""
+    return decimal(num_bytes, precision=2)
 
 
 def trunk_digest(loaded: LoadedModel) -> str:
