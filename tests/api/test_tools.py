@@ -109,8 +109,15 @@ async def test_a_forced_call_has_no_text_for_a_format(shared: HttpService) -> No
     assert (with_regex.status_code, with_regex.json()["error"]["param"]) == (400, "tool_choice")
 
 
-async def test_earlier_calls_and_their_results_go_to_the_template(shared: HttpService) -> None:
-    function = {"name": "weather", "arguments": '{"city": "Rome"}'}
+@pytest.mark.parametrize(
+    "arguments",
+    ['{"city": "Rome"}', "", '{"city": ', "[" * 30_000, {"city": "Rome"}],
+    ids=["json", "none", "cut", "deep", "object"],
+)
+async def test_earlier_calls_and_their_results_go_to_the_template(
+    shared: HttpService, arguments: Any
+) -> None:
+    function = {"name": "weather", "arguments": arguments}
     messages = [
         {"role": "user", "content": "a"},
         {
@@ -123,6 +130,7 @@ async def test_earlier_calls_and_their_results_go_to_the_template(shared: HttpSe
 
     reply = await shared.post(CHAT, {"messages": messages, "max_tokens": 2})
 
+    assert reply.status_code == 200, reply.text
     assert reply.json()["choices"][0]["message"]["content"] == "yz"
 
 

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sortserve.text.tool_calls import with_parsed_arguments
 from sortserve_trainer.data.rows import Row, json_kind
 from sortserve_trainer.data.source import bad_data
 
@@ -150,26 +150,20 @@ def _parse_turn(place: str, index: int, turn: Mapping[str, Any]) -> dict[str, An
     }
     if calls:
         calls = _parse_list(place, f"{name}.tool_calls", calls)
-        parsed["tool_calls"] = [_with_object(call) for call in calls]
+        parsed["tool_calls"] = [_parse_call(call) for call in calls]
     for other in ("tool_call_id", "name"):
         if turn.get(other) is not None:
             parsed[other] = _check_text(place, f"{name}.{other}", turn[other])
     return parsed
 
 
-def _with_object(call: dict[str, Any]) -> dict[str, Any]:
-    """A call whose arguments are an object: what the server, too, makes of the OpenAI API's string
-    before a template sees it. What is no JSON stays as the model wrote it.
-    """
+def _parse_call(call: dict[str, Any]) -> dict[str, Any]:
+    """A call as the server, too, gives it to a template; its function may lie open in it."""
     function = call.get("function", call)
     if not isinstance(function, dict):
         return call
-    arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
-        with suppress(ValueError, RecursionError):
-            arguments = json.loads(arguments)
-    function = {**function, "arguments": arguments}
-    return {**call, "function": function} if "function" in call else function
+    parsed = with_parsed_arguments(function)
+    return {**call, "function": parsed} if "function" in call else parsed
 
 
 def _parse_list(place: str, name: str, value: object) -> list[dict[str, Any]]:

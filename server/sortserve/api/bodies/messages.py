@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sized
 from typing import Any
 
 from sortserve.api.bodies.limits import MAX_MESSAGE_FIELDS, MAX_PARTS
 from sortserve.core.errors import InvalidRequestError, shortened
+from sortserve.text.tool_calls import with_parsed_arguments
 
 __all__ = ["check_length", "not_allowed", "read_calls", "read_content"]
 
@@ -64,12 +64,7 @@ def read_calls(calls: object, param: str) -> list[dict[str, Any]]:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise not_allowed(f"{param}.{i}", call, "an object with a function and its name")
-        arguments = function.get("arguments") or "{}"
-        try:
-            parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
-        except ValueError:
-            parsed = arguments  # as the model wrote it
-        read.append({**call, "function": {**function, "arguments": parsed}})
+        read.append({**call, "function": with_parsed_arguments(function)})
     return read
 
 
