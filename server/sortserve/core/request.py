@@ -101,6 +101,11 @@ class Request:
     computes its whole prompt. None: nobody asks what the model says of the prompt."""
     trace: TraceParent | None = None
     """Of what its spans are a part; None: it is not traced."""
+    block_digests: dict[int, list[bytes]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """The names of its prompt's leading blocks, by the size of a block, as far as the prefix cache
+    was asked for them: who asks again hashes nothing again. One thread at a time asks."""
 
     @property
     def num_scored_tokens(self) -> int:

@@ -116,6 +116,8 @@ class Sequence:
         self.num_cached_tokens = 0
         # Leading tokens that the prefix cache held when it came: nobody keeps them for it.
         self.num_found_tokens = 0
+        # The names of its leading blocks, as far as the prefix cache was asked for them.
+        self.block_digests: list[bytes] = []
         self.num_preemptions = 0
         self.expected_tokens: int | None = None
         self.tokens_by_exit: dict[int, int] = {}

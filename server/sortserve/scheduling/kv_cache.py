@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate, takewhile
 
@@ -14,20 +13,20 @@ from sortserve.core.request import Request
 from sortserve.core.sequence import Sequence
 from sortserve.core.slabs import Slabs
 from sortserve.scheduling.block_pool import BlockPool
-from sortserve.scheduling.prefix_cache import PrefixCache, block_digest, root_digest
+from sortserve.scheduling.prefix_cache import BlockDigests, PrefixCache
 from sortserve.scheduling.prefix_heads import PrefixHeads
 
 __all__ = ["KVCacheManager"]
 
 
 class _PageTable:
-    """One sequence's pages [slab, block], and the digests of its published blocks."""
+    """One sequence's pages [slab, block], and how many leading blocks others can find."""
 
-    def __init__(self, num_slabs: int, root: bytes) -> None:
+    def __init__(self, num_slabs: int, digests: BlockDigests) -> None:
         self.num_slabs = num_slabs
         self.num_blocks = 0
-        self.digests: list[bytes] = []
-        self.root = root
+        self.digests = digests
+        self.num_published = 0
         self._pages = np.full((num_slabs, 8), -1, dtype=np.int32)
 
     @property
@@ -95,33 +94,37 @@ class KVCacheManager:
         if not self.enable_prefix_caching or sequence.prompt_logprobs is not None:
             return []
         num_slabs = self.slabs.count(sequence.exit_layer)
-        salt, num_tokens = sequence.request.cache_salt, sequence.num_tokens
-        held = self._leading_blocks(sequence.tokens, num_tokens, salt)
-        return [digest for digest, _ in takewhile(lambda block: block[1] >= num_slabs, held)]
+        digests = self._digests(sequence).before_last(sequence.num_tokens)
+        return list(takewhile(lambda d: len(self.prefix_cache.pages(d)) >= num_slabs, digests))
 
     def held_tokens(self, request: Request, exits: Iterable[int]) -> dict[int, int]:
         """How many leading tokens of a prompt the cache holds for each exit, where it holds any.
 
-        Any thread may ask: what it hears may be out of date.
+        Any thread may ask, one at a time of a request: what it hears may be out of date.
         """
         if not self.enable_prefix_caching or request.prompt_logprobs is not None:
             return {}
-        prompt, salt = request.prompt_token_ids, request.cache_salt
-        held = self._leading_blocks(lambda start, stop: prompt[start:stop], len(prompt), salt)
+        prompt = request.prompt_token_ids
+        digests = BlockDigests(
+            lambda start, stop: prompt[start:stop],
+            block_size=self.block_size,
+            salt=request.cache_salt,
+            known=request.block_digests.setdefault(self.block_size, []),
+        )
+        held = (len(self.prefix_cache.pages(d)) for d in digests.before_last(len(prompt)))
         # A block is of use only as far as all before it are there.
-        depths = list(takewhile(bool, accumulate((depth for _, depth in held), min)))
+        depths = list(takewhile(bool, accumulate(held, min)))
         num_blocks = {e: sum(depth >= self.slabs.count(e) for depth in depths) for e in exits}
         return {e: count * self.block_size for e, count in num_blocks.items() if count}
 
-    def _leading_blocks(
-        self, tokens: Callable[[int, int], SequenceOf[int]], num_tokens: int, salt: str
-    ) -> Iterator[tuple[bytes, int]]:
-        """The digest of each full block before the last token, and in how many slabs it is held."""
-        digest = root_digest(salt)
-        for block in range((num_tokens - 1) // self.block_size):
-            start = block * self.block_size
-            digest = block_digest(digest, tokens(start, start + self.block_size))
-            yield digest, len(self.prefix_cache.pages(digest))
+    def _digests(self, sequence: Sequence) -> BlockDigests:
+        """Of a sequence, which goes on from those that were looked up for its request."""
+        request, known = sequence.request, sequence.block_digests
+        if not known:
+            known += request.block_digests.get(self.block_size, ())
+        return BlockDigests(
+            sequence.tokens, block_size=self.block_size, salt=request.cache_salt, known=known
+        )
 
     def can_admit(self, sequence: Sequence, *, num_spare_pages: int) -> bool:
         """Whether all known tokens fit now and ``num_spare_pages`` remain free."""
@@ -138,14 +141,14 @@ class KVCacheManager:
     def admit(self, sequence: Sequence) -> int:
         """Give a sequence the pages of all its known tokens; returns how many need no compute."""
         num_slabs = self.slabs.count(sequence.exit_layer)
-        table = _PageTable(num_slabs, root_digest(sequence.request.cache_salt))
+        table = _PageTable(num_slabs, self._digests(sequence))
         for digest in self.match_prefix(sequence):
             pages = list(self.prefix_cache.pages(digest)[:num_slabs])
             for page in pages:
                 self.pool.acquire(page)
             table.append_block(pages)
-            table.digests.append(digest)
-            self.prefix_heads.note(digest, len(table.digests))
+            table.num_published += 1
+            self.prefix_heads.note(digest, table.num_published)
         assert sequence.request_id not in self._tables
         self._tables[sequence.request_id] = table
         num_cached_tokens = table.num_blocks * self.block_size
@@ -176,14 +179,11 @@ class KVCacheManager:
         if not self.enable_prefix_caching:
             return
         table = self._tables[sequence.request_id]
-        num_full = num_tokens // self.block_size
-        for block in range(len(table.digests), num_full):
-            start = block * self.block_size
-            parent = table.digests[-1] if table.digests else table.root
-            digest = block_digest(parent, sequence.tokens(start, start + self.block_size))
+        for block in range(table.num_published, num_tokens // self.block_size):
+            digest = table.digests.of_block(block)
             self._publish_block(table, block, digest)
-            table.digests.append(digest)
-            self.prefix_heads.note(digest, len(table.digests))
+            table.num_published += 1
+            self.prefix_heads.note(digest, table.num_published)
 
     def _publish_block(self, table: _PageTable, block: int, digest: bytes) -> None:
         known = list(self.prefix_cache.pages(digest))
@@ -209,8 +209,9 @@ class KVCacheManager:
 
     def distrust(self, sequence: Sequence) -> None:
         """Let nobody reuse the blocks of a sequence: their content may be what made it fail."""
-        for digest in self._tables[sequence.request_id].digests:
-            self.prefix_cache.drop(digest)
+        table = self._tables[sequence.request_id]
+        for block in range(table.num_published):
+            self.prefix_cache.drop(table.digests.of_block(block))
 
     def free(self, sequence: Sequence) -> None:
         """Drop all pages of a sequence."""

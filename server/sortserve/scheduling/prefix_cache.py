@@ -9,11 +9,11 @@ remains still serves shallow requests.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-__all__ = ["PrefixCache", "block_digest", "root_digest"]
+__all__ = ["BlockDigests", "PrefixCache", "block_digest", "root_digest"]
 
 
 def root_digest(salt: str) -> bytes:
@@ -26,6 +26,42 @@ def block_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
     digest = hashlib.blake2b(parent, digest_size=16)
     digest.update(np.asarray(token_ids, dtype=np.int64).tobytes())
     return digest.digest()
+
+
+class BlockDigests:
+    """The names of a text's full blocks, each hashed when it is first asked for and never again.
+
+    Args:
+        tokens: of the text, from one position to another.
+        block_size: tokens of a block.
+        salt: of the text.
+        known: the names of its leading blocks, in their order; new ones are added.
+    """
+
+    def __init__(
+        self,
+        tokens: Callable[[int, int], Sequence[int]],
+        *,
+        block_size: int,
+        salt: str,
+        known: list[bytes],
+    ) -> None:
+        self._tokens, self._block_size, self._salt = tokens, block_size, salt
+        self._known = known
+
+    def of_block(self, block: int) -> bytes:
+        """The name of one block; all before it have been asked for."""
+        known = self._known
+        assert block <= len(known)
+        if block == len(known):
+            parent = known[-1] if known else root_digest(self._salt)
+            start = block * self._block_size
+            known.append(block_digest(parent, self._tokens(start, start + self._block_size)))
+        return known[block]
+
+    def before_last(self, num_tokens: int) -> Iterator[bytes]:
+        """The names of the blocks before the last of so many tokens: it must run in any case."""
+        return map(self.of_block, range((num_tokens - 1) // self._block_size))
 
 
 class PrefixCache:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from itertools import islice
 
-from sortserve.scheduling.prefix_cache import block_digest, root_digest
+from sortserve.scheduling.prefix_cache import BlockDigests
 
 __all__ = ["MAX_HEADS", "PrefixHeads", "is_noted", "prefix_digests"]
 
@@ -29,17 +30,12 @@ def is_noted(num_blocks: int) -> bool:
 def prefix_digests(
     token_ids: Sequence[int], *, block_size: int, salt: str = ""
 ) -> list[tuple[int, str]]:
-    """The names of a prompt's prefixes: (tokens, digest), ascending.
-
-    The last token never counts: it must run in any case.
-    """
-    digest, found = root_digest(salt), []
-    for block in range(min((len(token_ids) - 1) // block_size, MAX_BLOCKS)):
-        start = block * block_size
-        digest = block_digest(digest, token_ids[start : start + block_size])
-        if is_noted(block + 1):
-            found.append((start + block_size, digest.hex()))
-    return found
+    """The names of a prompt's prefixes: (tokens, digest), ascending."""
+    digests = BlockDigests(
+        lambda start, stop: token_ids[start:stop], block_size=block_size, salt=salt, known=[]
+    )
+    leading = enumerate(islice(digests.before_last(len(token_ids)), MAX_BLOCKS), start=1)
+    return [(n * block_size, digest.hex()) for n, digest in leading if is_noted(n)]
 
 
 class PrefixHeads:

@@ -8,9 +8,11 @@ import pytest
 
 from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.core.sequence import Sequence
+from sortserve.scheduling import prefix_cache
 from sortserve.scheduling.columns import Columns
 from sortserve.scheduling.demand import demand_of
 from sortserve.scheduling.policies.table import get_policy
+from sortserve.scheduling.prefix_cache import block_digest
 from support.scripted import make_request
 from support.timed import COSTS, MODEL, Timed, make_demand, make_timed, timed_request
 
@@ -86,6 +88,29 @@ def test_a_prefix_that_is_gone_when_the_prompt_is_read_makes_the_request_late_an
     assert timed.choices["second"].exit_layer == 6
     assert timed.reports["second"].met is False
     assert timed.reports["second"].num_output_tokens == 10
+
+
+def test_a_prompt_is_hashed_once_however_often_its_prefix_is_looked_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timed = make_timed(enable_prefix_caching=True)
+    timed.run([timed_request("first", PROMPT, exit_layer=6)])
+    hashed: list[tuple[int, ...]] = []
+
+    def counted(parent: bytes, token_ids: Any) -> bytes:
+        hashed.append(tuple(token_ids))
+        return block_digest(parent, token_ids)
+
+    monkeypatch.setattr(prefix_cache, "block_digest", counted)
+    second = timed_request("second", PROMPT, at=5.0, ttft_ms=1_000, max_tokens=20)
+
+    timed.run([second])  # at the desk, in the queue, as it enters, and as its blocks are full
+
+    assert timed.reports["second"].num_cached_tokens > PROMPT - 5
+    read = [*second.prompt_token_ids, *timed.results["second"].token_ids[:-1]]
+    size = timed.engine.kv_cache.block_size
+    num_full = len(read) // size
+    assert hashed == [tuple(read[i * size : (i + 1) * size]) for i in range(num_full)]
 
 
 def test_what_waits_counts_what_it_should_find_as_read_and_decodes_not_yet() -> None:

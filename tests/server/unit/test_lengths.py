@@ -81,7 +81,7 @@ def test_without_history_the_limit_is_planned_or_what_the_service_assumes() -> N
     plain = make_request(max_tokens=300)
 
     assert expected_tokens(plain, 0, estimator) == 300
-    assumed = type(plain)(**{**vars(plain), "expected_tokens": 100})
+    assumed = replace(plain, expected_tokens=100)
     assert expected_tokens(assumed, 0, estimator) == 100
     assert 100 < expected_tokens(assumed, 100, estimator) <= 300
     assert expected_tokens(assumed, 299, estimator) == 300
