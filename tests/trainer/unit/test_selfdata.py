@@ -210,6 +210,21 @@ def test_a_model_writes_prompts_as_the_user_of_its_chat_template_and_answers_the
     assert "Who are you?" in question.removeprefix(openings[0])
 
 
+def test_what_goes_around_in_circles_is_the_same_for_prompts_and_answers(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    circle = "so it goes and " * 3 + "ends."  # 5 of its 10 4-grams have been there before
+    limit = ("--write-prompts", "1", "--max-repetition")
+
+    scripted_turns(monkeypatch, [(circle, "stop")], [])
+    dropped = own(model, tmp_path / "dropped.jsonl", *limit, "0.5")
+    scripted_turns(monkeypatch, [(circle, "stop")], [(circle, "stop")])
+    kept = own(model, tmp_path / "kept.jsonl", *limit, "0.6")
+
+    assert dropped == [{"instruction": "", "input": "", "output": ""}]
+    assert kept == [{"instruction": circle, "input": "", "output": circle}]
+
+
 def test_the_number_of_prompts_that_a_model_writes_counts_those_of_an_earlier_run(
     model: Path, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""What each of many prompts is answered with: its own seed, and no more than fits the context."""
+"""Texts that a model writes: what it is given for each prompt, and what is worth keeping."""
 
 from __future__ import annotations
 
@@ -6,8 +6,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sortserve import LLM, SamplingParams
+from sortserve.core.request import FinishReason
+from sortserve.llm import Completion
+from sortserve_trainer.model.repetition import repeated_ngrams
 
-__all__ = ["sampling_for"]
+__all__ = ["is_sound", "sampling_for"]
+
+
+def is_sound(written: Completion, *, max_repetition: float) -> bool:
+    """Whether a text came to an end of its own, and does not go around in circles.
+
+    Args:
+        written: by the model.
+        max_repetition: share of its 4-grams of words that occurred before; as many are too many.
+    """
+    is_whole = written.finish_reason is FinishReason.STOP
+    return is_whole and repeated_ngrams(written.text.split()) < max_repetition
 
 
 def sampling_for(

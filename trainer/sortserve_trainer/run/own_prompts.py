@@ -11,19 +11,17 @@ from itertools import takewhile
 
 from sortserve import LLM, Budget, SamplingParams
 from sortserve.core.errors import ConfigError
-from sortserve.core.request import FinishReason
-from sortserve.llm import Completion
-from sortserve_trainer.model.generation import sampling_for
-from sortserve_trainer.model.repetition import repeated_ngrams
+from sortserve_trainer.model.generation import is_sound, sampling_for
 
 __all__ = ["write_prompts"]
 
 TEMPERATURE, TOP_P = 0.9, 0.95
 """Of the prompts, whatever the answers are drawn with: equal prompts would teach nothing."""
-MAX_REPETITION = 0.15
 
 
-def write_prompts(llm: LLM, count: int, *, budget: Budget, max_tokens: int, seed: int) -> list[str]:
+def write_prompts(
+    llm: LLM, count: int, *, budget: Budget, max_tokens: int, max_repetition: float, seed: int
+) -> list[str]:
     """What a user might ask the model; "" where the turn did not end or goes around in circles.
 
     Args:
@@ -31,6 +29,7 @@ def write_prompts(llm: LLM, count: int, *, budget: Budget, max_tokens: int, seed
         count: how many.
         budget: what the model writes with.
         max_tokens: of a prompt.
+        max_repetition: what goes around in circles, as ``is_sound`` has it.
         seed: of the draws.
 
     Raises:
@@ -43,13 +42,11 @@ def write_prompts(llm: LLM, count: int, *, budget: Budget, max_tokens: int, seed
     )
     samplings = sampling_for(llm, openings, sampling)
     results = llm.generate(openings, samplings, budget=budget, progress=False)
-    return [_prompt_of(result.outputs[0]) for result in results]
-
-
-def _prompt_of(output: Completion) -> str:
-    text = output.text.strip()
-    is_whole = output.finish_reason is FinishReason.STOP
-    return text if is_whole and repeated_ngrams(text.split()) < MAX_REPETITION else ""
+    written = [result.outputs[0] for result in results]
+    return [
+        output.text.strip() if is_sound(output, max_repetition=max_repetition) else ""
+        for output in written
+    ]
 
 
 def _opening(llm: LLM) -> list[int]:

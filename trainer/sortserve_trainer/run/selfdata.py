@@ -17,11 +17,9 @@ from typing import IO, Any
 from sortserve import LLM, Budget, SamplingParams
 from sortserve.checkpoint.load import LoadedCheckpoint, load_checkpoint
 from sortserve.core.errors import ConfigError
-from sortserve.core.request import FinishReason
 from sortserve_trainer.data.forms import parse_question
 from sortserve_trainer.data.rows import read_rows
-from sortserve_trainer.model.generation import sampling_for
-from sortserve_trainer.model.repetition import repeated_ngrams
+from sortserve_trainer.model.generation import is_sound, sampling_for
 from sortserve_trainer.run.own_prompts import write_prompts
 from sortserve_trainer.run.selfdata_settings import SelfdataSettings
 
@@ -65,8 +63,14 @@ def write_selfdata(
                 seed = settings.seed + start
                 wave = messages[start : start + WAVE]
                 if settings.write_prompts is not None:
-                    count, longest = min(WAVE, total - start), settings.max_prompt_tokens
-                    wave = write_prompts(llm, count, budget=budget, max_tokens=longest, seed=seed)
+                    wave = write_prompts(
+                        llm,
+                        min(WAVE, total - start),
+                        budget=budget,
+                        max_tokens=settings.max_prompt_tokens,
+                        max_repetition=settings.max_repetition,
+                        seed=seed,
+                    )
                 _answer_all(llm, wave, settings, budget, seed, file)
                 on_wave(start + len(wave), total)
 
@@ -145,9 +149,7 @@ def _answer_all(
         row, answer = rows[i], result.outputs[0]
         if settings.keep_all:
             row |= {"output": answer.text, "finish_reason": answer.finish_reason.value}
-            continue
-        is_whole = answer.finish_reason is FinishReason.STOP
-        if is_whole and repeated_ngrams(answer.text.split()) < settings.max_repetition:
+        elif is_sound(answer, max_repetition=settings.max_repetition):
             row["output"] = answer.text
     for row in rows:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -69,7 +69,8 @@ class SelfdataSettings(BaseModel):
 
     # What is kept
     max_repetition: Share = 0.15
-    """Answers in which this share of the 4-grams of words occurred before are left empty."""
+    """Answers in which this share of the 4-grams of words occurred before are left empty, and so
+    are prompts that the model writes itself."""
     keep_all: bool = False
     """Keep answers that were cut or repeat themselves, with their `finish_reason`, for training
     with --unlikelihood."""
