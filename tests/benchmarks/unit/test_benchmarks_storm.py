@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -64,6 +65,19 @@ def test_a_refusal_that_names_the_field_is_right(param: str) -> None:
 )
 def test_violations_are_found(outcome: Outcome, problem: str) -> None:
     assert problem in str(violation_of(outcome))
+
+
+def test_a_full_server_may_turn_any_request_away_if_the_storm_fills_it() -> None:
+    error = {"message": "no", "code": "too_many_connections"}
+    refused = Outcome(case=CASE, status=503, error=error, retry_after="1")
+
+    assert violation_of(refused, fills_server=True) is None
+    assert "HTTP 503" in str(violation_of(refused)), "a small storm fills nothing"
+    for wrong, problem in (
+        (replace(refused, retry_after=None), "without Retry-After"),
+        (replace(refused, error={"message": "no", "code": "failed"}), "HTTP 503"),
+    ):
+        assert problem in str(violation_of(wrong, fills_server=True))
 
 
 def test_who_hung_up_is_owed_no_answer() -> None:
