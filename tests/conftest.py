@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import sys
@@ -12,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from sortserve.core.user_cache import user_cache_dir
+from sortserve.process.garbage import freeze_what_exists
 
 # A cache of its own that outlives the run (kernels take a while to compile), so that hundreds of
 # tiny checkpoints do not push out of the user's what he serves.
@@ -57,8 +57,7 @@ def pytest_collection_finish() -> None:
 
     They are a million objects, half a second for each ``gc.collect()`` in what is tested.
     """
-    gc.collect()
-    gc.freeze()
+    freeze_what_exists()
 
 
 @pytest.hookimpl(tryfirst=True)
