@@ -55,7 +55,14 @@ class _Question:
     starts: tuple[int, ...]
     """Those of the allowed exits at which it may start."""
     num_sequences: int = 1
-    """So many like it come at once."""
+    """So many like it come at once, and bring as many times its worth."""
+    is_one_of_them: bool = False
+    """They were judged together, and it is one of those that are let in after one another."""
+
+    @property
+    def num_siblings(self) -> int:
+        """Those of which the load knows nothing, and for which there must be room as well."""
+        return 0 if self.is_one_of_them else self.num_sequences - 1
 
 
 @dataclass
@@ -119,7 +126,8 @@ class AdmissionDesk:
         Args:
             request: validated.
             allowed: the exits its budget allows, ascending.
-            exit_layer: one of them, where it must start; None: the best.
+            exit_layer: one of them, where it must start: all that come at once were found to fit
+                there, and are let in after one another; None: the best.
             num_sequences: so many like it come at once, and all must fit.
 
         Raises:
@@ -129,7 +137,7 @@ class AdmissionDesk:
         starts = allowed if exit_layer is None else (exit_layer,)
         deepest = ExitChoice(starts[-1], None, fits=True)
         unpromised = ExitChoice(starts[-1], None, fits=not request.budget.has_latency)
-        asked = _Question(request, allowed, starts, num_sequences)
+        asked = _Question(request, allowed, starts, num_sequences, exit_layer is not None)
 
         def judge(model: CostModel) -> ExitChoice:
             load = self.load()
@@ -156,9 +164,9 @@ class AdmissionDesk:
 
         def predict(exit_layer: int, newcomer: Newcomer = newcomer, *, limit: float) -> Forecast:
             found = forecast(exit_layer, newcomer, outlook, limit=limit)
-            if asked.num_sequences == 1 or not newcomer.bounds_time:
+            if asked.num_siblings == 0 or not newcomer.bounds_time:
                 return found
-            others = siblings(exit_layer, newcomer, found, asked.num_sequences - 1, outlook)
+            others = siblings(exit_layer, newcomer, found, asked.num_siblings, outlook)
             beside = Outlook(load.with_demands((*load.demands, *others)), model, asked.allowed)
             return forecast(exit_layer, newcomer, beside, limit=limit)
 

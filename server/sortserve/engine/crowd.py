@@ -34,6 +34,7 @@ class Crowds(ABC):
         reservation: Reservation | None = None,
         *,
         exit_layer: int | None = None,
+        num_sequences: int = 1,
     ) -> RequestStream:
         """Validate, choose the exit, queue."""
 
@@ -72,7 +73,10 @@ class Crowds(ABC):
                 for i, request in enumerate(requests):
                     index = i
                     await asyncio.sleep(0)  # choosing an exit takes a while: others first
-                    streams.append(self.submit(request, reservation, exit_layer=exit_layer))
+                    stream = self.submit(
+                        request, reservation, exit_layer=exit_layer, num_sequences=len(requests)
+                    )
+                    streams.append(stream)
         except BaseException as error:
             for stream in streams:
                 stream.abort()

@@ -186,6 +186,7 @@ class EngineWorker(Crowds):
         reservation: Reservation | None = None,
         *,
         exit_layer: int | None = None,
+        num_sequences: int = 1,
     ) -> RequestStream:
         """Validate, choose the exit, queue; nothing runs yet. Needs a running event loop.
 
@@ -193,6 +194,7 @@ class EngineWorker(Crowds):
             request: what to generate; its id must not be live.
             reservation: places taken by ``reserve``, of which this request takes one.
             exit_layer: where it must start, as ``exit_for`` said; None: the best exit for it.
+            num_sequences: as ``exit_for`` was told, of which this is one.
 
         Raises:
             InvalidRequestError: it can never be served; ``param`` names the field.
@@ -201,7 +203,7 @@ class EngineWorker(Crowds):
         """
         self._ledger.require_accepting()
         num_prompt = len(request.prompt_token_ids)
-        choice = self._reception.choose(request, exit_layer=exit_layer)
+        choice = self._reception.choose(request, exit_layer=exit_layer, num_sequences=num_sequences)
         if reservation is None:
             reservation = self.reserve(1, num_prompt)
         place = reservation.take_one(num_prompt)

@@ -403,6 +403,37 @@ def test_several_answers_bring_as_much_as_they_are(monkeypatch: pytest.MonkeyPat
     assert several == {e: pytest.approx(8 * value) for e, value in one.items()}
 
 
+@pytest.mark.parametrize(("latency_ms", "num_sequences"), [(300, 2), (500, 8)])
+def test_what_several_cost_others_counts_against_what_all_of_them_bring(
+    latency_ms: float, num_sequences: int
+) -> None:
+    """One by one they are let in as they were judged, though the last would pay for all."""
+    timed = make_timed(scores=(0.3, 0.7, 1.0), min_quality=0.0)
+    for i in range(2):
+        timed.arrive(timed_request(f"before {i}", 20, max_tokens=40, latency_ms=1.5 * latency_ms))
+    for _ in range(4):
+        timed.step()
+    timed.desk.see(timed.engine.demands())
+
+    def choose(request_id: str, exit_layer: int | None, num_together: int) -> ExitChoice:
+        request = timed_request(
+            request_id, 20, max_tokens=40, at=timed.engine.clock(), latency_ms=latency_ms
+        )
+        choice = timed.desk.choose(
+            request, (2, 4, 6), exit_layer=exit_layer, num_sequences=num_together
+        )
+        if exit_layer is not None:
+            timed.desk.enter(request, choice)
+        return choice
+
+    start = choose("all", None, num_sequences)
+    assert start.fits
+
+    ids = [str(i) for i in range(num_sequences)]
+    assert all(choose(i, start.exit_layer, num_sequences).fits for i in ids)
+    assert not choose("one more alone", start.exit_layer, 1).fits
+
+
 def test_after_an_idle_while_nobody_pays_for_an_overload_that_is_long_over() -> None:
     timed = make_timed(overload_degrade=True, overload_delay_s=0.2, max_num_seqs=4)
 
