@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from sortserve.admission.choose import ExitChoice, choose_exit, worths
 from sortserve.admission.drain import Drains, predicted_drain_s, predicted_places_s, queue_delay_s
-from sortserve.admission.forecast import Forecast, forecast, newcomer_demand, siblings
+from sortserve.admission.forecast import Forecast, forecast, newcomer_demand
 from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.admission.overload import (
     DepthLevel,
@@ -56,13 +56,8 @@ class _Question:
     """Those of the allowed exits at which it may start."""
     num_sequences: int = 1
     """So many like it come at once, and bring as many times its worth."""
-    is_one_of_them: bool = False
-    """They were judged together, and it is one of those that are let in after one another."""
-
-    @property
-    def num_siblings(self) -> int:
-        """Those of which the load knows nothing, and for which there must be room as well."""
-        return 0 if self.is_one_of_them else self.num_sequences - 1
+    num_siblings: int = 0
+    """Of these, others for which there must be room as well: none once all were judged together."""
 
 
 @dataclass
@@ -137,7 +132,8 @@ class AdmissionDesk:
         starts = allowed if exit_layer is None else (exit_layer,)
         deepest = ExitChoice(starts[-1], None, fits=True)
         unpromised = ExitChoice(starts[-1], None, fits=not request.budget.has_latency)
-        asked = _Question(request, allowed, starts, num_sequences, exit_layer is not None)
+        num_siblings = num_sequences - 1 if exit_layer is None else 0
+        asked = _Question(request, allowed, starts, num_sequences, num_siblings)
 
         def judge(model: CostModel) -> ExitChoice:
             load = self.load()
@@ -159,16 +155,11 @@ class AdmissionDesk:
     ) -> ExitChoice:
         """The exit for a question; nothing changes."""
         request, starts, floor_layer = asked.request, asked.starts, asked.allowed[0]
-        newcomer = self._newcomer(request, floor_layer)
+        newcomer = replace(self._newcomer(request, floor_layer), num_siblings=asked.num_siblings)
         outlook = self._outlook_on(load, model, asked.allowed)
 
         def predict(exit_layer: int, newcomer: Newcomer = newcomer, *, limit: float) -> Forecast:
-            found = forecast(exit_layer, newcomer, outlook, limit=limit)
-            if asked.num_siblings == 0 or not newcomer.bounds_time:
-                return found
-            others = siblings(exit_layer, newcomer, found, asked.num_siblings, outlook)
-            beside = Outlook(load.with_demands((*load.demands, *others)), model, asked.allowed)
-            return forecast(exit_layer, newcomer, beside, limit=limit)
+            return forecast(exit_layer, newcomer, outlook, limit=limit)
 
         if self._may_start_shallower(request):
             starts = self._up_to(level, starts)
@@ -186,6 +177,7 @@ class AdmissionDesk:
         def drain_s() -> float | None:
             # Who comes back has all its time again.
             again = self._newcomer(replace(request, arrival_s=load.now), floor_layer)
+            again = replace(again, num_siblings=asked.num_sequences - 1)
             drain = partial(
                 predicted_drain_s, *(floor_layer, again, load, model), limit=values[starts[0]]
             )

@@ -66,8 +66,8 @@ def predicted_drain_s(
 class Drains:
     """What requests were told lately, so that a crowd that is refused costs little.
 
-    To find when a request would fit takes a dozen forecasts. Those of about the same size and time
-    (within a factor of two) are told the same for ``KEEP_S``.
+    To find when a request would fit takes a dozen forecasts. Those of about the same size, time,
+    weight and number (within a factor of two) are told the same for ``KEEP_S``.
     """
 
     def __init__(self) -> None:
@@ -91,6 +91,8 @@ class Drains:
             exit_layer,
             newcomer.reading(exit_layer)[0].bit_length(),
             newcomer.num_output_tokens.bit_length(),
+            newcomer.num_siblings.bit_length(),
+            math.frexp(newcomer.weight)[1],
             *(0 if s is None else int(1e6 * s).bit_length() for s in times_s),
         )
         at_s, told = self._told.get(key, (-math.inf, None))

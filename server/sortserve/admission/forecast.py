@@ -46,6 +46,8 @@ def forecast(
 ) -> Forecast:
     """The predicted times of a newcomer at an exit, and what it costs others to keep every promise.
 
+    Of several that come at once it is that of the last: there must be room for all of them.
+
     The estimate is what it would see if the load stayed as it is: the deepest step that keeps all
     promises, or its own pace where that is slower than the budget allows.
 
@@ -55,6 +57,18 @@ def forecast(
         outlook: the load, seen with the present costs; it must know the exit.
         limit: more than this the others shall not lose.
     """
+    found = _forecast_of_one(exit_layer, newcomer, outlook, limit)
+    if newcomer.num_siblings == 0 or not newcomer.bounds_time:
+        return found
+    load, others = outlook.load, siblings(exit_layer, newcomer, found, outlook)
+    beside = Outlook(load.with_demands((*load.demands, *others)), outlook.model, outlook.also)
+    return _forecast_of_one(exit_layer, newcomer, beside, limit)
+
+
+def _forecast_of_one(
+    exit_layer: int, newcomer: Newcomer, outlook: Outlook, limit: float
+) -> Forecast:
+    """The forecast if nobody comes with it."""
     load = outlook.load
     own = _own_times(exit_layer, newcomer, outlook.costs)
     promise = _promise(newcomer, load.now, own, ease=EASES[0])
@@ -152,12 +166,12 @@ def _spread(demand: Demand, newcomer: Newcomer, costs: StepCosts) -> Demand:
 
 
 def siblings(
-    exit_layer: int, newcomer: Newcomer, found: Forecast, count: int, outlook: Outlook
+    exit_layer: int, newcomer: Newcomer, found: Forecast, outlook: Outlook
 ) -> list[Demand]:
-    """The demands of so many others like a newcomer, each with what was found for it alone."""
+    """The demands of those that come with a newcomer, each with what was found for it alone."""
     demand = newcomer_demand(exit_layer, newcomer, found.promise, now=outlook.load.now)
     spread = _spread(demand, newcomer, outlook.costs)
-    return [replace(spread, request_id=f"sibling-{i}") for i in range(count)]
+    return [replace(spread, request_id=f"sibling-{i}") for i in range(newcomer.num_siblings)]
 
 
 # ---- parts ----

@@ -65,6 +65,8 @@ class Newcomer:
     """As a ``Demand`` has it."""
     cached: Mapping[int, int] = field(default_factory=dict)
     """Leading tokens of its prompt that the prefix cache holds, by exit; none where it has none."""
+    num_siblings: int = 0
+    """So many others like it come with it, and the load knows nothing of them."""
 
     def reading(self, exit_layer: int) -> tuple[int, int]:
         """Tokens of its prompt to be read at an exit, and those before them, which need not be."""

@@ -217,6 +217,27 @@ def test_retry_after_is_when_enough_promises_have_ended() -> None:
     assert predicted_drain_s(2, newcomer(latency_ms=1), load(*tight), MODEL) is None
 
 
+def test_several_that_come_at_once_come_back_when_there_is_room_for_all_of_them() -> None:
+    tight = [
+        dataclasses.replace(
+            make_demand(f"t{i}", 2, due_s=0.01, gap_s=0.0034, floor_layer=2),
+            num_left=300 * (1 + i),
+        )
+        for i in range(3)
+    ]
+    timed = make_timed()
+    timed.desk.see(tuple(tight))
+    request = timed_request("r", 20, max_tokens=140, latency_ms=600, on_miss="reject")
+
+    def retry_after_s(num_sequences: int) -> float:
+        with pytest.raises(BudgetUnattainableError) as refusal:
+            timed.desk.choose(request, (2, 4, 6), num_sequences=num_sequences)
+        assert refusal.value.retry_after_s is not None
+        return refusal.value.retry_after_s
+
+    assert retry_after_s(64) > retry_after_s(1)
+
+
 # ---- through the whole engine, with steps that take time ----
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sortserve.admission.drain import KEEP_S, MAX_TOLD, Drains
 from sortserve.admission.outlook import Newcomer
 from sortserve.admission.seen import Seen
@@ -40,7 +42,7 @@ def test_a_crowd_of_one_kind_is_told_the_same_for_a_moment() -> None:
     assert drains.ask(2, newcomer(at=KEEP_S), KEEP_S, predict) == 2.0
 
 
-def test_who_needs_much_more_or_has_much_less_time_is_not_told_the_same() -> None:
+def test_who_needs_much_more_has_much_less_time_or_weighs_much_less_is_not_told_the_same() -> None:
     drains, predict = Drains(), Counted()
 
     told = [
@@ -50,10 +52,12 @@ def test_who_needs_much_more_or_has_much_less_time_is_not_told_the_same() -> Non
             (4, newcomer()),
             (2, newcomer(1000)),
             (2, newcomer(latency_ms=90.0)),
+            (2, replace(newcomer(), weight=0.25)),
+            (2, replace(newcomer(), num_siblings=7)),
         )
     ]
 
-    assert told == [1.0, 2.0, 3.0, 4.0]
+    assert told == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
 
 
 def test_what_was_told_takes_no_memory_without_end() -> None:

@@ -239,11 +239,12 @@ def test_several_answers_of_one_request_are_each_reckoned_with_on_the_schedule()
         arrival_s=0.0,
         deadlines=Deadlines(e2e_s=1.0),
         schedule=SCHEDULE,
+        num_siblings=2,
     )
     outlook = Outlook(Load(now=0.0, policy=get_policy("deadline")), MODEL, (2, 4, 6))
     found = forecast(6, newcomer, outlook)
 
-    others = siblings(6, newcomer, found, 2, outlook)
+    others = siblings(6, newcomer, found, outlook)
 
     assert len({demand.request_id for demand in others}) == 2
     for demand in others:
