@@ -121,19 +121,19 @@ class AdmissionDesk:
         Args:
             request: validated.
             allowed: the exits its budget allows, ascending.
-            exit_layer: one of them, where it must start: all that come at once were found to fit
-                there, and are let in after one another; None: the best.
+            exit_layer: where it must start, as one of several that all fit there; None: the best.
             num_sequences: so many like it come at once, and all must fit.
 
         Raises:
             BudgetUnattainableError: none fits and the budget says reject.
         """
+        in_flight = self.objective.open_in_flight(allowed)
         allowed = self._open_to(allowed, request.budget)
         starts = allowed if exit_layer is None else (exit_layer,)
         deepest = ExitChoice(starts[-1], None, fits=True)
         unpromised = ExitChoice(starts[-1], None, fits=not request.budget.has_latency)
-        num_siblings = num_sequences - 1 if exit_layer is None else 0
-        asked = _Question(request, allowed, starts, num_sequences, num_siblings)
+        num_others = num_sequences - 1 if exit_layer is None else 0
+        asked = _Question(request, allowed, starts, num_sequences, num_others)
 
         def judge(model: CostModel) -> ExitChoice:
             load = self.load()
@@ -144,7 +144,7 @@ class AdmissionDesk:
 
         choice = self._ask(judge, unknown=deepest, failed=unpromised)
         floor_layer = floor_in_flight(
-            *(request, choice.exit_layer, allowed),
+            *(request, choice.exit_layer, in_flight),
             exits=self.exits.layers,
             overload_degrade=self.overload_degrade,
         )

@@ -73,6 +73,13 @@ class Objective:
         pairs = itertools.pairwise([-math.inf, *best])
         return tuple(e for e, (below, own) in zip(allowed, pairs, strict=True) if own > below)
 
+    def open_in_flight(self, allowed: tuple[int, ...]) -> tuple[int, ...]:
+        """The exits that a request may come by as it goes shallower, of those its budget allows.
+
+        One that is worth no time beside a shallower one is none to begin at, and none to stop at.
+        """
+        return allowed[-1:] if self.keeps_depth else allowed
+
 
 def share_of_layers(layers: Sequence[int]) -> Worth:
     """What holds where nobody has measured anything."""

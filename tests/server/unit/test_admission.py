@@ -393,6 +393,20 @@ def test_nobody_goes_in_flight_through_an_exit_that_is_worse_than_a_shallower_on
     assert timed.desk.choose(request, (2, 6), exit_layer=2).floor_layer == 2
 
 
+@pytest.mark.parametrize(
+    ("objective", "floor_layer"), [("quality", 2), ("attainment", 2), ("depth", 6)]
+)
+def test_an_exit_that_ties_a_shallower_one_is_none_to_stop_at(
+    objective: str, floor_layer: int
+) -> None:
+    """A table in which a shallower exit is better leaves no promise with less room."""
+    timed = make_timed(scores=(0.7, 0.7, 1.0), objective=objective)
+
+    choice = timed.desk.choose(timed_request("r", latency_ms=1e4), (2, 4, 6))
+
+    assert (choice.exit_layer, choice.floor_layer) == (6, floor_layer)
+
+
 def test_several_that_come_together_start_where_all_of_them_fit() -> None:
     timed = make_timed()
     request = timed_request("r", max_tokens=20, latency_ms=200)
