@@ -136,7 +136,7 @@ def make_job(
         sampling = replace(sampling, format=format_)
     named = NOTHING if budget is settings.default_budget else budget
     if sampling.output_format is not None:
-        budget = _with_floor(budget, settings.structured_min_quality)
+        budget = replace(budget, structured_min_quality=settings.structured_min_quality)
     use: KeyUse | None = getattr(request.state, "key_use", None)
     key = OPEN if use is None else use.policy
     priority = key.default_priority if body.priority is None else body.priority
@@ -164,12 +164,6 @@ def make_job(
 def tier_of(job: Job) -> dict[str, str]:
     """The field of a reply that names the service tier, if the client did."""
     return {} if job.service_tier is None else {"service_tier": job.service_tier}
-
-
-def _with_floor(budget: Budget, min_quality: float | None) -> Budget:
-    """The budget of a request whose answer must have a form, where it says nothing of its depth."""
-    is_said = budget.names_floor or budget.exit_layer is not None or budget.schedule is not None
-    return budget if is_said or min_quality is None else replace(budget, min_quality=min_quality)
 
 
 def _cache_salt(request: Request, salt: str) -> str:

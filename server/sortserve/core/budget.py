@@ -12,6 +12,7 @@ from typing import Any
 
 from sortserve.core.budget_ranges import MILLISECONDS, RANGES
 from sortserve.core.errors import InvalidRequestError, shortened
+from sortserve.core.exit_info import ExitInfo
 from sortserve.core.schedule import DepthSchedule, ScheduleInfo, read_schedule, starting_exits
 
 __all__ = [
@@ -38,7 +39,7 @@ BUDGET_KINDS = (
 )
 """The bounds that a request may give, for the ``kind`` label of the metrics."""
 BUDGET_FIELDS = (*BUDGET_KINDS, "on_miss")
-"""All that a request may give; ``max_exit_layer`` is the server's to set."""
+"""All that a request may give; what else there is of a ``Budget`` is the server's to set."""
 
 
 class OnMiss(StrEnum):
@@ -47,22 +48,6 @@ class OnMiss(StrEnum):
     DEGRADE = "degrade"
     TRUNCATE = "truncate"
     REJECT = "reject"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExitInfo:
-    """What the server knows of one sub-model before it has served a request."""
-
-    exit_layer: int
-    num_parameters: int
-    """Parameters of trunk prefix, exit module, norm, embedding and head; a tied head once."""
-    compute: float
-    """FLOPs per token relative to the full model, head and exit module included; in (0, 1]."""
-    score: float | None = None
-    """Quality relative to the full model from ``sorted.json``; None where it was not measured."""
-    quality: Mapping[str, float] | None = None
-    usable: bool | None = None
-    """Whether the evaluation found its answers fit to be read; None: nobody judged."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +120,11 @@ class ExitTable:
 
         The others are for those who name the exit or a floor of their own.
         """
-        return tuple(e for e in self.layers if self.scores[e] >= self.min_quality)
+        return self._worth(self.min_quality)
+
+    def _worth(self, min_quality: float) -> tuple[int, ...]:
+        """The exits of at least that score, ascending."""
+        return tuple(e for e in self.layers if self.scores[e] >= min_quality)
 
     def __getitem__(self, exit_layer: int) -> ExitInfo:
         for info in self.exits:
@@ -171,7 +160,8 @@ class ExitTable:
     def _above_floor(self, budget: Budget) -> tuple[int, ...]:
         """The exits that the floors leave, ascending: the budget's own, or else ours."""
         if not budget.names_floor:
-            return self.served_unasked
+            floor = budget.structured_min_quality
+            return self.served_unasked if floor is None else self._worth(floor)
         return tuple(
             info.exit_layer
             for info in self.exits
@@ -194,12 +184,15 @@ class ExitTable:
             advice = "Raise compute or lower the floor." if cheap else "Raise compute."
             return InvalidRequestError(f"{why} {advice}", param="budget.compute")
         deepest, own = cheap[-1], self[cheap[-1]].score
+        flag, floor_score = "min-quality", self.min_quality
+        if budget.structured_min_quality is not None:
+            flag, floor_score = "structured-min-quality", budget.structured_min_quality
         accepted = f"budget.min_exit_layer={deepest}"
         if self.is_measured and own is not None:  # a floor of quality is refused elsewhere
             accepted = f"budget.min_quality={_rounded_down(own):g}"
         return InvalidRequestError(
             f"{why} Exit {deepest} would be cheap enough, but its score of "
-            f"{self.scores[deepest]:.3g} is below this server's --min-quality={self.min_quality:g},"
+            f"{self.scores[deepest]:.3g} is below this server's --{flag}={floor_score:g},"
             " the floor of requests that name none. Raise compute, or name what you accept: "
             f"{accepted} or budget.exit_layer={deepest}.",
             param="budget.compute",
@@ -252,6 +245,9 @@ class Budget:
     max_exit_layer: int | None = None
     """The deepest exit to choose, which is one of the checkpoint; the server sets it for a key's
     sake, and no request can. It wins over ``ExitTable.min_quality``."""
+    structured_min_quality: float | None = None
+    """In place of ``ExitTable.min_quality``, for an answer that must have a form; the server sets
+    it, and no request can. It is no floor that a request names: it lets nobody take depth."""
 
     def __post_init__(self) -> None:
         for name, range_ in RANGES.items():

@@ -369,6 +369,15 @@ def test_the_policy_may_lower_a_running_request_without_a_budget_only_if_the_ser
     assert (demand.exit_layer, demand.floor_layer) == (6, floor_layer)
 
 
+def test_a_floor_that_the_server_sets_for_a_form_is_no_leave_to_take_depth() -> None:
+    timed = make_timed(overload_delay_s=0.2)
+    formed = Budget(structured_min_quality=0.1)
+
+    timed.run([replace(request, budget=formed) for request in crowd()])
+
+    assert depths(timed) == {6}
+
+
 @pytest.mark.parametrize("kind", ["seed", "one of several"])
 def test_a_repeatable_request_and_one_of_several_keep_the_exit_they_start_at(kind: str) -> None:
     timed = make_timed(overload_degrade=True)

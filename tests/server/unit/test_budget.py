@@ -204,6 +204,20 @@ def test_where_nothing_was_measured_a_depth_is_proposed_as_the_floor() -> None:
     assert "--min-quality" in error.value.message
 
 
+def test_an_answer_that_must_have_a_form_may_have_a_floor_of_its_own_whatever_was_measured() -> (
+    None
+):
+    def allowed(exits: ExitTable, **budget: Any) -> tuple[int, ...]:
+        return exits.allowed(Budget(structured_min_quality=0.4, **budget))
+
+    assert allowed(EXITS) == (15, 30)
+    assert allowed(unmeasured(min_quality=0.0)) == (15, 30)
+    assert allowed(EXITS, min_quality=0) == (9, 15, 30)
+    assert allowed(EXITS, exit_layer=9) == (9,)
+    with pytest.raises(InvalidRequestError, match="this server's --structured-min-quality"):
+        allowed(EXITS, compute=0.4)
+
+
 def test_compute_that_no_exit_keeps_is_not_blamed_on_the_servers_floor() -> None:
     with pytest.raises(InvalidRequestError) as error:
         FLOORED.allowed(Budget(compute=0.01))
