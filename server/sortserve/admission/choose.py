@@ -76,7 +76,7 @@ def choose_exit(
     A plan is an exit for the newcomer, or a measured depth schedule, and who of the others goes
     shallower for it. It brings what the newcomer's answer is worth, less what the others lose. If
     no plan brings anything, refusing the newcomer loses least, and ``on_miss`` decides. Of equal
-    plans the deepest is taken.
+    plans an exit is taken before a schedule, and then the deepest.
 
     Args:
         budget: what the request may cost.
@@ -115,10 +115,13 @@ def choose_exit(
 def _by_worth(
     allowed: Sequence[int], worth: Mapping[int, float], schedules: Iterable[ScheduledPlan]
 ) -> list[tuple[float, int, ScheduledPlan | None]]:
-    """All plans as (worth, first exit, schedule), best first; of equal ones the deepest first."""
+    """All plans as (worth, first exit, schedule), best first; of equal ones those that come first.
+
+    The early tokens of a schedule take more time than those of an exit that is worth as much.
+    """
     exits = [(worth[e], e, None) for e in allowed]
     plans = [*exits, *((plan.worth, plan.exit_layer, plan) for plan in schedules)]
-    return sorted(plans, key=lambda p: (-p[0], -p[1], p[2] is not None))
+    return sorted(plans, key=lambda p: (-p[0], p[2] is not None, -p[1]))
 
 
 Mean = Callable[[Callable[[int], float], int], float]

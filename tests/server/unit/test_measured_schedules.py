@@ -67,6 +67,7 @@ def choose(
         ({2: 0.0, 4: 0.0, 6: 0.5}, 0.1, 0.8, (6, SCHEDULE, True)),
         ({2: 0.0, 4: 0.0, 6: None}, 0.2, 0.8, (4, None, True)),
         ({2: 0.0, 4: 0.0, 6: None}, 0.0, 0.6, (4, None, True)),
+        ({2: 0.0, 4: 0.0, 6: None}, 0.0, 0.7, (4, None, True)),
         ({2: 0.0, 4: None, 6: None}, None, 0.8, (2, None, True)),
         ({2: None, 4: None, 6: None}, 0.0, 0.2, (6, SCHEDULE, True)),
         ({2: None, 4: None, 6: None}, None, 0.8, (2, None, False)),
