@@ -267,9 +267,11 @@ class AdmissionDesk:
         def predict(model: CostModel) -> float | None:
             load = self.load()
             others = [d for d in load.demands if d.request_id != request.request_id]
-            exit_layer = self._open_to(self.exits.allowed(request.budget), request.budget)[0]
-            newcomer = self._newcomer(replace(request, arrival_s=load.now), exit_layer)
-            return predicted_drain_s(exit_layer, newcomer, load.with_demands(others), model)
+            allowed = self._open_to(self.exits.allowed(request.budget), request.budget)
+            again = self._newcomer(replace(request, arrival_s=load.now), allowed[0])
+            limit = worths(allowed, self._worth, request.weight, again.mean)[allowed[0]]
+            beside = load.with_demands(others)
+            return predicted_drain_s(allowed[0], again, beside, model, limit=limit)
 
         return self._ask(predict, unknown=None, failed=None)
 
@@ -314,8 +316,6 @@ class AdmissionDesk:
         return may_start_shallower(request, overload_degrade=self.overload_degrade)
 
     def _next_level(self, load: Load, model: CostModel) -> DepthLevel:
-        if self.overload_delay_s <= 0.0:
-            return DepthLevel()
         return next_level(
             self._level,
             queue_delay_s=queue_delay_s(load, model),

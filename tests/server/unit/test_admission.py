@@ -217,6 +217,27 @@ def test_retry_after_is_when_enough_promises_have_ended() -> None:
     assert predicted_drain_s(2, newcomer(latency_ms=1), load(*tight), MODEL) is None
 
 
+def test_who_expired_in_the_queue_is_told_what_a_refusal_would_say() -> None:
+    """Others make no room for less than it brings, then as now."""
+    tight = [
+        dataclasses.replace(
+            make_demand(f"t{i}", 6, due_s=0.01, gap_s=0.0072, floor_layer=2),
+            num_left=300 * (1 + i),
+        )
+        for i in range(3)
+    ]
+    timed = make_timed(scores=(0.0, 0.1, 1.0), min_quality=0.0)
+    timed.desk.see(tuple(tight))
+    request = dataclasses.replace(
+        timed_request("r", 20, max_tokens=40, latency_ms=500, on_miss="reject"), weight=0.25
+    )
+
+    with pytest.raises(BudgetUnattainableError) as refusal:
+        timed.desk.choose(request, (2, 4, 6))
+
+    assert timed.desk.retry_after_s(request) == refusal.value.retry_after_s
+
+
 def test_several_that_come_at_once_come_back_when_there_is_room_for_all_of_them() -> None:
     tight = [
         dataclasses.replace(
