@@ -46,9 +46,8 @@ def exits_command(arguments: Sequence[str]) -> int:
         CommandFailedError: there is no server.
     """
     options = exits_parser().parse_args(arguments)
-    schedules: list[ScheduleInfo] = []
     if options.checkpoint is not None:
-        exits = _of_checkpoint(options.checkpoint)
+        exits, schedules = _of_checkpoint(options.checkpoint)
     else:
         from sortserve_client import Client
 
@@ -117,14 +116,14 @@ def _number(value: float | None, form: str) -> str:
     return NONE if value is None else format(value, form)
 
 
-def _of_checkpoint(reference: str) -> list[ExitInfo]:
+def _of_checkpoint(reference: str) -> tuple[list[ExitInfo], list[ScheduleInfo]]:
     from sortserve.checkpoint.exits_of import exits_of
-    from sortserve.commands.talkers import exit_infos
+    from sortserve.commands.talkers import exit_infos, schedule_infos
     from sortserve.process.config import ServeSettings
 
     _, table = exits_of(reference)
     floor = ServeSettings.model_fields["min_quality"].default
-    return exit_infos(replace(table, min_quality=floor))
+    return exit_infos(replace(table, min_quality=floor)), schedule_infos(table)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from sortserve.core.errors import ConfigError
 if TYPE_CHECKING:
     from sortserve import LLM
     from sortserve.core.budget import ExitTable
-    from sortserve_client import BudgetReport, Client, ExitInfo
+    from sortserve_client import BudgetReport, Client, ExitInfo, ScheduleInfo
 
-__all__ = ["Local", "Piece", "Remote", "Talker", "exit_infos", "open_talker"]
+__all__ = ["Local", "Piece", "Remote", "Talker", "exit_infos", "open_talker", "schedule_infos"]
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,21 @@ def exit_infos(table: ExitTable) -> list[ExitInfo]:
             served_unasked=info.exit_layer in table.served_unasked,
         )
         for info in table.exits
+    ]
+
+
+def schedule_infos(table: ExitTable) -> list[ScheduleInfo]:
+    """A checkpoint's measured schedules, likewise."""
+    from sortserve_client import ScheduleInfo
+
+    return [
+        ScheduleInfo(
+            schedule=info.schedule.parts,
+            compute=info.compute,
+            score=info.score,
+            quality=info.quality,
+        )
+        for info in table.schedules
     ]
 
 

