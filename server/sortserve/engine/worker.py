@@ -204,9 +204,7 @@ class EngineWorker(Crowds):
         self._ledger.require_accepting()
         num_prompt = len(request.prompt_token_ids)
         choice = self._reception.choose(request, exit_layer=exit_layer, num_sequences=num_sequences)
-        if reservation is None:
-            reservation = self.reserve(1, num_prompt)
-        place = reservation.take_one(num_prompt)
+        place = (reservation or self.reserve(1, num_prompt)).take_one(num_prompt)
         stream = RequestStream(request.request_id, self._request_abort, choice)
         submission = Submission(request, choice, stream, place)
         try:
