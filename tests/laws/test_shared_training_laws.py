@@ -36,6 +36,11 @@ torch.distributed.fsdp.fully_shard = fully_shard_and_tell
 
 """
 """accelerate offers FSDP to accelerators alone: it is told that each of these processes has one."""
+MERGED_AT_ONCE = """
+from sortserve_trainer.model import lora
+lora.weight_budget = lambda _: 1 << 30
+
+"""
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -79,6 +84,19 @@ def test_so_they_do_where_each_holds_a_share_of_the_weights(
     assert_close(one, two)
     told = re.findall("sharded (\\w+)", capfd.readouterr().out)
     assert sorted(told) == sorted(2 * (6 * ["LlamaDecoderLayer"] + ["SortedModel"]))
+
+
+@pytest.mark.slow
+def test_so_they_do_where_a_gpu_would_merge_whole_adapters_at_once(
+    base: Path, tmp_path: Path
+) -> None:
+    """The first evaluation still has them whole, and no step has."""
+    options: dict[str, Any] = {"lora_rank": 4, "held_out": 0.1, **SAME_BATCH}
+    one = run(base, tmp_path / "one", batch_size=2, **options)
+    sharded: dict[str, Any] = {"before": FSDP_ON_A_CPU + MERGED_AT_ONCE, "environment": FSDP}
+    two = run_two(base, tmp_path / "two", batch_size=1, **sharded, **options)
+
+    assert_close(one, two)
 
 
 @pytest.mark.slow

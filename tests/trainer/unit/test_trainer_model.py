@@ -1,6 +1,8 @@
 """The trainer's view of a model: exits as transformers has them, packed rows, merged LoRA."""
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,8 +106,8 @@ def test_bf16_products_attend_like_sdpa() -> None:
     assert error < 0.05
 
 
-def lora_model(*, untrained: bool = False) -> SortedModel:
-    trunk = tiny_hf_model()
+def lora_model(variant: str = "llama-tied", *, untrained: bool = False) -> SortedModel:
+    trunk = tiny_hf_model(variant)
     config = read_model_config(trunk.config)
     norm = trunk.model.norm.weight.detach().clone()
     torch.manual_seed(0)
@@ -114,6 +116,10 @@ def lora_model(*, untrained: bool = False) -> SortedModel:
         trunk, LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=untrained)
     )
     return SortedModel(peft_model, EXITS, ExitModules({}, config, norm))
+
+
+def adapted_weights(model: SortedModel) -> list[torch.Tensor]:
+    return [p for name, p in model.named_parameters() if name.endswith("base_layer.weight")]
 
 
 def test_merged_lora_is_the_same_function_with_the_same_gradients() -> None:
@@ -139,11 +145,18 @@ def test_merged_lora_is_the_same_function_with_the_same_gradients() -> None:
         torch.testing.assert_close(merged_grads[name], grad, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [
+        ("llama-tied", torch.float32),
+        ("llama-tied", torch.bfloat16),
+        ("llama-bias", torch.float32),
+    ],
+)
 def test_layers_merged_at_once_are_the_same_function_with_the_same_gradients(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    variant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, batch = lora_model(), packed([8, 13])
+    model, batch = lora_model(variant), packed([8, 13])
     merge_in_forward(model.trunk)
     terms = dict.fromkeys(EXITS, ExitTerm(ce=1 / 3))
 
@@ -174,8 +187,9 @@ def test_layers_are_merged_one_after_the_other_where_all_would_not_fit(
 ) -> None:
     model, batch = lora_model(), packed([8, 13])
     merge_in_forward(model.trunk)
-    weights = [m.base_layer.weight for m in model.modules() if hasattr(m, "lora_A")]
-    monkeypatch.setattr(lora, "weight_budget", lambda _: 2 * sum(w.numel() for w in weights) - 1)
+    weights = adapted_weights(model)
+    merged_and_their_gradients = 2 * 4 * sum(w.numel() for w in weights)
+    monkeypatch.setattr(lora, "weight_budget", lambda _: merged_and_their_gradients)
     monkeypatch.delattr(torch, "baddbmm")
 
     loss, _ = model(**batch, terms=dict.fromkeys(EXITS, ExitTerm(ce=1 / 3)))
@@ -183,19 +197,102 @@ def test_layers_are_merged_one_after_the_other_where_all_would_not_fit(
     assert loss.isfinite()
 
 
-def test_the_fused_norm_is_that_of_the_family() -> None:
-    norm = tiny_hf_model().model.norm
-    with torch.no_grad():
-        norm.weight.uniform_(0.5, 2.0)
-    x = torch.randn(7, norm.weight.numel())
+def test_layers_that_keep_the_device_busy_are_merged_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At once, each costs a whole gradient of its weight."""
+    model, batch = lora_model(), packed([8, 13])
+    merge_in_forward(model.trunk)
+    weights = adapted_weights(model)
+    mean = sum(w.numel() for w in weights) / len(weights)
+    monkeypatch.setattr(lora, "weight_budget", lambda _: 1 << 30)
+    monkeypatch.setattr(lora, "MOST_PRODUCTS", 20 * mean)  # of 21 tokens
+    monkeypatch.delattr(torch, "baddbmm")
 
-    torch.testing.assert_close(fused_norm(x, norm.weight, norm.variance_epsilon), norm(x))
+    loss, _ = model(**batch, terms=dict.fromkeys(EXITS, ExitTerm(ce=1 / 3)))
+
+    assert loss.isfinite()
 
 
-def test_all_norms_of_a_trunk_are_known() -> None:
-    trunk = tiny_hf_model()
+def test_an_adapter_that_is_frozen_between_two_passes_is_not_merged_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As by the second phase of sft+ict."""
+    model, batch = lora_model(), packed([8, 13])
+    merge_in_forward(model.trunk)
+    monkeypatch.setattr(lora, "weight_budget", lambda _: 1 << 30)
+    terms = dict.fromkeys(EXITS, ExitTerm(ce=1 / 3))
+    with torch.inference_mode():
+        expected, _ = model(**batch, terms=terms)
+    model.requires_grad_(False)
+    monkeypatch.delattr(torch, "baddbmm")
 
-    assert fuse_norms(trunk) == 2 * len(trunk.model.layers) + 1
+    loss, _ = model(**batch, terms=terms)
+
+    torch.testing.assert_close(loss, expected.clone())
+
+
+def test_a_merge_that_fails_half_way_leaves_no_weights_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Weights of an earlier step would be computed with ever after."""
+    model, batch = lora_model(), packed([8, 13])
+    merge_in_forward(model.trunk)
+    monkeypatch.setattr(lora, "weight_budget", lambda _: 1 << 30)
+    merge_group = lora._merge_group
+    merged: list[Any] = []
+
+    def run_out_of_memory(layers: list[Any], device: torch.device) -> Any:
+        if merged:
+            raise torch.OutOfMemoryError("no")
+        merged.extend(layers)
+        return merge_group(layers, device)
+
+    monkeypatch.setattr(lora, "_merge_group", run_out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        model(**batch, terms={6: ExitTerm(ce=1.0)})
+
+    assert merged
+    assert not any(lora.READY in vars(layer) for layer in model.modules())
+
+
+def test_the_adapter_of_a_head_is_left_to_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head is read as a matrix; merged beside the layers it would be there for nothing."""
+    trunk = tiny_hf_model("llama-tied")
+    config = read_model_config(trunk.config)
+    norm = trunk.model.norm.weight.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft tells of heads that are embeddings, too
+        wrapped = get_peft_model(trunk, LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+    model = SortedModel(wrapped, EXITS, ExitModules({}, config, norm))
+    merge_in_forward(model.trunk)
+    monkeypatch.setattr(lora, "weight_budget", lambda _: 1 << 30)
+    merge_group = lora._merge_group
+    merged: list[Any] = []
+
+    def merge_and_tell(layers: list[Any], device: torch.device) -> Any:
+        merged.extend(layers)
+        return merge_group(layers, device)
+
+    monkeypatch.setattr(lora, "_merge_group", merge_and_tell)
+
+    loss, _ = model(**packed([8, 13]), terms={6: ExitTerm(ce=1.0)})
+    loss.backward()
+
+    assert len(merged) == 6
+    assert model.base.lm_head.lora_B["default"].weight.grad.any()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_norms_of_all_families_are_known_and_fused_are_the_same(variant: str) -> None:
+    trunk = tiny_hf_model(variant)
+    norms = {n: m for n, m in trunk.named_modules() if "norm" in n}
+
+    assert fuse_norms(trunk) == len(norms)
+    for name, norm in norms.items():
+        x = torch.randn(1, 7, 2, norm.weight.numel())
+        fused = fused_norm(x, norm.weight, norm.variance_epsilon)
+        torch.testing.assert_close(fused, norm(x), msg=name)
 
 
 def test_an_adapter_that_does_not_train_is_merged_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ exactly what will be served: the merged weight in the compute dtype.
 
 A GPU computes a small model's layer faster than the host can ask for it. There the weights of all
 layers are merged before a pass, those of one shape in one product (``MergedAtOnce``): 210 layers
-take some 30 operations in place of 5,000, forward and backward.
+take some 30 operations in place of 5,000, forward and backward. The price is a whole gradient
+[O, I] of each, so that layers which keep the GPU busy are merged one after the other.
 
 Shape legend: L layers, T tokens, I in, O out, R rank.
 """
@@ -30,7 +31,11 @@ __all__ = ["MergedAtOnce", "merge_in_forward"]
 READY = "_ready_OI"
 """Where a layer finds its merged weight during a pass, if it was made before."""
 MEMORY_SHARE = 1 / 16
-"""Of a device's memory, at most, for the merged weights of all layers."""
+"""Of a device's memory, at most, for what merging at once takes."""
+MOST_PRODUCTS = 2**35
+"""Multiplications and additions, [T, O] by [T, I], of the mean layer. The gradient of a merged
+weight takes so many, and one layer after the other takes thin products in their place: so many
+keep a GPU busy for some 0.2 ms, in which the host could have asked for those."""
 
 
 class _MergedLinear(torch.autograd.Function):
@@ -121,71 +126,96 @@ class MergedAtOnce:
     """The merged weights of all plain LoRA layers that train, made before a pass.
 
     Args:
-        model: with layers that ``merge_in_forward`` changed, or without any. Adapters that are
-            shared out over processes stay with their layers.
+        decoder: without the head, which is read as a matrix. ``merge_in_forward`` may have changed
+            some of its layers. Adapters that are shared out over processes stay with them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._groups: tuple[list[Any], ...] | None = None
+    def __init__(self, decoder: Any) -> None:
+        self._decoder = decoder
+        self._merging: list[Any] | None = None
 
     @contextmanager
-    def for_pass(self, device: torch.device, *, recomputes: bool = False) -> Iterator[None]:
+    def for_pass(
+        self, device: torch.device, num_tokens: int, *, recomputes: bool = False
+    ) -> Iterator[None]:
         """Inside, layers compute with weights merged at its beginning, where that is the faster
-        way and memory allows it: on a GPU.
+        way and memory allows it: a small model on a GPU.
 
         Args:
             device: of the model.
+            num_tokens: that pass through every layer.
             recomputes: whether layers are computed again later, when these weights are gone.
         """
-        groups = () if recomputes else self._chosen(weight_budget(device))
-        for group in groups:
-            for layer, merged_OI in zip(group, _merge_group(group, device), strict=True):
-                layer.__dict__[READY] = merged_OI
+        groups = () if recomputes else self._chosen(device, num_tokens)
         try:
+            for group in groups:
+                for layer, merged_OI in zip(group, _merge_group(group, device), strict=True):
+                    layer.__dict__[READY] = merged_OI
             yield
         finally:
             for group in groups:
                 for layer in group:
-                    del layer.__dict__[READY]
+                    layer.__dict__.pop(READY, None)
 
-    def _chosen(self, budget: int) -> Sequence[list[Any]]:
-        """All layers if their merged weights take at most ``budget`` bytes, else none."""
-        if not budget:
+    def _chosen(self, device: torch.device, num_tokens: int) -> Sequence[list[Any]]:
+        """All layers that train now, by shape, rank and scale; none where it does not pay."""
+        budget = weight_budget(device)
+        if not budget or any(map(_is_shared_out, self._decoder.layers)):
             return ()
-        if self._groups is None:
-            self._groups = _groups(self._model)
-        layers = [layer for group in self._groups for layer in group]
-        num_bytes = sum(2 * layer.base_layer.weight.numel() for layer in layers)
-        return self._groups if num_bytes <= budget else ()
+        if self._merging is None:
+            self._merging = [layer for layer in self._decoder.modules() if _is_merging(layer)]
+        # Asked anew: they may be frozen between two passes.
+        layers = [layer for layer in self._merging if _trains(layer)]
+        num_elements = sum(layer.base_layer.weight.numel() for layer in layers)
+        if num_tokens * num_elements > MOST_PRODUCTS * len(layers):
+            return ()
+        groups = _groups(layers)
+        return groups if _peak_bytes(groups) <= budget else ()
 
 
 def weight_budget(device: torch.device) -> int:
-    """Bytes that merged weights may take; none on a CPU, which waits for no host."""
+    """Bytes that merging at once may take; none on a CPU, which waits for no host."""
     if device.type != "cuda":
         return 0
     return int(torch.cuda.get_device_properties(device).total_memory * MEMORY_SHARE)
 
 
-def _groups(model: nn.Module) -> tuple[list[Any], ...]:
-    """The layers of ``merge_in_forward`` that train, by shape, rank and scale."""
-    if not hasattr(model, "peft_config"):
-        return ()  # a machine without peft can train all weights
-    from peft.tuners.lora import Linear
+def _is_merging(module: nn.Module) -> bool:
+    """Whether ``merge_in_forward`` has changed it."""
+    return getattr(module.__dict__.get("forward"), "__func__", None) is _forward
 
+
+def _is_shared_out(layer: nn.Module) -> bool:
+    """Whether FSDP gathers its weights when it is called, and cuts their gradients up after it."""
+    names = {base.__name__ for base in type(layer).__mro__}
+    return not names.isdisjoint({"FSDPModule", "FullyShardedDataParallel"})
+
+
+def _trains(layer: Any) -> bool:
+    (name,) = layer.active_adapters
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return bool(a.requires_grad and b.requires_grad)
+
+
+def _groups(layers: Sequence[Any]) -> tuple[list[Any], ...]:
+    """By shape, rank and scale."""
     found: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
-    layer: Any
-    for layer in model.modules():
-        if type(layer) is Linear and _is_plain(layer) and _trains_here(layer):
-            (name,) = layer.active_adapters
-            found[layer.base_layer.weight.shape, layer.r[name], layer.scaling[name]].append(layer)
+    for layer in layers:
+        (name,) = layer.active_adapters
+        found[layer.base_layer.weight.shape, layer.r[name], layer.scaling[name]].append(layer)
     return tuple(found.values())
 
 
-def _trains_here(layer: Any) -> bool:
-    (name,) = layer.active_adapters
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return bool(a.requires_grad and b.requires_grad) and type(a.data) is Tensor
+def _peak_bytes(groups: Sequence[list[Any]]) -> int:
+    """What a pass holds at once: all merged weights, in backward the gradient of each, and of one
+    group at a time the weights side by side, and twice their like in float32.
+    """
+    if not groups:
+        return 0
+    sizes: list[int] = [sum(layer.base_layer.weight.numel() for layer in group) for group in groups]
+    weight: Tensor = groups[0][0].base_layer.weight
+    kept = 2 * _compute_dtype(weight).itemsize * sum(sizes)
+    return kept + (weight.dtype.itemsize + 2 * torch.float32.itemsize) * max(sizes)
 
 
 def _merge_group(layers: list[Any], device: torch.device) -> tuple[Tensor, ...]:

@@ -76,7 +76,7 @@ class SortedModel(nn.Module):
         self.base.config._attn_implementation = PACKED_ATTENTION
         self.base.config.use_cache = False
         fuse_norms(self.base)
-        self._merged = MergedAtOnce(trunk)
+        self._merged = MergedAtOnce(self.base.model)
 
     @property
     def base(self) -> Any:
@@ -146,7 +146,8 @@ class SortedModel(nn.Module):
         count = targets.numel() if num_targets is None else num_targets
         # Distillation and vocabulary samples read the full depth, whatever its own weight.
         exits = sorted({*terms, self.exits[-1]}) if _needs_full(terms, sample) else sorted(terms)
-        with self._merged.for_pass(input_ids.device, recomputes=_is_checkpointing(self.base.model)):
+        recomputes = _is_checkpointing(self.base.model)
+        with self._merged.for_pass(input_ids.device, input_ids.numel(), recomputes=recomputes):
             read = self._reader(input_ids, position_ids, lengths, exits, cached)
         heads = {e: self.head(e) for e in exits}
         loss, means = exit_losses(
