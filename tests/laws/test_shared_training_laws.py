@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sortserve.checkpoint.sorted_json import SortedInfo
 from support.tiny_models import make_tiny_checkpoint
 from support.training_runs import assert_close, assert_equal, run, run_two
 
@@ -86,17 +87,27 @@ def test_so_they_do_where_each_holds_a_share_of_the_weights(
     assert sorted(told) == sorted(2 * (6 * ["LlamaDecoderLayer"] + ["SortedModel"]))
 
 
-@pytest.mark.slow
-def test_so_they_do_where_a_gpu_would_merge_whole_adapters_at_once(
+def held_out_loss(checkpoint: Path) -> dict[str, float]:
+    info = SortedInfo.read(checkpoint)
+    assert info is not None
+    found: dict[str, float] = info.recipe["held_out_loss"]
+    return found
+
+
+def test_processes_that_share_weights_evaluate_packs_that_they_cannot_share_evenly(
     base: Path, tmp_path: Path
 ) -> None:
-    """The first evaluation still has them whole, and no step has."""
-    options: dict[str, Any] = {"lora_rank": 4, "held_out": 0.1, **SAME_BATCH}
+    """One that had a pass less would leave the other waiting for its weights.
+
+    A GPU would merge an adapter at once; the first evaluation has it whole, and no step has.
+    """
+    options: dict[str, Any] = {"lora_rank": 4, "held_out": 0.1, "eval_every": 2, **SAME_BATCH}
     one = run(base, tmp_path / "one", batch_size=2, **options)
     sharded: dict[str, Any] = {"before": FSDP_ON_A_CPU + MERGED_AT_ONCE, "environment": FSDP}
     two = run_two(base, tmp_path / "two", batch_size=1, **sharded, **options)
 
     assert_close(one, two)
+    assert held_out_loss(tmp_path / "one") == pytest.approx(held_out_loss(tmp_path / "two"), 1e-3)
 
 
 @pytest.mark.slow

@@ -182,13 +182,12 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
         exits = self.sorted_model.exits
         terms = dict.fromkeys(exits, ExitTerm(ce=1.0 / len(exits)))
         totals = torch.zeros(len(exits) + 1, dtype=torch.float64)
-        packs = [pack for packs in self.held_out.values() for pack in packs]
-        for pack in packs[self.args.process_index :: self.args.world_size]:
+        for pack, counts in self._own_held_out():
             batch = self._make_batch([pack])
             del batch["draw"]
             with torch.inference_mode(), self.accelerator.autocast():
                 _, means = self.model(**self._prepare_inputs(batch), terms=terms)
-            count = batch["target_rows"].numel()
+            count = batch["target_rows"].numel() if counts else 0
             found = count * torch.stack([means[e] for e in exits]).double().cpu()
             totals += torch.cat([found, torch.tensor([count], dtype=torch.float64)])
         if self.args.world_size > 1:
@@ -199,6 +198,17 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
         metrics[f"{prefix}_loss"] = losses[-1]
         metrics[f"{prefix}_loss_mean"] = sum(losses) / len(losses)
         return metrics
+
+    def _own_held_out(self) -> Iterator[tuple[Pack, bool]]:
+        """The packs that this process evaluates, and whether each counts.
+
+        All processes evaluate as many: under FSDP they gather the weights of every pass together,
+        and one that had a pass less would leave the others waiting for it.
+        """
+        packs = [pack for packs in self.held_out.values() for pack in packs]
+        for first in range(0, len(packs), self.args.world_size):
+            place = first + self.args.process_index
+            yield packs[place % len(packs)], place < len(packs)
 
     def last_evaluation(self) -> dict[str, float]:
         """That of the weights there are, made now if there is none; empty without held-out data."""
