@@ -71,6 +71,19 @@ def test_two_processes_learn_what_one_learns_from_the_same_global_batch(
     assert_close(one, two)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"method": "sft"}, {"exits_per_step": 1}], ids=str)
+def test_so_they_do_where_steps_leave_exit_modules_out(
+    base: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    first = tmp_path / "first"
+    run(base, first)
+    one = run(first, tmp_path / "one", batch_size=2, **options, **SAME_BATCH)
+    two = run_two(first, tmp_path / "two", batch_size=1, **options, **SAME_BATCH)
+
+    assert_close(one, two)
+
+
 @pytest.mark.parametrize(
     ("method", "lora_rank"), [("soft", 0), pytest.param("soft+kd", 4, marks=pytest.mark.slow)]
 )

@@ -62,7 +62,7 @@ def training_arguments(
         use_cpu=loaded.device.type == "cpu",
         accelerator_config={"non_blocking": loaded.device.type == "cuda"},
         gradient_checkpointing=settings.gradient_checkpointing,
-        ddp_find_unused_parameters=method.exits_per_step is not None,
+        ddp_find_unused_parameters=_leaves_out(method, loaded),
         eval_strategy="steps" if data.held_out else "no",
         eval_steps=settings.eval_every,
         save_steps=settings.save_every,
@@ -75,6 +75,12 @@ def training_arguments(
         seed=settings.seed,
         data_seed=settings.seed,
     )
+
+
+def _leaves_out(method: Method, loaded: LoadedModel) -> bool:
+    """Whether some step has no gradient for some exit module."""
+    has_modules = bool(loaded.model.exit_modules.by_exit)
+    return has_modules and (method.exits_per_step is not None or not method.trains_exits)
 
 
 def check_sharding(settings: TrainSettings) -> None:
