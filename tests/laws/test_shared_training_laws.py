@@ -49,9 +49,9 @@ FSDP = {
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }
-"""As `accelerate launch --use_fsdp` sets them."""
+"""As `accelerate launch --use_fsdp --fsdp_version 2` sets them."""
 SAME_BATCH: dict[str, Any] = {"vocab_sample": 0}
 """Columns are drawn by batch, and one process has other batches than two."""
 

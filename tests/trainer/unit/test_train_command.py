@@ -188,7 +188,9 @@ def test_what_needs_whole_weights_is_refused_under_fsdp_before_anything_is_done(
     monkeypatch: pytest.MonkeyPatch,
     flags: list[str],
 ) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch --use_fsdp` sets it
+    # As `accelerate launch --use_fsdp --fsdp_version 2` sets them.
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
     cache = tmp_path / "cache"
     flags = [str(cache) if flag == "CACHE" else flag for flag in flags]
 

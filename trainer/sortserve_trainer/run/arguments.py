@@ -12,11 +12,12 @@ import torch
 
 from sortserve.core.errors import ConfigError
 from sortserve_trainer.model.load import LoadedModel
+from sortserve_trainer.run.launcher import on_one_gpu
 from sortserve_trainer.run.methods import Method
 from sortserve_trainer.run.run_data import RunData
 from sortserve_trainer.run.settings import TrainSettings
 
-__all__ = ["check_sharding", "tensorboard_logs_in", "training_arguments"]
+__all__ = ["tensorboard_logs_in", "training_arguments"]
 
 
 def training_arguments(
@@ -44,7 +45,7 @@ def training_arguments(
             param="data",
         )
     trackers = [t for t in settings.report_to if t != "none"]
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(states),
         max_steps=max_steps,
         per_device_train_batch_size=settings.batch_size,
@@ -75,37 +76,13 @@ def training_arguments(
         seed=settings.seed,
         data_seed=settings.seed,
     )
+    return on_one_gpu(arguments)
 
 
 def _leaves_out(method: Method, loaded: LoadedModel) -> bool:
     """Whether some step has no gradient for some exit module."""
     has_modules = bool(loaded.model.exit_modules.by_exit)
     return has_modules and (method.exits_per_step is not None or not method.trains_exits)
-
-
-def check_sharding(settings: TrainSettings) -> None:
-    """Refuse what needs whole weights where the launcher asks for FSDP.
-
-    ``accelerate launch`` asks for it in the environment, so nothing has to be loaded to know.
-
-    Raises:
-        ConfigError: a flag is not for FSDP.
-    """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return
-    asked = {
-        "average": settings.average > 0,
-        "load-best-model-at-end": settings.load_best_model_at_end,
-        "early-stopping-patience": settings.early_stopping_patience is not None,
-        "trunk-cache": settings.trunk_cache is not None,
-    }
-    names = [name for name, is_asked in asked.items() if is_asked]
-    if names:
-        raise ConfigError(
-            f"--{' and --'.join(names)} cannot be used with FSDP, whose weights are in pieces: "
-            f"leave {'it' if len(names) == 1 else 'them'} out, or launch without FSDP (DDP).",
-            param=names[0],
-        )
 
 
 @contextmanager

@@ -29,13 +29,13 @@ from sortserve_trainer.data import Mixture, collate
 from sortserve_trainer.model.load import LoadedModel, load_for_training
 from sortserve_trainer.run import hub
 from sortserve_trainer.run.arguments import (
-    check_sharding,
     tensorboard_logs_in,
     training_arguments,
 )
 from sortserve_trainer.run.cached_trunk import CachedTrunk
 from sortserve_trainer.run.choice import Choice, metric_name
 from sortserve_trainer.run.folder import Run, plain_settings
+from sortserve_trainer.run.launcher import follow_launcher
 from sortserve_trainer.run.limits import RunLimits
 from sortserve_trainer.run.methods import Method
 from sortserve_trainer.run.prepare import dry_run, prepare
@@ -85,7 +85,7 @@ def train(settings: TrainSettings, *, command: str = "") -> Path:
         CheckpointError: the base cannot be trained.
     """
     started_s = time.monotonic()
-    check_sharding(settings)
+    follow_launcher(settings)
     limits = RunLimits(
         max_time_s=settings.max_time, max_steps=settings.max_steps_per_run, started_s=started_s
     )
