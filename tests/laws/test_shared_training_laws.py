@@ -52,6 +52,8 @@ FSDP = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }
 """As `accelerate launch --use_fsdp --fsdp_version 2` sets them."""
+IN_PIECES = {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+"""Each process keeps its own share of a state: what FSDP 2 does unless it is told otherwise."""
 SAME_BATCH: dict[str, Any] = {"vocab_sample": 0}
 """Columns are drawn by batch, and one process has other batches than two."""
 
@@ -124,12 +126,13 @@ def test_processes_that_share_weights_evaluate_packs_that_they_cannot_share_even
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("states", [{}, IN_PIECES], ids=["whole states", "states in pieces"])
 def test_a_sharded_run_that_is_stopped_and_goes_on_ends_at_the_same_weights(
-    base: Path, tmp_path: Path
+    base: Path, tmp_path: Path, states: dict[str, str]
 ) -> None:
     options: dict[str, Any] = {
         **{"method": "soft", "lora_rank": 0, "batch_size": 1},
-        **{"before": FSDP_ON_A_CPU, "environment": FSDP},
+        **{"before": FSDP_ON_A_CPU, "environment": {**FSDP, **states}},
         **SAME_BATCH,
     }
     whole = run_two(base, tmp_path / "whole", **options)

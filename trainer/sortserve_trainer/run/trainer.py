@@ -318,10 +318,11 @@ def newest_state(folder: Path) -> Path | None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Everything on disk before the mark that says so."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    """Everything on disk before the mark that says so; sharded states are folders in it."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def host_batch(packs: Sequence[Pack], cache: CachedTrunk | None = None) -> dict[str, Any]:
