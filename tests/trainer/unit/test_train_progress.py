@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from types import SimpleNamespace
 
+import torch
+
 from sortserve_trainer.commands.console import Console
 from sortserve_trainer.run.meter import Meter
 from sortserve_trainer.run.progress import ProgressDisplay
@@ -49,3 +51,27 @@ def test_the_last_line_has_no_time_left_and_an_evaluation_has_none_of_it() -> No
 
 def test_the_meter_counts_memory() -> None:
     assert 0.01 < Meter().read()["memory_gb"] < 1000
+
+
+def test_the_meter_reads_what_all_processes_have_done() -> None:
+    """Two with as many tokens, of which the other's losses are 1 higher at exit 2, and 2 at 6."""
+    meter = Meter()
+    inputs = {"target_rows": torch.arange(5), "input_ids": torch.zeros(1, 12, dtype=torch.int64)}
+    means = {2: torch.tensor(3.0), 6: torch.tensor(2.0)}
+    meter.add(means, inputs)
+    alone = Meter()
+    alone.add(means, inputs)
+    asked: list[torch.Tensor] = []
+
+    def total(own: torch.Tensor) -> torch.Tensor:
+        asked.append(own)
+        other = own.clone()
+        other[:2] += torch.tensor([1.0, 2.0]) * 5
+        return own + other
+
+    found = meter.read(total)
+
+    assert (found["loss_exit_2"], found["loss_exit_6"]) == (3.5, 3.0)
+    assert asked[0].tolist() == [15.0, 10.0, 12.0, 5.0, 5.0]
+    own = alone.read()
+    assert (own["loss_exit_2"], own["loss_exit_6"]) == (3.0, 2.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -34,16 +34,26 @@ class Meter:
             self._sums[exit_layer] = previous + mean * count
             self._counts[exit_layer] = self._counts.get(exit_layer, 0) + count
 
-    def read(self) -> dict[str, float]:
-        """``loss_exit_E``, ``tokens_per_s`` and ``memory_gb``, and start anew."""
+    def read(self, total: Callable[[Tensor], Tensor] = lambda own: own) -> dict[str, float]:
+        """``loss_exit_E``, ``tokens_per_s`` and ``memory_gb``, and start anew.
+
+        Args:
+            total: makes of the float64 numbers of this process the sums over all that share the
+                run; all of them read at once.
+        """
         exits = sorted(self._sums)
+        sums = [self._sums[e].double() for e in exits]
+        own = [self._num_tokens, *(self._counts[e] for e in exits)]
+        device = sums[0].device if sums else None
+        numbers = [*sums, *torch.tensor(own, dtype=torch.float64, device=device)]
         # One copy for all exits, and the only time that the host waits for them.
-        sums = torch.stack([self._sums[e] for e in exits]).tolist() if exits else []
+        found = total(torch.stack(numbers)).tolist()
+        losses, (num_tokens, *counts) = found[: len(exits)], found[len(exits) :]
         values = {
-            f"loss_exit_{e}": total / max(1, self._counts[e])
-            for e, total in zip(exits, sums, strict=True)
+            f"loss_exit_{e}": loss / max(1.0, count)
+            for e, loss, count in zip(exits, losses, counts, strict=True)
         }
-        values["tokens_per_s"] = self._num_tokens / max(1e-9, time.monotonic() - self._started_s)
+        values["tokens_per_s"] = num_tokens / max(1e-9, time.monotonic() - self._started_s)
         values["memory_gb"] = _peak_bytes() / 1e9
         self._reset()
         return values

@@ -151,10 +151,18 @@ class SortedTrainer(Trainer):  # type: ignore[misc] # transformers has no types 
     # ---- what is told ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With each exit's mean cross-entropy since the last line, and tokens a second."""
+        """With each exit's mean cross-entropy since the last line, and tokens a second, of all
+        processes together.
+        """
         if "loss" in logs:
-            logs = {**logs, **self._meter.read()}
+            logs = {**logs, **self._meter.read(self._over_processes)}
         super().log(logs, start_time)
+
+    def _over_processes(self, own: Tensor) -> Tensor:
+        if self.args.world_size == 1:
+            return own
+        total: Tensor = self.accelerator.reduce(own.to(self.args.device), reduction="sum")
+        return total
 
     def evaluate(
         self,
