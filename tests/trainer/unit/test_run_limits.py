@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from sortserve.core.errors import ConfigError
 from sortserve_trainer.run.duration import duration_text, parse_duration
@@ -52,7 +53,9 @@ class Run:
         )
 
     def steps_until_stopped(self, limits: RunLimits) -> int:
-        while not self.control.should_training_stop and self.state.global_step < 100:
+        while (
+            not self.control.should_training_stop and self.state.global_step < self.state.max_steps
+        ):
             self.now_s += self.step_s
             self.state.global_step += 1
             limits.on_step_end(self.args, self.state, self.control)
@@ -66,6 +69,23 @@ def test_a_run_stops_after_the_step_that_reaches_its_time() -> None:
     assert run.steps_until_stopped(limits) == 5
     assert run.control.should_save
     assert limits.reached == "--max-time 30s"
+
+
+@pytest.mark.parametrize(("step_s", "num_looks", "stops_after"), [(30.0, 7, 7), (0.5, 27, 102)])
+def test_processes_that_agree_on_the_time_do_so_as_often_as_their_steps_are_long(
+    monkeypatch: pytest.MonkeyPatch, step_s: float, num_looks: int, stops_after: int
+) -> None:
+    run = Run(step_s=step_s, max_steps=1000)
+    run.args = SimpleNamespace(world_size=2, device="cpu")
+    looks: list[int] = []
+    monkeypatch.setattr(
+        torch.distributed, "broadcast", lambda decision, _: looks.append(int(decision))
+    )
+    limits = run.limits(max_time_s=6.5 * step_s if step_s > 1 else 50.5)
+
+    assert run.steps_until_stopped(limits) == stops_after
+    assert len(looks) == num_looks
+    assert looks[-1] == 0
 
 
 def test_a_run_stops_after_so_many_steps_of_its_own() -> None:

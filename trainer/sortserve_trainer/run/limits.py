@@ -13,8 +13,8 @@ from sortserve_trainer.run.duration import duration_text
 
 __all__ = ["RunLimits"]
 
-STEPS_BETWEEN_LOOKS = 10
-"""At the clock, where several processes must agree on what it says."""
+MAX_STEPS_BETWEEN_LOOKS, SECONDS_BETWEEN_LOOKS = 10, 2.0
+"""At the clock, where several processes must agree on what it says: they wait for one another."""
 
 
 class RunLimits(TrainerCallback):  # type: ignore[misc] # transformers has no types here
@@ -38,6 +38,7 @@ class RunLimits(TrainerCallback):  # type: ignore[misc] # transformers has no ty
         self._max_time_s, self._max_steps = max_time_s, max_steps
         self._started_s, self._clock = started_s, clock
         self._num_steps = 0
+        self._next_look, self._between_looks, self._looked_s = 1, 1, started_s
         self.reached: str | None = None
         """The flag and its value that ended training; None while nothing has."""
 
@@ -58,8 +59,18 @@ class RunLimits(TrainerCallback):  # type: ignore[misc] # transformers has no ty
         is_late = self._clock() - self._started_s >= self._max_time_s
         if args.world_size == 1:
             return is_late
-        if self._num_steps % STEPS_BETWEEN_LOOKS:
+        if self._num_steps < self._next_look:
             return False
-        decision = torch.tensor([is_late], dtype=torch.uint8, device=args.device)
+        # The first process decides: 0 ends training, else so many steps follow until the next look.
+        decision = torch.tensor([0 if is_late else self._steps_to_look()], device=args.device)
         torch.distributed.broadcast(decision, 0)
-        return bool(decision.item())
+        self._between_looks, self._looked_s = int(decision.item()), self._clock()
+        self._next_look += self._between_looks
+        return self._between_looks == 0
+
+    def _steps_to_look(self) -> int:
+        """As many as pass in the time between two looks; a step of a large model takes longer."""
+        if self._num_steps == 1:
+            return 1  # what came before it was no step
+        step_s = (self._clock() - self._looked_s) / self._between_looks
+        return max(1, min(MAX_STEPS_BETWEEN_LOOKS, int(SECONDS_BETWEEN_LOOKS / max(1e-9, step_s))))
