@@ -88,6 +88,27 @@ def test_less_is_trained_for_less_and_recomputation_trades_time_for_memory() -> 
     assert lora.tokens_per_s(1e15, 2) == pytest.approx(2 * lora.tokens_per_s(1e15, 1))
 
 
+def test_lora_layers_keep_their_merged_weights_for_the_backward_pass() -> None:
+    """Whole on each card, though FSDP shares out the base: as much as that has in all."""
+    lora = {"method": "soft", "lora_rank": 16}
+    merged, plain, recomputed, some = (
+        estimate(settings(**lora, **more), LLAMA_2_13B, EXITS).activation_bytes
+        for more in (
+            {},
+            {"lora_dropout": 0.1},  # peft's own layers
+            {"gradient_checkpointing": True},
+            {"lora_targets": ("q_proj", "v_proj")},
+        )
+    )
+    all_weights = estimate(
+        settings(method="soft", gradient_checkpointing=True), LLAMA_2_13B, EXITS
+    ).activation_bytes
+
+    assert merged - plain == 2 * 40 * (4 * 5120**2 + 3 * 5120 * 13824)
+    assert recomputed - all_weights == (merged - plain) / 40
+    assert some - plain == 2 * 40 * 2 * 5120**2
+
+
 def test_an_exit_costs_its_share_of_the_layers_and_the_head() -> None:
     found = estimate(settings(method="soft"), replace(LLAMA_2_13B, vocab_size=1), EXITS)
 

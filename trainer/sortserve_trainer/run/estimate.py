@@ -42,7 +42,7 @@ class Estimate:
     weight_bytes: int
     """Weights, gradients and the optimiser's state, of all cards together under FSDP."""
     activation_bytes: int
-    """Of one card's micro-batch, the logits among it."""
+    """Of one card's micro-batch, the logits and the merged weights of LoRA layers among it."""
     exit_costs: Mapping[int, float]
     """Exit layer to the share of the full depth's products in a forward pass."""
     tokens_per_step: int
@@ -114,25 +114,36 @@ def estimate_text(found: Estimate, exits: tuple[int, ...]) -> str:
     return "\n".join(lines)
 
 
-def _adapter_size(settings: TrainSettings, config: ModelConfig) -> int:
-    q, kv, hidden, inner = (
-        config.q_size,
-        config.kv_size,
-        config.hidden_size,
-        config.intermediate_size,
-    )
-    sides = {
-        "q_proj": hidden + q,
-        "k_proj": hidden + kv,
-        "v_proj": hidden + kv,
-        "o_proj": q + hidden,
-        "gate_proj": hidden + inner,
-        "up_proj": hidden + inner,
-        "down_proj": inner + hidden,
+def _adapted(settings: TrainSettings, config: ModelConfig) -> list[tuple[int, int]]:
+    """Inputs and outputs of the linear layers of a block that get LoRA."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    shapes = {
+        "q_proj": (hidden, config.q_size),
+        "k_proj": (hidden, config.kv_size),
+        "v_proj": (hidden, config.kv_size),
+        "o_proj": (config.q_size, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
     }
-    names = settings.lora_targets or tuple(sides)
-    rank = settings.resolved.lora_rank
-    return config.num_layers * rank * sum(sides.get(name, 0) for name in names)
+    names = settings.lora_targets or tuple(shapes)
+    return [shapes[name] for name in names if name in shapes]
+
+
+def _adapter_size(settings: TrainSettings, config: ModelConfig) -> int:
+    sides = sum(map(sum, _adapted(settings, config)))
+    return config.num_layers * settings.resolved.lora_rank * sides
+
+
+def _merged_elements(settings: TrainSettings, config: ModelConfig) -> int:
+    """Of the weights that LoRA layers compute with, and keep for the backward pass (``lora``):
+    those of a block at a time where it is recomputed.
+    """
+    is_merged = settings.trains_adapter and settings.quantize == "none"
+    if not is_merged or settings.lora_dropout:
+        return 0
+    num_blocks = 1 if settings.gradient_checkpointing else config.num_layers
+    return num_blocks * sum(math.prod(shape) for shape in _adapted(settings, config))
 
 
 def _flops(
@@ -184,7 +195,8 @@ def _activations(
         kept = compute_bytes * hidden
     read = len(exits) * hidden * (3 * compute_bytes + 4)
     columns = config.vocab_size * compute_bytes * 2
-    return num_tokens * (kept + read) + min(num_tokens, LOGIT_ROWS) * columns
+    merged = compute_bytes * _merged_elements(settings, config)
+    return num_tokens * (kept + read) + min(num_tokens, LOGIT_ROWS) * columns + merged
 
 
 def _exit_costs(
