@@ -177,6 +177,7 @@ def test_an_output_folder_that_is_not_empty_is_refused_before_anything_is_done(
     [
         ["--freeze-trunk", "--trunk-cache", "CACHE"],
         ["--average", "0.5"],
+        ["--method", "sft+ict"],
         ["--held-out", "0.1", "--early-stopping-patience", "2", "--load-best-model-at-end"],
     ],
 )
@@ -196,7 +197,8 @@ def test_what_needs_whole_weights_is_refused_under_fsdp_before_anything_is_done(
 
     line = refusal(capsys, command(base, data, tmp_path / "out", *flags))
 
-    asked = {"--trunk-cache", "--average", "--early-stopping-patience", "--load-best-model-at-end"}
+    asked = {"--trunk-cache", "--average", "--method", "--early-stopping-patience"}
+    asked.add("--load-best-model-at-end")
     for word in (*asked.intersection(flags), "FSDP", "leave", "DDP"):
         assert word in line
     assert not cache.exists()

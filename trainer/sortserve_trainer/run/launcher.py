@@ -68,13 +68,14 @@ def _check_fsdp(settings: TrainSettings) -> None:
         "load-best-model-at-end": settings.load_best_model_at_end,
         "early-stopping-patience": settings.early_stopping_patience is not None,
         "trunk-cache": settings.trunk_cache is not None,
+        f"method {settings.method}": settings.resolved.has_head_phase,
     }
     names = [name for name, is_asked in asked.items() if is_asked]
     if names:
         raise ConfigError(
             f"--{' and --'.join(names)} cannot be used with FSDP, whose weights are in pieces: "
             f"leave {'it' if len(names) == 1 else 'them'} out, or launch without FSDP (DDP).",
-            param=names[0],
+            param=names[0].partition(" ")[0],
         )
 
 

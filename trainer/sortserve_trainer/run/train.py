@@ -308,8 +308,6 @@ def _whole(
     if not trainer.is_world_process_zero():
         return loaded
     whole = load_for_training(settings, method)
-    if method.has_head_phase:
-        _freeze_and_add_heads(whole)
     whole.model.load_state_dict(state, strict=False)
     return whole
 
