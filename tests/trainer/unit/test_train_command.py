@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import json
 import os
 from pathlib import Path
@@ -14,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sortserve.checkpoint.sorted_json import SortedInfo
 from sortserve.cli import main
-from sortserve_trainer.run import save, trainer
+from sortserve_trainer.run import recipe, save, trainer
 from sortserve_trainer.run.folder import Run
 from sortserve_trainer.run.settings import load_train_settings
 from support.tiny_models import make_tiny_checkpoint
@@ -203,6 +204,23 @@ def test_what_needs_whole_weights_is_refused_under_fsdp_before_anything_is_done(
         assert word in line
     assert not cache.exists()
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_run_without_a_library_that_it_does_not_need_can_tell_its_versions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A machine without peft trains all weights, and would say so with a traceback at the end."""
+    version = importlib.metadata.version
+
+    def without_peft(name: str) -> str:
+        if name == "peft":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without_peft)
+
+    assert "peft" not in recipe.versions()
+    assert recipe.versions()["torch"]
 
 
 def test_an_unfinished_run_is_not_resumed_with_other_flags(

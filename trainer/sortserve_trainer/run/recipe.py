@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from sortserve import __version__
@@ -20,7 +21,8 @@ def versions() -> dict[str, str]:
     """What the result depends on: this package, Python, and the libraries under the trainer."""
     found = {"sortserve": __version__, "python": platform.python_version()}
     for name in _LIBRARIES:
-        found[name] = importlib.metadata.version(name)
+        with suppress(importlib.metadata.PackageNotFoundError):  # peft is not needed by every run
+            found[name] = importlib.metadata.version(name)
     return found
 
 
