@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,50 @@ def test_calls_of_tools_are_learned_and_what_tools_say_is_not(tools: object) -> 
     assert answer.strip() == "It is sunny.<|im_end|>"
     assert "# Tools" in text[: spans[0][0]]
     assert "sunny" in text[spans[0][1] : spans[1][0]]
+
+
+def test_conversations_of_sharegpt_are_those_of_messages() -> None:
+    call = {"name": "weather", "arguments": {"city": "Rome"}}
+    conversations = [
+        {"from": "human", "value": "Warm in Rome?"},
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "observation", "value": "31 degrees"},
+        {"from": "gpt", "value": "Yes."},
+    ]
+    messages = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Warm in Rome?"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "31 degrees"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    tools = json.dumps(TOOLS)
+    row = {"conversations": conversations, "system": "Be short.", "tools": tools}
+
+    expected = parse_row(Row("here", {"messages": messages, "tools": tools}), ())
+
+    assert parse_row(Row("here", row), ()) == expected
+    assert parse_row(Row("here", {**row, "conversations": json.dumps(conversations)}), ()) == (
+        expected
+    )
+    assert parse_row(Row("here", {"conversations": messages, "tools": tools}), ()) == expected
+
+
+@pytest.mark.parametrize(
+    ("turns", "words"),
+    [
+        ([{"from": "human", "value": "Hi"}], "no turn of the role `assistant`"),
+        ([{"from": "gpt", "value": "Hi"}], "begins with an answer"),
+        ([{"from": 3, "value": "Hi"}], "messages[0].role` is a number"),
+        ([{"from": "human"}], "messages[0].content` is null"),
+        ([{"from": "function_call", "value": "{"}], "conversations[0].value` is a call"),
+        ([{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "3"}], "tool_calls"),
+        ("[", "`conversations` is a string that is not JSON"),
+    ],
+)
+def test_a_bad_conversation_of_sharegpt_is_named(turns: object, words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        parse_row(Row("here", {"conversations": turns}), ())
 
 
 def test_a_conversation_may_be_json_in_a_string_which_is_all_that_csv_holds() -> None:

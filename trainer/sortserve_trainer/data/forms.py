@@ -3,6 +3,7 @@
 | form | columns | becomes |
 |---|---|---|
 | chat | ``messages``: a list of ``role`` and ``content``; may have ``tools`` | the conversation |
+| ShareGPT | ``conversations``: of ``from``, ``value``; may have ``system``, ``tools`` | the same |
 | Alpaca | ``instruction``, ``output``; may have ``input`` | one question and its answer |
 | question | ``question``, ``answers`` or ``target`` | one question and its answer |
 | text | ``text`` | a plain document |
@@ -23,12 +24,13 @@ from typing import Any
 
 from sortserve.text.tool_calls import with_parsed_arguments
 from sortserve_trainer.data.rows import Row, json_kind
+from sortserve_trainer.data.sharegpt import CONVERSATIONS, with_messages
 from sortserve_trainer.data.source import bad_data
 
 __all__ = ["Conversation", "Document", "parse_question", "parse_row"]
 
 _FORMS = (
-    "a row has `messages`, or `instruction` and `output` (and `input`), "
+    "a row has `messages`, or `conversations`, or `instruction` and `output` (and `input`), "
     "or `question` and `answers` (and `target`), or `text`"
 )
 
@@ -108,6 +110,9 @@ def _parse_form(row: Row, end_tokens: tuple[str, ...]) -> Conversation | Documen
     columns = row.fields.keys()
     if "messages" in columns:
         return _parse_chat(row, end_tokens)
+    if CONVERSATIONS in columns:
+        turns = _parse_list(row.place, CONVERSATIONS, row.fields[CONVERSATIONS])
+        return _parse_chat(with_messages(row, turns), end_tokens)
     if "instruction" in columns and "output" in columns:
         return _question_and_answer(row.place, _instruction(row), _text(row, "output"), end_tokens)
     if "question" in columns and ("answers" in columns or "target" in columns):
