@@ -11,7 +11,7 @@ import torch
 
 from sortserve_trainer.data.examples import Example
 from sortserve_trainer.data.packing import Pack
-from sortserve_trainer.model import device_attention
+from sortserve_trainer.model import device_attention, lora
 from sortserve_trainer.model.load import LoadedModel, load_for_training
 from sortserve_trainer.model.loss import VocabSample
 from sortserve_trainer.run.settings import TrainSettings
@@ -77,6 +77,7 @@ def test_a_step_makes_the_host_wait_for_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], dtype: str
 ) -> None:
     monkeypatch.setattr(device_attention, "in_one_call", lambda _: True)
+    monkeypatch.setattr(lora, "weight_budget", lambda _: 1 << 30)
     loaded, settings = load(tmp_path, dtype=dtype, **flags)
     loaded.model.train()
     device_attention.flash_works(torch.device("cpu"), torch.bfloat16, 16)  # tried once, and no more
