@@ -71,6 +71,8 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["--max-length", "500"], ["--max-length 500", "--pack-length 128"]),
         (["--lora-rank", "100000"], ["--lora-rank 100000", "(96)"]),
         (["--lora-targets", "nothing"], ["--lora-targets", "nothing"]),
+        (["--lora-targets", "q_proj,k_porj"], ["--lora-targets", "'k_porj'", "k_proj"]),
+        (["--lora-targets", "q_proj,lm_head"], ["--lora-targets", "lm_head", "one tensor"]),
         (["--quantize", "nf4", "--lora-rank", "0"], ["--quantize nf4", "--lora-rank"]),
         (["--teacher", "base", "--lora-rank", "0"], ["--teacher base", "--lora-rank"]),
         (["--teacher", "base", "--freeze-trunk"], ["--teacher base", "--freeze-trunk"]),

@@ -6,6 +6,7 @@ Shape legend: I in, O out, R rank.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,14 @@ def new_adapter(trunk: Any, settings: ModelSettings, rank: int) -> Any:
             "choose a smaller one, or 0 to train all weights.",
             param="lora-rank",
         )
+    targets = list(settings.lora_targets or BLOCK_LINEARS)
+    _check_targets(targets, trunk, settings)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=settings.lora_alpha or rank,
         lora_dropout=settings.lora_dropout,
-        target_modules=list(settings.lora_targets or BLOCK_LINEARS),
+        target_modules=targets,
     )
     torch.manual_seed(settings.seed)
     try:
@@ -56,6 +59,26 @@ def new_adapter(trunk: Any, settings: ModelSettings, rank: int) -> Any:
             return _prepare(get_peft_model(trunk, config))
     except ValueError as error:
         raise ConfigError(f"--lora-targets: {error}", param="lora-targets") from error
+
+
+def _check_targets(targets: Sequence[str], trunk: Any, settings: ModelSettings) -> None:
+    """Refuse layers that there are not, of which peft tells only where it finds none of all, and
+    those whose adapter could not be served.
+    """
+    names = [f".{name}" for name, _ in trunk.named_modules()]
+    for target in targets:
+        if not any(name.endswith(f".{target}") for name in names):
+            raise ConfigError(
+                f"--lora-targets: {settings.base} has no layer {target!r}; a block has "
+                f"{', '.join(BLOCK_LINEARS)}.",
+                param="lora-targets",
+            )
+        if target in ("lm_head", "embed_tokens") and trunk.config.tie_word_embeddings:
+            raise ConfigError(
+                f"--lora-targets: head and embedding of {settings.base} are one tensor, into which "
+                f"an adapter of {target} cannot be merged: leave it out.",
+                param="lora-targets",
+            )
 
 
 def continue_adapter(trunk: Any, folder: Path, settings: ModelSettings) -> Any:
