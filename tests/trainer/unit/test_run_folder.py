@@ -104,6 +104,26 @@ def test_another_flag_is_refused_with_both_values(tmp_path: Path) -> None:
         begin(tmp_path, seed=1)
 
 
+def test_another_number_of_processes_is_refused_once_there_are_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step is of all of them. Data that were prepared by one are good for any number."""
+    begin(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with Run.open(settings(tmp_path)) as run:
+        run.check_base("ab" * 16)
+        run.begin(described())
+
+    with Run.open(settings(tmp_path)):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with (
+        pytest.raises(ConfigError, match="unfinished run of 8 processes, not 4"),
+        Run.open(settings(tmp_path)),
+    ):
+        pass
+
+
 def test_the_same_file_may_be_named_another_way(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ _HUB = {"push_to_hub", "hub_model_id", "hub_private_repo"}
 FREE = {"log_every", "save_every", "report_to", "trunk_cache_gb", *_HUB}
 """Settings that a run may be resumed with other values of: no weight hangs on them."""
 RECORD, LOCK = "run.json", "lock"
-BASE_DIGEST = "base_digest"
+BASE_DIGEST, WORLD_SIZE = "base_digest", "world_size"
 VERSION = 2
 """Of the record. Before there were numbers it was the settings alone."""
 
@@ -68,6 +68,7 @@ class Run:
             record = _read_record(folder)
             if record is not None:
                 _check_same(record, settings, folder)
+                _check_world(record, folder)
             run = cls(settings, record)
             yield run
         finally:
@@ -138,7 +139,8 @@ class Run:
     ) -> None:
         """Write down what the run is, so that it can be resumed.
 
-        The second time does nothing, but for the base of a run whose data alone were prepared.
+        The second time does nothing, but for what a run whose data alone were prepared had not yet:
+        the base, and how many processes share it.
 
         Args:
             described: ``RunData.described``.
@@ -154,7 +156,7 @@ class Run:
             "eval-data": _digests(evaluated),
         }
         if self._base_digest is not None and "version" in record:
-            record = {**record, BASE_DIGEST: self._base_digest}
+            record = {WORLD_SIZE: _world_size(), **record, BASE_DIGEST: self._base_digest}
         if record == self._record:
             return
         self._record = record
@@ -236,6 +238,22 @@ def _check_same(record: Mapping[str, Any], settings: TrainSettings, folder: Path
             "flags to resume it, name another --output, or delete that folder.",
             param=flag,
         )
+
+
+def _check_world(record: Mapping[str, Any], folder: Path) -> None:
+    """A step is of all processes: with another number of them the run would be another one."""
+    now = _world_size()
+    old = record.get(WORLD_SIZE, now)
+    if old != now:
+        raise ConfigError(
+            f"{folder} holds an unfinished run of {old} processes, not {now}: launch as many to "
+            "resume it, name another --output, or delete that folder.",
+            param="output",
+        )
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _is_same(name: str, record: Mapping[str, Any], old: Any, new: Any) -> bool:
