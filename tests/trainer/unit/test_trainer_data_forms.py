@@ -197,6 +197,46 @@ def test_conversations_of_sharegpt_are_those_of_messages() -> None:
     assert parse_row(Row("here", {"conversations": messages, "tools": tools}), ()) == expected
 
 
+def test_what_came_before_the_question_of_an_alpaca_row_is_part_of_the_conversation() -> None:
+    row = {
+        "instruction": "And of Italy?",
+        "input": "",
+        "output": "Rome.",
+        "system": "Be short.",
+        "history": [["Capital of France?", "Paris."]],
+    }
+    messages = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Capital of France?"},
+        {"role": "assistant", "content": "Paris."},
+        {"role": "user", "content": "And of Italy?"},
+        {"role": "assistant", "content": "Rome."},
+    ]
+
+    parsed = parse_row(Row("here", row), ())
+
+    assert parsed == parse_row(Row("here", {"messages": messages}), ())
+    assert parsed == parse_row(Row("here", {**row, "history": json.dumps(row["history"])}), ())
+    assert isinstance(parsed, Conversation)
+    assert parsed.answer_turns == [2, 4]
+    empty: dict[str, Any] = {"system": "", "history": []}
+    assert parse_row(Row("here", {**ROWS[0], **empty}), ()) == parse_row(Row("here", ROWS[0]), ())
+
+
+@pytest.mark.parametrize(
+    ("history", "words"),
+    [
+        ("Paris.", "`history` is a string that is not JSON"),
+        ({"a": "b"}, "`history` is an object, not a list"),
+        ([["a"]], "`history[0]` is not a pair"),
+        ([["a", "b"], ["c", 3]], "`history[1][1]` is a number"),
+    ],
+)
+def test_a_bad_history_is_named(history: object, words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        parse_row(Row("here", {**ROWS[0], "history": history}), ())
+
+
 @pytest.mark.parametrize(
     ("turns", "words"),
     [

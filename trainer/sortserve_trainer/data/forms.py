@@ -4,7 +4,7 @@
 |---|---|---|
 | chat | ``messages``: a list of ``role`` and ``content``; may have ``tools`` | the conversation |
 | ShareGPT | ``conversations``: of ``from``, ``value``; may have ``system``, ``tools`` | the same |
-| Alpaca | ``instruction``, ``output``; may have ``input`` | one question and its answer |
+| Alpaca | ``instruction``, ``output``; may have ``input``, ``system``, ``history`` | the same |
 | question | ``question``, ``answers`` or ``target`` | one question and its answer |
 | text | ``text`` | a plain document |
 
@@ -114,7 +114,10 @@ def _parse_form(row: Row, end_tokens: tuple[str, ...]) -> Conversation | Documen
         turns = _parse_list(row.place, CONVERSATIONS, row.fields[CONVERSATIONS])
         return _parse_chat(with_messages(row, turns), end_tokens)
     if "instruction" in columns and "output" in columns:
-        return _question_and_answer(row.place, _instruction(row), _text(row, "output"), end_tokens)
+        answered = _question_and_answer(
+            row.place, _instruction(row), _text(row, "output"), end_tokens
+        )
+        return answered and replace(answered, messages=[*_before(row), *answered.messages])
     if "question" in columns and ("answers" in columns or "target" in columns):
         question = _text(row, "question").strip()
         return _question_and_answer(row.place, question, _first_answer(row), end_tokens)
@@ -174,16 +177,20 @@ def _parse_call(call: dict[str, Any]) -> dict[str, Any]:
 def _parse_list(place: str, name: str, value: object) -> list[dict[str, Any]]:
     """A list of objects; as JSON in a string too, for files whose columns hold none."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise bad_data(place, f"`{name}` is a string that is not JSON: {error}") from error
+        value = _from_json(place, name, value)
     if not isinstance(value, list):
         raise bad_data(place, f"`{name}` is {json_kind(value)}, not a list")
     for i, item in enumerate(value):
         if not isinstance(item, dict):
             raise bad_data(place, f"`{name}[{i}]` is {json_kind(item)}, not an object")
     return value
+
+
+def _from_json(place: str, name: str, text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise bad_data(place, f"`{name}` is a string that is not JSON: {error}") from error
 
 
 def _question_and_answer(
@@ -202,6 +209,26 @@ def _question_and_answer(
 def _instruction(row: Row) -> str:
     optional_input = _text(row, "input") if "input" in row.fields else ""
     return _join_paragraphs(_text(row, "instruction"), optional_input)
+
+
+def _before(row: Row) -> list[dict[str, Any]]:
+    """What an Alpaca row says came before its question, as LLaMA-Factory has it: ``system``, and in
+    ``history`` pairs of a question and its answer.
+    """
+    system = _text(row, "system") if "system" in row.fields else ""
+    turns = [{"role": "system", "content": system}] if system.strip() else []
+    history = row.fields.get("history", [])
+    if isinstance(history, str):
+        history = _from_json(row.place, "history", history)
+    if not isinstance(history, list):
+        raise bad_data(row.place, f"`history` is {json_kind(history)}, not a list")
+    for i, pair in enumerate(history):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise bad_data(row.place, f"`history[{i}]` is not a pair of a question and its answer")
+        for j, role in enumerate(("user", "assistant")):
+            content = _check_text(row.place, f"history[{i}][{j}]", pair[j])
+            turns.append({"role": role, "content": content})
+    return turns
 
 
 def _first_answer(row: Row) -> str:

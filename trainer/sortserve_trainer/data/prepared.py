@@ -25,7 +25,7 @@ from sortserve_trainer.data.source import DataSource, bad_data, file_digest
 
 __all__ = ["PreparedData", "read_examples", "write_examples"]
 
-VERSION = 2
+VERSION = 3
 """Of the files, and of what ``load_examples`` makes: another number finds none of before."""
 DIGESTS = "digests.json"
 _SMALL = 1 << 16
