@@ -342,7 +342,7 @@ async def test_lengths_are_learned_by_route_and_model_as_the_client_wrote_it(
     seen: list[tuple[str, ...]] = []
     submit = service.worker.submit
 
-    def watched(request: Request, reservation: Reservation, **how: int | None) -> RequestStream:
+    def watched(request: Request, reservation: Reservation, **how: Any) -> RequestStream:
         seen.append(request.length_class)
         return submit(request, reservation, **how)
 
