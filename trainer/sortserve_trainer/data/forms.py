@@ -175,22 +175,24 @@ def _parse_call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse_list(place: str, name: str, value: object) -> list[dict[str, Any]]:
-    """A list of objects; as JSON in a string too, for files whose columns hold none."""
-    if isinstance(value, str):
-        value = _from_json(place, name, value)
-    if not isinstance(value, list):
-        raise bad_data(place, f"`{name}` is {json_kind(value)}, not a list")
-    for i, item in enumerate(value):
+    """A list of objects."""
+    items = _as_list(place, name, value)
+    for i, item in enumerate(items):
         if not isinstance(item, dict):
             raise bad_data(place, f"`{name}[{i}]` is {json_kind(item)}, not an object")
+    return items
+
+
+def _as_list(place: str, name: str, value: object) -> list[Any]:
+    """A list; as JSON in a string too, for files whose columns hold none."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise bad_data(place, f"`{name}` is a string that is not JSON: {error}") from error
+    if not isinstance(value, list):
+        raise bad_data(place, f"`{name}` is {json_kind(value)}, not a list")
     return value
-
-
-def _from_json(place: str, name: str, text: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise bad_data(place, f"`{name}` is a string that is not JSON: {error}") from error
 
 
 def _question_and_answer(
@@ -217,11 +219,7 @@ def _before(row: Row) -> list[dict[str, Any]]:
     """
     system = _text(row, "system") if "system" in row.fields else ""
     turns = [{"role": "system", "content": system}] if system.strip() else []
-    history = row.fields.get("history", [])
-    if isinstance(history, str):
-        history = _from_json(row.place, "history", history)
-    if not isinstance(history, list):
-        raise bad_data(row.place, f"`history` is {json_kind(history)}, not a list")
+    history = _as_list(row.place, "history", row.fields.get("history", []))
     for i, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2:
             raise bad_data(row.place, f"`history[{i}]` is not a pair of a question and its answer")
