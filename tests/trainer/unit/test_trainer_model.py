@@ -122,21 +122,25 @@ def adapted_weights(model: SortedModel) -> list[torch.Tensor]:
     return [p for name, p in model.named_parameters() if name.endswith("base_layer.weight")]
 
 
+def loss_and_gradients(
+    model: SortedModel, batch: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Of one pass over all exits; by parameter what has a gradient."""
+    model.zero_grad()
+    with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+        loss, _ = model(**batch, terms=dict.fromkeys(EXITS, ExitTerm(ce=1 / 3)))
+    loss.backward()
+    return loss.detach(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
+
+
 def test_merged_lora_is_the_same_function_with_the_same_gradients() -> None:
     model, batch = lora_model(), packed([8, 13])
-    terms = dict.fromkeys(EXITS, ExitTerm(ce=1 / 3))
 
-    def run() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        model.zero_grad()
-        loss, _ = model(**batch, terms=terms)
-        loss.backward()
-        return loss.detach(), {
-            n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
-        }
-
-    peft_loss, peft_grads = run()
+    peft_loss, peft_grads = loss_and_gradients(model, batch)
     changed = merge_in_forward(model.trunk)
-    merged_loss, merged_grads = run()
+    merged_loss, merged_grads = loss_and_gradients(model, batch)
 
     assert changed == 4 * 6
     torch.testing.assert_close(merged_loss, peft_loss)
@@ -158,21 +162,11 @@ def test_layers_merged_at_once_are_the_same_function_with_the_same_gradients(
 ) -> None:
     model, batch = lora_model(variant), packed([8, 13])
     merge_in_forward(model.trunk)
-    terms = dict.fromkeys(EXITS, ExitTerm(ce=1 / 3))
 
-    def run() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        model.zero_grad()
-        with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
-            loss, _ = model(**batch, terms=terms)
-        loss.backward()
-        return loss.detach(), {
-            n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
-        }
-
-    loss, grads = run()
+    loss, grads = loss_and_gradients(model, batch, dtype)
     monkeypatch.setattr(lora, "weight_budget", lambda _: 1 << 30)
     monkeypatch.delattr(torch, "addmm")  # one layer after the other is not merged any more
-    loss_at_once, grads_at_once = run()
+    loss_at_once, grads_at_once = loss_and_gradients(model, batch, dtype)
 
     rtol = 1e-4 if dtype is torch.float32 else 2e-2
     torch.testing.assert_close(loss_at_once, loss, rtol=rtol, atol=1e-5)

@@ -28,10 +28,7 @@ from sortserve_trainer.commands.console import Console
 from sortserve_trainer.data import Mixture, collate
 from sortserve_trainer.model.load import LoadedModel, load_for_training
 from sortserve_trainer.run import hub
-from sortserve_trainer.run.arguments import (
-    tensorboard_logs_in,
-    training_arguments,
-)
+from sortserve_trainer.run.arguments import tensorboard_logs_in, training_arguments
 from sortserve_trainer.run.cached_trunk import CachedTrunk
 from sortserve_trainer.run.choice import Choice, metric_name
 from sortserve_trainer.run.folder import Run, plain_settings
