@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -120,14 +121,21 @@ def make_demand(
     exit_layer: int = 6,
     *,
     due_s: float | None = None,
-    gap_s: float = 1.0,
+    gap_s: float | None = None,
     floor_layer: int = 2,
     num_pending: int = 1,
     context_len: int = 10,
     order: float = 0.0,
+    num_left: int = 20,
 ) -> Demand:
-    """A demand; without ``due_s`` a soft one."""
+    """A demand; without ``due_s`` a soft one.
+
+    Its further tokens are due at the pace of the next, unless it is late or ``gap_s`` says so.
+    """
     is_hard = due_s is not None
+    if gap_s is None:
+        gap_s = 1.0 if due_s is None or due_s <= 0.0 or num_pending > 1 else due_s
+    end_s = math.inf if due_s is None else due_s + (num_left - 1) * gap_s
     return Demand(
         request_id=request_id,
         exit_layer=exit_layer,
@@ -140,5 +148,6 @@ def make_demand(
         is_hard=is_hard,
         due_s=1e3 if due_s is None else due_s,
         gap_s=gap_s,
-        end_s=1e3,
+        end_s=end_s,
+        num_left=num_left,
     )

@@ -26,7 +26,7 @@ Mask = NDArray[np.bool_]
 _FIELDS = (
     *("exit_layer", "floor_layer", "num_pending", "context_len", "gap_s", "due_s"),
     *("is_hard", "is_promised", "is_waiting", "is_lost", "weight", "num_left", "num_done"),
-    *("next_share", "num_ready", "num_scored"),
+    *("next_share", "num_ready", "num_scored", "end_s"),
 )
 _ROW = attrgetter(*_FIELDS)
 
@@ -51,6 +51,7 @@ class Columns:
     next_share: Floats
     num_left: Floats
     num_scored: Floats
+    end_s: Floats
 
     @classmethod
     def of(cls, demands: Sequence[Demand]) -> Columns:
@@ -123,7 +124,8 @@ def _values(demands: Sequence[Demand]) -> Floats:
 
 def _columns(values: Floats) -> Columns:
     exit_layer, floor_layer, pending, context, gap_s, due_s, *rest = values
-    hard, promised, waiting, lost, weight, num_left, num_done, next_share, ready, scored = rest
+    hard, promised, waiting, lost, weight, num_left, num_done, *others = rest
+    next_share, ready, scored, end_s = others
     return Columns(
         exit_layer=exit_layer,
         floor_layer=floor_layer,
@@ -140,4 +142,5 @@ def _columns(values: Floats) -> Columns:
         next_share=next_share,
         num_left=num_left,
         num_scored=scored,
+        end_s=end_s,
     )

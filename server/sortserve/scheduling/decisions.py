@@ -252,8 +252,9 @@ class Decisions:
         if self._step_costs is None or self.policy.choose is None:
             choice = self._all_up_to(self.policy.cap(classes))
         else:
-            demands, most = self._demands_of(self._running), self._max_num_tokens
-            situation = Situation(now, demands, classes, self._step_costs, most)
+            demands = LiveDemands.after(self._live, self._demands_of(self._running))
+            costs, most = self._step_costs, self._max_num_tokens
+            situation = Situation(now, demands, classes, costs, most)
             choice = self.policy.choose(situation)
         choice, rows = self._with_rows(choice)
         assert rows, "a step has at least one row"

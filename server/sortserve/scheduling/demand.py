@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from sortserve.core.budget import Deadlines
 from sortserve.core.schedule import mean_over_tokens
-from sortserve.core.sequence import Sequence, Status
+from sortserve.core.sequence import Promise, Sequence, Status
 
 if TYPE_CHECKING:  # the command line reads the table of policies, and need not wait for numpy
     from sortserve.cost.model import CostModel, Line
@@ -28,6 +28,7 @@ __all__ = [
     "Pace",
     "StepCosts",
     "demand_of",
+    "end_of",
     "plan_pace",
     "targets_of",
 ]
@@ -78,6 +79,11 @@ class StepCosts:
         _, _, b, d, _ = self.model.large
         return self.safety * exit_layer * (b + d * context_len)
 
+    def large_extra_s(self, exit_layer: int) -> float:
+        """What a large step costs more than ``base_s``, whatever it runs."""
+        c0, a, _, _, _ = self.model.large
+        return max(0.0, self.safety * (c0 + a * exit_layer) - self.base_s(exit_layer))
+
     def prefill_s(
         self, exit_layer: int, num_tokens: int, start: int = 0, num_scored: int = 0
     ) -> float:
@@ -126,7 +132,7 @@ class Demand:
     gap_s: float
     """The mean time between two tokens after it."""
     end_s: float
-    """When it should be over, at this pace."""
+    """When it should be over; infinite where nothing was promised of its end."""
     weight: float = 1.0
     """What its answer is worth beside that of another request."""
     num_left: int = 1
@@ -249,8 +255,9 @@ def demand_of(
     next_share = _next_share(sequence, num_left, costs) if promised else 1.0
     if promised:
         due_s, gap_s, end_s = _due_times(sequence, num_left, next_share, now)
+        bounds_any = math.isfinite(min(due_s, gap_s, end_s))
         gap_s = max(gap_s, costs.decode_s(sequence.floor_layer, sequence.num_tokens))
-        promised = math.isfinite(end_s) and not _is_hopeless(sequence, num_left, end_s, now, costs)
+        promised = bounds_any and not _is_hopeless(sequence, num_left, end_s, now, costs)
     if not promised:
         due_s = gap_s = end_s = math.inf
     is_hard = math.isfinite(due_s)
@@ -276,6 +283,18 @@ def demand_of(
         num_ready=sequence.num_ready_tokens,
         num_scored=sequence.num_scored_tokens,
     )
+
+
+def end_of(promise: Promise, now: float, num_tokens: int) -> float:
+    """When an answer that has no token yet should be over; infinite where nothing says so.
+
+    A pace counts from its first token, which may come at once.
+    """
+    if num_tokens == 1:
+        return promise.first_due_s
+    num_gaps, tpot_s = num_tokens - 1, promise.targets.tpot_s
+    at_pace_s = math.inf if tpot_s is None else now + num_gaps * tpot_s
+    return min(promise.first_due_s + num_gaps * promise.gap_s, at_pace_s)
 
 
 def _next_share(sequence: Sequence, num_left: int, costs: StepCosts) -> float:
@@ -311,10 +330,7 @@ def _due_times(
     promise, (first_s, last_s) = sequence.promise, _token_times(sequence, now)
     assert promise is not None
     if first_s is None or last_s is None:
-        end_s = promise.first_due_s
-        if math.isfinite(promise.gap_s):
-            start_s = end_s if math.isfinite(end_s) else sequence.last_scheduled_s
-            end_s = start_s + (num_left - 1) * promise.gap_s
+        end_s = end_of(promise, now, num_left)
         return promise.first_due_s, next_share * promise.gap_s, end_s
     targets = promise.targets
     end_s = math.inf if targets.e2e_s is None else targets.e2e_s

@@ -66,6 +66,10 @@ class DemandTable:
     """[n] what an answer is worth; 0 where it comes too late in any case."""
     left_share: Floats
     """[n] the share of the answer that is still to come."""
+    num_left: Floats
+    """[n] its tokens."""
+    end_s: Floats
+    """[n] when it should be over; infinite where nothing was promised of its end."""
     prompts: Levels
     """[P] the promised prompts that are not read yet, in the order in which they are due."""
     due_s: Floats
@@ -99,6 +103,8 @@ class DemandTable:
             promised=columns.is_promised,
             weight=columns.weight,
             left_share=columns.left_share,
+            num_left=columns.num_left,
+            end_s=columns.end_s,
             prompts=_by_due(prompts, columns.due_s),
             due_s=columns.due_s,
             work_s=work_s,
@@ -143,6 +149,8 @@ class DemandTable:
             "promised": demand.is_promised,
             "weight": 0.0 if demand.is_lost else demand.weight,
             "left_share": demand.num_left / (demand.num_left + demand.num_done),
+            "num_left": demand.num_left,
+            "end_s": demand.end_s,
             "work_s": work_s,
             "work_layer_s": work_layer_s,
         }
@@ -221,7 +229,7 @@ class DemandTable:
 
 _COLUMNS = (
     *("level", "floor", "rate", "next_share", "layer_s", "decodes", "promised", "weight"),
-    *("left_share", "work_s", "work_layer_s"),
+    *("left_share", "num_left", "end_s", "work_s", "work_layer_s"),
 )
 """What a table says of each of its demands, beside when it is due."""
 

@@ -12,7 +12,7 @@ moved, else the one that loses least per gain, and so on.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Required, TypedDict
 
 import numpy as np
@@ -20,6 +20,7 @@ import numpy as np
 from sortserve.scheduling.columns import Floats
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.demand_table import DemandTable, Levels, Need
+from sortserve.scheduling.full_batch import least_uniform_lowering
 from sortserve.scheduling.objective import Worth
 from sortserve.scheduling.policy import Lowering
 
@@ -55,9 +56,9 @@ def lower(
 ) -> list[Lowering]:
     """Which requests go shallower in flight, and to which exit.
 
-    Nobody does as long as the promises can be kept. Where they cannot, giving up a promise is
-    weighed against lowering others for it: one that is given up here is not touched, and only no
-    longer reckoned with.
+    Nobody does as long as the promises can be kept, by pacing or by a full batch. Where they
+    cannot, giving up a promise is weighed against lowering others for it: one that is given up here
+    is not touched, and only no longer reckoned with.
 
     Args:
         demands: of all live requests.
@@ -68,9 +69,24 @@ def lower(
     """
     table = DemandTable.of(demands, costs, exits)
     times = Times(now=now, least_time_s=HORIZON_STEPS * costs.base_s(exits[-1]))
-    levels = table.level
+    if table.need(table.level, **times).share <= MAX_PRESSURE:
+        return []
     tokens = np.array([worth.tokens[e] for e in exits])
     answer = np.array([worth.answer[e] for e in exits])
+    levels, loss = _paced(table, tokens, answer, times)
+    if loss > 0.0:
+        careful = DemandTable.of(demands, replace(costs, safety=costs.model.safety), exits)
+        uniform = least_uniform_lowering(careful, tokens, limit=loss, now=now)
+        levels = levels if uniform is None else uniform[0]
+    moved = np.flatnonzero(levels != table.level)
+    return [(demands[int(i)].request_id, exits[int(levels[i])]) for i in moved]
+
+
+def _paced(
+    table: DemandTable, tokens: Floats, answer: Floats, times: Times
+) -> tuple[Levels, float]:
+    """Where everybody would be so that paces can be kept, and what is lost by that."""
+    levels, loss = table.level, 0.0
     for _ in range(MAX_GROUPS):
         need = table.need(levels, **times)
         group = None
@@ -81,8 +97,8 @@ def lower(
         if group is None:
             break
         table, levels = group.apply(table, levels)
-    moved = np.flatnonzero(levels != table.level)
-    return [(demands[int(i)].request_id, exits[int(levels[i])]) for i in moved]
+        loss += group.loss
+    return levels, loss
 
 
 def least_lowering(

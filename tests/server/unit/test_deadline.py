@@ -10,7 +10,7 @@ import pytest
 
 from sortserve.core.budget import Deadlines
 from sortserve.scheduling.capacity import pressure
-from sortserve.scheduling.demand import SOFT_GAP_S, Demand, plan_pace, targets_of
+from sortserve.scheduling.demand import SOFT_GAP_S, Demand, StepCosts, plan_pace, targets_of
 from sortserve.scheduling.policies.deadline import (
     MIN_CHUNK,
     deadline,
@@ -26,12 +26,15 @@ SHALLOW_S = COSTS.decode_s(2, 10)
 
 
 def choose(
-    *rows: Demand, max_num_tokens: int = 1024, service: dict[int, float] | None = None
+    *rows: Demand,
+    max_num_tokens: int = 1024,
+    service: dict[int, float] | None = None,
+    costs: StepCosts = COSTS,
 ) -> StepChoice:
     served = service or {}
     layers = sorted({row.exit_layer for row in rows}, reverse=True)
     classes = [DepthClass(e, 1, float(e), served.get(e, 0.0)) for e in layers]
-    return deadline(Situation(0.0, rows, classes, COSTS, max_num_tokens))
+    return deadline(Situation(0.0, rows, classes, costs, max_num_tokens))
 
 
 # ---- the depth cap ----
@@ -92,9 +95,15 @@ def test_beside_soft_rows_the_depths_share_what_the_promises_leave() -> None:
 
 
 def test_fairness_does_not_break_a_promise() -> None:
-    rows = (make_demand("soft", 2), make_demand("kept", 6, due_s=1.2 * DEEP_S))
+    rows = (make_demand("soft", 2), make_demand("kept", 6, due_s=1.2 * DEEP_S, num_left=1))
 
     assert choose(*rows, service={6: 5.0, 2: 0.0}).cap == 6
+
+
+def test_fairness_may_use_what_an_answer_as_a_whole_can_spare() -> None:
+    rows = (make_demand("soft", 2), make_demand("kept", 6, due_s=1.2 * DEEP_S, num_left=20))
+
+    assert choose(*rows, service={6: 5.0, 2: 0.0}).cap == 2
 
 
 def test_a_soft_row_that_was_left_out_for_long_is_as_urgent_as_a_promise() -> None:
@@ -112,13 +121,38 @@ def test_a_soft_row_that_was_left_out_for_long_is_as_urgent_as_a_promise() -> No
 
 def test_a_prompt_gets_as_many_tokens_as_the_least_slack_allows() -> None:
     token_s = COSTS.token_s(6, 150)
-    decoding = make_demand("decoding", 6, due_s=DEEP_S + 100.5 * token_s)
+    decoding = make_demand("decoding", 6, due_s=DEEP_S + 100.5 * token_s, num_left=1)
     prompt = make_demand("prompt", 6, due_s=5.0, num_pending=300)
 
     choice = choose(decoding, prompt)
 
     assert choice.num_prompt_tokens == 100
     assert choice.request_ids == ("decoding", "prompt")
+
+
+def test_a_prompt_gets_what_the_answers_beside_it_can_spare_as_a_whole() -> None:
+    """Each token could wait for 20 tokens of the prompt, which is too few to begin with."""
+    token_s = COSTS.token_s(6, 150)
+    assert MIN_CHUNK > 20
+    decoding = make_demand("decoding", 6, due_s=DEEP_S + 20 * token_s, num_left=10)
+    prompt = make_demand("prompt", 6, due_s=5.0, num_pending=300)
+
+    choice = choose(decoding, prompt)
+
+    assert choice.request_ids == ("decoding", "prompt")
+    assert choice.num_prompt_tokens == pytest.approx(200, abs=1)
+
+
+def test_what_a_large_step_costs_more_is_kept_from_prompts() -> None:
+    c0, a, b, d, h = COSTS.model.large
+    line = (c0 + 50 * COSTS.token_s(6, 150), a, b, d, h)
+    later = dataclasses.replace(COSTS.model, large=line)
+    decoding = make_demand("decoding", 6, due_s=DEEP_S + 100.5 * COSTS.token_s(6, 150), num_left=1)
+    prompt = make_demand("prompt", 6, due_s=5.0, num_pending=300)
+
+    choice = choose(decoding, prompt, costs=dataclasses.replace(COSTS, model=later))
+
+    assert choice.num_prompt_tokens == 50
 
 
 def test_a_prompt_without_haste_waits_where_there_is_no_room() -> None:
@@ -141,7 +175,7 @@ def test_a_prompt_that_is_due_gets_on_beside_rows_that_are() -> None:
 
 def test_an_urgent_prompt_is_left_a_token_where_those_who_are_due_fill_the_step() -> None:
     """They may lose their pages before the step is made, and it must not be empty then."""
-    hurried = make_demand("hurried", 2, due_s=1.1 * SHALLOW_S)
+    hurried = make_demand("hurried", 2, due_s=1.1 * SHALLOW_S, num_left=1)
     prompt = make_demand("prompt", 6, due_s=0.001, num_pending=300)
 
     choice = choose(hurried, prompt, max_num_tokens=1)

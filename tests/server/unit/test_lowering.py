@@ -176,7 +176,7 @@ def test_losses_are_in_proportion_to_the_weights(
 
 
 def test_a_group_is_moved_where_only_its_last_row_frees_the_depth() -> None:
-    rows = [make_demand(str(i), 6, due_s=0.1, gap_s=1.02 * DEEP_S) for i in range(6)]
+    rows = [make_demand(str(i), 6, due_s=1.02 * DEEP_S) for i in range(6)]
 
     moved = flight(*rows)
 
@@ -186,7 +186,7 @@ def test_a_group_is_moved_where_only_its_last_row_frees_the_depth() -> None:
 def test_the_one_that_has_least_left_goes_first() -> None:
     early, late = (
         replace(
-            make_demand(name, 6, due_s=0.1, gap_s=0.017, context_len=90_000),
+            make_demand(name, 6, due_s=0.017, context_len=90_000),
             num_left=left,
             num_done=50,
         )
@@ -200,19 +200,19 @@ def test_the_one_that_has_least_left_goes_first() -> None:
 
 
 def test_nobody_goes_shallower_without_need() -> None:
-    assert flight(make_demand(due_s=0.1, gap_s=0.1)) == {}
+    assert flight(make_demand(due_s=0.1)) == {}
 
 
 def test_the_promise_that_asks_most_goes_as_shallow_as_it_must_and_no_more() -> None:
-    loose = make_demand("loose", 6, due_s=0.1, gap_s=20 * DEEP_S)
-    tight = make_demand("tight", 6, due_s=0.1, gap_s=0.9 * DEEP_S)
+    loose = make_demand("loose", 6, due_s=20 * DEEP_S)
+    tight = make_demand("tight", 6, due_s=0.9 * DEEP_S)
 
     assert flight(loose, tight) == {"tight": 4}
 
 
 def test_nobody_goes_below_the_floor_even_where_that_breaks_the_promise() -> None:
-    fixed = make_demand("fixed", 6, floor_layer=6, due_s=0.1, gap_s=0.1 * DEEP_S)
-    tight = make_demand("tight", 6, floor_layer=4, due_s=0.1, gap_s=0.9 * DEEP_S)
+    fixed = make_demand("fixed", 6, floor_layer=6, due_s=0.1 * DEEP_S)
+    tight = make_demand("tight", 6, floor_layer=4, due_s=0.9 * DEEP_S)
 
     assert flight(fixed) == {}
     assert flight(fixed, tight) in ({}, {"tight": 4})
@@ -220,16 +220,16 @@ def test_nobody_goes_below_the_floor_even_where_that_breaks_the_promise() -> Non
 
 
 def test_what_cannot_be_kept_is_not_paid_for_by_others() -> None:
-    hopeless = make_demand("hopeless", 6, floor_layer=6, due_s=0.1, gap_s=0.2 * DEEP_S)
-    others = [make_demand(str(i), 6, due_s=0.1, gap_s=20 * DEEP_S) for i in range(3)]
+    hopeless = make_demand("hopeless", 6, floor_layer=6, due_s=0.2 * DEEP_S)
+    others = [make_demand(str(i), 6, due_s=20 * DEEP_S) for i in range(3)]
 
     assert flight(hopeless, *others) == {}
 
 
 def test_a_request_whose_budget_is_missed_in_any_case_goes_first() -> None:
     lost = replace(make_demand("lost", 6, gap_s=1.5 * DEEP_S), is_lost=True)
-    kept = make_demand("kept", 6, due_s=0.1, gap_s=1.5 * COSTS.decode_s(6, 10))
-    also = make_demand("also", 6, due_s=0.1, gap_s=1.01 * COSTS.decode_s(6, 10), floor_layer=6)
+    kept = make_demand("kept", 6, due_s=1.5 * COSTS.decode_s(6, 10))
+    also = make_demand("also", 6, due_s=1.01 * COSTS.decode_s(6, 10), floor_layer=6)
 
     moved = flight(lost, kept, also)
 
@@ -238,7 +238,7 @@ def test_a_request_whose_budget_is_missed_in_any_case_goes_first() -> None:
 
 def test_a_prompt_that_is_late_does_not_send_everybody_down() -> None:
     late = make_demand("late", 6, due_s=-0.5, num_pending=50, floor_layer=6)
-    others = [make_demand(str(i), 6, due_s=0.1, gap_s=4 * DEEP_S) for i in range(4)]
+    others = [make_demand(str(i), 6, due_s=4 * DEEP_S) for i in range(4)]
 
     assert flight(late, *others) == {}
 
@@ -247,7 +247,7 @@ def test_a_prompt_that_is_late_does_not_send_everybody_down() -> None:
 
 
 def crowd() -> list[Demand]:
-    return [make_demand(str(i), 6, due_s=0.1, gap_s=1.02 * DEEP_S) for i in range(6)]
+    return [make_demand(str(i), 6, due_s=1.02 * DEEP_S) for i in range(6)]
 
 
 def test_for_attainment_everybody_is_lowered_before_one_promise_breaks() -> None:

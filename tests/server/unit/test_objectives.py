@@ -20,7 +20,7 @@ SCORES = {2: 0.2, 4: 0.65, 6: 1.0}
 FULL = 6
 
 
-def crowd(on_miss: str, seed: int, count: int = 60, gap_s: float = 0.02) -> list[Request]:
+def crowd(on_miss: str, seed: int, count: int = 60, gap_s: float = 0.015) -> list[Request]:
     """More than the machine can answer at full depth; each eighth has no budget."""
     rng, at, requests = random.Random(seed), 0.0, []
     for i in range(count):

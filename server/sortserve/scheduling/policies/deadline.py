@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.objective import Worth
@@ -23,20 +24,23 @@ MIN_CHUNK = 32
 def deadline(situation: Situation) -> StepChoice:
     """The deepest cap that keeps every live promise; the least slack decides where none does.
 
-    Beside soft rows (those that were promised no time) ``fair`` chooses among the caps that keep
-    the promises, so that a shallow exit is worth something to them too. A soft row that has not had
-    a part in a step for long is as urgent as a promise, so nobody starves.
+    As long as each answer as a whole has time to spare, all rows up to the cap run; once one has
+    none, rows are paced (see ``full_batch``). Beside soft rows (those that were promised no time)
+    ``fair`` chooses among the caps that keep the promises, so that a shallow exit is worth
+    something to them too. A soft row that has not had a part in a step for long is as urgent as a
+    promise, so nobody starves.
     """
     rows, now = situation.rows, situation.now
-    options = [_option(situation, c.exit_layer) for c in situation.classes]
-    good = [option for option in options if option.keeps]
-    if not good:
+    caps = sorted((c.exit_layer for c in situation.classes), reverse=True)
+    spare_s = _spare_s(situation)
+    option_at = partial(_paced, situation) if spare_s < 0.0 else partial(_full, situation, spare_s)
+    best = next((option for option in map(option_at, caps) if option.keeps), None)
+    if best is None:
         urgent = min(rows, key=lambda d: (d.due_s - d.work_s(situation.costs), d.order))
         return _rescue(situation, urgent)
-    best = max(good, key=lambda option: option.cap)
     if any(not d.is_hard for d in rows):
-        wanted = fair(situation.classes)
-        best = next((option for option in good if option.cap == wanted), best)
+        wanted = option_at(fair(situation.classes))
+        best = wanted if wanted.keeps else best
     return best.choice(situation, now)
 
 
@@ -60,7 +64,40 @@ class _Option:
         return StepChoice(self.cap, ids, num_tokens)
 
 
-def _option(situation: Situation, cap: int) -> _Option:
+def _spare_s(situation: Situation) -> float:
+    """What the answer with the least time to spare has, if from now on each step ran everybody."""
+    from sortserve.scheduling.full_batch import least_spare_s  # numpy: see ``_lower``
+
+    exits = sorted(c.exit_layer for c in situation.classes)
+    return least_spare_s(situation.rows, exits, situation.costs, situation.now)
+
+
+def _full(situation: Situation, spare_s: float, cap: int) -> _Option:
+    """All rows that a cap reaches, in what the answers can spare.
+
+    A step of all decoding rows takes none of it, only what makes it longer does: prompts, and
+    layers that they alone need. A step that leaves a decoding row out takes it whole. Prompts that
+    are left out can wait until their work has to begin.
+    """
+    rows, now, costs = situation.rows, situation.now, situation.costs
+    reached = sorted((d for d in rows if d.exit_layer <= cap), key=_by_due)
+    decoding = tuple(d for d in reached if d.is_decoding)
+    prompts = tuple(d for d in reached if not d.is_decoding)
+    rows_s = sum(_row_s(d, costs) for d in decoding)
+    step_s = costs.base_s(cap) + rows_s
+    deepest = max((d.exit_layer for d in rows if d.is_decoding), default=cap)
+    free_s = costs.base_s(deepest) + rows_s if deepest <= cap else 0.0
+    left_out = (d for d in rows if d.exit_layer > cap and not d.is_decoding)
+    until_s = min((d.due_s - d.work_s(costs) for d in left_out), default=math.inf)
+    until_s = min(until_s, now + free_s + spare_s)
+    return _Option(cap, now + step_s <= until_s, decoding, prompts, step_s, until_s)
+
+
+def _row_s(demand: Demand, costs: StepCosts) -> float:
+    return demand.num_pending * costs.row_s(demand.exit_layer, demand.context_len)
+
+
+def _paced(situation: Situation, cap: int) -> _Option:
     """Fill a step: rows in order of their due times, as long as all of them are in time."""
     now, costs = situation.now, situation.costs
     step_s, until_s = costs.base_s(cap), math.inf
@@ -71,7 +108,7 @@ def _option(situation: Situation, cap: int) -> _Option:
         if not demand.is_decoding:
             prompts.append(demand)
             continue
-        more_s = demand.num_pending * costs.row_s(demand.exit_layer, demand.context_len)
+        more_s = _row_s(demand, costs)
         is_late = demand.due_s < now + costs.base_s(demand.exit_layer) + more_s
         if is_late or now + step_s + more_s <= min(until_s, demand.due_s):
             decoding.append(demand)
@@ -107,7 +144,7 @@ def _prompt_tokens(situation: Situation, option: _Option, now: float) -> int:
     room = _in_time_for_those_that_end(option, room, now, token_s)
     if math.isinf(option.until_s):
         return room
-    spare_s = option.until_s - now - option.step_s
+    spare_s = option.until_s - now - option.step_s - costs.large_extra_s(option.cap)
     num_tokens = int(max(0.0, spare_s / token_s))
     urgent = any(d.due_s - d.work_s(costs) <= now + option.step_s for d in option.prompts)
     if urgent or not option.decoding:
@@ -147,7 +184,7 @@ def _rescue(situation: Situation, urgent: Demand) -> StepChoice:
     ]
     if urgent.is_decoding:
         return StepChoice(cap, tuple(d.request_id for d in due), 0)
-    step_s += sum(d.num_pending * costs.row_s(d.exit_layer, d.context_len) for d in due)
+    step_s += sum(_row_s(d, costs) for d in due)
     token_s = costs.token_s(cap, urgent.context_len + urgent.num_pending // 2)
     num_tokens = min(situation.max_num_tokens - len(due), _hurried_tokens(step_s, token_s))
     # At least one: it may be all that is left, once those who are due have lost their pages.

@@ -1,0 +1,157 @@
+"""What every answer would have to spare if each step ran everybody (no torch).
+
+Promises are kept by one of two courses. *Pacing* runs each row as often as its promise needs, and
+holds back those that have time (``capacity``). The *full batch* is what engines without promises
+do: prompts are read as they come, and each step runs all rows. It makes the most of every step,
+and its ends are known. With n(1) <= n(2) <= ... the tokens left of the rows,
+
+    over(i) = now + all prompts + sum over j <= i of (n(j) - n(j - 1)) * step(j)
+
+where step(j) runs down to the deepest of the rows j, j + 1, ... and carries all of them, and a
+prompt counts for what it adds to the step in which it is read. Where no answer is over too late by
+this, every promise can be kept without holding anybody back.
+
+Prompts of those who were promised nothing count for nothing: they are read in time to spare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from sortserve.scheduling.columns import Columns, Floats
+from sortserve.scheduling.demand import Demand, StepCosts
+from sortserve.scheduling.demand_table import DemandTable, Levels
+
+__all__ = [
+    "Course",
+    "all_in_time",
+    "course",
+    "least_spare_s",
+    "least_uniform_lowering",
+    "spare_s",
+]
+
+
+class Course(NamedTuple):
+    """A full batch from now on."""
+
+    rows: Levels
+    """[m] who takes part in it, in the order in which they end."""
+    num_steps: Floats
+    """[m] steps until each one's end, ascending."""
+    over_s: Floats
+    """[m] seconds until each one's end, the prompts that are read first included."""
+    reading_s: float
+    """Of all prompts, beside the steps in which they are read."""
+    first_step_s: float
+    """Of the first step, beside the prompts."""
+
+
+def course(table: DemandTable, levels: Levels) -> Course:
+    """What a full batch would do.
+
+    Args:
+        table: of live requests.
+        levels: [n] where each one is.
+    """
+    is_prompt = np.zeros(len(levels), dtype=bool)
+    is_prompt[table.prompts] = True
+    rows = np.flatnonzero(table.decodes | is_prompt)
+    rows = rows[table.num_left[rows].argsort(kind="stable")]
+    num_steps, level = table.num_left[rows], levels[rows]
+    row_s = table.row_s + table.layers[level] * table.layer_s[rows]
+    base_s = table.segment_s.cumsum()[level]
+    step_s = np.maximum.accumulate(base_s[::-1])[::-1] + row_s[::-1].cumsum()[::-1]
+    read_s = float(_reading_s(table, levels, rows).sum())
+    over_s = read_s + (np.diff(num_steps, prepend=0.0) * step_s).cumsum()
+    return Course(rows, num_steps, over_s, read_s, float(step_s[0]) if len(rows) else 0.0)
+
+
+def _reading_s(table: DemandTable, levels: Levels, rows: Levels) -> Floats:
+    """[m] by how much prompts make the steps longer in which they are read; 0 for who decodes."""
+    level = levels[rows]
+    alone_s = table.work_s[rows] + table.layers[level] * table.work_layer_s[rows]
+    more_s: Floats = np.maximum(alone_s - table.segment_s.cumsum()[level], 0.0)
+    return more_s
+
+
+def spare_s(table: DemandTable, levels: Levels, *, now: float, busy_s: float = 0.0) -> Floats:
+    """[n] seconds between each answer's end in a full batch and when it should be over.
+
+    Infinite for who has no time to keep; below 0 where pacing alone could still be in time.
+
+    Args:
+        table: of live requests.
+        levels: [n] where each one is.
+        now: the engine's clock.
+        busy_s: what the step under way still takes.
+    """
+    found = course(table, levels)
+    spare = np.full(len(levels), np.inf)
+    spare[found.rows] = table.end_s[found.rows] - now - busy_s - found.over_s
+    return spare
+
+
+def least_spare_s(
+    demands: Sequence[Demand], exits: Sequence[int], costs: StepCosts, now: float
+) -> float:
+    """The least of ``spare_s`` of those who decode, by costs times the safety factor.
+
+    Infinite if nobody does. Their exits are among ``exits`` (ascending).
+    """
+    columns = Columns.of(demands)
+    if not columns.is_decoding.all():
+        columns = columns.rows(columns.is_decoding)
+    table = DemandTable.of(columns, replace(costs, safety=costs.model.safety), exits)
+    return float(spare_s(table, table.level, now=now).min(initial=np.inf))
+
+
+def all_in_time(
+    table: DemandTable, levels: Levels, *, now: float, busy_s: float = 0.0, **_: float
+) -> bool:
+    """Whether a full batch would keep every promise: each prompt's due time, and each end.
+
+    Args:
+        table, levels, now, busy_s: see ``spare_s``.
+    """
+    found, prompts = course(table, levels), table.prompts
+    ends_s = table.end_s[found.rows] - now - busy_s
+    if (found.over_s > ends_s).any():
+        return False
+    read_s = found.first_step_s + _reading_s(table, levels, prompts).cumsum()
+    return bool((now + busy_s + read_s <= table.due_s[prompts]).all())
+
+
+def least_uniform_lowering(
+    table: DemandTable,
+    tokens: Floats,
+    *,
+    limit: float,
+    now: float,
+    busy_s: float = 0.0,
+    **_: float,
+) -> tuple[Levels, float] | None:
+    """The least lowering with which a full batch keeps every promise, and what is lost by it.
+
+    A full batch is as deep as its deepest row, so all who may go down to an exit do. None if there
+    is no such exit, or if more would be lost than the limit.
+
+    Args:
+        table, now, busy_s: see ``spare_s``.
+        tokens: [K] worth of an answer's tokens, by exit, ascending.
+        limit: of the loss.
+    """
+    level = table.level
+    weight = table.weight * table.left_share
+    for deepest in range(len(table.layers) - 1, -1, -1):
+        to = np.minimum(level, np.maximum(table.floor, deepest))
+        loss = float(weight @ (tokens[level] - tokens[to]))
+        if loss > limit:
+            return None
+        if all_in_time(table, to, now=now, busy_s=busy_s):
+            return to, loss
+    return None

@@ -1,0 +1,146 @@
+"""What each answer can spare if every step runs everybody; against the same, step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sortserve.scheduling.demand import Demand
+from sortserve.scheduling.demand_table import DemandTable
+from sortserve.scheduling.full_batch import (
+    all_in_time,
+    least_spare_s,
+    least_uniform_lowering,
+    spare_s,
+)
+from support.examples import examples
+from support.timed import COSTS, make_demand
+
+EXITS = (2, 4, 6)
+TOKENS = np.array([0.5, 0.8, 1.0])
+DEEP_S = COSTS.decode_s(6, 10)
+
+
+@st.composite
+def live(draw: st.DrawFn) -> list[Demand]:
+    return [draw(one(str(i))) for i in range(draw(st.integers(1, 7)))]
+
+
+@st.composite
+def one(draw: st.DrawFn, request_id: str) -> Demand:
+    exit_layer = draw(st.sampled_from(EXITS))
+    demand = make_demand(
+        request_id,
+        exit_layer,
+        due_s=draw(st.none() | st.floats(0.005, 0.6)),
+        gap_s=draw(st.floats(0.005, 0.05)),
+        floor_layer=draw(st.sampled_from([e for e in EXITS if e <= exit_layer])),
+        num_pending=draw(st.sampled_from([1, 1, 40, 200])),
+        num_left=draw(st.integers(1, 40)),
+    )
+    return replace(demand, is_waiting=demand.num_pending > 1)
+
+
+def table_of(demands: Sequence[Demand]) -> DemandTable:
+    return DemandTable.of(demands, COSTS, EXITS)
+
+
+def played(demands: Sequence[Demand], now: float) -> dict[str, float]:
+    """When each of those that count is over: steps of all who are left, longer by the prompts."""
+    counted = [d for d in demands if d.is_decoding or d.is_hard]
+    reads = [d for d in counted if not d.is_decoding]
+    now += sum(d.work_s(COSTS) - COSTS.base_s(d.exit_layer) for d in reads)
+    left = {d.request_id: d.num_left for d in counted}
+    over = {d.request_id: now for d in counted}
+    by_id = {d.request_id: d for d in counted}
+    while any(left.values()):
+        runs = [by_id[i] for i, n in left.items() if n]
+        now += COSTS.base_s(max(d.exit_layer for d in runs))
+        now += sum(COSTS.row_s(d.exit_layer, d.context_len + d.num_pending) for d in runs)
+        for demand in runs:
+            left[demand.request_id] -= 1
+            over[demand.request_id] = now
+    return over
+
+
+@given(demands=live(), now=st.floats(0.0, 0.2))
+@settings(max_examples=examples(150), deadline=None)
+def test_it_is_over_when_it_would_be_step_by_step(demands: list[Demand], now: float) -> None:
+    table = table_of(demands)
+
+    spare = spare_s(table, table.level, now=now)
+
+    over = played(demands, now)
+    expected = [d.end_s - over.get(d.request_id, -math.inf) for d in demands]
+    assert spare == pytest.approx(expected)
+
+
+@given(demands=live(), more=one("more"))
+@settings(max_examples=examples(100), deadline=None)
+def test_one_more_never_leaves_anybody_more_to_spare(demands: list[Demand], more: Demand) -> None:
+    before, after = table_of(demands), table_of([*demands, more])
+
+    spare = spare_s(before, before.level, now=0.0)
+
+    assert (spare_s(after, after.level, now=0.0)[:-1] <= spare + 1e-9).all()
+
+
+@given(demands=live())
+@settings(max_examples=examples(100), deadline=None)
+def test_the_least_lowering_is_enough_and_no_deeper_one_is(demands: list[Demand]) -> None:
+    table = table_of(demands)
+
+    found = least_uniform_lowering(table, TOKENS, limit=math.inf, now=0.0)
+
+    options = [np.minimum(table.level, np.maximum(table.floor, k)) for k in (2, 1, 0)]
+    enough = [to for to in options if all_in_time(table, to, now=0.0)]
+    assert (found is None) == (not enough)
+    if found is not None:
+        levels, loss = found
+        assert levels.tolist() == enough[0].tolist()
+        share = table.weight * table.left_share
+        assert loss == pytest.approx(share @ (TOKENS[table.level] - TOKENS[levels]))
+
+
+def test_no_lowering_loses_more_than_the_limit() -> None:
+    table = table_of([make_demand("r", 6, due_s=0.8 * DEEP_S)])
+    found = least_uniform_lowering(table, TOKENS, limit=1.0, now=0.0)
+
+    assert found is not None
+    assert found[1] == pytest.approx(0.2)
+    assert least_uniform_lowering(table, TOKENS, limit=0.1, now=0.0) is None
+
+
+def test_who_was_promised_nothing_rides_along_and_has_no_end() -> None:
+    kept = make_demand("kept", 6, due_s=2 * DEEP_S)
+    alone = table_of([kept])
+    beside = table_of([kept, make_demand("soft", 6), make_demand("soft prompt", num_pending=900)])
+
+    spare = spare_s(beside, beside.level, now=0.0)
+
+    rides = 19 * COSTS.row_s(6, 11)
+    assert spare[0] == pytest.approx(spare_s(alone, alone.level, now=0.0)[0] - rides, rel=0.1)
+    assert np.isinf(spare[1:]).all(), "its prompt is read in what is left over"
+
+
+def test_a_prompt_has_to_be_read_by_its_due_time() -> None:
+    late = make_demand("late", 6, due_s=1e-4, gap_s=1.0, num_pending=200)
+    table = table_of([late])
+
+    assert spare_s(table, table.level, now=0.0).min() > 0.0, "its answer would be in time"
+    assert not all_in_time(table, table.level, now=0.0)
+
+
+def test_the_spare_time_of_a_step_is_reckoned_with_the_safety_factor() -> None:
+    demand = make_demand("r", 6, due_s=2 * DEEP_S, num_left=1)
+    careful = replace(COSTS, model=replace(COSTS.model, safety=1.5))
+
+    assert least_spare_s([demand], EXITS, COSTS, 0.0) == pytest.approx(DEEP_S, rel=0.01)
+    assert least_spare_s([demand], EXITS, careful, 0.0) == pytest.approx(0.5 * DEEP_S, rel=0.01)
+    assert least_spare_s([], EXITS, COSTS, 0.0) == math.inf
