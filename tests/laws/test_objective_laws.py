@@ -218,7 +218,7 @@ def test_who_is_worth_more_is_let_in_wherever_another_is(
 
 
 def test_an_answer_is_refused_rather_than_paid_for_by_better_ones() -> None:
-    demands = [make_demand(str(i), 6, due_s=0.05, gap_s=0.0079, floor_layer=2) for i in range(5)]
+    demands = [make_demand(str(i), 6, due_s=0.0079, num_left=200) for i in range(5)]
     quality = OBJECTIVES["quality"]
 
     tie = decide(demands, quality.worth(make_exits(*EXITS, scores=(0.9, 1.0, 1.0))), 900)

@@ -181,7 +181,7 @@ def _unattainable(
     reason = (
         f"{_named(allowed)} needs {needed:.0f} ms now"
         if missed
-        else f"exit {allowed[0]} would break promises made to others"
+        else f"exit {allowed[0]} would cost other requests more than it brings"
     )
     return BudgetUnattainableError(
         f"No allowed exit fits budget.{name}={limit:g}: {reason}. "

@@ -15,7 +15,9 @@ from typing import TypeVar
 
 from sortserve.admission.choose import ExitChoice, choose_exit, worths
 from sortserve.admission.drain import Drains, predicted_drain_s, predicted_places_s, queue_delay_s
-from sortserve.admission.forecast import Forecast, forecast, newcomer_demand
+from sortserve.admission.forecast import Forecast, forecast
+from sortserve.admission.newcomer import newcomer_demand
+from sortserve.admission.offered import Offered
 from sortserve.admission.outlook import Load, Newcomer, Outlook
 from sortserve.admission.overload import (
     DepthLevel,
@@ -24,10 +26,11 @@ from sortserve.admission.overload import (
     next_level,
 )
 from sortserve.admission.plans import scheduled_plans
+from sortserve.admission.question import Question
 from sortserve.admission.room import Room
 from sortserve.admission.seen import Seen
 from sortserve.admission.typical import typical_request
-from sortserve.core.budget import Budget, ExitTable
+from sortserve.core.budget import Budget, ExitTable, OnMiss
 from sortserve.core.errors import SortserveError
 from sortserve.core.request import AdmissionStats, Estimate, Request
 from sortserve.core.schedule import DepthSchedule
@@ -44,20 +47,6 @@ __all__ = ["AdmissionDesk"]
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Question:
-    """A newcomer, and where it may go."""
-
-    request: Request
-    allowed: tuple[int, ...]
-    starts: tuple[int, ...]
-    """Those of the allowed exits at which it may start."""
-    num_sequences: int = 1
-    """So many like it come at once, and bring as many times its worth."""
-    num_siblings: int = 0
-    """Of these, others for which there must be room as well: none once all were judged together."""
 
 
 @dataclass
@@ -90,6 +79,7 @@ class AdmissionDesk:
     # Event loop only:
     _level: DepthLevel = field(default_factory=DepthLevel)
     _drains: Drains = field(default_factory=Drains)
+    _offered: Offered = field(default_factory=Offered)
     _outlook: Outlook | None = None
     """The last one: what it worked out holds until the load changes."""
     _failures: FailureLog = field(
@@ -133,9 +123,14 @@ class AdmissionDesk:
         deepest = ExitChoice(starts[-1], None, fits=True)
         unpromised = ExitChoice(starts[-1], None, fits=not request.budget.has_latency)
         num_others = num_sequences - 1 if exit_layer is None else 0
-        asked = _Question(request, allowed, starts, num_sequences, num_others)
 
         def judge(model: CostModel) -> ExitChoice:
+            newcomer = self._newcomer(request, allowed[0])
+            asked = Question(request, newcomer, allowed, starts, num_sequences, num_others)
+            if exit_layer is None:  # else it was noted with those that come with it
+                costs = StepCosts(model, chunk=self.max_num_batched_tokens)
+                work_s = newcomer.reading_s(starts[-1], costs)
+                self._offered.note(self.clock(), work_s, asked.worth(self._worth))
             load = self.load()
             # Who has nothing to be taken off need not look at the queue while nobody has.
             if self._level.num_down or self._may_start_shallower(request):
@@ -151,11 +146,11 @@ class AdmissionDesk:
         return replace(choice, floor_layer=floor_layer)
 
     def _judge(
-        self, asked: _Question, load: Load, level: DepthLevel, model: CostModel
+        self, asked: Question, load: Load, level: DepthLevel, model: CostModel
     ) -> ExitChoice:
         """The exit for a question; nothing changes."""
         request, starts, floor_layer = asked.request, asked.starts, asked.allowed[0]
-        newcomer = replace(self._newcomer(request, floor_layer), num_siblings=asked.num_siblings)
+        newcomer, weight = asked.newcomer, asked.weight
         outlook = self._outlook_on(load, model, asked.allowed)
 
         def predict(exit_layer: int, newcomer: Newcomer = newcomer, *, limit: float) -> Forecast:
@@ -163,7 +158,6 @@ class AdmissionDesk:
 
         if self._may_start_shallower(request):
             starts = self._up_to(level, starts)
-        weight = request.weight * asked.num_sequences  # they are taken together
         values = worths(starts, self._worth, weight, newcomer.mean)
         plans = scheduled_plans(
             *(request, newcomer),
@@ -224,8 +218,9 @@ class AdmissionDesk:
     def load(self) -> Load:
         """What a newcomer would meet now."""
         demands, columns, room = self._seen.all()
+        now = self.clock()
         return Load(
-            now=self.clock(),
+            now=now,
             demands=demands,
             columns=columns,
             room=room,
@@ -233,6 +228,7 @@ class AdmissionDesk:
             max_num_batched_tokens=self.max_num_batched_tokens,
             worth=self._worth.tokens,
             busy_until_s=self.busy_until_s(),
+            offered=self._offered.load(now),
         )
 
     def look(self, question: Callable[[Outlook | None], T]) -> T:
@@ -301,7 +297,8 @@ class AdmissionDesk:
         level = self._next_level(load, model)
         num_decoding = sum(d.is_decoding for d in load.demands)
         costs = StepCosts(model, num_rows=num_decoding, chunk=load.max_num_batched_tokens)
-        choice = self._judge(_Question(request, allowed, allowed), load, level, model)
+        asked = Question(request, self._newcomer(request, allowed[0]), allowed, allowed)
+        choice = self._judge(asked, load, level, model)
         return replace(
             known,
             pressure=pressure(load.demands, costs, now=load.now),
@@ -347,4 +344,5 @@ class AdmissionDesk:
             schedule=schedule or request.budget.schedule,
             num_scored=request.num_scored_tokens,
             cached=self.held(request),
+            may_be_refused=request.budget.on_miss is OnMiss.REJECT,
         )

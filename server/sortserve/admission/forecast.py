@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from sortserve.admission.entry import Entry, entry_of
+from sortserve.admission.fit import room_for
+from sortserve.admission.newcomer import newcomer_demand, spread
 from sortserve.admission.outlook import Newcomer, Outlook
 from sortserve.core.request import Estimate
 from sortserve.core.sequence import Promise
-from sortserve.scheduling.demand import (
-    NO_GAP_S,
-    SOFT_GAP_S,
-    Demand,
-    StepCosts,
-    plan_pace,
-    targets_of,
-)
-from sortserve.scheduling.lowering import MAX_PRESSURE, Times, least_lowering
+from sortserve.scheduling.demand import Demand, StepCosts, plan_pace, targets_of
 
-__all__ = ["Forecast", "forecast", "newcomer_demand", "siblings"]
+__all__ = ["Forecast", "forecast", "siblings"]
 
 EASES = (1.0, 0.6, 0.3)
 """Ways to spread a budget over prompt and tokens (see ``plan_pace``), in the order of trial."""
@@ -32,8 +26,9 @@ class Forecast:
 
     estimate: Estimate
     loss: float | None
-    """What others lose by going shallower so that the newcomer's times and all promises before it
-    can be kept (worth of tokens times weight); None: they cannot."""
+    """What others lose so that the newcomer's times and all promises before it can be kept (worth
+    of tokens times weight): those that go shallower, and those that will find no room. None: they
+    cannot be kept."""
     promise: Promise
 
 
@@ -57,18 +52,18 @@ def forecast(
         outlook: the load, seen with the present costs; it must know the exit.
         limit: more than this the others shall not lose.
     """
-    found = _forecast_of_one(exit_layer, newcomer, outlook, limit)
+    found = _forecast_of_one(exit_layer, newcomer, outlook, limit, present=outlook)
     if newcomer.num_siblings == 0 or not newcomer.bounds_time:
         return found
     load, others = outlook.load, siblings(exit_layer, newcomer, found, outlook)
     beside = Outlook(load.with_demands((*load.demands, *others)), outlook.model, outlook.also)
-    return _forecast_of_one(exit_layer, newcomer, beside, limit)
+    return _forecast_of_one(exit_layer, newcomer, beside, limit, present=outlook)
 
 
 def _forecast_of_one(
-    exit_layer: int, newcomer: Newcomer, outlook: Outlook, limit: float
+    exit_layer: int, newcomer: Newcomer, outlook: Outlook, limit: float, *, present: Outlook
 ) -> Forecast:
-    """The forecast if nobody comes with it."""
+    """The forecast if nobody comes with it, or all others of ``outlook`` beside ``present`` do."""
     load = outlook.load
     own = _own_times(exit_layer, newcomer, outlook.costs)
     promise = _promise(newcomer, load.now, own, ease=EASES[0])
@@ -82,7 +77,11 @@ def _forecast_of_one(
         return Forecast(estimate, 0.0 if _in_time(newcomer, estimate) else None, promise)
     if entry.keeps_others:
         promises = _promises(promise, newcomer, own, entry, load.now)
-        best, loss = _room(exit_layer, newcomer, promises, outlook, limit)
+        best, loss = room_for(
+            *(exit_layer, newcomer, promises, outlook, limit),
+            present=present,
+            enters_now=entry.start_s <= 0.0,
+        )
         if best is not None and loss is not None:
             return Forecast(_kept(estimate, newcomer, best), loss, best)
     return Forecast(estimate, None, promise)
@@ -120,58 +119,13 @@ def _entry(exit_layer: int, newcomer: Newcomer, outlook: Outlook) -> Entry:
     return entry_of(demand, outlook.queue, now=load.now)
 
 
-def _room(
-    exit_layer: int,
-    newcomer: Newcomer,
-    promises: Iterable[Promise],
-    outlook: Outlook,
-    limit: float,
-) -> tuple[Promise | None, float | None]:
-    """The first promise that can be kept as things are, else the one that needs least of others.
-
-    With what they lose for it; None if they cannot, or not within the limit.
-    """
-    now = outlook.load.now
-    least, best = math.inf, None
-    for promise in promises:
-        # The newcomer's exit is what is asked about: only the others may move.
-        demand = newcomer_demand(exit_layer, newcomer, promise, now=now, may_move=False)
-        if demand.is_hard and demand.due_s <= now:  # however fast the machine
-            continue
-        table = outlook.table.plus_one(_spread(demand, newcomer, outlook.costs), outlook.costs)
-        times = Times(now=now, busy_s=outlook.busy_s, from_due_s=demand.due_s)
-        share = table.need(table.level, **times).share
-        if share <= MAX_PRESSURE:
-            return promise, 0.0
-        if share < least:
-            least, best = share, (promise, table, times)
-    if best is None:
-        return None, None
-    promise, table, times = best
-    return promise, least_lowering(table, outlook.worth, times, limit=limit)
-
-
-def _spread(demand: Demand, newcomer: Newcomer, costs: StepCosts) -> Demand:
-    """A demand whose time is spread over its tokens by what each costs, where a schedule differs.
-
-    So its first tokens, the deepest, may take longer than the mean.
-    """
-    if newcomer.schedule is None:
-        return demand
-    exit_layer, context_len = demand.exit_layer, newcomer.num_prompt_tokens
-    token_s = costs.decode_s(exit_layer, context_len)
-    mean_s = newcomer.mean(lambda e: costs.decode_s(e, context_len), exit_layer)
-    share = max(token_s, NO_GAP_S) / max(mean_s, NO_GAP_S)
-    return replace(demand, gap_s=demand.gap_s * share, next_share=share)
-
-
 def siblings(
     exit_layer: int, newcomer: Newcomer, found: Forecast, outlook: Outlook
 ) -> list[Demand]:
     """The demands of those that come with a newcomer, each with what was found for it alone."""
     demand = newcomer_demand(exit_layer, newcomer, found.promise, now=outlook.load.now)
-    spread = _spread(demand, newcomer, outlook.costs)
-    return [replace(spread, request_id=f"sibling-{i}") for i in range(newcomer.num_siblings)]
+    own = spread(demand, newcomer, outlook.costs)
+    return [replace(own, request_id=f"sibling-{i}") for i in range(newcomer.num_siblings)]
 
 
 # ---- parts ----
@@ -197,43 +151,6 @@ def _promise(newcomer: Newcomer, now: float, own: tuple[float, float], *, ease: 
         ease=ease,
     )
     return Promise(targets, pace.first_due_s, pace.gap_s)
-
-
-def newcomer_demand(
-    exit_layer: int,
-    newcomer: Newcomer,
-    promise: Promise | None,
-    *,
-    now: float,
-    request_id: str = "",
-    may_move: bool = True,
-) -> Demand:
-    """The demand of a request that the engine has not yet taken; it stays unless it may move."""
-    first_due_s = math.inf if promise is None else promise.first_due_s
-    gap_s = math.inf if promise is None else promise.gap_s
-    is_hard = math.isfinite(first_due_s)
-    start_s = first_due_s if is_hard else now
-    floor_layer = newcomer.floor_layer
-    num_gaps = newcomer.num_output_tokens - 1
-    end_s = start_s + (num_gaps * gap_s if math.isfinite(gap_s) else 0.0)
-    num_pending, context_len = newcomer.reading(exit_layer)
-    return Demand(
-        request_id=request_id,
-        exit_layer=exit_layer,
-        floor_layer=floor_layer if may_move and floor_layer is not None else exit_layer,
-        order=newcomer.arrival_s,
-        num_pending=num_pending,
-        context_len=context_len,
-        is_waiting=True,
-        is_promised=promise is not None,
-        is_hard=is_hard,
-        due_s=first_due_s if is_hard else now + SOFT_GAP_S,
-        gap_s=min(gap_s, SOFT_GAP_S),
-        end_s=end_s if promise is not None else math.inf,
-        weight=newcomer.weight,
-        num_left=newcomer.num_output_tokens,
-        num_scored=newcomer.num_scored,
-    )
 
 
 def _in_time(newcomer: Newcomer, estimate: Estimate) -> bool:

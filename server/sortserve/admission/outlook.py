@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sortserve.admission.entry import Queue
+from sortserve.admission.offered import NOTHING_OFFERED, OfferedLoad
 from sortserve.admission.room import UNLIMITED, Room
 from sortserve.core.budget import Deadlines
 from sortserve.core.schedule import DepthSchedule, mean_over_tokens
@@ -18,6 +19,7 @@ from sortserve.cost.model import CostModel, StepShape
 from sortserve.scheduling.columns import Columns, Floats, Mask
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.demand_table import DemandTable
+from sortserve.scheduling.full_batch import spare_s
 from sortserve.scheduling.policy import Policy
 
 __all__ = ["Load", "Newcomer", "Outlook"]
@@ -41,6 +43,8 @@ class Load:
     """Slots and pages for all of them."""
     busy_until_s: float = -math.inf
     """When what the engine does for no request should be over."""
+    offered: OfferedLoad = NOTHING_OFFERED
+    """What comes in lately."""
     worth: Mapping[int, float] = field(default_factory=dict)
     """Of a token at each exit, by the objective; an exit that is missing counts its layers."""
 
@@ -65,6 +69,8 @@ class Newcomer:
     """As a ``Demand`` has it."""
     cached: Mapping[int, int] = field(default_factory=dict)
     """Leading tokens of its prompt that the prefix cache holds, by exit; none where it has none."""
+    may_be_refused: bool = True
+    """Else it is answered in any case, late if need be."""
     num_siblings: int = 0
     """So many others like it come with it, and the load knows nothing of them."""
 
@@ -72,6 +78,11 @@ class Newcomer:
         """Tokens of its prompt to be read at an exit, and those before them, which need not be."""
         num_read = self.cached.get(exit_layer, 0)
         return self.num_prompt_tokens - num_read, num_read
+
+    def reading_s(self, exit_layer: int, costs: StepCosts) -> float:
+        """By how much its prompt makes the steps longer in which it is read."""
+        alone_s = costs.prefill_s(exit_layer, *self.reading(exit_layer), self.num_scored)
+        return max(0.0, alone_s - costs.base_s(exit_layer))
 
     def mean(self, value: Callable[[int], float], exit_layer: int) -> float:
         """The mean over its tokens after the first, if it starts at an exit."""
@@ -153,6 +164,24 @@ class Outlook:
     def table(self) -> DemandTable:
         """All live requests, beside what they cost."""
         return DemandTable.of(self.columns, self.costs, self.exits)
+
+    def later_loss(self, table: DemandTable) -> float:
+        """What those who come later are expected to lose if these were the live requests."""
+        offered, now = self.load.offered, self.load.now
+        if offered.worth <= 0.0:
+            return 0.0
+        spare = spare_s(table, table.level, now=now, busy_s=self.busy_s)
+        return offered.loss(table.end_s, spare, now)
+
+    @cached_property
+    def any_ends(self) -> bool:
+        """Whether any live answer was promised to be over by a time."""
+        return bool(np.isfinite(self.table.end_s).any())
+
+    @cached_property
+    def loss_so_far(self) -> float:
+        """What they lose beside the present ones."""
+        return self.later_loss(self.table)
 
     @property
     def busy_s(self) -> float:
@@ -274,4 +303,4 @@ class Outlook:
 
 _TIMELESS = frozenset(
     name for name, value in vars(Outlook).items() if isinstance(value, cached_property)
-)
+) - {"loss_so_far"}

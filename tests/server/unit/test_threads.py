@@ -12,8 +12,8 @@ import pytest
 
 from sortserve.admission.choose import ExitChoice
 from sortserve.admission.desk import AdmissionDesk
-from sortserve.admission.forecast import newcomer_demand
 from sortserve.admission.lengths import MIN_ENDED, LengthEstimator
+from sortserve.admission.newcomer import newcomer_demand
 from sortserve.admission.outlook import Newcomer
 from sortserve.admission.queue_limits import QueueLimits, Reservation
 from sortserve.core.errors import EngineError, OverloadedError, UnavailableError

@@ -1,0 +1,94 @@
+"""Whether a newcomer's times fit beside all promises, and what is lost for it (no torch, no clock).
+
+They fit if one of two courses keeps them all: pacing (``capacity``) or the full batch
+(``full_batch``). Where neither does, others go shallower for it. And in any case those who come
+later may lose by it (``offered``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from sortserve.admission.newcomer import newcomer_demand, spread
+from sortserve.admission.outlook import Newcomer, Outlook
+from sortserve.core.sequence import Promise
+from sortserve.scheduling.demand_table import DemandTable
+from sortserve.scheduling.full_batch import all_in_time, least_uniform_lowering
+from sortserve.scheduling.lowering import MAX_PRESSURE, Times, least_lowering
+
+__all__ = ["room_for"]
+
+
+def room_for(
+    exit_layer: int,
+    newcomer: Newcomer,
+    promises: Iterable[Promise],
+    outlook: Outlook,
+    limit: float,
+    *,
+    present: Outlook,
+    enters_now: bool = True,
+) -> tuple[Promise | None, float | None]:
+    """The promise to give a newcomer, and the worth that others lose by it.
+
+    The first promise that can be kept as things are, else the one that needs least of others. No
+    promise if none can be given at all; no loss if others cannot make room within the limit.
+
+    Args:
+        exit_layer: asked about; only the others may move.
+        newcomer: who asks.
+        promises: that could be given, in the order of trial.
+        outlook: the load, those that come with it included.
+        limit: the others shall lose no more.
+        present: the load without these.
+        enters_now: whether there is a slot, and pages, at once: a full batch leaves nobody out.
+    """
+    now, costs = outlook.load.now, outlook.costs
+    later, least, best = None, math.inf, None
+    for promise in promises:
+        demand = newcomer_demand(exit_layer, newcomer, promise, now=now, may_move=False)
+        if demand.is_hard and demand.due_s <= now:  # however fast the machine
+            continue
+        table = outlook.table.plus_one(spread(demand, newcomer, costs), costs)
+        if later is None:  # the answer ends when it ends, however its time is spread
+            later = _later_loss(newcomer, table, outlook, present)
+            if later > limit:
+                return promise, None
+        times = Times(now=now, busy_s=outlook.busy_s, from_due_s=demand.due_s)
+        share = table.need(table.level, **times).share
+        if share <= MAX_PRESSURE or (enters_now and all_in_time(table, table.level, **times)):
+            return promise, later
+        if share < least:
+            least, best = share, (promise, table, times)
+    if best is None or later is None:
+        return None, None
+    promise, table, times = best
+    going_down = _least_loss(table, outlook, times, limit - later, enters_now=enters_now)
+    return promise, None if going_down is None else going_down + later
+
+
+def _later_loss(
+    newcomer: Newcomer, table: DemandTable, outlook: Outlook, present: Outlook
+) -> float:
+    """What later requests are expected to lose by a newcomer that can be refused.
+
+    Nothing where it is the only promise, or a machine with nothing to do would keep itself free for
+    requests like the one it refuses.
+    """
+    if not (newcomer.may_be_refused and present.any_ends):
+        return 0.0
+    return max(0.0, outlook.later_loss(table) - present.loss_so_far)
+
+
+def _least_loss(
+    table: DemandTable, outlook: Outlook, times: Times, limit: float, *, enters_now: bool
+) -> float | None:
+    """What others lose at least by going shallower so that one course keeps all promises."""
+    full = None
+    if enters_now:
+        full = least_uniform_lowering(table, outlook.worth, limit=limit, **times)
+    if full is None:
+        return least_lowering(table, outlook.worth, times, limit=limit)
+    paced = least_lowering(table, outlook.worth, times, limit=full[1])
+    return full[1] if paced is None else paced
