@@ -11,7 +11,7 @@ from sortserve.engine.timed_runner import BLANK
 from sortserve.replicas.book import ReplicaBook
 from sortserve.replicas.choice import Sent, choose_replica
 from sortserve.replicas.load import EngineLoad
-from sortserve.replicas.place import RoutedRequest
+from sortserve.replicas.routed import RoutedRequest
 from sortserve.scheduling.prefix_heads import prefix_digests
 
 __all__ = ["ROUTERS", "Ours", "PowerOfTwoChoices", "RoundRobin", "Router"]

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 
 from sortserve.replicas.bands import Mix, at_home, row_of
 from sortserve.replicas.load import EngineLoad
-from sortserve.replicas.place import Place, Prospect, RoutedRequest, pace_of, token_ms
+from sortserve.replicas.place import Place, Prospect, pace_of, token_ms
+from sortserve.replicas.routed import RoutedRequest
 
 __all__ = ["MAX_AGE_S", "Candidate", "Choice", "Ranked", "RoutedRequest", "Sent", "choose_replica"]
 

@@ -19,6 +19,7 @@ from sortserve.admission.outlook import Newcomer, Outlook
 from sortserve.admission.room import Room
 from sortserve.core.budget import ExitInfo, ExitTable
 from sortserve.core.request import EngineStats
+from sortserve.scheduling.full_batch import course
 
 __all__ = ["MAX_DUE", "MAX_PREFIXES", "TYPICAL_TOKENS", "EngineLoad", "ExitLoad", "load_of"]
 
@@ -83,6 +84,14 @@ class EngineLoad:
     due: tuple[tuple[float, float], ...] = ()
     """Prompts to be read: milliseconds of work in all that are due within so many milliseconds.
     At most ``MAX_DUE`` pairs (due, work), both ascending."""
+    spare_ms: float | None = None
+    """What the answer with the least time to spare has if from now on each step runs everybody;
+    None: nobody has an end to keep."""
+    full_batch: tuple[tuple[float, float], ...] = ()
+    """Such a course: steps, and milliseconds until they are over; after none, what reading the
+    prompts adds to them. At most ``MAX_DUE`` pairs and one, both ascending."""
+    full_batch_layer: int = 0
+    """The deepest exit of its rows."""
     busy_ms: float = 0.0
     """What the step under way still takes, in the mean."""
     soft_ms: float = 0.0
@@ -133,7 +142,8 @@ class EngineLoad:
         try:
             values = _known(cls, document)
             values["exits"] = tuple(ExitLoad(**_known(ExitLoad, own)) for own in values["exits"])
-            values["due"] = tuple((float(due), float(work)) for due, work in values.get("due", ()))
+            for name in ("due", "full_batch"):
+                values[name] = tuple((float(a), float(b)) for a, b in values.get(name, ()))
             return cls(**values)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"This is not what a replica says of its load: {error!r}.") from None
@@ -244,8 +254,27 @@ def _pressures(outlook: Outlook) -> dict[str, Any]:
         "floor_decode_pressure": replace(table, level=table.floor).decode_share(asks),
         "floor_loss": float((table.weight * table.left_share * lost).sum()),
         "due": _due(outlook),
+        **_full_batch(outlook),
         "busy_ms": 1e3 * busy_s,
         "soft_ms": 1e3 * float(outlook.prompts.work_s[~outlook.prompts.is_hard].sum()),
+    }
+
+
+def _full_batch(outlook: Outlook) -> dict[str, Any]:
+    """The course in which each step runs everybody."""
+    table = outlook.table
+    found = course(table, table.level)
+    if not len(found.rows):
+        return {}
+    spare = (table.end_s[found.rows] - found.over_s).min() - outlook.load.now - outlook.busy_s
+    at = np.unique(np.linspace(0, len(found.rows) - 1, MAX_DUE).round().astype(int))
+    return {
+        "spare_ms": 1e3 * float(spare) if np.isfinite(spare) else None,
+        "full_batch": (
+            (0.0, 1e3 * found.reading_s),
+            *((float(found.num_steps[i]), 1e3 * float(found.over_s[i])) for i in at),
+        ),
+        "full_batch_layer": int(table.layers[table.level[found.rows].max()]),
     }
 
 

@@ -12,17 +12,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from operator import itemgetter
 
-from sortserve.core.budget import Budget, Deadlines
 from sortserve.core.errors import InvalidRequestError
 from sortserve.replicas.bands import MAX_HURRY, Pace, row_of
+from sortserve.replicas.full_batch import FullBatch, OneMore
 from sortserve.replicas.load import TYPICAL_TOKENS, EngineLoad, ExitLoad
-from sortserve.scheduling.demand import SOFT_GAP_S, plan_pace, targets_of
+from sortserve.replicas.routed import RoutedRequest, num_cached_tokens
+from sortserve.scheduling.demand import SOFT_GAP_S, plan_pace
 from sortserve.scheduling.lowering import MAX_PRESSURE
 
-__all__ = ["Place", "Prospect", "RoutedRequest", "num_cached_tokens", "pace_of", "token_ms"]
+__all__ = ["Place", "Prospect", "pace_of", "token_ms"]
 
 STALE_S = 5.0
 """What is left of a report's slack shrinks by a factor e in so many seconds."""
@@ -31,27 +32,6 @@ EASES = (1.0, 0.6, 0.3)
 LEAST_TIME_S = 1e-3
 LEAST_SHARE = 0.05
 """Of the machine is left for prompts beside all that decode."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoutedRequest:
-    """What a router knows of a request. Times are on the router's own clock."""
-
-    arrival_s: float
-    """When it came to the router: deadlines count from here, whoever serves it."""
-    num_prompt_tokens: int
-    num_output_tokens: int
-    """To plan for: ``max_tokens``, or what such answers come to."""
-    budget: Budget = field(default_factory=Budget)
-    """Its times count from ``arrival_s``."""
-    weight: float = 1.0
-    prefixes: Sequence[tuple[int, str]] = ()
-    """Its leading tokens as ``prefix_digests`` names them: (tokens, digest), ascending."""
-
-    @property
-    def deadlines(self) -> Deadlines:
-        """What it is paced to."""
-        return targets_of(self.budget.deadlines(self.arrival_s), self.arrival_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +79,8 @@ class Place:
     due: list[tuple[float, float]]
     """(due, work) of prompts, in seconds on the router's clock; not summed."""
     soft_s: float
+    full: FullBatch
+    """Its course if each step runs everybody."""
 
     @classmethod
     def of(cls, load: EngineLoad, age_s: float, now: float) -> Place:
@@ -106,10 +88,12 @@ class Place:
         made_s = now - age_s
         sums = [(made_s + 1e-3 * due, 1e-3 * work) for due, work in load.due]
         works = itertools.pairwise([(0.0, 0.0), *sums])
+        slack = math.exp(-age_s / STALE_S)
         return cls(
             load=load,
             now=now,
-            slack=math.exp(-age_s / STALE_S),
+            slack=slack,
+            full=FullBatch.of(load, slack),
             rates=[own.steps_per_s for own in load.exits],
             decode=load.decode_pressure,
             due=[(due, work - before) for (_, before), (due, work) in works if due > now],
@@ -132,6 +116,7 @@ class Place:
             self.soft_s += ask.prompt_s
         else:
             self.due.append((ask.due_s, ask.prompt_s))
+            self.full.add(self._one_more(request, own, ask))
         self.decode += self._more(ask)
         layers = range(self.load.exits.index(own) + 1)
         for i in layers:
@@ -191,6 +176,10 @@ class Place:
         share, ask = next(fitting, min(shares, key=itemgetter(0)))
         times_s = self._times_s(own, ask)
         loss = self._loss(ask, share) if request.budget.has_latency else 0.0
+        if loss != 0.0:
+            in_full = (ask for ask in asks if self._fits_in_full(request, own, ask))
+            found = next(in_full, None)
+            loss, ask = (loss, ask) if found is None else (0.0, found)
         fits = loss is not None and not (request.budget.has_latency and ask.due_s <= self.now)
         return Prospect(
             exit_layer=own.exit_layer if fits else None,
@@ -245,6 +234,33 @@ class Place:
             row_s=row_s,
             due_s=pace.first_due_s,
             gap_s=min(pace.gap_s, SOFT_GAP_S),
+        )
+
+    def _fits_in_full(self, request: RoutedRequest, own: ExitLoad, ask: _Ask) -> bool:
+        """Whether all would be in time if each step ran everybody."""
+        one = self._one_more(request, own, ask)
+        if not self.full.fits(one):
+            return False
+        # With all others in the step in which it is read.
+        read_s = self.now + self.full.busy_s + self.full.first_step_s(one)
+        for due_s, work_s in sorted([*self.due, (ask.due_s, one.reading_s)]):
+            read_s += work_s
+            if read_s > due_s:
+                return False
+        return True
+
+    def _one_more(self, request: RoutedRequest, own: ExitLoad, ask: _Ask) -> OneMore:
+        deadlines, step_s = request.deadlines, 1e-3 * own.step_ms
+        num_tokens = max(1, request.num_output_tokens)
+        ends_s = [math.inf if deadlines.e2e_s is None else deadlines.e2e_s - self.now]
+        if deadlines.tpot_s is not None:  # its pace counts from a first token that may come at once
+            ends_s.append((num_tokens - 1) * deadlines.tpot_s)
+        return OneMore(
+            reading_s=max(0.0, ask.prompt_s - step_s),
+            row_s=ask.row_s,
+            step_s=step_s,
+            num_steps=num_tokens,
+            end_s=min(ends_s),
         )
 
     def _more(self, ask: _Ask) -> float:
@@ -322,13 +338,3 @@ def pace_of(
         return None
     first = next(iter(row_of({name: token_ms(load) for name, load in known.items()})))
     return Place.of(known[first], 0.0, now).pace(request)
-
-
-def num_cached_tokens(load: EngineLoad, request: RoutedRequest, exit_layer: int) -> int:
-    """Leading tokens of a request that a replica's cache holds at least as deep as an exit."""
-    held = [
-        num_tokens
-        for num_tokens, digest in request.prefixes
-        if load.prefixes.get(digest, 0) >= exit_layer
-    ]
-    return max(held, default=0)
