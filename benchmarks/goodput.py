@@ -46,6 +46,7 @@ from benchmarks.lib.half_rate import HalfRateSearch
 from benchmarks.lib.http_client import HttpClient
 from benchmarks.lib.journal import Journal
 from benchmarks.lib.loadgen import run_open_loop
+from benchmarks.lib.machines import document_of
 from benchmarks.lib.replay import (
     Alone,
     Exits,
@@ -142,6 +143,7 @@ class Measurement:
                 name: {rate: found["slowdown"] for rate, found in by_rate.items()}
                 for name, by_rate in results["systems"].items()
             }
+            results["machine"] = document_of(self._machine)
             results["simulated"] = simulate_all(
                 arguments, self._trace, self._machine, alone.unloaded, slowdowns
             )

@@ -35,7 +35,7 @@ from benchmarks.lib.common import environment, percentile, print_json, print_tab
 from benchmarks.lib.goodput_page import COLUMNS, cells, class_line
 from benchmarks.lib.grading import Graded, grade
 from benchmarks.lib.half_rate import HalfRateSearch
-from benchmarks.lib.machines import MACHINES
+from benchmarks.lib.machines import MACHINES, machine_named
 from benchmarks.lib.systems import DEFAULT_SYSTEMS, SYSTEMS, System
 from benchmarks.lib.workload import RequestSpec, load_trace
 from sortserve.core.budget import Budget
@@ -71,7 +71,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("trace", type=Path, help="JSON lines: t, prompt_tokens, output_tokens")
-    parser.add_argument("--machine", choices=sorted(MACHINES), default="cpu2")
+    parser.add_argument(
+        "--machine",
+        default="cpu2",
+        help=f"{', '.join(sorted(MACHINES))}, or a page of goodput --simulate: its machine",
+    )
     rates = parser.add_mutually_exclusive_group()
     rates.add_argument("--rates", type=float, nargs="+", help="requests a second")
     rates.add_argument("--loads", type=float, nargs="+", default=list(LOADS))
@@ -263,8 +267,8 @@ def main(argv: list[str] | None = None) -> int:
     """Simulates every system at every rate and prints them."""
     arguments = parse_arguments(argv)
     described = environment()
-    machine = MACHINES[arguments.machine]
     try:
+        machine = machine_named(arguments.machine)
         trace = load_trace(arguments.trace, num_requests=arguments.num_requests)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from sortserve.cost.machine import Machine
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-__all__ = ["MACHINES", "soft_scores"]
+from sortserve.core.schedule import DepthSchedule, ScheduleInfo
+from sortserve.cost.machine import Machine
+from sortserve.cost.step_curve import StepCurve
+
+__all__ = ["MACHINES", "document_of", "machine_named", "machine_of", "soft_scores"]
 
 
 def _machine_8b(name: str, source: str, *, bytes_per_s: float, flop_per_s: float) -> Machine:
@@ -112,3 +120,61 @@ MACHINES = {
         flop_per_s=312e12,
     ),
 }
+
+
+def machine_named(name: str) -> Machine:
+    """One of ``MACHINES``, or the one of a file: the last line of ``benchmarks.goodput`` is JSON.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if name in MACHINES:
+        return MACHINES[name]
+    try:
+        lines = Path(name).read_text(encoding="utf-8").splitlines()
+        found = next(line for line in reversed(lines) if line.startswith("{"))
+        return machine_of(json.loads(found)["results"]["machine"])
+    except (OSError, StopIteration, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--machine {name!r} is none of {', '.join(sorted(MACHINES))}, and no file whose last "
+            f"JSON line holds results.machine: {error!r}."
+        ) from None
+
+
+def document_of(machine: Machine) -> dict[str, Any]:
+    """A machine as JSON has it; ``machine_of`` reads it."""
+    schedules = [
+        {**asdict(own), "schedule": [list(part) for part in own.schedule.parts]}
+        for own in machine.schedules
+    ]
+    return {**asdict(machine), "schedules": schedules}
+
+
+def machine_of(document: Mapping[str, Any]) -> Machine:
+    """The machine that a document stands for."""
+    values, score = dict(document), document["score"]
+    values["exits"] = tuple(document["exits"])
+    values["compute"] = _by_exit(document["compute"])
+    values["score"] = None if score is None else _by_exit(score)
+    values["small"], values["large"] = tuple(document["small"]), tuple(document["large"])
+    values["curve"] = None if document["curve"] is None else _curve_of(document["curve"])
+    values["schedules"] = tuple(
+        ScheduleInfo(**{**own, "schedule": DepthSchedule(tuple(map(tuple, own["schedule"])))})
+        for own in document["schedules"]
+    )
+    return Machine(**values)
+
+
+def _curve_of(document: Mapping[str, Any]) -> StepCurve:
+    start_small_s, start_large_s = document["start_s"]
+    kv_small_s, kv_large_s = document["kv_s"]
+    return StepCurve(
+        start_s=(start_small_s, start_large_s),
+        layer_s=tuple(document["layer_s"]),
+        kv_s=(kv_small_s, kv_large_s),
+        sampled_s=document["sampled_s"],
+    )
+
+
+def _by_exit(values: Mapping[str, float]) -> dict[int, float]:
+    return {int(exit_layer): value for exit_layer, value in values.items()}

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import json
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from benchmarks.lib.budget_classes import CLASSES, Unloaded, plan_budgets, scaled
-from benchmarks.lib.machines import JUDGED, MACHINES, soft_scores
+from benchmarks.lib.machines import (
+    JUDGED,
+    MACHINES,
+    document_of,
+    machine_named,
+    machine_of,
+    soft_scores,
+)
 from benchmarks.lib.systems import SYSTEMS
 from benchmarks.lib.workload import RequestSpec
 from benchmarks.simulate import find_half_rate, over_http, run_system, unloaded_times
 
+from sortserve.core.schedule import DepthSchedule, ScheduleInfo
+from sortserve.cost.machine import Machine
 from sortserve.cost.model import RowShape, StepShape
+from sortserve.cost.step_curve import StepCurve
 
 CPU = MACHINES["cpu2"]
 
@@ -35,9 +48,11 @@ def arguments_of(**values: object) -> argparse.Namespace:
     return argparse.Namespace(**{**defaults, "lengths": 1.0, "max_prompt_tokens": 1024, **values})
 
 
-def run(system: str, rate: float, *, on_miss: str = "reject") -> dict[str, object]:
-    unloaded, arguments = unloaded_times(CPU), arguments_of(on_miss=on_miss)
-    return run_system(CPU, trace(60, rate), SYSTEMS[system], unloaded, arguments)
+def run(
+    system: str, rate: float, *, on_miss: str = "reject", machine: Machine = CPU, count: int = 60
+) -> dict[str, object]:
+    unloaded, arguments = unloaded_times(machine), arguments_of(on_miss=on_miss)
+    return run_system(machine, trace(count, rate), SYSTEMS[system], unloaded, arguments)
 
 
 def number(value: object) -> float:
@@ -157,3 +172,53 @@ def test_the_model_learned_in_flight_is_close() -> None:
 
 def test_a_simulation_repeats_itself() -> None:
     assert run("quality", 3.0) == run("quality", 3.0)
+
+
+SHIPPED = {18: 0.497, 21: 0.650, 24: 0.798, 27: 0.866, 30: 1.0}
+FREE_ROWS = replace(
+    CPU,
+    name="free rows",
+    source="made up: what a step costs, it costs before its first row",
+    exits=tuple(SHIPPED),
+    small=(2e-3, 3.35e-4, 5.5e-6, 2e-8, 3.5e-5),
+    large=(2e-3, 3.35e-4, 4.5e-6, 2e-8, 3.5e-5),
+    compute={e: e / 30 for e in SHIPPED},
+    score=SHIPPED,
+)
+
+
+@pytest.mark.parametrize("rate", [12.0, 24.0])
+def test_where_rows_ride_nearly_free_ours_is_no_worse_than_lock_step(rate: float) -> None:
+    """Pacing alone was: each step left a little time, too little for a prompt to begin with."""
+    ours, lock_step = (
+        run(system, rate, machine=FREE_ROWS, count=150) for system in ("quality", "lockstep")
+    )
+
+    assert number(ours["quality_goodput"]) >= number(lock_step["quality_goodput"])
+    assert number(ours["met_of_admitted"]) >= 0.97
+
+
+def test_a_machine_that_was_measured_can_be_simulated_elsewhere(tmp_path: Path) -> None:
+    schedule = ScheduleInfo(
+        schedule=DepthSchedule.parse("0:30,32:27"), num_tokens=128, compute=0.94
+    )
+    curve = StepCurve(
+        start_s=(1e-3, 2e-3), layer_s=tuple(1e-4 * i for i in range(1, 12)), kv_s=(0.0, 1e-8),
+        sampled_s=1e-4,
+    )  # fmt: skip
+    machine = replace(FREE_ROWS, curve=curve, schedules=(schedule,))
+    page = tmp_path / "page.md"
+    line = json.dumps({"results": {"machine": document_of(machine)}})
+    page.write_text(f"| a table |\n\n```\n{line}\n```\n", encoding="utf-8")
+
+    assert machine_of(json.loads(json.dumps(document_of(machine)))) == machine
+    assert machine_named(str(page)) == machine
+    assert machine_named("cpu2") is CPU
+
+
+def test_a_machine_that_nobody_knows_is_named_with_those_that_are_known(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text("no JSON here", encoding="utf-8")
+
+    for name in ("laptop", str(tmp_path / "page.md")):
+        with pytest.raises(ValueError, match=f"--machine '{name}' is none of a100, cpu2, "):
+            machine_named(name)
