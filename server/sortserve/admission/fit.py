@@ -14,7 +14,7 @@ from sortserve.admission.newcomer import newcomer_demand, spread
 from sortserve.admission.outlook import Newcomer, Outlook
 from sortserve.core.sequence import Promise
 from sortserve.scheduling.demand_table import DemandTable
-from sortserve.scheduling.full_batch import all_in_time, least_uniform_lowering
+from sortserve.scheduling.full_batch import course, least_uniform_lowering
 from sortserve.scheduling.lowering import MAX_PRESSURE, Times, least_lowering
 
 __all__ = ["room_for"]
@@ -35,6 +35,9 @@ def room_for(
     The first promise that can be kept as things are, else the one that needs least of others. No
     promise if none can be given at all; no loss if others cannot make room within the limit.
 
+    Later requests are charged to who can be refused, and not where it would be the only promise: a
+    machine with nothing to do would keep itself free for requests like the one it refuses.
+
     Args:
         exit_layer: asked about; only the others may move.
         newcomer: who asks.
@@ -45,40 +48,29 @@ def room_for(
         enters_now: whether there is a slot, and pages, at once: a full batch leaves nobody out.
     """
     now, costs = outlook.load.now, outlook.costs
-    later, least, best = None, math.inf, None
+    found, later, least, best = None, 0.0, math.inf, None
     for promise in promises:
         demand = newcomer_demand(exit_layer, newcomer, promise, now=now, may_move=False)
         if demand.is_hard and demand.due_s <= now:  # however fast the machine
             continue
         table = outlook.table.plus_one(spread(demand, newcomer, costs), costs)
-        if later is None:  # the answer ends when it ends, however its time is spread
-            later = _later_loss(newcomer, table, outlook, present)
+        if found is None:  # all end when they end, however the newcomer's time is spread
+            found = course(table, table.level)
+            if newcomer.may_be_refused and present.any_ends:
+                later = max(0.0, outlook.later_loss(table, found) - present.loss_so_far)
             if later > limit:
                 return promise, None
         times = Times(now=now, busy_s=outlook.busy_s, from_due_s=demand.due_s)
         share = table.need(table.level, **times).share
-        if share <= MAX_PRESSURE or (enters_now and all_in_time(table, table.level, **times)):
+        if share <= MAX_PRESSURE or (enters_now and found.keeps_all(table, **times)):
             return promise, later
         if share < least:
             least, best = share, (promise, table, times)
-    if best is None or later is None:
+    if best is None:
         return None, None
     promise, table, times = best
     going_down = _least_loss(table, outlook, times, limit - later, enters_now=enters_now)
     return promise, None if going_down is None else going_down + later
-
-
-def _later_loss(
-    newcomer: Newcomer, table: DemandTable, outlook: Outlook, present: Outlook
-) -> float:
-    """What later requests are expected to lose by a newcomer that can be refused.
-
-    Nothing where it is the only promise, or a machine with nothing to do would keep itself free for
-    requests like the one it refuses.
-    """
-    if not (newcomer.may_be_refused and present.any_ends):
-        return 0.0
-    return max(0.0, outlook.later_loss(table) - present.loss_so_far)
 
 
 def _least_loss(

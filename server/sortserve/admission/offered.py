@@ -48,7 +48,7 @@ class OfferedLoad:
 
         Args:
             end_s: [n] when each should be over; infinite where nothing was promised.
-            spare_s: [n] what each can spare by then (``full_batch.spare_s``).
+            spare_s: [n] what each can spare by then (``full_batch.Course.spare_s``).
             now: the engine's clock.
         """
         ends = np.isfinite(end_s)

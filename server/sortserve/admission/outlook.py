@@ -19,7 +19,7 @@ from sortserve.cost.model import CostModel, StepShape
 from sortserve.scheduling.columns import Columns, Floats, Mask
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.demand_table import DemandTable
-from sortserve.scheduling.full_batch import spare_s
+from sortserve.scheduling.full_batch import Course, course
 from sortserve.scheduling.policy import Policy
 
 __all__ = ["Load", "Newcomer", "Outlook"]
@@ -165,13 +165,16 @@ class Outlook:
         """All live requests, beside what they cost."""
         return DemandTable.of(self.columns, self.costs, self.exits)
 
-    def later_loss(self, table: DemandTable) -> float:
-        """What those who come later are expected to lose if these were the live requests."""
-        offered, now = self.load.offered, self.load.now
-        if offered.worth <= 0.0:
-            return 0.0
-        spare = spare_s(table, table.level, now=now, busy_s=self.busy_s)
-        return offered.loss(table.end_s, spare, now)
+    def later_loss(self, table: DemandTable, found: Course) -> float:
+        """What those who come later are expected to lose if these were the live requests.
+
+        Args:
+            table: of them.
+            found: their full batch.
+        """
+        now = self.load.now
+        spare_s = found.spare_s(table, now=now, busy_s=self.busy_s)
+        return self.load.offered.loss(table.end_s, spare_s, now)
 
     @cached_property
     def any_ends(self) -> bool:
@@ -181,7 +184,7 @@ class Outlook:
     @cached_property
     def loss_so_far(self) -> float:
         """What they lose beside the present ones."""
-        return self.later_loss(self.table)
+        return self.later_loss(self.table, course(self.table, self.table.level))
 
     @property
     def busy_s(self) -> float:

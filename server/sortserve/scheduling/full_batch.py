@@ -17,8 +17,7 @@ Prompts of those who were promised nothing count for nothing: they are read in t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,19 +25,15 @@ from sortserve.scheduling.columns import Columns, Floats
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.demand_table import DemandTable, Levels
 
-__all__ = [
-    "Course",
-    "all_in_time",
-    "course",
-    "least_spare_s",
-    "least_uniform_lowering",
-    "spare_s",
-]
+__all__ = ["Course", "course", "least_spare_s", "least_uniform_lowering"]
 
 
-class Course(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Course:
     """A full batch from now on."""
 
+    levels: Levels
+    """[n] where each request is."""
     rows: Levels
     """[m] who takes part in it, in the order in which they end."""
     num_steps: Floats
@@ -49,6 +44,32 @@ class Course(NamedTuple):
     """Of all prompts, beside the steps in which they are read."""
     first_step_s: float
     """Of the first step, beside the prompts."""
+
+    def spare_s(self, table: DemandTable, *, now: float, busy_s: float = 0.0) -> Floats:
+        """[n] seconds between each answer's end and when it should be over.
+
+        Infinite for who has no time to keep; below 0 where pacing alone could still be in time.
+
+        Args:
+            table: what the course was made of, or the same with other due times.
+            now: the engine's clock.
+            busy_s: what the step under way still takes.
+        """
+        spare = np.full(len(self.levels), np.inf)
+        spare[self.rows] = table.end_s[self.rows] - now - busy_s - self.over_s
+        return spare
+
+    def keeps_all(self, table: DemandTable, *, now: float, busy_s: float = 0.0, **_: float) -> bool:
+        """Whether it keeps every promise: each prompt's due time, and each end.
+
+        Args:
+            table, now, busy_s: see ``spare_s``.
+        """
+        start_s, prompts = now + busy_s, table.prompts
+        if (self.over_s > table.end_s[self.rows] - start_s).any():
+            return False
+        read_s = self.first_step_s + _reading_s(table, self.levels, prompts).cumsum()
+        return bool((start_s + read_s <= table.due_s[prompts]).all())
 
 
 def course(table: DemandTable, levels: Levels) -> Course:
@@ -66,9 +87,15 @@ def course(table: DemandTable, levels: Levels) -> Course:
     row_s = table.row_s + table.layers[level] * table.layer_s[rows]
     base_s = table.segment_s.cumsum()[level]
     step_s = np.maximum.accumulate(base_s[::-1])[::-1] + row_s[::-1].cumsum()[::-1]
-    read_s = float(_reading_s(table, levels, rows).sum())
-    over_s = read_s + (np.diff(num_steps, prepend=0.0) * step_s).cumsum()
-    return Course(rows, num_steps, over_s, read_s, float(step_s[0]) if len(rows) else 0.0)
+    reading_s = float(_reading_s(table, levels, rows).sum())
+    return Course(
+        levels=levels,
+        rows=rows,
+        num_steps=num_steps,
+        over_s=reading_s + (np.diff(num_steps, prepend=0.0) * step_s).cumsum(),
+        reading_s=reading_s,
+        first_step_s=float(step_s[0]) if len(rows) else 0.0,
+    )
 
 
 def _reading_s(table: DemandTable, levels: Levels, rows: Levels) -> Floats:
@@ -79,51 +106,18 @@ def _reading_s(table: DemandTable, levels: Levels, rows: Levels) -> Floats:
     return more_s
 
 
-def spare_s(table: DemandTable, levels: Levels, *, now: float, busy_s: float = 0.0) -> Floats:
-    """[n] seconds between each answer's end in a full batch and when it should be over.
-
-    Infinite for who has no time to keep; below 0 where pacing alone could still be in time.
-
-    Args:
-        table: of live requests.
-        levels: [n] where each one is.
-        now: the engine's clock.
-        busy_s: what the step under way still takes.
-    """
-    found = course(table, levels)
-    spare = np.full(len(levels), np.inf)
-    spare[found.rows] = table.end_s[found.rows] - now - busy_s - found.over_s
-    return spare
-
-
 def least_spare_s(
     demands: Sequence[Demand], exits: Sequence[int], costs: StepCosts, now: float
 ) -> float:
-    """The least of ``spare_s`` of those who decode, by costs times the safety factor.
+    """What the answer with the least time to spare has, by costs times the safety factor.
 
-    Infinite if nobody does. Their exits are among ``exits`` (ascending).
+    Of those who decode; infinite if nobody does. Their exits are among ``exits`` (ascending).
     """
     columns = Columns.of(demands)
     if not columns.is_decoding.all():
         columns = columns.rows(columns.is_decoding)
     table = DemandTable.of(columns, replace(costs, safety=costs.model.safety), exits)
-    return float(spare_s(table, table.level, now=now).min(initial=np.inf))
-
-
-def all_in_time(
-    table: DemandTable, levels: Levels, *, now: float, busy_s: float = 0.0, **_: float
-) -> bool:
-    """Whether a full batch would keep every promise: each prompt's due time, and each end.
-
-    Args:
-        table, levels, now, busy_s: see ``spare_s``.
-    """
-    found, prompts = course(table, levels), table.prompts
-    ends_s = table.end_s[found.rows] - now - busy_s
-    if (found.over_s > ends_s).any():
-        return False
-    read_s = found.first_step_s + _reading_s(table, levels, prompts).cumsum()
-    return bool((now + busy_s + read_s <= table.due_s[prompts]).all())
+    return float(course(table, table.level).spare_s(table, now=now).min(initial=np.inf))
 
 
 def least_uniform_lowering(
@@ -141,7 +135,7 @@ def least_uniform_lowering(
     is no such exit, or if more would be lost than the limit.
 
     Args:
-        table, now, busy_s: see ``spare_s``.
+        table, now, busy_s: see ``Course.spare_s``.
         tokens: [K] worth of an answer's tokens, by exit, ascending.
         limit: of the loss.
     """
@@ -152,6 +146,6 @@ def least_uniform_lowering(
         loss = float(weight @ (tokens[level] - tokens[to]))
         if loss > limit:
             return None
-        if all_in_time(table, to, now=now, busy_s=busy_s):
+        if course(table, to).keeps_all(table, now=now, busy_s=busy_s):
             return to, loss
     return None

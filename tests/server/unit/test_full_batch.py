@@ -13,12 +13,7 @@ from hypothesis import strategies as st
 
 from sortserve.scheduling.demand import Demand
 from sortserve.scheduling.demand_table import DemandTable
-from sortserve.scheduling.full_batch import (
-    all_in_time,
-    least_spare_s,
-    least_uniform_lowering,
-    spare_s,
-)
+from sortserve.scheduling.full_batch import course, least_spare_s, least_uniform_lowering
 from support.examples import examples
 from support.timed import COSTS, make_demand
 
@@ -51,6 +46,10 @@ def table_of(demands: Sequence[Demand]) -> DemandTable:
     return DemandTable.of(demands, COSTS, EXITS)
 
 
+def spare_of(table: DemandTable, now: float = 0.0) -> list[float]:
+    return [*map(float, course(table, table.level).spare_s(table, now=now))]
+
+
 def played(demands: Sequence[Demand], now: float) -> dict[str, float]:
     """When each of those that count is over: steps of all who are left, longer by the prompts."""
     counted = [d for d in demands if d.is_decoding or d.is_hard]
@@ -74,7 +73,7 @@ def played(demands: Sequence[Demand], now: float) -> dict[str, float]:
 def test_it_is_over_when_it_would_be_step_by_step(demands: list[Demand], now: float) -> None:
     table = table_of(demands)
 
-    spare = spare_s(table, table.level, now=now)
+    spare = spare_of(table, now)
 
     over = played(demands, now)
     expected = [d.end_s - over.get(d.request_id, -math.inf) for d in demands]
@@ -86,9 +85,9 @@ def test_it_is_over_when_it_would_be_step_by_step(demands: list[Demand], now: fl
 def test_one_more_never_leaves_anybody_more_to_spare(demands: list[Demand], more: Demand) -> None:
     before, after = table_of(demands), table_of([*demands, more])
 
-    spare = spare_s(before, before.level, now=0.0)
+    pairs = zip(spare_of(after)[:-1], spare_of(before), strict=True)
 
-    assert (spare_s(after, after.level, now=0.0)[:-1] <= spare + 1e-9).all()
+    assert all(then <= now + 1e-9 for then, now in pairs)
 
 
 @given(demands=live())
@@ -99,7 +98,7 @@ def test_the_least_lowering_is_enough_and_no_deeper_one_is(demands: list[Demand]
     found = least_uniform_lowering(table, TOKENS, limit=math.inf, now=0.0)
 
     options = [np.minimum(table.level, np.maximum(table.floor, k)) for k in (2, 1, 0)]
-    enough = [to for to in options if all_in_time(table, to, now=0.0)]
+    enough = [to for to in options if course(table, to).keeps_all(table, now=0.0)]
     assert (found is None) == (not enough)
     if found is not None:
         levels, loss = found
@@ -122,19 +121,19 @@ def test_who_was_promised_nothing_rides_along_and_has_no_end() -> None:
     alone = table_of([kept])
     beside = table_of([kept, make_demand("soft", 6), make_demand("soft prompt", num_pending=900)])
 
-    spare = spare_s(beside, beside.level, now=0.0)
+    kept_s, *others = spare_of(beside)
 
-    rides = 19 * COSTS.row_s(6, 11)
-    assert spare[0] == pytest.approx(spare_s(alone, alone.level, now=0.0)[0] - rides, rel=0.1)
-    assert np.isinf(spare[1:]).all(), "its prompt is read in what is left over"
+    rides = 20 * COSTS.row_s(6, 11)
+    assert kept_s == pytest.approx(spare_of(alone)[0] - rides)
+    assert others == [math.inf, math.inf], "its prompt is read in what is left over"
 
 
 def test_a_prompt_has_to_be_read_by_its_due_time() -> None:
     late = make_demand("late", 6, due_s=1e-4, gap_s=1.0, num_pending=200)
     table = table_of([late])
 
-    assert spare_s(table, table.level, now=0.0).min() > 0.0, "its answer would be in time"
-    assert not all_in_time(table, table.level, now=0.0)
+    assert min(spare_of(table)) > 0.0, "its answer would be in time"
+    assert not course(table, table.level).keeps_all(table, now=0.0)
 
 
 def test_the_spare_time_of_a_step_is_reckoned_with_the_safety_factor() -> None:
