@@ -17,7 +17,7 @@ Prompts of those who were promised nothing count for nothing: they are read in t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -109,14 +109,14 @@ def _reading_s(table: DemandTable, levels: Levels, rows: Levels) -> Floats:
 def least_spare_s(
     demands: Sequence[Demand], exits: Sequence[int], costs: StepCosts, now: float
 ) -> float:
-    """What the answer with the least time to spare has, by costs times the safety factor.
+    """What the answer with the least time to spare has, of those who decode.
 
-    Of those who decode; infinite if nobody does. Their exits are among ``exits`` (ascending).
+    Infinite if nobody does. Their exits are among ``exits`` (ascending).
     """
     columns = Columns.of(demands)
     if not columns.is_decoding.all():
         columns = columns.rows(columns.is_decoding)
-    table = DemandTable.of(columns, replace(costs, safety=costs.model.safety), exits)
+    table = DemandTable.of(columns, costs, exits)
     return float(course(table, table.level).spare_s(table, now=now).min(initial=np.inf))
 
 

@@ -143,6 +143,18 @@ def test_a_prompt_gets_what_the_answers_beside_it_can_spare_as_a_whole() -> None
     assert choice.num_prompt_tokens == pytest.approx(200, abs=1)
 
 
+def test_what_answers_can_spare_is_spent_with_the_safety_factor() -> None:
+    """An error of one long step is not made good by the next, as that of a pace is."""
+    token_s = COSTS.token_s(6, 150)
+    decoding = make_demand("decoding", 6, due_s=1.5 * DEEP_S + 150.5 * token_s, num_left=1)
+    prompt = make_demand("prompt", 6, due_s=5.0, num_pending=300)
+    unsure = dataclasses.replace(COSTS, model=dataclasses.replace(COSTS.model, safety=1.5))
+
+    choice = choose(decoding, prompt, costs=unsure)
+
+    assert choice.num_prompt_tokens == pytest.approx(100, abs=1)
+
+
 def test_what_a_large_step_costs_more_is_kept_from_prompts() -> None:
     c0, a, b, d, h = COSTS.model.large
     line = (c0 + 50 * COSTS.token_s(6, 150), a, b, d, h)

@@ -136,10 +136,9 @@ def test_a_prompt_has_to_be_read_by_its_due_time() -> None:
     assert not course(table, table.level).keeps_all(table, now=0.0)
 
 
-def test_the_spare_time_of_a_step_is_reckoned_with_the_safety_factor() -> None:
-    demand = make_demand("r", 6, due_s=2 * DEEP_S, num_left=1)
-    careful = replace(COSTS, model=replace(COSTS.model, safety=1.5))
+def test_the_least_spare_time_is_that_of_those_who_decode() -> None:
+    tight = make_demand("tight", 6, due_s=2 * DEEP_S, num_left=1)
+    prompt = make_demand("prompt", 6, due_s=0.1 * DEEP_S, num_pending=500)
 
-    assert least_spare_s([demand], EXITS, COSTS, 0.0) == pytest.approx(DEEP_S, rel=0.01)
-    assert least_spare_s([demand], EXITS, careful, 0.0) == pytest.approx(0.5 * DEEP_S, rel=0.01)
-    assert least_spare_s([], EXITS, COSTS, 0.0) == math.inf
+    assert least_spare_s([tight, prompt], EXITS, COSTS, 0.0) == pytest.approx(DEEP_S, rel=0.01)
+    assert least_spare_s([prompt], EXITS, COSTS, 0.0) == math.inf

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from sortserve.scheduling.demand import Demand, StepCosts
@@ -30,10 +30,14 @@ def deadline(situation: Situation) -> StepChoice:
     something to them too. A soft row that has not had a part in a step for long is as urgent as a
     promise, so nobody starves.
     """
-    rows, now = situation.rows, situation.now
     caps = sorted((c.exit_layer for c in situation.classes), reverse=True)
-    spare_s = _spare_s(situation)
-    option_at = partial(_paced, situation) if spare_s < 0.0 else partial(_full, situation, spare_s)
+    careful = _careful(situation)
+    spare_s = _spare_s(careful)
+    if spare_s >= 0.0:
+        situation, option_at = careful, partial(_full, careful, spare_s)
+    else:
+        option_at = partial(_paced, situation)
+    rows, now = situation.rows, situation.now
     best = next((option for option in map(option_at, caps) if option.keeps), None)
     if best is None:
         urgent = min(rows, key=lambda d: (d.due_s - d.work_s(situation.costs), d.order))
@@ -62,6 +66,12 @@ class _Option:
         prompts = self.prompts if num_tokens else ()
         ids = tuple(d.request_id for d in (*self.decoding, *prompts))
         return StepChoice(self.cap, ids, num_tokens)
+
+
+def _careful(situation: Situation) -> Situation:
+    """The same, reckoned with the safety factor: what an answer can spare is spent but once."""
+    costs = situation.costs
+    return replace(situation, costs=replace(costs, safety=costs.model.safety))
 
 
 def _spare_s(situation: Situation) -> float:
