@@ -13,6 +13,7 @@ from sortserve.scheduling.capacity import pressure
 from sortserve.scheduling.demand import SOFT_GAP_S, Demand, StepCosts, plan_pace, targets_of
 from sortserve.scheduling.policies.deadline import (
     MIN_CHUNK,
+    MOST_STEPS,
     deadline,
     least_slack_first,
     most_slack_last_admitted,
@@ -141,6 +142,18 @@ def test_a_prompt_gets_what_the_answers_beside_it_can_spare_as_a_whole() -> None
 
     assert choice.request_ids == ("decoding", "prompt")
     assert choice.num_prompt_tokens == pytest.approx(200, abs=1)
+
+
+def test_a_prompt_makes_a_step_of_rows_only_so_much_longer() -> None:
+    """Who comes in the middle of a step waits for its end."""
+    decoding = make_demand("decoding", 6, due_s=0.5, num_left=10)
+    prompt = make_demand("prompt", 6, due_s=5.0, num_pending=900)
+
+    choice = choose(decoding, prompt)
+
+    most_s = MOST_STEPS * COSTS.decode_s(6, 10)
+    assert choice.num_prompt_tokens == pytest.approx(most_s / COSTS.token_s(6, 450), abs=2)
+    assert choose(prompt).num_prompt_tokens == 1024, "nobody runs who would wait"
 
 
 def test_what_answers_can_spare_is_spent_with_the_safety_factor() -> None:

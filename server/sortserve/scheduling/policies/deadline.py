@@ -19,6 +19,9 @@ __all__ = ["DEADLINE", "deadline", "least_slack_first", "most_slack_last_admitte
 
 MIN_CHUNK = 32
 """Tokens of a prompt that must get on, whoever waits for it."""
+MOST_STEPS = 4.0
+"""Prompts that are read beside rows make a step longer by so many like it at most. Who comes in the
+middle of a step waits for its end, and the rows want their tokens."""
 
 
 def deadline(situation: Situation) -> StepChoice:
@@ -60,6 +63,8 @@ class _Option:
     """Without prompts."""
     until_s: float
     """When the step must be over."""
+    most_s: float = math.inf
+    """What prompts may take of it at most."""
 
     def choice(self, situation: Situation, now: float) -> StepChoice:
         num_tokens = _prompt_tokens(situation, self, now)
@@ -100,7 +105,8 @@ def _full(situation: Situation, spare_s: float, cap: int) -> _Option:
     left_out = (d for d in rows if d.exit_layer > cap and not d.is_decoding)
     until_s = min((d.due_s - d.work_s(costs) for d in left_out), default=math.inf)
     until_s = min(until_s, now + free_s + spare_s)
-    return _Option(cap, now + step_s <= until_s, decoding, prompts, step_s, until_s)
+    most_s = MOST_STEPS * step_s if decoding else math.inf
+    return _Option(cap, now + step_s <= until_s, decoding, prompts, step_s, until_s, most_s)
 
 
 def _row_s(demand: Demand, costs: StepCosts) -> float:
@@ -155,7 +161,7 @@ def _prompt_tokens(situation: Situation, option: _Option, now: float) -> int:
     if math.isinf(option.until_s):
         return room
     spare_s = option.until_s - now - option.step_s - costs.large_extra_s(option.cap)
-    num_tokens = int(max(0.0, spare_s / token_s))
+    num_tokens = int(max(0.0, min(spare_s, option.most_s) / token_s))
     urgent = any(d.due_s - d.work_s(costs) <= now + option.step_s for d in option.prompts)
     if urgent or not option.decoding:
         num_tokens = max(num_tokens, _hurried_tokens(option.step_s, token_s))
