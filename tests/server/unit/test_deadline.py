@@ -208,6 +208,29 @@ def test_an_urgent_prompt_is_left_a_token_where_those_who_are_due_fill_the_step(
     assert choice == StepChoice(6, ("hurried", "prompt"), 1)
 
 
+def test_a_soft_prompt_is_due_for_a_step_and_not_for_its_end() -> None:
+    """One that takes longer to read than soft requests wait for a step is not always urgent."""
+    decoding = make_demand("decoding", 6, due_s=1.01 * DEEP_S)
+    soft = dataclasses.replace(make_demand("soft", 6, num_pending=6000), due_s=1.0)
+    waited = dataclasses.replace(soft, due_s=DEEP_S)
+    assert soft.work_s(COSTS) > 1.0
+
+    assert choose(decoding, soft).request_ids == ("decoding",)
+    assert choose(decoding, waited).request_ids == ("decoding", "soft")
+
+
+def test_a_long_prompt_without_a_promise_breaks_none() -> None:
+    timed = make_timed(num_pages=6000, max_model_len=8192)
+    long = timed_request("long", 6000, max_tokens=4, at=0.05, exit_layer=6)
+    assert COSTS.prefill_s(6, 6000) > SOFT_GAP_S
+
+    timed.run([timed_request("kept", 20, max_tokens=60, latency_ms=700, exit_layer=6), long])
+
+    assert timed.choices["kept"].fits
+    assert timed.reports["kept"].met
+    assert timed.reports["long"].e2e_s < 1.5 * COSTS.prefill_s(6, 6000)
+
+
 def test_alone_a_prompt_fills_the_step() -> None:
     choice = choose(make_demand("prompt", 6, due_s=5.0, num_pending=3000), max_num_tokens=512)
 

@@ -43,7 +43,7 @@ def deadline(situation: Situation) -> StepChoice:
     rows, now = situation.rows, situation.now
     best = next((option for option in map(option_at, caps) if option.keeps), None)
     if best is None:
-        urgent = min(rows, key=lambda d: (d.due_s - d.work_s(situation.costs), d.order))
+        urgent = min(rows, key=lambda d: (_latest_s(d, situation.costs), d.order))
         return _rescue(situation, urgent)
     if any(not d.is_hard for d in rows):
         wanted = option_at(fair(situation.classes))
@@ -103,7 +103,7 @@ def _full(situation: Situation, spare_s: float, cap: int) -> _Option:
     deepest = max((d.exit_layer for d in rows if d.is_decoding), default=cap)
     free_s = costs.base_s(deepest) + rows_s if deepest <= cap else 0.0
     left_out = (d for d in rows if d.exit_layer > cap and not d.is_decoding)
-    until_s = min((d.due_s - d.work_s(costs) for d in left_out), default=math.inf)
+    until_s = min((_latest_s(d, costs) for d in left_out), default=math.inf)
     until_s = min(until_s, now + free_s + spare_s)
     most_s = MOST_STEPS * step_s if decoding else math.inf
     return _Option(cap, now + step_s <= until_s, decoding, prompts, step_s, until_s, most_s)
@@ -135,12 +135,24 @@ def _paced(situation: Situation, cap: int) -> _Option:
             held.append(demand)
     keeps = True
     for demand in held:
-        start_s = demand.due_s - demand.work_s(costs)
+        start_s = _latest_s(demand, costs)
         keeps = keeps and now + step_s <= start_s
         until_s = min(until_s, start_s)
     if any_late:  # what is late already should not get later: no prompt runs beside it at leisure
         until_s = min(until_s, now + step_s)
     return _Option(cap, keeps, tuple(decoding), tuple(prompts), step_s, until_s)
+
+
+def _latest_s(demand: Demand, costs: StepCosts) -> float:
+    """When its next token, or the next part of a prompt that nobody was promised, has to begin.
+
+    A soft prompt is due for a step and not for its end: one that takes longer to read than soft
+    requests wait for a step would else be urgent all the time, and never leave the promises theirs.
+    """
+    if demand.is_hard or demand.is_decoding:
+        return demand.due_s - demand.work_s(costs)
+    num_tokens = min(demand.num_pending, MIN_CHUNK)
+    return demand.due_s - costs.prefill_s(demand.exit_layer, num_tokens, demand.context_len)
 
 
 def _by_due(demand: Demand) -> tuple[bool, float, float]:
@@ -162,7 +174,7 @@ def _prompt_tokens(situation: Situation, option: _Option, now: float) -> int:
         return room
     spare_s = option.until_s - now - option.step_s - costs.large_extra_s(option.cap)
     num_tokens = int(max(0.0, min(spare_s, option.most_s) / token_s))
-    urgent = any(d.due_s - d.work_s(costs) <= now + option.step_s for d in option.prompts)
+    urgent = any(_latest_s(d, costs) <= now + option.step_s for d in option.prompts)
     if urgent or not option.decoding:
         num_tokens = max(num_tokens, _hurried_tokens(option.step_s, token_s))
     return min(room, num_tokens) if num_tokens >= min(MIN_CHUNK, first.num_pending) else 0
