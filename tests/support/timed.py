@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sortserve.core.budget import Budget
-from sortserve.core.plan import Runner, StepPlan
+from sortserve.core.plan import Pending, Runner, StepPlan
 from sortserve.core.request import Request, RequestOutput
 from sortserve.core.sampling_params import RowFailure, SampledToken
-from sortserve.cost.model import CostModel, Line
+from sortserve.cost.model import CostModel, Line, step_shape
 from sortserve.engine.engine import Engine
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.simulation import Clock, Simulation, TimedRunner
@@ -45,6 +45,31 @@ class RecordingRunner(TimedRunner):
     def execute(self, plan: StepPlan) -> Sequence[SampledToken | RowFailure]:
         self.plans.append(plan)
         return super().execute(plan)
+
+
+class TimedLauncher(TimedRunner):
+    """Runs a plan once the one launched before it is over, while the host goes on."""
+
+    _over_s = 0.0
+
+    def launch(self, plan: StepPlan) -> Pending:
+        begins_s = max(self._over_s, self._clock.now)
+        self._over_s = begins_s + self._truth.step_s(step_shape(plan)) * self._noise()
+        return _OnItsWay(self._runner.execute(plan), self._clock, self._over_s)
+
+    def execute(self, plan: StepPlan) -> Sequence[SampledToken | RowFailure]:
+        return self.launch(plan).result()
+
+
+@dataclass
+class _OnItsWay:
+    results: Sequence[SampledToken | RowFailure]
+    clock: Clock
+    over_s: float
+
+    def result(self) -> Sequence[SampledToken | RowFailure]:
+        self.clock.now = max(self.clock.now, self.over_s)
+        return self.results
 
 
 class Timed(Simulation):

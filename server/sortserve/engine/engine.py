@@ -131,7 +131,9 @@ class Engine:
         """
         now = self.clock()
         outputs = self._expire(now)
-        plan = None if self._pipeline.must_land else self.scheduler.schedule(now)
+        plan = None
+        if not self._pipeline.must_land:
+            plan = self.scheduler.schedule(now, begins_s=self._next_begins_s(now))
         for landed in self._pipeline.push(plan, now):
             outputs += self._commit(landed)
             self._health.note(landed.execution)
@@ -141,6 +143,16 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a step would have something to do."""
         return self.scheduler.has_work or self._pipeline.is_under_way
+
+    def _next_begins_s(self, now: float) -> float:
+        """When a step that is planned now can begin: once the one under way is over."""
+        flight, model = self._pipeline.flight, self.costs.model
+        if flight is None or model is None:
+            return now
+        begun_s = flight.started_s  # or, if the one before it ended later, then
+        if self._busy_since_s is not None:
+            begun_s = max(begun_s, self._busy_since_s)
+        return max(now, begun_s + model.step_s(step_shape(flight.launch.plan)))
 
     # ---- requests come and go ----
 

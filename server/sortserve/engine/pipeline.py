@@ -29,7 +29,7 @@ from sortserve.engine.execution import Execution, execute, outcome
 from sortserve.scheduling.launch import Launch
 from sortserve.scheduling.scheduler import Scheduler
 
-__all__ = ["Landed", "Pipeline"]
+__all__ = ["Flight", "Landed", "Pipeline"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +60,13 @@ class Landed:
 
 
 @dataclass(frozen=True)
-class _Flight:
+class Flight:
     """A step under way."""
 
     launch: Launch
     pending: Pending
     started_s: float
+    """When it was launched."""
 
 
 class Pipeline:
@@ -92,8 +93,13 @@ class Pipeline:
         self._runner, self._scheduler = runner, scheduler
         self._launcher = cast(Launcher, runner) if overlap else None
         self._sequence_of, self._on_start = sequence_of, on_start
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
         self._has_failed = False
+
+    @property
+    def flight(self) -> Flight | None:
+        """The step that has been launched and has not landed, if there is one."""
+        return self._flight
 
     @property
     def is_under_way(self) -> bool:
@@ -123,7 +129,7 @@ class Pipeline:
                     execution = replace(execution, was_retried=True)
                 self._has_failed = False
                 return [Landed(launch, execution, now)]
-            self._flight = _Flight(launch, self._launch(self._launcher, plan), now)
+            self._flight = Flight(launch, self._launch(self._launcher, plan), now)
         return [] if before is None else self._land(before)
 
     def _launch(self, launcher: Launcher, plan: StepPlan) -> Pending:
@@ -133,7 +139,7 @@ class Pipeline:
         except Exception as error:
             return _Raised(error)
 
-    def _land(self, flight: _Flight) -> list[Landed]:
+    def _land(self, flight: Flight) -> list[Landed]:
         plan = flight.launch.plan
         try:
             execution = outcome(plan, flight.pending.result())

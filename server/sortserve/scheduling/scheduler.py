@@ -137,22 +137,25 @@ class Scheduler:
 
     # ---- one step ----
 
-    def schedule(self, now: float) -> StepPlan | None:
+    def schedule(self, now: float, *, begins_s: float | None = None) -> StepPlan | None:
         """The next step's plan; None if there is nothing to run, or not before this one lands.
 
         Args:
             now: the engine's clock, in seconds.
+            begins_s: when the step can begin, which is when one under way gives its tokens; what
+                time there is counts from then. None: now.
         """
+        begins_s = now if begins_s is None else begins_s
         for sequence in self._running:
             if sequence.schedule is not None:
                 self._follow_schedule(sequence)
-        self._decisions.see(now)
-        if not self._lower(now):
+        self._decisions.see(begins_s)
+        if not self._lower(begins_s):
             return None
-        self._admit(now)
+        self._admit(begins_s)
         while self._running:
-            choice, rows = self._decisions.choose(now)
-            rows = self._make_room(rows, now)
+            choice, rows = self._decisions.choose(begins_s)
+            rows = self._make_room(rows, begins_s)
             if rows:
                 rank = {request_id: i for i, request_id in enumerate(choice.request_ids)}
                 rows.sort(key=lambda s: rank[s.request_id])

@@ -15,8 +15,10 @@ from sortserve.engine.assemble import EngineOptions, assemble
 from sortserve.engine.step_thread import StepThread
 from sortserve.engine.worker import EngineWorker
 from sortserve.process.config import load_settings
+from sortserve.simulation import BlankRunner, Clock, Simulation
 from support.launchers import LAUNCHERS
 from support.scripted import ScriptedRunner, add, make_engine, make_request, run
+from support.timed import MODEL, TimedLauncher, timed_request
 from support.tiny_models import make_tiny_checkpoint
 
 TIMEOUT_S = 20.0
@@ -45,6 +47,24 @@ def test_on_a_cpu_steps_overlap_only_where_that_is_asked_for(
 )
 def test_the_setting_is_on_off_or_auto(flags: dict[str, str], value: bool | None) -> None:
     assert load_settings(flags).async_scheduling is value
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_an_answer_can_spare_is_spent_once_whether_steps_overlap_or_not(overlap: bool) -> None:
+    """A step that is planned while another is under way begins when that one is over."""
+    clock = Clock()
+    runner = TimedLauncher(BlankRunner((2, 4, 6), num_pages=4000), clock, MODEL)
+    config = {"max_model_len": 8192, "async_scheduling": overlap, "enable_prefix_caching": False}
+    engine = make_engine(runner=runner, clock=clock, **config)
+    engine.costs.use(MODEL)
+    simulation = Simulation(engine, clock)
+    promised = timed_request("promised", 20, max_tokens=60, latency_ms=700, exit_layer=6)
+    long = timed_request("long", 4000, max_tokens=4, at=0.05, exit_layer=6)
+
+    simulation.run([promised, long])
+
+    assert simulation.choices["promised"].fits
+    assert simulation.reports["promised"].met
 
 
 class Slow(ScriptedRunner):
