@@ -77,8 +77,8 @@ class Offered:
 
         Args:
             now: when.
-            work_s: what reading its prompt takes.
-            worth: of its answer in time; 0 if it bounds no time.
+            work_s: what reading its prompt takes, as often as it is read.
+            worth: of its answers in time; 0 if it bounds no time.
         """
         assert math.isfinite(work_s)
         assert work_s >= 0.0

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from sortserve.admission.choose import ExitChoice, choose_exit
+from sortserve.admission.offered import Offered, OfferedLoad
 from sortserve.core.errors import BudgetUnattainableError
 from sortserve.scheduling.demand import Demand
-from support.timed import make_demand, make_timed, timed_request
+from support.timed import COSTS, make_demand, make_timed, timed_request
 
 
 def long_promises(exit_layer: int, gap_s: float) -> tuple[Demand, ...]:
@@ -85,6 +86,46 @@ def test_what_several_cost_others_counts_against_what_all_of_them_bring(
     ids = [str(i) for i in range(num_sequences)]
     assert all(choose(i, start.exit_layer, num_sequences).fits for i in ids)
     assert not choose("one more alone", start.exit_layer, 1).fits
+
+
+@pytest.mark.parametrize("num_sequences", [1, 2, 3])
+def test_what_several_cost_later_requests_is_charged_to_all_of_them_at_once(
+    num_sequences: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And to none where there is nobody else: not to the second for the sake of the first."""
+    many = OfferedLoad(share=0.5, worth=1000.0)
+    monkeypatch.setattr(Offered, "load", lambda *_: many)
+    timed = make_timed()
+    latency_ms = 1e3 * 1.6 * 100 * COSTS.decode_s(6, 50)
+
+    def choose(request_id: str, exit_layer: int | None) -> None:
+        request = timed_request(
+            request_id, 20, max_tokens=100, latency_ms=latency_ms, exit_layer=6, on_miss="reject"
+        )
+        choice = timed.desk.choose(
+            request, (6,), exit_layer=exit_layer, num_sequences=num_sequences
+        )
+        if exit_layer is not None:
+            timed.desk.enter(request, choice)
+
+    choose("all", None)
+    for i in range(num_sequences):
+        choose(str(i), 6)
+
+    with pytest.raises(BudgetUnattainableError, match="would cost other requests more"):
+        choose("one more", None)
+
+
+def test_all_of_several_count_as_work_that_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[tuple[float, float]] = []
+    monkeypatch.setattr(Offered, "note", lambda _, __, *what: noted.append(what))
+    request = timed_request("r", 200, max_tokens=20, latency_ms=1e4)
+
+    for num_sequences in (1, 4):
+        make_timed().desk.choose(request, (2, 4, 6), num_sequences=num_sequences)
+
+    (work_s, worth), all_of_them = noted
+    assert all_of_them == pytest.approx((4 * work_s, 4 * worth))
 
 
 def test_several_that_come_at_once_come_back_when_there_is_room_for_all_of_them() -> None:
