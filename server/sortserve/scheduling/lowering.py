@@ -20,7 +20,7 @@ import numpy as np
 from sortserve.scheduling.columns import Floats
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.demand_table import DemandTable, Levels, Need
-from sortserve.scheduling.full_batch import least_uniform_lowering
+from sortserve.scheduling.full_batch import course, least_uniform_lowering
 from sortserve.scheduling.objective import Worth
 from sortserve.scheduling.policy import Lowering
 
@@ -71,11 +71,13 @@ def lower(
     times = Times(now=now, least_time_s=HORIZON_STEPS * costs.base_s(exits[-1]))
     if table.need(table.level, **times).share <= MAX_PRESSURE:
         return []
+    careful = DemandTable.of(demands, replace(costs, safety=costs.model.safety), exits)
+    if course(careful, careful.level).keeps_all(careful, now=now):
+        return []
     tokens = np.array([worth.tokens[e] for e in exits])
     answer = np.array([worth.answer[e] for e in exits])
     levels, loss = _paced(table, tokens, answer, times)
     if loss > 0.0:
-        careful = DemandTable.of(demands, replace(costs, safety=costs.model.safety), exits)
         uniform = least_uniform_lowering(careful, tokens, limit=loss, now=now)
         levels = levels if uniform is None else uniform[0]
     moved = np.flatnonzero(levels != table.level)

@@ -203,6 +203,16 @@ def test_nobody_goes_shallower_without_need() -> None:
     assert flight(make_demand(due_s=0.1)) == {}
 
 
+def test_nobody_goes_shallower_where_a_full_batch_keeps_all_not_even_at_no_loss() -> None:
+    tie = OBJECTIVES["quality"].worth(make_exits(*EXITS, scores=(0.5, 1.0, 1.0)))
+    decoding = make_demand("decoding", 6, due_s=1.12 * DEEP_S, num_left=40)
+    prompt = make_demand("prompt", 6, due_s=0.25, num_pending=60, num_left=5)
+    rows = [decoding, *(replace(prompt, request_id=str(i), is_waiting=True) for i in range(8))]
+    assert pressure(rows, COSTS, now=0.0) > 1.0
+
+    assert flight(*rows, of=tie) == {}
+
+
 def test_the_promise_that_asks_most_goes_as_shallow_as_it_must_and_no_more() -> None:
     loose = make_demand("loose", 6, due_s=20 * DEEP_S)
     tight = make_demand("tight", 6, due_s=0.9 * DEEP_S)
