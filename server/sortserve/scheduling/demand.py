@@ -292,9 +292,13 @@ def end_of(promise: Promise, now: float, num_tokens: int) -> float:
     """
     if num_tokens == 1:
         return promise.first_due_s
-    num_gaps, tpot_s = num_tokens - 1, promise.targets.tpot_s
-    at_pace_s = math.inf if tpot_s is None else now + num_gaps * tpot_s
-    return min(promise.first_due_s + num_gaps * promise.gap_s, at_pace_s)
+    num_gaps, targets = num_tokens - 1, promise.targets
+    ends_s = [promise.first_due_s + num_gaps * promise.gap_s]
+    if targets.e2e_s is not None:  # it may be planned for more tokens than when it was promised
+        ends_s.append(targets.e2e_s)
+    if targets.tpot_s is not None:
+        ends_s.append(now + num_gaps * targets.tpot_s)
+    return min(ends_s)
 
 
 def _next_share(sequence: Sequence, num_left: int, costs: StepCosts) -> float:

@@ -9,8 +9,16 @@ from collections.abc import Sequence
 import pytest
 
 from sortserve.core.budget import Deadlines
+from sortserve.core.sequence import Promise
 from sortserve.scheduling.capacity import pressure
-from sortserve.scheduling.demand import SOFT_GAP_S, Demand, StepCosts, plan_pace, targets_of
+from sortserve.scheduling.demand import (
+    SOFT_GAP_S,
+    Demand,
+    StepCosts,
+    end_of,
+    plan_pace,
+    targets_of,
+)
 from sortserve.scheduling.policies.deadline import (
     MIN_CHUNK,
     MOST_STEPS,
@@ -245,6 +253,37 @@ def test_prompts_get_tokens_in_the_order_in_which_they_are_due() -> None:
     soft = make_demand("soft", 6, num_pending=300)
 
     assert choose(soft, late, soon).request_ids == ("soon", "late", "soft")
+
+
+def test_an_answer_that_grows_while_it_waits_should_be_over_no_later() -> None:
+    """Lengths are learned meanwhile, and it may be planned for more tokens than it was."""
+    targets = Deadlines(e2e_s=2.0)
+    pace = plan_pace(targets, now=0.0, num_tokens=10, prefill_s=0.1, decode_s=0.01)
+    promise = Promise(targets, pace.first_due_s, pace.gap_s)
+
+    assert end_of(promise, 0.0, 10) == pytest.approx(2.0)
+    assert end_of(promise, 0.0, 100) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("deadlines", "num_tokens", "end_s"),
+    [
+        (Deadlines(ttft_s=1.0), 10, math.inf),
+        (Deadlines(ttft_s=1.0), 1, 1.0),
+        (Deadlines(tpot_s=0.1), 11, 1.5),
+        (Deadlines(tpot_s=0.1), 1, math.inf),
+        (Deadlines(ttft_s=1.0, tpot_s=0.1), 11, 1.5),
+        (Deadlines(tpot_s=0.5, e2e_s=2.0), 11, 2.0),
+    ],
+)
+def test_an_answer_without_a_token_is_over_when_its_budget_says(
+    deadlines: Deadlines, num_tokens: int, end_s: float
+) -> None:
+    """Half a second has gone by; a pace counts from a token that may come now."""
+    pace = plan_pace(deadlines, now=0.0, num_tokens=num_tokens, prefill_s=0.1, decode_s=0.01)
+    promise = Promise(deadlines, pace.first_due_s, pace.gap_s)
+
+    assert end_of(promise, 0.5, num_tokens) == pytest.approx(end_s)
 
 
 # ---- who enters, who leaves ----
