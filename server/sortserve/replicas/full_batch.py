@@ -98,8 +98,8 @@ class FullBatch:
         return one.end_s - over_s
 
     def at_s(self, num_steps: float) -> float:
-        """Seconds until so many steps are over, on the line between two points."""
-        low = max(p for p in self.points if p[0] <= num_steps)
-        high = min(p for p in self.points if p[0] >= num_steps)
+        """Seconds until so many steps are over, on the line between two points, or at the end."""
+        low = max((p for p in self.points if p[0] <= num_steps), default=self.points[0])
+        high = min((p for p in self.points if p[0] >= num_steps), default=self.points[-1])
         share = (num_steps - low[0]) / max(high[0] - low[0], 1e-9)
         return low[1] + share * (high[1] - low[1])

@@ -253,7 +253,7 @@ class Place:
         deadlines, step_s = request.deadlines, 1e-3 * own.step_ms
         num_tokens = max(1, request.num_output_tokens)
         ends_s = [math.inf if deadlines.e2e_s is None else deadlines.e2e_s - self.now]
-        if deadlines.tpot_s is not None:  # its pace counts from a first token that may come at once
+        if deadlines.tpot_s is not None and num_tokens > 1:  # its first token may come at once
             ends_s.append((num_tokens - 1) * deadlines.tpot_s)
         return OneMore(
             reading_s=max(0.0, ask.prompt_s - step_s),
