@@ -74,10 +74,10 @@ class StepCosts:
         _, _, b, d, h = self._decode_line
         return h, (b, d)
 
-    def token_s(self, exit_layer: int, context_len: int) -> float:
-        """Of one more token of a prompt in a large step."""
-        _, _, b, d, _ = self.model.large
-        return self.safety * exit_layer * (b + d * context_len)
+    def token_s(self, exit_layer: int, context_len: int, *, is_scored: bool = False) -> float:
+        """Of one more token of a prompt in a large step; one that is scored passes the head."""
+        _, _, b, d, h = self.model.large
+        return self.safety * (exit_layer * (b + d * context_len) + is_scored * h)
 
     def large_extra_s(self, exit_layer: int) -> float:
         """What a large step costs more than ``base_s``, whatever it runs."""

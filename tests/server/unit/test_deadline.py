@@ -139,6 +139,16 @@ def test_a_prompt_gets_as_many_tokens_as_the_least_slack_allows() -> None:
     assert choice.request_ids == ("decoding", "prompt")
 
 
+def test_tokens_that_are_scored_take_the_time_of_the_head_as_well() -> None:
+    prompt = dataclasses.replace(
+        make_demand("prompt", 6, due_s=5.0, num_pending=300), num_scored=299
+    )
+    token_s = COSTS.token_s(6, 150) + COSTS.row_line[0]
+    decoding = make_demand("decoding", 6, due_s=DEEP_S + 100.5 * token_s, num_left=1)
+
+    assert choose(decoding, prompt).num_prompt_tokens == 100
+
+
 def test_a_prompt_gets_what_the_answers_beside_it_can_spare_as_a_whole() -> None:
     """Each token could wait for 20 tokens of the prompt, which is too few to begin with."""
     token_s = COSTS.token_s(6, 150)

@@ -167,8 +167,7 @@ def _prompt_tokens(situation: Situation, option: _Option, now: float) -> int:
     costs = situation.costs
     room = max(0, situation.max_num_tokens - len(option.decoding))
     first = option.prompts[0]
-    context_len = first.context_len + first.num_pending // 2
-    token_s = costs.token_s(first.exit_layer, context_len)
+    token_s = _token_s(first, costs)
     room = _in_time_for_those_that_end(option, room, now, token_s)
     if math.isinf(option.until_s):
         return room
@@ -178,6 +177,12 @@ def _prompt_tokens(situation: Situation, option: _Option, now: float) -> int:
     if urgent or not option.decoding:
         num_tokens = max(num_tokens, _hurried_tokens(option.step_s, token_s))
     return min(room, num_tokens) if num_tokens >= min(MIN_CHUNK, first.num_pending) else 0
+
+
+def _token_s(prompt: Demand, costs: StepCosts) -> float:
+    """One more of its tokens, in the mean."""
+    context_len = prompt.context_len + prompt.num_pending // 2
+    return costs.token_s(prompt.exit_layer, context_len, is_scored=prompt.num_scored > 0)
 
 
 def _in_time_for_those_that_end(option: _Option, room: int, now: float, token_s: float) -> int:
@@ -213,7 +218,7 @@ def _rescue(situation: Situation, urgent: Demand) -> StepChoice:
     if urgent.is_decoding:
         return StepChoice(cap, tuple(d.request_id for d in due), 0)
     step_s += sum(_row_s(d, costs) for d in due)
-    token_s = costs.token_s(cap, urgent.context_len + urgent.num_pending // 2)
+    token_s = _token_s(urgent, costs)
     num_tokens = min(situation.max_num_tokens - len(due), _hurried_tokens(step_s, token_s))
     # At least one: it may be all that is left, once those who are due have lost their pages.
     return StepChoice(cap, tuple(d.request_id for d in (*due, urgent)), max(1, num_tokens))
