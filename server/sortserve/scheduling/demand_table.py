@@ -48,6 +48,8 @@ class DemandTable:
     """[K] what a step costs more by going down to this exit instead of the one before it."""
     row_s: float
     """What a row costs at any depth."""
+    context_s: float
+    """What a row costs more per layer for each token of its context."""
     level: Levels
     """[n] where they are."""
     floor: Levels
@@ -94,6 +96,7 @@ class DemandTable:
             layers=layers,
             segment_s=np.array([b - a for a, b in itertools.pairwise([0.0, *bases])]),
             row_s=row_s,
+            context_s=context_s,
             level=layers.searchsorted(columns.exit_layer),
             floor=layers.searchsorted(columns.floor_layer),
             rate=1.0 / np.maximum(columns.gap_s, NO_GAP_S),
@@ -123,6 +126,7 @@ class DemandTable:
             layers=self.layers,
             segment_s=self.segment_s,
             row_s=self.row_s,
+            context_s=self.context_s,
             prompts=_by_due(prompts, due_s),
             due_s=due_s,
         )
@@ -164,6 +168,7 @@ class DemandTable:
             layers=self.layers,
             segment_s=self.segment_s,
             row_s=self.row_s,
+            context_s=self.context_s,
             prompts=prompts,
             due_s=due_s,
         )

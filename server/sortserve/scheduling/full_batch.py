@@ -7,9 +7,10 @@ and its ends are known. With n(1) <= n(2) <= ... the tokens left of the rows,
 
     over(i) = now + all prompts + sum over j <= i of (n(j) - n(j - 1)) * step(j)
 
-where step(j) runs down to the deepest of the rows j, j + 1, ... and carries all of them, and a
-prompt counts for what it adds to the step in which it is read. Where no answer is over too late by
-this, every promise can be kept without holding anybody back.
+where step(j) runs down to the deepest of the rows j, j + 1, ... and carries all of them, their
+contexts as long as they are in the middle of those steps, and a prompt counts for what it adds to
+the step in which it is read. Where no answer is over too late by this, every promise can be kept
+without holding anybody back.
 
 Prompts of those who were promised nothing count for nothing: they are read in time to spare.
 """
@@ -84,15 +85,20 @@ def course(table: DemandTable, levels: Levels) -> Course:
     rows = np.flatnonzero(table.decodes | is_prompt)
     rows = rows[table.num_left[rows].argsort(kind="stable")]
     num_steps, level = table.num_left[rows], levels[rows]
-    row_s = table.row_s + table.layers[level] * table.layer_s[rows]
+    depth = table.layers[level]
+    row_s = table.row_s + depth * table.layer_s[rows]
     base_s = table.segment_s.cumsum()[level]
     step_s = np.maximum.accumulate(base_s[::-1])[::-1] + row_s[::-1].cumsum()[::-1]
+    # With each step every context that is left is a token longer.
+    longer_s = table.context_s * depth[::-1].cumsum()[::-1]
+    steps = np.diff(num_steps, prepend=0.0)
+    made = num_steps - (steps + 1.0) / 2  # by the middle of them
     reading_s = float(_reading_s(table, levels, rows).sum())
     return Course(
         levels=levels,
         rows=rows,
         num_steps=num_steps,
-        over_s=reading_s + (np.diff(num_steps, prepend=0.0) * step_s).cumsum(),
+        over_s=reading_s + (steps * (step_s + made * longer_s)).cumsum(),
         reading_s=reading_s,
         first_step_s=float(step_s[0]) if len(rows) else 0.0,
     )

@@ -57,11 +57,12 @@ def played(demands: Sequence[Demand], now: float) -> dict[str, float]:
     now += sum(d.work_s(COSTS) - COSTS.base_s(d.exit_layer) for d in reads)
     left = {d.request_id: d.num_left for d in counted}
     over = {d.request_id: now for d in counted}
-    by_id = {d.request_id: d for d in counted}
+    by_id, made = {d.request_id: d for d in counted}, 0
     while any(left.values()):
         runs = [by_id[i] for i, n in left.items() if n]
         now += COSTS.base_s(max(d.exit_layer for d in runs))
-        now += sum(COSTS.row_s(d.exit_layer, d.context_len + d.num_pending) for d in runs)
+        now += sum(COSTS.row_s(d.exit_layer, d.context_len + d.num_pending + made) for d in runs)
+        made += 1
         for demand in runs:
             left[demand.request_id] -= 1
             over[demand.request_id] = now
@@ -78,6 +79,15 @@ def test_it_is_over_when_it_would_be_step_by_step(demands: list[Demand], now: fl
     over = played(demands, now)
     expected = [d.end_s - over.get(d.request_id, -math.inf) for d in demands]
     assert spare == pytest.approx(expected)
+
+
+def test_contexts_grow_with_each_step() -> None:
+    long = make_demand("long", 6, due_s=2 * DEEP_S, num_left=1000)
+    table = table_of([long])
+
+    over_s = course(table, table.level).over_s[0]
+
+    assert over_s == pytest.approx(sum(COSTS.decode_s(6, 11 + i) for i in range(1000)))
 
 
 @given(demands=live(), more=one("more"))
@@ -123,7 +133,7 @@ def test_who_was_promised_nothing_rides_along_and_has_no_end() -> None:
 
     kept_s, *others = spare_of(beside)
 
-    rides = 20 * COSTS.row_s(6, 11)
+    rides = sum(COSTS.row_s(6, 11 + i) for i in range(20))
     assert kept_s == pytest.approx(spare_of(alone)[0] - rides)
     assert others == [math.inf, math.inf], "its prompt is read in what is left over"
 
