@@ -173,6 +173,7 @@ def _load_in(seconds: float, load: Load, course: Course) -> Load:
                 num_left=num_left,
                 num_pending=1,
                 context_len=max(1, num_known - 1),
+                next_by_s=math.inf,
             )
         rest.append(demand)
     room = load.room

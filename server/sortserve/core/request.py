@@ -112,6 +112,13 @@ class Request:
         """Tokens of its prompt that pass the head, so that the next one can be judged."""
         return 0 if self.prompt_logprobs is None else len(self.prompt_token_ids) - 1
 
+    @property
+    def has_certain_length(self) -> bool:
+        """Whether its answer has as many tokens as it may have, whatever they are."""
+        sampling = self.sampling
+        ends = not sampling.ignore_eos or sampling.stop or sampling.stop_token_ids
+        return self.grammar is None and not ends
+
 
 @dataclass(frozen=True, kw_only=True)
 class RequestReport:

@@ -266,7 +266,8 @@ def _full_batch(outlook: Outlook) -> dict[str, Any]:
     found = course(table, table.level)
     if not len(found.rows):
         return {}
-    spare = (table.end_s[found.rows] - found.over_s).min() - outlook.load.now - outlook.busy_s
+    times = {"now": outlook.load.now, "busy_s": outlook.busy_s}
+    spare = min(found.spare_s(table, **times).min(), found.spare_until_next_s(table, **times))
     at = np.unique(np.linspace(0, len(found.rows) - 1, MAX_DUE).round().astype(int))
     return {
         "spare_ms": 1e3 * float(spare) if np.isfinite(spare) else None,

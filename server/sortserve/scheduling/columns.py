@@ -26,7 +26,7 @@ Mask = NDArray[np.bool_]
 _FIELDS = (
     *("exit_layer", "floor_layer", "num_pending", "context_len", "gap_s", "due_s"),
     *("is_hard", "is_promised", "is_waiting", "is_lost", "weight", "num_left", "num_done"),
-    *("next_share", "num_ready", "num_scored", "end_s"),
+    *("next_share", "num_ready", "num_scored", "end_s", "next_by_s"),
 )
 _ROW = attrgetter(*_FIELDS)
 
@@ -52,6 +52,7 @@ class Columns:
     num_left: Floats
     num_scored: Floats
     end_s: Floats
+    next_by_s: Floats
 
     @classmethod
     def of(cls, demands: Sequence[Demand]) -> Columns:
@@ -125,7 +126,7 @@ def _values(demands: Sequence[Demand]) -> Floats:
 def _columns(values: Floats) -> Columns:
     exit_layer, floor_layer, pending, context, gap_s, due_s, *rest = values
     hard, promised, waiting, lost, weight, num_left, num_done, *others = rest
-    next_share, ready, scored, end_s = others
+    next_share, ready, scored, end_s, next_by_s = others
     return Columns(
         exit_layer=exit_layer,
         floor_layer=floor_layer,
@@ -143,4 +144,5 @@ def _columns(values: Floats) -> Columns:
         num_left=num_left,
         num_scored=scored,
         end_s=end_s,
+        next_by_s=next_by_s,
     )

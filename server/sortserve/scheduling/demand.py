@@ -152,6 +152,10 @@ class Demand:
     """Of what is pending, tokens after which the model is to judge the next one of the prompt: they
     pass the head."""
 
+    next_by_s: float = math.inf
+    """When its next token must be out, whatever time the answer has as a whole: one with a pace may
+    end with any token, and its mean is kept only if it is kept at each of them."""
+
     def at(self, exit_layer: int) -> Demand:
         """The same, if it goes shallower now."""
         gap_s = self.gap_s / self.next_share  # at least what its tokens need from there on
@@ -282,6 +286,7 @@ def demand_of(
         next_share=next_share,
         num_ready=sequence.num_ready_tokens,
         num_scored=sequence.num_scored_tokens,
+        next_by_s=_next_by_s(sequence, now) if promised else math.inf,
     )
 
 
@@ -322,6 +327,15 @@ def _token_times(sequence: Sequence, now: float) -> tuple[float | None, float | 
     if sequence.num_unknown_tokens:
         return now if first_s is None else first_s, now
     return first_s, last_s
+
+
+def _next_by_s(sequence: Sequence, now: float) -> float:
+    """See ``Demand.next_by_s``; infinite where its length is certain, or it has no token yet."""
+    promise, (first_s, _) = sequence.promise, _token_times(sequence, now)
+    tpot_s = None if promise is None else promise.targets.tpot_s
+    if tpot_s is None or first_s is None or sequence.request.has_certain_length:
+        return math.inf
+    return first_s + sequence.num_output_tokens * tpot_s
 
 
 def _due_times(

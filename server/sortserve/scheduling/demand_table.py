@@ -72,6 +72,8 @@ class DemandTable:
     """[n] its tokens."""
     end_s: Floats
     """[n] when it should be over; infinite where nothing was promised of its end."""
+    next_by_s: Floats
+    """[n] when the next token must be out, whatever time the answer has as a whole."""
     prompts: Levels
     """[P] the promised prompts that are not read yet, in the order in which they are due."""
     due_s: Floats
@@ -108,6 +110,7 @@ class DemandTable:
             left_share=columns.left_share,
             num_left=columns.num_left,
             end_s=columns.end_s,
+            next_by_s=columns.next_by_s,
             prompts=_by_due(prompts, columns.due_s),
             due_s=columns.due_s,
             work_s=work_s,
@@ -155,6 +158,7 @@ class DemandTable:
             "left_share": demand.num_left / (demand.num_left + demand.num_done),
             "num_left": demand.num_left,
             "end_s": demand.end_s,
+            "next_by_s": demand.next_by_s,
             "work_s": work_s,
             "work_layer_s": work_layer_s,
         }
@@ -234,7 +238,7 @@ class DemandTable:
 
 _COLUMNS = (
     *("level", "floor", "rate", "next_share", "layer_s", "decodes", "promised", "weight"),
-    *("left_share", "num_left", "end_s", "work_s", "work_layer_s"),
+    *("left_share", "num_left", "end_s", "next_by_s", "work_s", "work_layer_s"),
 )
 """What a table says of each of its demands, beside when it is due."""
 

@@ -12,6 +12,9 @@ contexts as long as they are in the middle of those steps, and a prompt counts f
 the step in which it is read. Where no answer is over too late by this, every promise can be kept
 without holding anybody back.
 
+An answer with a pace may end sooner than it is planned to. Its mean is kept only if it is kept at
+each token, so it spares no more than it has saved by now.
+
 Prompts of those who were promised nothing count for nothing: they are read in time to spare.
 """
 
@@ -60,14 +63,27 @@ class Course:
         spare[self.rows] = table.end_s[self.rows] - now - busy_s - self.over_s
         return spare
 
+    def spare_until_next_s(self, table: DemandTable, *, now: float, busy_s: float = 0.0) -> float:
+        """Seconds between the next token of those that may end with it and when it must be out.
+
+        The least of them, all prompts read before; infinite if there are none.
+
+        Args:
+            table, now, busy_s: see ``spare_s``.
+        """
+        next_s = now + busy_s + self.reading_s + self.first_step_s
+        return float(table.next_by_s[self.rows].min(initial=np.inf)) - next_s
+
     def keeps_all(self, table: DemandTable, *, now: float, busy_s: float = 0.0, **_: float) -> bool:
-        """Whether it keeps every promise: each prompt's due time, and each end.
+        """Whether it keeps every promise: each prompt's due time, each pace, and each end.
 
         Args:
             table, now, busy_s: see ``spare_s``.
         """
         start_s, prompts = now + busy_s, table.prompts
         if (self.over_s > table.end_s[self.rows] - start_s).any():
+            return False
+        if self.spare_until_next_s(table, now=now, busy_s=busy_s) < 0.0:
             return False
         read_s = self.first_step_s + _reading_s(table, self.levels, prompts).cumsum()
         return bool((start_s + read_s <= table.due_s[prompts]).all())
@@ -123,7 +139,9 @@ def least_spare_s(
     if not columns.is_decoding.all():
         columns = columns.rows(columns.is_decoding)
     table = DemandTable.of(columns, costs, exits)
-    return float(course(table, table.level).spare_s(table, now=now).min(initial=np.inf))
+    found = course(table, table.level)
+    until_next_s = found.spare_until_next_s(table, now=now)
+    return min(float(found.spare_s(table, now=now).min(initial=np.inf)), until_next_s)
 
 
 def least_uniform_lowering(

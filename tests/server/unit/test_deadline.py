@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from sortserve.core.budget import Deadlines
+from sortserve.core.budget import Budget, Deadlines
 from sortserve.core.sequence import Promise
 from sortserve.scheduling.capacity import pressure
 from sortserve.scheduling.demand import (
@@ -27,6 +27,7 @@ from sortserve.scheduling.policies.deadline import (
     most_slack_last_admitted,
 )
 from sortserve.scheduling.policy import DepthClass, Situation, StepChoice
+from support.scripted import EOS, make_request, next_letter
 from support.timed import COSTS, make_demand, make_timed, timed_request
 
 EXITS = (2, 4, 6)
@@ -247,6 +248,26 @@ def test_a_long_prompt_without_a_promise_breaks_none() -> None:
     assert timed.choices["kept"].fits
     assert timed.reports["kept"].met
     assert timed.reports["long"].e2e_s < 1.5 * COSTS.prefill_s(6, 6000)
+
+
+@pytest.mark.parametrize("budget", [{}, {"latency_ms": 2500}])
+def test_a_pace_is_kept_whenever_its_answer_ends(budget: dict[str, float]) -> None:
+    """It was planned for 200 tokens, and ends after 11: a prompt may take what those have saved."""
+
+    def ends_soon(tokens: Sequence[int], exit_layer: int) -> int:
+        return EOS if 30 <= len(tokens) < 60 else next_letter(tokens, exit_layer)
+
+    timed = make_timed(num_pages=6000, max_model_len=8192, rule=ends_soon)
+    paced = make_request(
+        "paced", "a" * 20, max_tokens=200, arrival_s=0.0, budget=Budget(tpot_ms=20, exit_layer=6)
+    )
+
+    timed.run([paced, timed_request("long", 3000, at=0.06, exit_layer=6, **budget)])
+
+    assert timed.choices["paced"].fits
+    assert timed.reports["paced"].num_output_tokens == 11
+    assert timed.reports["paced"].met
+    assert timed.reports["long"].e2e_s < 1.0
 
 
 def test_alone_a_prompt_fills_the_step() -> None:

@@ -126,6 +126,20 @@ def test_no_lowering_loses_more_than_the_limit() -> None:
     assert least_uniform_lowering(table, TOKENS, limit=0.1, now=0.0) is None
 
 
+def test_an_answer_that_may_end_with_its_next_token_spares_what_it_has_saved() -> None:
+    row = make_demand("r", 6, due_s=2 * DEEP_S, num_left=100)
+    may_end = replace(row, next_by_s=1.5 * DEEP_S)
+    prompt = make_demand("prompt", 6, due_s=9.0, num_pending=200)
+
+    spare_s, of_may_end = (least_spare_s([d], EXITS, COSTS, 0.0) for d in (row, may_end))
+
+    assert spare_s > 50 * DEEP_S
+    assert of_may_end == pytest.approx(0.5 * DEEP_S, rel=0.01)
+    for one, keeps in ((row, True), (may_end, False)):
+        table = table_of([one, prompt])
+        assert course(table, table.level).keeps_all(table, now=0.0) is keeps
+
+
 def test_who_was_promised_nothing_rides_along_and_has_no_end() -> None:
     kept = make_demand("kept", 6, due_s=2 * DEEP_S)
     alone = table_of([kept])
