@@ -238,16 +238,44 @@ def test_a_soft_prompt_is_due_for_a_step_and_not_for_its_end() -> None:
     assert choose(decoding, waited).request_ids == ("decoding", "soft")
 
 
-def test_a_long_prompt_without_a_promise_breaks_none() -> None:
-    timed = make_timed(num_pages=6000, max_model_len=8192)
-    long = timed_request("long", 6000, max_tokens=4, at=0.05, exit_layer=6)
-    assert COSTS.prefill_s(6, 6000) > SOFT_GAP_S
+def test_of_soft_prompts_the_one_that_is_due_gets_the_tokens_of_its_step() -> None:
+    """Else the one before it would, and it would be due in each step."""
+    decoding = make_demand("decoding", 6, due_s=1.01 * DEEP_S)
+    first = dataclasses.replace(make_demand("first", 6, num_pending=900), due_s=2.0)
+    second = dataclasses.replace(first, request_id="second", order=1.0, due_s=DEEP_S)
 
-    timed.run([timed_request("kept", 20, max_tokens=60, latency_ms=700, exit_layer=6), long])
+    choice = choose(decoding, first, second)
+
+    assert choice.request_ids == ("decoding", "second")
+    assert choice.num_prompt_tokens >= MIN_CHUNK
+
+
+def test_steps_of_few_tokens_are_no_reason_to_leave_prompts_out() -> None:
+    soft = make_demand("soft", 6, num_pending=300)
+
+    assert choose(make_demand("row", 6), soft, max_num_tokens=9).num_prompt_tokens == 8
+    kept = make_demand("kept", 6, due_s=2 * DEEP_S)
+    assert choose(kept, soft, max_num_tokens=9).num_prompt_tokens == 8
+
+
+@pytest.mark.parametrize(
+    ("prompts", "max_tokens", "latency_ms"), [([6000], 60, 700), ([3000] * 6, 600, 6000)]
+)
+def test_long_prompts_without_promises_break_none(
+    prompts: list[int], max_tokens: int, latency_ms: float
+) -> None:
+    timed = make_timed(num_pages=20_000, max_model_len=8192)
+    kept = timed_request("kept", 20, max_tokens=max_tokens, latency_ms=latency_ms, exit_layer=6)
+    long = [
+        timed_request(f"long {i}", length, max_tokens=4, at=0.05 + 1e-3 * i, exit_layer=6)
+        for i, length in enumerate(prompts)
+    ]
+
+    timed.run([kept, *long])
 
     assert timed.choices["kept"].fits
     assert timed.reports["kept"].met
-    assert timed.reports["long"].e2e_s < 1.5 * COSTS.prefill_s(6, 6000)
+    assert len(timed.reports) == 1 + len(prompts)
 
 
 @pytest.mark.parametrize("budget", [{}, {"latency_ms": 2500}])

@@ -67,8 +67,7 @@ class _Option:
     """What prompts may take of it at most."""
 
     def choice(self, situation: Situation, now: float) -> StepChoice:
-        num_tokens = _prompt_tokens(situation, self, now)
-        prompts = self.prompts if num_tokens else ()
+        prompts, num_tokens = _reading(situation, self, now)
         ids = tuple(d.request_id for d in (*self.decoding, *prompts))
         return StepChoice(self.cap, ids, num_tokens)
 
@@ -160,10 +159,26 @@ def _by_due(demand: Demand) -> tuple[bool, float, float]:
     return not demand.is_hard, demand.due_s if demand.is_hard else 0.0, demand.order
 
 
-def _prompt_tokens(situation: Situation, option: _Option, now: float) -> int:
-    """Tokens of prompts that the step has time for."""
+def _reading(situation: Situation, option: _Option, now: float) -> tuple[tuple[Demand, ...], int]:
+    """The prompts of a step, in the order in which they get tokens, and how many it has time for.
+
+    Where it has none, a soft prompt that is due gets on nevertheless: by itself, for whoever is
+    before it would take its tokens, and it would be due in the next step again.
+    """
     if not option.prompts:
-        return 0
+        return (), 0
+    num_tokens = _tokens_in_time(situation, option, now)
+    if num_tokens:
+        return option.prompts, num_tokens
+    costs, room = situation.costs, situation.max_num_tokens - len(option.decoding)
+    due = [d for d in option.prompts if not d.is_hard and _is_due(d, option, costs, now)]
+    if not due or room <= 0:
+        return (), 0
+    return (due[0],), min(room, _hurried_tokens(option.step_s, _token_s(due[0], costs)))
+
+
+def _tokens_in_time(situation: Situation, option: _Option, now: float) -> int:
+    """Tokens of prompts that the step has time for; more where a promised one is due, or alone."""
     costs = situation.costs
     room = max(0, situation.max_num_tokens - len(option.decoding))
     first = option.prompts[0]
@@ -173,10 +188,14 @@ def _prompt_tokens(situation: Situation, option: _Option, now: float) -> int:
         return room
     spare_s = option.until_s - now - option.step_s - costs.large_extra_s(option.cap)
     num_tokens = int(max(0.0, min(spare_s, option.most_s) / token_s))
-    urgent = any(_latest_s(d, costs) <= now + option.step_s for d in option.prompts)
-    if urgent or not option.decoding:
+    is_urgent = any(d.is_hard and _is_due(d, option, costs, now) for d in option.prompts)
+    if is_urgent or not option.decoding:
         num_tokens = max(num_tokens, _hurried_tokens(option.step_s, token_s))
     return min(room, num_tokens) if num_tokens >= min(MIN_CHUNK, first.num_pending) else 0
+
+
+def _is_due(prompt: Demand, option: _Option, costs: StepCosts, now: float) -> bool:
+    return _latest_s(prompt, costs) <= now + option.step_s
 
 
 def _token_s(prompt: Demand, costs: StepCosts) -> float:
