@@ -87,11 +87,14 @@ class Offered:
 
     def load(self, now: float) -> OfferedLoad:
         """What arrives a second, as far as the latest requests say."""
-        latest = list(self._latest)[1:]
-        work_s = sum(arrival.work_s for arrival in latest)
-        if len(latest) < LEAST - 1 or work_s <= 0.0:
+        arrivals = list(self._latest)  # a copy: any thread may ask
+        if len(arrivals) < LEAST:
             return NOTHING_OFFERED
-        passed_s = max(now - self._latest[0].at_s, work_s * 1e-3)
+        first, *latest = arrivals
+        work_s = sum(arrival.work_s for arrival in latest)
+        if work_s <= 0.0:
+            return NOTHING_OFFERED
+        passed_s = max(now - first.at_s, work_s * 1e-3)
         worth = sum(arrival.worth for arrival in latest)
         return OfferedLoad(work_s / passed_s, worth / work_s)
 

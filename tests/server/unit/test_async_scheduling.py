@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,7 +55,8 @@ def test_what_an_answer_can_spare_is_spent_once_whether_steps_overlap_or_not(ove
     """A step that is planned while another is under way begins when that one is over."""
     clock = Clock()
     runner = TimedLauncher(BlankRunner((2, 4, 6), num_pages=4000), clock, MODEL)
-    config = {"max_model_len": 8192, "async_scheduling": overlap, "enable_prefix_caching": False}
+    config: dict[str, Any] = {"max_model_len": 8192, "async_scheduling": overlap}
+    config["enable_prefix_caching"] = False
     engine = make_engine(runner=runner, clock=clock, **config)
     engine.costs.use(MODEL)
     simulation = Simulation(engine, clock)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -279,7 +280,7 @@ def test_long_prompts_without_promises_break_none(
 
 
 @pytest.mark.parametrize("budget", [{}, {"latency_ms": 2500}])
-def test_a_pace_is_kept_whenever_its_answer_ends(budget: dict[str, float]) -> None:
+def test_a_pace_is_kept_whenever_its_answer_ends(budget: dict[str, Any]) -> None:
     """It was planned for 200 tokens, and ends after 11: a prompt may take what those have saved."""
 
     def ends_soon(tokens: Sequence[int], exit_layer: int) -> int:
