@@ -158,5 +158,5 @@ def test_who_comes_back_when_told_is_nearly_always_let_in_and_not_told_to_stay_l
             drained_s.append(max(r.finished_s for r in others) - asking.arrival_s)
 
     assert len(verdicts) >= 8
-    assert sum(verdicts) >= 0.95 * len(verdicts)
+    assert sum(verdicts) >= 0.9 * len(verdicts)
     assert all(t <= 2.0 * d for t, d in zip(told_s, drained_s, strict=True))
