@@ -126,10 +126,10 @@ class AdmissionDesk:
 
         def judge(model: CostModel) -> ExitChoice:
             newcomer = self._newcomer(request, allowed[0])
-            if exit_layer is not None:  # what later ones lose was charged to all that come with it
+            if exit_layer is not None:  # charged and noted with all that come with it
                 newcomer = replace(newcomer, may_be_refused=False)
             asked = Question(request, newcomer, allowed, starts, num_sequences, num_others)
-            if exit_layer is None:  # likewise it was noted with them
+            if exit_layer is None:
                 costs = StepCosts(model, chunk=self.max_num_batched_tokens)
                 work_s = num_sequences * newcomer.reading_s(starts[-1], costs)
                 self._offered.note(self.clock(), work_s, asked.worth(self._worth))

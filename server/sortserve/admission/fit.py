@@ -14,7 +14,7 @@ from sortserve.admission.newcomer import newcomer_demand, spread
 from sortserve.admission.outlook import Newcomer, Outlook
 from sortserve.core.sequence import Promise
 from sortserve.scheduling.demand_table import DemandTable
-from sortserve.scheduling.full_batch import course, least_uniform_lowering
+from sortserve.scheduling.full_batch import Course, course, least_uniform_lowering
 from sortserve.scheduling.lowering import MAX_PRESSURE, Times, least_lowering
 
 __all__ = ["room_for"]
@@ -48,22 +48,28 @@ def room_for(
         enters_now: whether there is a slot, and pages, at once: a full batch leaves nobody out.
     """
     now, costs = outlook.load.now, outlook.costs
-    found, later, least, best = None, 0.0, math.inf, None
+    is_charged = newcomer.may_be_refused and outlook.load.offered.worth > 0.0 and present.any_ends
+    # All end when they end, however the newcomer's time is spread: one course for all promises.
+    found: Course | None = None
+    later, least, best = 0.0, math.inf, None
     for promise in promises:
         demand = newcomer_demand(exit_layer, newcomer, promise, now=now, may_move=False)
         if demand.is_hard and demand.due_s <= now:  # however fast the machine
             continue
         table = outlook.table.plus_one(spread(demand, newcomer, costs), costs)
-        if found is None:  # all end when they end, however the newcomer's time is spread
+        if is_charged and found is None:
             found = course(table, table.level)
-            if newcomer.may_be_refused and present.any_ends:
-                later = max(0.0, outlook.later_loss(table, found) - present.loss_so_far)
+            later = max(0.0, outlook.later_loss(table, found) - present.loss_so_far)
             if later > limit:
                 return promise, None
         times = Times(now=now, busy_s=outlook.busy_s, from_due_s=demand.due_s)
         share = table.need(table.level, **times).share
-        if share <= MAX_PRESSURE or (enters_now and found.keeps_all(table, **times)):
+        if share <= MAX_PRESSURE:
             return promise, later
+        if enters_now:
+            found = course(table, table.level) if found is None else found
+            if found.keeps_all(table, **times):
+                return promise, later
         if share < least:
             least, best = share, (promise, table, times)
     if best is None:
