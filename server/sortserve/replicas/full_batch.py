@@ -62,16 +62,13 @@ class FullBatch:
 
     def fits(self, one: OneMore) -> bool:
         """Whether all answers are over in time with one more; of nothing known, none are."""
-        return (
-            bool(self.points)
-            and min(self.spare_s - self._delay_s(one), self._own_spare_s(one)) >= 0.0
-        )
+        return bool(self.points) and self._spare_with_s(one) >= 0.0
 
     def add(self, one: OneMore) -> None:
         """One more is on its way there."""
         if not self.points:
             return
-        self.spare_s = min(self.spare_s - self._delay_s(one), self._own_spare_s(one))
+        self.spare_s = self._spare_with_s(one)
         more_s = self._more_s(one)
         self.points = [(n, at + one.reading_s + n * more_s) for n, at in self.points]
         self.deepest_s = max(self.deepest_s, one.step_s)
@@ -80,6 +77,10 @@ class FullBatch:
         """The first step with one more, beside all prompts."""
         alone_s = self.at_s(1) - self.at_s(0)
         return alone_s + self._more_s(one)
+
+    def _spare_with_s(self, one: OneMore) -> float:
+        """The least that an answer can spare, that of one more included."""
+        return min(self.spare_s - self._delay_s(one), self._own_spare_s(one))
 
     def _delay_s(self, one: OneMore) -> float:
         """By how much the answers there are later."""

@@ -266,11 +266,10 @@ def _full_batch(outlook: Outlook) -> dict[str, Any]:
     found = course(table, table.level)
     if not len(found.rows):
         return {}
-    times = {"now": outlook.load.now, "busy_s": outlook.busy_s}
-    spare = min(found.spare_s(table, **times).min(), found.spare_until_next_s(table, **times))
+    spare_s = found.least_spare_s(table, now=outlook.load.now, busy_s=outlook.busy_s)
     at = np.unique(np.linspace(0, len(found.rows) - 1, MAX_DUE).round().astype(int))
     return {
-        "spare_ms": 1e3 * float(spare) if np.isfinite(spare) else None,
+        "spare_ms": 1e3 * spare_s if np.isfinite(spare_s) else None,
         "full_batch": (
             (0.0, 1e3 * found.reading_s),
             *((float(found.num_steps[i]), 1e3 * float(found.over_s[i])) for i in at),

@@ -74,6 +74,15 @@ class Course:
         next_s = now + busy_s + self.reading_s + self.first_step_s
         return float(table.next_by_s[self.rows].min(initial=np.inf)) - next_s
 
+    def least_spare_s(self, table: DemandTable, *, now: float, busy_s: float = 0.0) -> float:
+        """What the answer with the least time to spare has, as a whole and until its next token.
+
+        Args:
+            table, now, busy_s: see ``spare_s``.
+        """
+        as_a_whole = self.spare_s(table, now=now, busy_s=busy_s).min(initial=np.inf)
+        return min(float(as_a_whole), self.spare_until_next_s(table, now=now, busy_s=busy_s))
+
     def keeps_all(self, table: DemandTable, *, now: float, busy_s: float = 0.0, **_: float) -> bool:
         """Whether it keeps every promise: each prompt's due time, each pace, and each end.
 
@@ -139,9 +148,7 @@ def least_spare_s(
     if not columns.is_decoding.all():
         columns = columns.rows(columns.is_decoding)
     table = DemandTable.of(columns, costs, exits)
-    found = course(table, table.level)
-    until_next_s = found.spare_until_next_s(table, now=now)
-    return min(float(found.spare_s(table, now=now).min(initial=np.inf)), until_next_s)
+    return course(table, table.level).least_spare_s(table, now=now)
 
 
 def least_uniform_lowering(
