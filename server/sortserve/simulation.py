@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from sortserve.admission.choose import ExitChoice
@@ -213,16 +213,41 @@ class Simulation:
         """What ended requests that had been let in."""
 
     def arrive(self, request: Request) -> None:
-        """A request is let in, or refused, now."""
-        self.desk.see(self.engine.demands(), room=room_of(self.engine))
+        """A request is let in, or refused, now, between two steps."""
+        self._see()
+        if (choice := self._judge(request)) is not None:
+            self.engine.add_request(request, choice)
+
+    def arrive_during(self, requests: Sequence[Request]) -> None:
+        """Requests that came while the last step ran: each was judged then, as servers do.
+
+        Nothing was known of that step, so the desk must have seen the engine before it.
+        """
+        end_s = self.clock.now
+        let_in = list[tuple[Request, ExitChoice]]()
+        for request in requests:
+            self.clock.now = request.arrival_s
+            if (choice := self._judge(request)) is not None:
+                self.desk.enter(request, choice)
+                let_in.append((request, choice))
+        self.clock.now = end_s
+        for request, choice in let_in:
+            self.engine.add_request(request, choice)
+        self._see(taken=[request.request_id for request, _ in let_in])
+
+    def _see(self, taken: Iterable[str] = ()) -> None:
+        self.desk.see(self.engine.demands(), taken, room_of(self.engine))
+
+    def _judge(self, request: Request) -> ExitChoice | None:
+        """The choice for a request; None: it is refused."""
         try:
             choice = self.desk.choose(request, self.engine.validate(request))
         except SortserveError as error:
             self.refusals[request.request_id] = error
             self.prober.want()
-            return
+            return None
         self.choices[request.request_id] = choice
-        self.engine.add_request(request, choice)
+        return choice
 
     def step(self) -> list[RequestOutput]:
         """One step of the engine."""
@@ -238,12 +263,19 @@ class Simulation:
     def run(self, requests: Iterable[Request] = ()) -> None:
         """Let requests arrive when they are due, and step until nothing is left."""
         queue = deque(sorted(requests, key=lambda request: request.arrival_s))
+
+        def due() -> Iterator[Request]:
+            while queue and queue[0].arrival_s <= self.clock.now:
+                yield queue.popleft()
+
         while queue or self.engine.has_work:
             if not self.engine.has_work:
                 self._idle(until_s=queue[0].arrival_s)
-            while queue and queue[0].arrival_s <= self.clock.now:
-                self.arrive(queue.popleft())
+                for request in due():
+                    self.arrive(request)
+            self._see()
             self.step()
+            self.arrive_during(list(due()))
 
     def run_until(self, until_s: float) -> None:
         """Step until the clock is there; the step that passes it is the last."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TypeVar
 
+from sortserve.admission.arrival import judge_arrival
 from sortserve.admission.choose import ExitChoice, choose_exit, worths
 from sortserve.admission.drain import Drains, predicted_drain_s, predicted_places_s, queue_delay_s
 from sortserve.admission.forecast import Forecast, forecast
@@ -94,7 +95,7 @@ class AdmissionDesk:
         self, demands: tuple[Demand, ...], taken: Iterable[str] = (), room: Room | None = None
     ) -> None:
         """The engine's present state (see ``Seen.show``)."""
-        self._seen.show(demands, taken, room)
+        self._seen.show(demands, taken, room, now=self.clock())
 
     # ---- the event loop's thread ----
 
@@ -129,15 +130,16 @@ class AdmissionDesk:
             if exit_layer is not None:  # charged and noted with all that come with it
                 newcomer = replace(newcomer, may_be_refused=False)
             asked = Question(request, newcomer, allowed, starts, num_sequences, num_others)
-            if exit_layer is None:
-                costs = StepCosts(model, chunk=self.max_num_batched_tokens)
-                work_s = num_sequences * newcomer.reading_s(starts[-1], costs)
-                self._offered.note(self.clock(), work_s, asked.worth(self._worth))
             load = self.load()
             # Who has nothing to be taken off need not look at the queue while nobody has.
             if self._level.num_down or self._may_start_shallower(request):
                 self._level = self._next_level(load, model)
-            return self._judge(asked, load, self._level, model)
+            judge_with = partial(self._judge, asked, level=self._level, model=model)
+            if exit_layer is not None:
+                return judge_with(load)
+            return judge_arrival(
+                *(asked, load, judge_with, self._offered), model=model, worth=self._worth
+            )
 
         choice = self._ask(judge, unknown=deepest, failed=unpromised)
         floor_layer = floor_in_flight(
@@ -159,7 +161,7 @@ class AdmissionDesk:
             return forecast(exit_layer, newcomer, outlook, limit=limit)
 
         if self._may_start_shallower(request):
-            starts = self._up_to(level, starts)
+            starts = level.up_to(starts, self.exits.layers)
         values = worths(starts, self._worth, weight, newcomer.mean)
         plans = scheduled_plans(
             *(request, newcomer),
@@ -219,13 +221,14 @@ class AdmissionDesk:
 
     def load(self) -> Load:
         """What a newcomer would meet now."""
-        demands, columns, room = self._seen.all()
+        demands, columns, room, seen_s = self._seen.all()
         now = self.clock()
         return Load(
             now=now,
             demands=demands,
             columns=columns,
             room=room,
+            seen_s=min(seen_s, now),
             policy=self.policy,
             max_num_batched_tokens=self.max_num_batched_tokens,
             worth=self._worth.tokens,
@@ -322,11 +325,6 @@ class AdmissionDesk:
             num_exits=len(self.exits.layers),
             now=load.now,
         )
-
-    def _up_to(self, level: DepthLevel, allowed: tuple[int, ...]) -> tuple[int, ...]:
-        """The allowed exits that overload leaves to requests that it may make shallower."""
-        deepest = level.exit_layer(self.exits.layers)
-        return tuple(e for e in allowed if e <= deepest) or allowed[:1]
 
     def _outlook_on(self, load: Load, model: CostModel, also: tuple[int, ...]) -> Outlook:
         last = self._outlook

@@ -182,6 +182,7 @@ def _load_in(seconds: float, load: Load, course: Course) -> Load:
     return replace(
         load.with_demands(rest),
         now=load.now + seconds,
+        seen_s=None,
         room=replace(room, num_free_pages=max(0, room.num_pages - num_used)),
     )
 

@@ -62,7 +62,7 @@ def room_for(
             later = max(0.0, outlook.later_loss(table, found) - present.loss_so_far)
             if later > limit:
                 return promise, None
-        times = Times(now=now, busy_s=outlook.busy_s, from_due_s=demand.due_s)
+        times = Times(now=now, busy_s=outlook.ahead_s, from_due_s=demand.due_s)
         share = table.need(table.level, **times).share
         if share <= MAX_PRESSURE:
             return promise, later

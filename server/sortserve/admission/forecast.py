@@ -76,7 +76,7 @@ def _forecast_of_one(
     if not load.policy.keeps_promises:
         return Forecast(estimate, 0.0 if _in_time(newcomer, estimate) else None, promise)
     if entry.keeps_others:
-        promises = _promises(promise, newcomer, own, entry, load.now)
+        promises = _promises(promise, newcomer, own, entry, outlook)
         best, loss = room_for(
             *(exit_layer, newcomer, promises, outlook, limit),
             present=present,
@@ -88,20 +88,24 @@ def _forecast_of_one(
 
 
 def _promises(
-    first: Promise, newcomer: Newcomer, own: tuple[float, float], entry: Entry, now: float
+    first: Promise, newcomer: Newcomer, own: tuple[float, float], entry: Entry, outlook: Outlook
 ) -> Iterator[Promise]:
-    """What could be promised from its entry on, in the order of trial.
+    """What could be promised from its entry on, in the order of trial, if nobody were beside it.
 
-    ``first`` is the first of them if it enters now.
+    ``first`` is the first of them if it enters now. It waits for the step under way.
     """
+    now, end_s = outlook.load.now, newcomer.deadlines.e2e_s
     start_s, tried = now + entry.start_s, list[Promise]()
+    first_token_s = max(start_s, now + outlook.busy_s) + own[0]
+    if end_s is not None and first_token_s + (newcomer.num_output_tokens - 1) * own[1] > end_s:
+        return
     for ease in EASES:
         is_first = start_s == now and not tried
         promise = first if is_first else _promise(newcomer, start_s, own, ease=ease)
         if promise in tried:  # of a pace alone they are all the same
             continue
         tried.append(promise)
-        if entry.start_s <= 0.0 or start_s + own[0] <= promise.first_due_s:
+        if first_token_s <= promise.first_due_s:
             yield promise
 
 

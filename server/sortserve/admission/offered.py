@@ -67,7 +67,7 @@ class _Arrival(NamedTuple):
 
 
 class Offered:
-    """Owns the latest arrivals, whatever became of them."""
+    """Owns the latest arrivals, those that were refused for want of room included."""
 
     def __init__(self) -> None:
         self._latest: deque[_Arrival] = deque(maxlen=WINDOW)

@@ -20,7 +20,7 @@ from sortserve.scheduling.columns import Columns, Floats, Mask
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.demand_table import DemandTable
 from sortserve.scheduling.full_batch import Course, course
-from sortserve.scheduling.policy import Policy
+from sortserve.scheduling.policy import MOST_STEPS, Policy
 
 __all__ = ["Load", "Newcomer", "Outlook"]
 
@@ -37,6 +37,8 @@ class Load:
     """Of all live requests, those that the engine has not yet taken included."""
     columns: Columns | None = None
     """The same as columns, where somebody has made them already."""
+    seen_s: float | None = None
+    """When the engine was in this state: it has been at its next step since. None: now."""
     policy: Policy
     max_num_batched_tokens: int = 1024
     room: Room = UNLIMITED
@@ -173,7 +175,7 @@ class Outlook:
             found: their full batch.
         """
         now = self.load.now
-        spare_s = found.spare_s(table, now=now, busy_s=self.busy_s)
+        spare_s = found.spare_s(table, now=now, busy_s=self.ahead_s)
         return self.load.offered.loss(table.end_s, spare_s, now)
 
     @cached_property
@@ -192,6 +194,19 @@ class Outlook:
         if self.any_rows:
             return self.half_step_s
         return max(0.0, self.load.busy_until_s - self.load.now)
+
+    @property
+    def ahead_s(self) -> float:
+        """Seconds until the machine can begin with what the live requests need.
+
+        Below 0 while a step is under way: nothing of it has been taken off what they need, so it
+        has begun so long ago. No longer ago than the longest of steps takes, whatever held it up.
+        """
+        if not self.any_rows:
+            return self.busy_s
+        now, seen_s = self.load.now, self.load.seen_s
+        since_s = 0.0 if seen_s is None else now - seen_s
+        return -min(since_s, 2.0 * (1.0 + MOST_STEPS) * self.half_step_s)
 
     @cached_property
     def half_step_s(self) -> float:

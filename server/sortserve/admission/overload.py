@@ -77,9 +77,10 @@ class DepthLevel:
     short_from_s: float = float("-inf")
     """When the queue would be short by itself, as of the last look: nobody has come since."""
 
-    def exit_layer(self, exits: Sequence[int]) -> int:
-        """The deepest exit allowed."""
-        return exits[max(0, len(exits) - 1 - self.num_down)]
+    def up_to(self, allowed: tuple[int, ...], exits: Sequence[int]) -> tuple[int, ...]:
+        """The allowed exits that overload leaves of all to requests that it may make shallower."""
+        deepest = exits[max(0, len(exits) - 1 - self.num_down)]
+        return tuple(e for e in allowed if e <= deepest) or allowed[:1]
 
 
 def next_level(

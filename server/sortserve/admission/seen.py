@@ -7,6 +7,7 @@ way from one to the other could be counted twice, or not at all.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable
 
@@ -24,6 +25,7 @@ class Seen:
         self._lock = threading.Lock()
         self._demands = LiveDemands()
         self._room = UNLIMITED
+        self._at_s = -math.inf
         self._unseen: dict[str, Demand] = {}
         self._all: tuple[tuple[Demand, ...], Columns] | None = None
         """All of them, made when they are first asked for."""
@@ -33,6 +35,8 @@ class Seen:
         demands: tuple[Demand, ...],
         taken: Iterable[str] = (),
         room: Room | None = None,
+        *,
+        now: float = -math.inf,
     ) -> None:
         """The engine's present state.
 
@@ -40,11 +44,13 @@ class Seen:
             demands: of all its live requests.
             taken: requests that it has taken since the state before: they are among the others now.
             room: its slots and pages; None: as before.
+            now: the engine's clock.
         """
         with self._lock:
             self._demands = LiveDemands.of(demands)
             self._all = None
             self._room = self._room if room is None else room
+            self._at_s = now
             for request_id in taken:
                 self._unseen.pop(request_id, None)
 
@@ -59,10 +65,10 @@ class Seen:
             else:
                 self._all = None
 
-    def all(self) -> tuple[tuple[Demand, ...], Columns, Room]:
+    def all(self) -> tuple[tuple[Demand, ...], Columns, Room, float]:
         """All live requests, those on their way last; the same as columns; the room for them.
 
-        The same objects until something changes.
+        And when the engine was so. The same objects until something changes.
         """
         with self._lock:
             if self._all is None:
@@ -70,4 +76,4 @@ class Seen:
                 if self._unseen:
                     demands = LiveDemands.after(demands, (*demands, *self._unseen.values()))
                 self._all = demands, demands.columns
-            return *self._all, self._room
+            return *self._all, self._room, self._at_s

@@ -93,6 +93,8 @@ class EngineLoad:
     full_batch_layer: int = 0
     """The deepest exit of its rows."""
     busy_ms: float = 0.0
+    """What it still does for no request."""
+    step_left_ms: float = 0.0
     """What the step under way still takes, in the mean."""
     soft_ms: float = 0.0
     """Work of the prompts that nobody was promised a time for."""
@@ -243,7 +245,7 @@ def _exit_loads(exits: ExitTable, stats: EngineStats, outlook: Outlook) -> list[
 
 
 def _pressures(outlook: Outlook) -> dict[str, Any]:
-    table, now, busy_s = outlook.table, outlook.load.now, outlook.busy_s
+    table, now, busy_s = outlook.table, outlook.load.now, outlook.ahead_s
     asks = table.decodes.copy()
     asks[table.prompts] = True
     lost = outlook.worth[table.level] - outlook.worth[table.floor]
@@ -255,7 +257,8 @@ def _pressures(outlook: Outlook) -> dict[str, Any]:
         "floor_loss": float((table.weight * table.left_share * lost).sum()),
         "due": _due(outlook),
         **_full_batch(outlook),
-        "busy_ms": 1e3 * busy_s,
+        "busy_ms": 1e3 * max(0.0, busy_s),
+        "step_left_ms": 1e3 * outlook.busy_s,
         "soft_ms": 1e3 * float(outlook.prompts.work_s[~outlook.prompts.is_hard].sum()),
     }
 
@@ -266,7 +269,7 @@ def _full_batch(outlook: Outlook) -> dict[str, Any]:
     found = course(table, table.level)
     if not len(found.rows):
         return {}
-    spare_s = found.least_spare_s(table, now=outlook.load.now, busy_s=outlook.busy_s)
+    spare_s = found.least_spare_s(table, now=outlook.load.now, busy_s=outlook.ahead_s)
     at = np.unique(np.linspace(0, len(found.rows) - 1, MAX_DUE).round().astype(int))
     return {
         "spare_ms": 1e3 * spare_s if np.isfinite(spare_s) else None,

@@ -169,7 +169,8 @@ class Place:
 
     def _at(self, own: ExitLoad, request: RoutedRequest) -> Prospect:
         cached = num_cached_tokens(self.load, request, own.exit_layer)
-        asks = [self._asks(request, own, ease) for ease in EASES]
+        every = [self._asks(request, own, ease) for ease in EASES]
+        asks = [ask for ask in every if self._fits_alone(request, own, ask)] or every[:1]
         shares = [(self._share(ask), ask) for ask in asks]
         # As in admission: the first that can be kept, else the one that needs least.
         fitting = (pair for pair in shares if pair[0] <= MAX_PRESSURE)
@@ -180,11 +181,11 @@ class Place:
             in_full = (ask for ask in asks if self._fits_in_full(request, own, ask))
             found = next(in_full, None)
             loss, ask = (loss, ask) if found is None else (0.0, found)
-        fits = loss is not None and not (request.budget.has_latency and ask.due_s <= self.now)
+        fits = loss is not None and self._fits_alone(request, own, ask)
         return Prospect(
             exit_layer=own.exit_layer if fits else None,
             gain=request.weight * own.score - (loss or 0.0),
-            effort=self._effort(asks[0], request, times_s),
+            effort=self._effort(every[0], request, times_s),
             pressure=min(share for share, _ in shares),
             ttft_s=times_s[0],
             tpot_s=times_s[1],
@@ -207,7 +208,7 @@ class Place:
         before_s = sum(work for due, work in self.due if due <= ask.due_s)
         if math.isinf(ask.due_s):
             before_s += self.soft_s
-        busy_s = 1e-3 * self.load.busy_ms
+        busy_s = 1e-3 * self.load.step_left_ms
         ttft_s = busy_s + (before_s + ask.prompt_s) / max(1.0 - self.decode, LEAST_SHARE)
         if own.ttft_ms is not None and math.isinf(ask.due_s):  # it may have to wait for a slot
             typical_ms = own.prompt_ms + TYPICAL_TOKENS * own.prompt_token_ms
@@ -235,6 +236,13 @@ class Place:
             due_s=pace.first_due_s,
             gap_s=min(pace.gap_s, SOFT_GAP_S),
         )
+
+    def _fits_alone(self, request: RoutedRequest, own: ExitLoad, ask: _Ask) -> bool:
+        """Whether it would be in time with nobody beside it, once the step under way is over."""
+        end_s = request.deadlines.e2e_s
+        first_s = self.now + 1e-3 * self.load.step_left_ms + ask.prompt_s
+        rest_s = (request.num_output_tokens - 1) * (1e-3 * own.step_ms + ask.row_s)
+        return first_s <= ask.due_s and (end_s is None or first_s + rest_s <= end_s)
 
     def _fits_in_full(self, request: RoutedRequest, own: ExitLoad, ask: _Ask) -> bool:
         """Whether all would be in time if each step ran everybody."""

@@ -38,7 +38,7 @@ def pressure(
         demands: of all live requests.
         costs: of steps.
         now: the engine's clock.
-        busy_s: what the step under way still takes.
+        busy_s: seconds until the machine can begin with them; below 0: it has begun so long ago.
         from_due_s: prompts that are due before are taken to be in time: one that is due later waits
             for them, and changes nothing for them.
     """

@@ -57,7 +57,7 @@ class Course:
         Args:
             table: what the course was made of, or the same with other due times.
             now: the engine's clock.
-            busy_s: what the step under way still takes.
+            busy_s: until the machine can begin with it; below 0: it has begun so long ago.
         """
         spare = np.full(len(self.levels), np.inf)
         spare[self.rows] = table.end_s[self.rows] - now - busy_s - self.over_s

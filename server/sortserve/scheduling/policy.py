@@ -18,10 +18,21 @@ from dataclasses import dataclass
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.objective import Worth
 
-__all__ = ["LEAST_STEP_S", "DepthClass", "Lowering", "Policy", "Situation", "StepChoice"]
+__all__ = [
+    "LEAST_STEP_S",
+    "MOST_STEPS",
+    "DepthClass",
+    "Lowering",
+    "Policy",
+    "Situation",
+    "StepChoice",
+]
 
 LEAST_STEP_S = 1e-9
 """A step that costs nothing counts as this."""
+MOST_STEPS = 4.0
+"""Prompts that are read beside rows make a step longer by so many like it at most. Who comes in the
+middle of a step waits for its end, and the rows want their tokens."""
 
 Lowering = tuple[str, int]
 """A request and the exit it goes on at."""

@@ -22,12 +22,11 @@ from sortserve.scheduling.demand import (
 )
 from sortserve.scheduling.policies.deadline import (
     MIN_CHUNK,
-    MOST_STEPS,
     deadline,
     least_slack_first,
     most_slack_last_admitted,
 )
-from sortserve.scheduling.policy import DepthClass, Situation, StepChoice
+from sortserve.scheduling.policy import MOST_STEPS, DepthClass, Situation, StepChoice
 from support.scripted import EOS, make_request, next_letter
 from support.timed import COSTS, make_demand, make_timed, timed_request
 

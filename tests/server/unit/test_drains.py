@@ -76,7 +76,7 @@ def test_the_columns_are_those_of_the_requests_seen_and_of_those_on_their_way() 
     assert seen.all()[0] == ()
     seen.show((first,))
     seen.enter(second)
-    demands, columns, _ = seen.all()
+    demands, columns, *_ = seen.all()
 
     assert demands == (first, second)
     for name, column in vars(Columns.of(demands)).items():

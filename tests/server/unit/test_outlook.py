@@ -43,9 +43,10 @@ def some_demand(name: str, rng: random.Random) -> Demand:
 
 
 def load_of(seen: Seen, now: float) -> Load:
-    demands, columns, room = seen.all()
+    demands, columns, room, seen_s = seen.all()
     policy = get_policy("deadline")
-    return Load(now=now, demands=demands, columns=columns, room=room, policy=policy, worth=WORTH)
+    state = {"demands": demands, "columns": columns, "room": room, "seen_s": min(seen_s, now)}
+    return Load(now=now, policy=policy, worth=WORTH, **state)
 
 
 def ask(outlook: Outlook, rng: random.Random) -> object:
@@ -68,7 +69,8 @@ def test_a_forecast_is_the_same_whatever_was_asked_before(seed: int) -> None:
         now += rng.expovariate(10.0)
         match rng.randrange(6):
             case 0:
-                seen.show(tuple(some_demand(f"{i}.{k}", rng) for k in range(rng.randrange(9))))
+                some = tuple(some_demand(f"{i}.{k}", rng) for k in range(rng.randrange(9)))
+                seen.show(some, now=now)
             case 1:
                 seen.enter(some_demand(str(i), rng))
             case 2:

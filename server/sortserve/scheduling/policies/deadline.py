@@ -13,15 +13,12 @@ from functools import partial
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.objective import Worth
 from sortserve.scheduling.policies.fair import fair, fair_rates
-from sortserve.scheduling.policy import Lowering, Policy, Situation, StepChoice
+from sortserve.scheduling.policy import MOST_STEPS, Lowering, Policy, Situation, StepChoice
 
 __all__ = ["DEADLINE", "deadline", "least_slack_first", "most_slack_last_admitted"]
 
 MIN_CHUNK = 32
 """Tokens of a prompt that must get on, whoever waits for it."""
-MOST_STEPS = 4.0
-"""Prompts that are read beside rows make a step longer by so many like it at most. Who comes in the
-middle of a step waits for its end, and the rows want their tokens."""
 
 
 def deadline(situation: Situation) -> StepChoice:
