@@ -2,7 +2,8 @@ r"""The proof: who meets the budgets of a real arrival trace, at what depth, on 
 
 Replays a trace (JSON lines with t, prompt_tokens, output_tokens) open-loop at several rates. Each
 request has a latency budget from one of three classes: 1.5, 3 or 8 times what it takes alone at
-full depth, which is measured first. Compared, each on a fresh server:
+full depth, which is measured first. Compared at each
+rate, one after the other and each on a fresh server:
 
     full, shallow, middle         every request at one exit, lock-step batches, no admission
     lockstep                      our admission, lock-step batches
@@ -49,9 +50,11 @@ from benchmarks.lib.loadgen import run_open_loop
 from benchmarks.lib.machines import document_of
 from benchmarks.lib.replay import (
     Alone,
+    Crowd,
     Exits,
     figures,
     measure_alone,
+    measure_crowd,
     measure_slowdown,
     plan_requests,
     read_exits,
@@ -121,17 +124,17 @@ class Measurement:
     async def run(self) -> dict[str, Any]:
         """All systems, one after the other."""
         arguments, journal = self._arguments, self._journal
-        if "alone" not in journal or not (arguments.rates or arguments.half_rate):
-            await self._on_server(SYSTEMS["full"], ())  # before the rates are known
-        alone = Alone(**journal["alone"])
+        await self._on_server(SYSTEMS["full"])  # before the rates are known
+        alone, crowd = Alone(**journal["alone"]), Crowd(**journal["crowd"])
         half_rate = None if arguments.rates else arguments.half_rate or journal["half_rate"]
         rates = arguments.rates or [round(load * half_rate, 3) for load in arguments.loads]
-        for name in arguments.systems:
-            todo = [rate for rate in rates if _part(name, rate) not in journal]
-            if todo:
-                await self._on_server(SYSTEMS[name], todo)
+        for rate in rates:  # one system after the other: machines change their speed
+            for name in arguments.systems:
+                if _part(name, rate) not in journal:
+                    await self._on_server(SYSTEMS[name], rate)
         results: dict[str, Any] = {
             "unloaded": vars(alone),
+            "crowd": vars(crowd),
             "half_rate": half_rate,
             "systems": {
                 name: {rate: journal[_part(name, rate)] for rate in rates}
@@ -140,20 +143,25 @@ class Measurement:
         }
         if self._machine is not None:
             slowdowns = {
-                name: {rate: found["slowdown"] for rate, found in by_rate.items()}
+                name: {
+                    rate: (found["slowdown"], found["prompt_slowdown"])
+                    for rate, found in by_rate.items()
+                }
                 for name, by_rate in results["systems"].items()
             }
             results["machine"] = document_of(self._machine)
             results["simulated"] = simulate_all(
-                arguments, self._trace, self._machine, alone.unloaded, slowdowns
+                arguments, self._trace, self._machine, alone.unloaded, crowd, slowdowns
             )
         return results
 
-    async def _on_server(self, system: System, rates: Sequence[float]) -> None:
-        """One system at some rates, on a server of its own; without rates, what they come from."""
+    async def _on_server(self, system: System, rate: float | None = None) -> None:
+        """One system at a rate, on a server of its own; without a rate, what all of them need."""
         arguments, journal = self._arguments, self._journal
-        missing = {"alone"} if arguments.rates or arguments.half_rate else {"alone", "half_rate"}
-        if not rates and all(part in journal for part in missing):
+        missing = {"alone", "crowd"}
+        if not (arguments.rates or arguments.half_rate):
+            missing.add("half_rate")
+        if rate is None and all(part in journal for part in missing):
             return
         model = [arguments.model] if arguments.model else []
         opened = ["--exits", arguments.exits] if arguments.exits else []
@@ -164,9 +172,12 @@ class Measurement:
                 maker = RequestMaker(model=name, prompts=self._prompts("alone"))
                 alone = await measure_alone(client, maker, exits.layers[-1])
                 journal.add("alone", vars(alone))
+            if "crowd" not in journal:
+                maker = RequestMaker(model=name, prompts=self._prompts("crowd"))
+                journal.add("crowd", vars(await measure_crowd(client, maker, exits.layers[-1])))
             if "half_rate" in missing and "half_rate" not in journal:
                 journal.add("half_rate", await self._find_half_rate(client, name, exits))
-            for rate in rates:
+            if rate is not None:
                 found = await self._at(client, name, exits, system, rate)
                 journal.add(_part(system.name, rate), found)
 
@@ -209,7 +220,8 @@ class Measurement:
         run = await run_open_loop(client, planned)
         after = await measure_slowdown(client, probes, full, alone)
         found = figures(run, specs, budgets, unloaded, exits)
-        found["slowdown"] = round((before + after) / 2, 3)
+        found["slowdown"] = round((before[0] + after[0]) / 2, 3)
+        found["prompt_slowdown"] = round((before[1] + after[1]) / 2, 3)
         print(f"  {class_line(system.name, found)}", flush=True)
         return found
 
@@ -228,7 +240,8 @@ def simulate_all(
     trace: Sequence[RequestSpec],
     machine: Machine,
     unloaded: Unloaded,
-    slowdowns: Mapping[str, Mapping[float, float]],
+    crowd: Crowd,
+    slowdowns: Mapping[str, Mapping[float, tuple[float, float]]],
 ) -> dict[str, dict[float, dict[str, Any]]]:
     """The same requests with the same budgets, for every system and rate, on the machine.
 
@@ -237,14 +250,16 @@ def simulate_all(
         trace: as it is replayed.
         machine: timed here.
         unloaded: what requests took alone over HTTP.
-        slowdowns: by system and rate, how many times as long they took when that was measured.
+        crowd: what many took at once.
+        slowdowns: by system and rate, how many times as long short requests and long prompts took
+            when that was measured.
             Where the queue is near its limit a machine that is a tenth slower meets a quarter less.
     """
-    machine = over_http(machine, unloaded)
+    machine = over_http(machine, unloaded, crowd)
 
-    def run(name: str, rate: float, slowdown: float) -> dict[str, Any]:
+    def run(name: str, rate: float, slowdown: tuple[float, float]) -> dict[str, Any]:
         specs = scaled_to(trace, rate, arguments)
-        return run_system(slower(machine, slowdown), specs, SYSTEMS[name], unloaded, arguments)
+        return run_system(slower(machine, *slowdown), specs, SYSTEMS[name], unloaded, arguments)
 
     return {
         name: {rate: run(name, rate, slowdown) for rate, slowdown in by_rate.items()}

@@ -21,7 +21,6 @@ JSON document.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -36,11 +35,12 @@ from benchmarks.lib.goodput_page import COLUMNS, cells, class_line
 from benchmarks.lib.grading import Graded, grade
 from benchmarks.lib.half_rate import HalfRateSearch
 from benchmarks.lib.machines import MACHINES, machine_named
+from benchmarks.lib.replay import Crowd
 from benchmarks.lib.systems import DEFAULT_SYSTEMS, SYSTEMS, System
 from benchmarks.lib.workload import RequestSpec, load_trace
 from sortserve.core.budget import Budget
 from sortserve.cost.machine import Machine
-from sortserve.cost.model import RowShape, StepShape
+from sortserve.cost.model import Line, RowShape, StepShape
 from sortserve.cost.step_curve import StepCurve
 from sortserve.simulation import Arrival, Outcome, Simulated, simulate
 
@@ -57,6 +57,7 @@ __all__ = [
 
 LOADS = (0.5, 0.75, 1.0, 1.5, 2.0)
 MAX_CHUNK = 1024
+LEAST_FACTOR = 0.1
 CONTEXT_LEN = 256
 """Of the token whose time stands for all."""
 PROMPTS = (64, 512)
@@ -111,35 +112,45 @@ def _step_s(machine: Machine, num_tokens: int, context_len: int) -> float:
     return machine.step_s(StepShape.of([row]))
 
 
-def over_http(machine: Machine, unloaded: Unloaded) -> Machine:
+def over_http(machine: Machine, unloaded: Unloaded, crowd: Crowd | None = None) -> Machine:
     """The machine as its clients meet it, HTTP and their own work on the same cores included.
 
-    What a request takes alone over HTTP beyond the machine's own time is the same for each step,
-    and does not grow with what the step runs: many rows pay it once. (A factor on all times made
-    large batches slower than they are.) Where a request took less than the machine said, the
-    machine has become faster since it was timed.
+    A prompt takes so many times as long for each token, for the machine's arithmetic may have
+    become slower or faster since it was timed, and something more in each step. A token takes
+    something more in each step, whatever that runs, and what a crowd takes beyond is so much for
+    each row. (A factor on the times of small steps made large batches slower than they are.) Where
+    a token took less than the machine said, all small steps take less.
     """
-    own = unloaded_times(machine)
-    larges = [(unloaded.prefill_s(n), own.prefill_s(n)) for n in PROMPTS]
-    large_s = statistics.fmean(seen - timed for seen, timed in larges)
-    small_s = unloaded.token_s - own.token_s
+    own, (few, many) = unloaded_times(machine), PROMPTS
     curve = machine.curve or StepCurve.fit(machine.calibration())
-    if small_s < 0.0 or large_s < 0.0:
-        curve = curve.slower(min(unloaded.token_s / own.token_s, *(s / t for s, t in larges), 1.0))
-        faster = unloaded_times(replace(machine, curve=curve))
-        small_s = unloaded.token_s - faster.token_s
-        large_s = statistics.fmean(unloaded.prefill_s(n) - faster.prefill_s(n) for n in PROMPTS)
-    return replace(machine, curve=curve.later(max(small_s, 0.0), max(large_s, 0.0)))
+    seen_s = unloaded.prefill_s(many) - unloaded.prefill_s(few)
+    large = seen_s / (own.prefill_s(many) - own.prefill_s(few))
+    curve = curve.slower(min(unloaded.token_s / own.token_s, 1.0), max(large, LEAST_FACTOR))
+    own = unloaded_times(replace(machine, curve=curve))
+    large_s = unloaded.prefill_s(few) - own.prefill_s(few)
+    curve = curve.later(max(unloaded.token_s - own.token_s, 0.0), max(large_s, 0.0))
+    if crowd is not None:
+        row = RowShape(machine.exits[-1], 1, crowd.context_len, samples=True)
+        more_s = crowd.token_s - curve.step_s(StepShape.of([row] * crowd.num_rows))
+        sampled_s = curve.sampled_s + max(more_s, 0.0) / crowd.num_rows
+        curve = replace(curve, sampled_s=sampled_s)
+    return replace(machine, curve=curve)
 
 
-def slower(machine: Machine, factor: float) -> Machine:
-    """The machine with every step taking so many times as long."""
-    small, large = (
-        (factor * c0, factor * a, factor * b, factor * d, factor * h)
-        for c0, a, b, d, h in (machine.small, machine.large)
+def slower(machine: Machine, small: float, large: float | None = None) -> Machine:
+    """The machine with small and large steps taking so many times as long; None: as the small."""
+    large = small if large is None else large
+    return replace(
+        machine,
+        small=_times(small, machine.small),
+        large=_times(large, machine.large),
+        curve=None if machine.curve is None else machine.curve.slower(small, large),
     )
-    curve = None if machine.curve is None else machine.curve.slower(factor)
-    return replace(machine, small=small, large=large, curve=curve)
+
+
+def _times(factor: float, line: Line) -> Line:
+    c0, a, b, d, h = line
+    return factor * c0, factor * a, factor * b, factor * d, factor * h
 
 
 def arrivals_of(specs: Sequence[RequestSpec], planned: Sequence[Budgeted]) -> list[Arrival]:

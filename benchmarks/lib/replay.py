@@ -16,9 +16,11 @@ from benchmarks.lib.workload import RequestMaker, RequestSpec
 
 __all__ = [
     "Alone",
+    "Crowd",
     "Exits",
     "figures",
     "measure_alone",
+    "measure_crowd",
     "measure_slowdown",
     "plan_requests",
     "read_exits",
@@ -27,6 +29,8 @@ __all__ = [
 NUM_ALONE_TOKENS = 32
 """Output tokens of a request that is timed alone."""
 NUM_PROBES = 4
+CROWD = 32
+"""Requests that are timed at once."""
 
 
 @dataclass(frozen=True)
@@ -78,20 +82,52 @@ async def measure_alone(client: HttpClient, maker: RequestMaker, full: int) -> A
     return Alone(firsts[0], firsts[1], percentile(gaps, 0.5))
 
 
+@dataclass(frozen=True)
+class Crowd:
+    """What many requests take at once, at full depth."""
+
+    num_rows: int
+    context_len: int
+    """Of each, in the middle of its answer."""
+    token_s: float
+
+
+async def measure_crowd(client: HttpClient, maker: RequestMaker, full: int) -> Crowd:
+    """Time the steps in which ``CROWD`` answers are made together."""
+    spec = RequestSpec(num_prompt_tokens=64, num_output_tokens=2 * NUM_ALONE_TOKENS)
+    plans = [iter([Planned(maker.make(spec, full))]) for _ in range(CROWD)]
+    run = await run_closed_loop(client, plans, num_requests=CROWD)
+    # The median gap: prompts are read beside the first tokens, and some end before others.
+    gaps = [gap for record in run.records if record.ok for gap in record.itls_s]
+    return Crowd(CROWD, 64 + NUM_ALONE_TOKENS, percentile(gaps, 0.5))
+
+
 async def measure_slowdown(
     client: HttpClient, maker: RequestMaker, full: int, alone: Alone
-) -> float:
-    """How many times as long as then a short request takes now: machines change their speed."""
-    records = await _records(client, maker, full, 64, num_requests=NUM_PROBES)
-    seconds = percentile([r.e2e_s for r in records if r.e2e_s is not None], 0.5)
-    return seconds / (alone.first_64_s + (NUM_ALONE_TOKENS - 1) * alone.token_s)
+) -> tuple[float, float]:
+    """How many times as long as then a short request, and a long prompt, take now.
+
+    Machines change their speed: that of their memory and that of their arithmetic, each by itself.
+    """
+    short = await _records(client, maker, full, 64, num_requests=NUM_PROBES)
+    long = await _records(client, maker, full, 512, num_requests=NUM_PROBES, num_tokens=1)
+    short_s = percentile([r.e2e_s for r in short if r.e2e_s is not None], 0.5)
+    long_s = percentile([r.ttft_s for r in long if r.ttft_s is not None], 0.5)
+    alone_s = alone.first_64_s + (NUM_ALONE_TOKENS - 1) * alone.token_s
+    return short_s / alone_s, long_s / alone.first_512_s
 
 
 async def _records(
-    client: HttpClient, maker: RequestMaker, full: int, num_prompt: int, *, num_requests: int
+    client: HttpClient,
+    maker: RequestMaker,
+    full: int,
+    num_prompt: int,
+    *,
+    num_requests: int,
+    num_tokens: int = NUM_ALONE_TOKENS,
 ) -> list[RequestRecord]:
     """Requests at full depth, one after the other; those that were answered."""
-    spec = RequestSpec(num_prompt_tokens=num_prompt, num_output_tokens=NUM_ALONE_TOKENS)
+    spec = RequestSpec(num_prompt_tokens=num_prompt, num_output_tokens=num_tokens)
 
     def plan() -> Iterator[Planned]:
         while True:

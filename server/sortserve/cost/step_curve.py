@@ -89,13 +89,14 @@ class StepCurve:
         """The same with some seconds more in every small and in every large step."""
         return replace(self, start_s=(self.start_s[0] + small_s, self.start_s[1] + large_s))
 
-    def slower(self, factor: float) -> StepCurve:
-        """The same with every time multiplied."""
+    def slower(self, small: float, large: float) -> StepCurve:
+        """The same with the times of small and of large steps multiplied."""
+        factors = [small if tokens <= REGIME_TOKENS else large for tokens in KNOTS]
         return StepCurve(
-            start_s=(factor * self.start_s[0], factor * self.start_s[1]),
-            layer_s=tuple(factor * seconds for seconds in self.layer_s),
-            kv_s=(factor * self.kv_s[0], factor * self.kv_s[1]),
-            sampled_s=factor * self.sampled_s,
+            start_s=(small * self.start_s[0], large * self.start_s[1]),
+            layer_s=tuple(f * seconds for f, seconds in zip(factors, self.layer_s, strict=True)),
+            kv_s=(small * self.kv_s[0], large * self.kv_s[1]),
+            sampled_s=small * self.sampled_s,
         )
 
 

@@ -14,7 +14,7 @@ from benchmarks.lib.http_client import HttpClient
 from benchmarks.lib.journal import Journal
 from benchmarks.lib.loadgen import RequestRecord, Run
 from benchmarks.lib.machines import MACHINES
-from benchmarks.lib.replay import Exits, figures
+from benchmarks.lib.replay import Crowd, Exits, figures
 from benchmarks.lib.workload import RequestSpec, load_trace
 
 from benchmarks import overload
@@ -25,6 +25,7 @@ from support.tiny_models import make_tiny_checkpoint
 
 TIGHT, MEDIUM, LOOSE = CLASSES
 UNLOADED = Unloaded(lambda num_tokens: 0.1, 0.01)
+CROWD = Crowd(32, 96, 0.03)
 SPEC = RequestSpec(num_prompt_tokens=10, num_output_tokens=11)  # 200 ms alone, so 300, 600, 1600
 EXITS = Exits([15, 30], {15: 0.5, 30: 1.0})
 
@@ -108,9 +109,10 @@ def test_the_simulated_twin_runs_the_same_requests(tmp_path: Path) -> None:
     alone = Unloaded(lambda num_tokens: machine.model.prefill_s(30, num_tokens), 0.015)
     specs = load_trace(trace, num_requests=30)
 
-    speeds = {name: {0.2: 1.0, 8.0: 1.0} for name in systems}
+    arguments = parse_arguments([str(trace), *flags])
+    speeds = {name: {0.2: (1.0, 1.0), 8.0: (1.0, 1.0)} for name in systems}
 
-    found = simulate_all(parse_arguments([str(trace), *flags]), specs, machine, alone, speeds)
+    found = simulate_all(arguments, specs, machine, alone, CROWD, speeds)
 
     assert {s: list(rates) for s, rates in found.items()} == {s: [0.2, 8.0] for s in systems}
     assert found["full"][0.2]["goodput_share"] == 1.0
@@ -123,12 +125,15 @@ def test_the_twin_is_as_slow_as_the_machine_was_just_then(tmp_path: Path) -> Non
     alone = Unloaded(lambda num_tokens: machine.model.prefill_s(30, num_tokens), 0.015)
     arguments = parse_arguments([str(trace), "--num-requests", "30"])
 
-    quick, slow = (
-        simulate_all(arguments, specs, machine, alone, {"full": {1.0: slowdown}})["full"][1.0]
-        for slowdown in (1.0, 2.0)
-    )
+    def met(slowdown: tuple[float, float]) -> float:
+        speeds = {"full": {1.0: slowdown}}
+        found = simulate_all(arguments, specs, machine, alone, CROWD, speeds)
+        share = found["full"][1.0]["goodput_share"]
+        assert isinstance(share, float)
+        return share
 
-    assert slow["goodput_share"] < quick["goodput_share"]
+    assert met((2.0, 2.0)) < met((1.0, 1.0))
+    assert met((1.0, 4.0)) < met((1.0, 1.0))
 
 
 async def test_a_journal_that_has_everything_leaves_nothing_to_run(tmp_path: Path) -> None:
@@ -136,6 +141,7 @@ async def test_a_journal_that_has_everything_leaves_nothing_to_run(tmp_path: Pat
     flags = ["--loads", "0.5", "1", "--systems", "full", "lockstep"]
     journal = Journal(tmp_path / "journal.jsonl", {})
     journal.add("alone", {"first_64_s": 0.05, "first_512_s": 0.3, "token_s": 0.01})
+    journal.add("crowd", vars(CROWD))
     journal.add("half_rate", 4.0)
     for system in ("full", "lockstep"):
         for rate in (2, 4):

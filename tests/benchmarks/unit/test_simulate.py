@@ -18,6 +18,7 @@ from benchmarks.lib.machines import (
     machine_of,
     soft_scores,
 )
+from benchmarks.lib.replay import Crowd
 from benchmarks.lib.systems import SYSTEMS
 from benchmarks.lib.workload import RequestSpec
 from benchmarks.simulate import find_half_rate, over_http, run_system, unloaded_times
@@ -104,6 +105,35 @@ def test_what_http_takes_is_added_to_a_step_whatever_it_runs() -> None:
     assert found.prefill_s(512) == pytest.approx(seen.prefill_s(512), rel=0.05)
     rows = StepShape.of([RowShape(30, 1, 256, samples=True)] * 16)
     assert machine.step_s(rows) - CPU.step_s(rows) == pytest.approx(0.001, abs=0.002)
+
+
+def test_arithmetic_that_has_become_slower_is_told_from_what_http_takes() -> None:
+    own = unloaded_times(CPU)
+    seen = Unloaded(lambda num_tokens: 1.5 * own.prefill_s(num_tokens) + 0.004, own.token_s)
+
+    found = unloaded_times(over_http(CPU, seen))
+
+    assert found.token_s == pytest.approx(seen.token_s, rel=0.02)
+    assert found.prefill_s(64) == pytest.approx(seen.prefill_s(64), rel=0.05)
+    assert found.prefill_s(256) == pytest.approx(seen.prefill_s(256), rel=0.1)
+    assert found.prefill_s(512) == pytest.approx(seen.prefill_s(512), rel=0.05)
+
+
+def test_what_a_crowd_takes_beyond_is_so_much_for_each_row() -> None:
+    one, half, all_rows = (
+        StepShape.of([RowShape(30, 1, 96, samples=True)] * n) for n in (1, 16, 32)
+    )
+    alone = over_http(CPU, unloaded_times(CPU))
+    crowd = Crowd(32, 96, alone.step_s(all_rows) + 0.016)
+
+    machine = over_http(CPU, unloaded_times(CPU), crowd)
+
+    def more_s(shape: StepShape) -> float:
+        return machine.step_s(shape) - alone.step_s(shape)
+
+    assert more_s(all_rows) == pytest.approx(0.016)
+    assert more_s(half) == pytest.approx(0.008)
+    assert more_s(one) == pytest.approx(0.0005)
 
 
 def test_a_machine_that_has_become_faster_is_believed() -> None:

@@ -94,4 +94,6 @@ def test_steps_can_be_made_later_and_slower() -> None:
     later = curve.later(1e-3, 5e-3)
     assert later.step_s(decode(4)) == pytest.approx(curve.step_s(decode(4)) + 1e-3)
     assert later.step_s(prompt(64)) == pytest.approx(curve.step_s(prompt(64)) + 5e-3)
-    assert curve.slower(1.5).step_s(prompt(64)) == pytest.approx(1.5 * curve.step_s(prompt(64)))
+    slower = curve.slower(1.2, 1.5)
+    assert slower.step_s(decode(4)) == pytest.approx(1.2 * curve.step_s(decode(4)))
+    assert slower.step_s(prompt(64)) == pytest.approx(1.5 * curve.step_s(prompt(64)))
