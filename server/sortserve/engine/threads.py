@@ -11,7 +11,7 @@ import torch
 
 from sortserve.core.plan import StepPlan
 from sortserve.cost.costs import Costs
-from sortserve.cost.model import step_shape
+from sortserve.cost.model import REGIME_TOKENS, step_shape
 from sortserve.engine.cores import allowed_cpus, num_usable_cores
 from sortserve.engine.thread_policy import ThreadPolicy
 
@@ -39,7 +39,10 @@ def limit_threads(wanted: int | None) -> None:
 
 
 class StepThreads:
-    """Runs steps with as many threads as pays at the moment.
+    """Runs steps with as many threads as pays at the moment, small steps and large ones apart.
+
+    Small steps are bound by memory, which one thread may use up; large ones by arithmetic. What was
+    found for one of them would halve the speed of the other.
 
     Args:
         costs: what steps are expected to take; while it does not know, nothing is changed.
@@ -49,13 +52,15 @@ class StepThreads:
     def __init__(self, costs: Costs, clock: Callable[[], float] = time.perf_counter) -> None:
         self._costs = costs
         self._clock = clock
-        self._policy = ThreadPolicy(torch.get_num_threads())
+        self._small, self._large = (ThreadPolicy(torch.get_num_threads()) for _ in range(2))
 
     def run(self, plan: StepPlan, execute: Callable[[StepPlan], Result]) -> Result:
         """``execute(plan)``; the policy learns from the time it took, unless it raised."""
-        model, policy = self._costs.model, self._policy
+        model = self._costs.model
         if model is None:
             return execute(plan)
+        is_large = plan.num_tokens > REGIME_TOKENS
+        policy = self._large if is_large else self._small
         if policy.num_threads != torch.get_num_threads():
             torch.set_num_threads(policy.num_threads)
         started_s = self._clock()
@@ -64,5 +69,6 @@ class StepThreads:
         before = policy.settled
         policy.observe((now - started_s) / model.step_s(step_shape(plan)), now - started_s, now)
         if policy.settled != before:
-            logger.info("steps use %d threads now, %d before", policy.settled, before)
+            kind = "large" if is_large else "small"
+            logger.info("%s steps use %d threads now, %d before", kind, policy.settled, before)
         return result

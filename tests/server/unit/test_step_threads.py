@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,10 @@ ROW = RowPlan(
 )
 PLAN = StepPlan(rows=(ROW,), depth_cap=6)
 SHAPE = StepShape.of([RowShape(exit_layer=6, num_tokens=1, context_len=1, samples=False)])
+PROMPT = StepPlan(rows=(replace(ROW, token_ids=[1] * 400),), depth_cap=6)
+PROMPT_SHAPE = StepShape.of(
+    [RowShape(exit_layer=6, num_tokens=400, context_len=400, samples=False)]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +56,27 @@ class BusyMachine:
         return plan
 
 
+class MemoryBoundMachine:
+    """A second thread slows rows that decode down a little, and halves the time of prompts."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.steps: list[tuple[int, int]] = []
+        """Tokens and threads of each."""
+
+    def clock(self) -> float:
+        return self.now
+
+    def execute(self, plan: StepPlan) -> StepPlan:
+        num_threads = torch.get_num_threads()
+        self.steps.append((plan.num_tokens, num_threads))
+        if plan.num_tokens == 1:
+            self.now += 0.01 if num_threads == 1 else 0.012
+        else:
+            self.now += 0.3 if num_threads == 2 else 0.6
+        return plan
+
+
 def test_on_a_busy_machine_steps_come_to_use_one_thread_and_the_log_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -64,7 +90,20 @@ def test_on_a_busy_machine_steps_come_to_use_one_thread_and_the_log_says_so(
 
     assert machine.used[0] == 2
     assert machine.used[-100:].count(1) > 95
-    assert "steps use 1 threads now, 2 before" in caplog.text
+    assert "small steps use 1 threads now, 2 before" in caplog.text
+
+
+def test_steps_that_gain_nothing_from_a_thread_do_not_take_it_from_prompts() -> None:
+    machine, costs = MemoryBoundMachine(), Costs()
+    costs.use(CostModel.fit([(SHAPE, 0.01), (PROMPT_SHAPE, 0.3)]))
+    threads = StepThreads(costs, machine.clock)
+
+    for i in range(600):
+        threads.run(PROMPT if i % 4 == 0 else PLAN, machine.execute)
+
+    late = machine.steps[-200:]
+    assert [n for tokens, n in late if tokens == 1].count(1) > 110
+    assert [n for tokens, n in late if tokens == 400].count(2) > 45
 
 
 def test_without_a_cost_model_the_number_of_threads_stays() -> None:
