@@ -83,11 +83,20 @@ class Course:
         as_a_whole = self.spare_s(table, now=now, busy_s=busy_s).min(initial=np.inf)
         return min(float(as_a_whole), self.spare_until_next_s(table, now=now, busy_s=busy_s))
 
-    def keeps_all(self, table: DemandTable, *, now: float, busy_s: float = 0.0, **_: float) -> bool:
+    def keeps_all(
+        self,
+        table: DemandTable,
+        *,
+        now: float,
+        busy_s: float = 0.0,
+        from_due_s: float = -np.inf,
+        **_: float,
+    ) -> bool:
         """Whether it keeps every promise: each prompt's due time, each pace, and each end.
 
         Args:
             table, now, busy_s: see ``spare_s``.
+            from_due_s: see ``capacity.pressure``.
         """
         start_s, prompts = now + busy_s, table.prompts
         if (self.over_s > table.end_s[self.rows] - start_s).any():
@@ -95,7 +104,8 @@ class Course:
         if self.spare_until_next_s(table, now=now, busy_s=busy_s) < 0.0:
             return False
         read_s = self.first_step_s + _reading_s(table, self.levels, prompts).cumsum()
-        return bool((start_s + read_s <= table.due_s[prompts]).all())
+        due_s = table.due_s[prompts]
+        return bool(((start_s + read_s <= due_s) | (due_s < from_due_s)).all())
 
 
 def course(table: DemandTable, levels: Levels) -> Course:
@@ -156,9 +166,7 @@ def least_uniform_lowering(
     tokens: Floats,
     *,
     limit: float,
-    now: float,
-    busy_s: float = 0.0,
-    **_: float,
+    **times: float,
 ) -> tuple[Levels, float] | None:
     """The least lowering with which a full batch keeps every promise, and what is lost by it.
 
@@ -166,9 +174,10 @@ def least_uniform_lowering(
     is no such exit, or if more would be lost than the limit.
 
     Args:
-        table, now, busy_s: see ``Course.spare_s``.
+        table: of live requests.
         tokens: [K] worth of an answer's tokens, by exit, ascending.
         limit: of the loss.
+        **times: see ``Course.keeps_all``.
     """
     level = table.level
     weight = table.weight * table.left_share
@@ -177,6 +186,6 @@ def least_uniform_lowering(
         loss = float(weight @ (tokens[level] - tokens[to]))
         if loss > limit:
             return None
-        if course(table, to).keeps_all(table, now=now, busy_s=busy_s):
+        if course(table, to).keeps_all(table, **times):
             return to, loss
     return None

@@ -160,6 +160,17 @@ def test_a_prompt_has_to_be_read_by_its_due_time() -> None:
     assert not course(table, table.level).keeps_all(table, now=0.0)
 
 
+def test_a_prompt_that_is_late_keeps_nobody_out_who_is_read_after_it() -> None:
+    late = make_demand("late", 6, due_s=1e-4, gap_s=1.0, num_pending=200)
+    newcomer = make_demand("newcomer", 6, due_s=5.0, gap_s=1.0, num_pending=200)
+    table = table_of([late, newcomer])
+
+    found = course(table, table.level)
+
+    assert found.keeps_all(table, now=0.0, from_due_s=newcomer.due_s)
+    assert not found.keeps_all(table, now=0.0, from_due_s=late.due_s)
+
+
 def test_the_least_spare_time_is_that_of_those_who_decode() -> None:
     tight = make_demand("tight", 6, due_s=2 * DEEP_S, num_left=1)
     prompt = make_demand("prompt", 6, due_s=0.1 * DEEP_S, num_pending=500)

@@ -19,7 +19,8 @@ from sortserve.cost.model import CostModel
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.demand_table import DemandTable
 from sortserve.scheduling.policies.table import get_policy
-from support.timed import MODEL, make_demand
+from sortserve.scheduling.policy import MOST_STEPS
+from support.timed import COSTS, MODEL, make_demand
 
 EXITS = (2, 4, 6)
 WORTH = {2: 0.4, 4: 0.7, 6: 1.0}
@@ -80,6 +81,46 @@ def test_a_forecast_is_the_same_whatever_was_asked_before(seed: int) -> None:
 
         anew = Outlook(replace(load, columns=None), model, also)
         assert ask(outlook, random.Random(question)) == ask(anew, random.Random(question))
+
+
+def test_what_has_passed_of_the_step_under_way_counts_once() -> None:
+    """Nothing of it has been taken off what the requests need, so they begin where it began."""
+    seen = Seen()
+    seen.show((make_demand("row", 6, due_s=1.0),), now=2.0)
+
+    def ahead_s(now: float) -> float:
+        return Outlook(load_of(seen, now), MODEL).ahead_s
+
+    step_s = COSTS.decode_s(6, 10) * MODEL.safety
+    assert ahead_s(2.0) == 0.0
+    assert ahead_s(2.0 + step_s / 2) == pytest.approx(-step_s / 2)
+    assert ahead_s(1e3) == pytest.approx(-(1 + MOST_STEPS) * step_s, rel=0.01), "it is held up"
+
+
+def test_an_idle_machine_begins_when_it_has_done_what_it_does_for_nobody() -> None:
+    load = replace(load_of(Seen(), 2.0), busy_until_s=2.5)
+
+    assert Outlook(load, MODEL).ahead_s == pytest.approx(0.5)
+
+
+def test_a_newcomer_has_the_same_chance_whenever_it_comes_during_a_step() -> None:
+    seen = Seen()
+    seen.show((make_demand("row", 6, due_s=0.02, num_left=40),), now=0.0)
+
+    def loss(now: float, latency_s: float) -> float | None:
+        newcomer = Newcomer(
+            num_prompt_tokens=50,
+            num_output_tokens=5,
+            arrival_s=now,
+            deadlines=Deadlines(e2e_s=now + latency_s),
+            floor_layer=6,
+        )
+        return forecast(6, newcomer, Outlook(load_of(seen, now), MODEL)).loss
+
+    step_s = COSTS.decode_s(6, 10)
+    for latency_s in (0.02, 0.1, 1.0):
+        found = {loss(share * step_s, latency_s) for share in (0.0, 0.3, 0.6, 0.9)}
+        assert found == {None if latency_s == 0.02 else 0.0}
 
 
 def test_what_is_seen_is_the_same_object_until_something_changes() -> None:

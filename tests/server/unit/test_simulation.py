@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 import textwrap
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from sortserve import simulation
+from sortserve.admission.choose import ExitChoice
+from sortserve.admission.desk import AdmissionDesk
 from sortserve.core.budget import Budget
+from sortserve.core.request import Request
 from sortserve.cost.machine import Machine
 from sortserve.process import profiling
 from sortserve.scheduling.policies.table import POLICIES
@@ -56,6 +61,29 @@ def test_without_noise_a_request_alone_takes_what_the_cost_model_says() -> None:
     assert report.ttft_s == pytest.approx(SMALL.model.prefill_s(6, 10))
     assert report.e2e_s == pytest.approx(20 * 7e-3, rel=0.02)
     assert run.wall_s == pytest.approx(3.0 + report.e2e_s)
+
+
+def test_who_comes_during_a_step_is_judged_then_and_joins_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judged = dict[str, float]()
+    choose = AdmissionDesk.choose
+
+    def watched(self: AdmissionDesk, request: Request, *args: Any, **kwargs: Any) -> ExitChoice:
+        judged[request.request_id] = self.clock()
+        return choose(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(AdmissionDesk, "choose", watched)
+    long = replace(arrival(0.0), num_prompt_tokens=1000)
+
+    run = simulate(SMALL, [long, arrival(0.02), arrival(0.05)])
+
+    assert judged == {"0": 0.0, "1": 0.02, "2": 0.05}
+    over_s = SMALL.model.prefill_s(6, 1000)
+    assert over_s > 0.06
+    for outcome in run.outcomes[1:]:
+        assert outcome.report is not None
+        assert outcome.report.ttft_s > over_s - outcome.arrival.due_s
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
