@@ -51,6 +51,7 @@ def room_for(
     is_charged = newcomer.may_be_refused and outlook.load.offered.worth > 0.0 and present.any_ends
     # All end when they end, however the newcomer's time is spread: one course for all promises.
     found: Course | None = None
+    at_risk = outlook.at_risk if outlook is present and enters_now else None
     later, least, best = 0.0, math.inf, None
     for promise in promises:
         demand = newcomer_demand(exit_layer, newcomer, promise, now=now, may_move=False)
@@ -69,6 +70,10 @@ def room_for(
         if enters_now:
             found = course(table, table.level) if found is None else found
             if found.keeps_all(table, **times):
+                return promise, later
+            if at_risk is not None and at_risk.keeps_others_and(
+                spread(demand, newcomer, costs), costs, now=now, busy_s=outlook.ahead_s
+            ):
                 return promise, later
         if share < least:
             least, best = share, (promise, table, times)

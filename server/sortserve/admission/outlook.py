@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sortserve.admission.at_risk import AtRisk
 from sortserve.admission.entry import Queue
 from sortserve.admission.offered import NOTHING_OFFERED, OfferedLoad
 from sortserve.admission.room import UNLIMITED, Room
@@ -195,6 +196,11 @@ class Outlook:
             return self.half_step_s
         return max(0.0, self.load.busy_until_s - self.load.now)
 
+    @cached_property
+    def at_risk(self) -> AtRisk | None:
+        """Promises that cannot be kept as things are; None: there are none."""
+        return AtRisk.of(self.table, now=self.load.now, busy_s=self.ahead_s)
+
     @property
     def ahead_s(self) -> float:
         """Seconds until the machine can begin with what the live requests need.
@@ -321,4 +327,4 @@ class Outlook:
 
 _TIMELESS = frozenset(
     name for name, value in vars(Outlook).items() if isinstance(value, cached_property)
-) - {"loss_so_far"}
+) - {"loss_so_far", "at_risk"}

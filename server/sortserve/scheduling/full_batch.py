@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sortserve.scheduling.columns import Columns, Floats
+from sortserve.scheduling.columns import Columns, Floats, Mask
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.demand_table import DemandTable, Levels
 
@@ -98,14 +98,25 @@ class Course:
             table, now, busy_s: see ``spare_s``.
             from_due_s: see ``capacity.pressure``.
         """
+        late = self.late(table, now=now, busy_s=busy_s)
+        if not late.any():
+            return True
+        unread = table.prompts[table.due_s[table.prompts] < from_due_s]
+        late[unread] = (self.spare_s(table, now=now, busy_s=busy_s) < 0.0)[unread]
+        return not late.any()
+
+    def late(self, table: DemandTable, *, now: float, busy_s: float = 0.0) -> Mask:
+        """[n] whose promise it breaks: a prompt's due time, a pace, or an end.
+
+        Args:
+            table, now, busy_s: see ``spare_s``.
+        """
         start_s, prompts = now + busy_s, table.prompts
-        if (self.over_s > table.end_s[self.rows] - start_s).any():
-            return False
-        if self.spare_until_next_s(table, now=now, busy_s=busy_s) < 0.0:
-            return False
+        late = self.spare_s(table, now=now, busy_s=busy_s) < 0.0
+        late[self.rows] |= start_s + self.reading_s + self.first_step_s > table.next_by_s[self.rows]
         read_s = self.first_step_s + _reading_s(table, self.levels, prompts).cumsum()
-        due_s = table.due_s[prompts]
-        return bool(((start_s + read_s <= due_s) | (due_s < from_due_s)).all())
+        late[prompts] |= start_s + read_s > table.due_s[prompts]
+        return late
 
 
 def course(table: DemandTable, levels: Levels) -> Course:

@@ -83,6 +83,7 @@ def test_who_comes_during_a_step_is_judged_then_and_joins_the_next(
     assert over_s > 0.06
     for outcome in run.outcomes[1:]:
         assert outcome.report is not None
+        assert outcome.report.ttft_s is not None
         assert outcome.report.ttft_s > over_s - outcome.arrival.due_s
 
 

@@ -1,0 +1,78 @@
+"""Promises that are at risk already, and who may come in beside them (no torch, no clock).
+
+Where a machine becomes slower, some answer that left little to spare cannot be kept by either
+course any more, as far as the forecast can say. It runs before all others while it lives, so who
+comes then waits for it, and takes nothing from it. To refuse everybody meanwhile would give up
+those who have the time to wait. So a newcomer is let in if its own promise and all others are kept
+by a full batch in which it begins once those at risk are over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from sortserve.scheduling.demand import Demand, StepCosts
+from sortserve.scheduling.demand_table import DemandTable
+from sortserve.scheduling.full_batch import course
+from sortserve.scheduling.lowering import MAX_PRESSURE
+
+__all__ = ["AtRisk"]
+
+
+@dataclass(frozen=True)
+class AtRisk:
+    """What is left to keep beside promises that are at risk."""
+
+    table: DemandTable
+    """All live requests, those at risk without times to keep."""
+    num_steps: int
+    """Until the last of those is over."""
+    over_s: float
+    """Seconds until then, if each step runs everybody."""
+
+    @classmethod
+    def of(cls, table: DemandTable, *, now: float, busy_s: float) -> AtRisk | None:
+        """None if all promises can be kept by one course.
+
+        Args:
+            table: of all live requests.
+            now, busy_s: see ``capacity.pressure``.
+        """
+        if table.need(table.level, now=now, busy_s=busy_s).share <= MAX_PRESSURE:
+            return None
+        found = course(table, table.level)
+        late = found.late(table, now=now, busy_s=busy_s)
+        if not late.any():
+            return None
+        is_last = late[found.rows]
+        due_s = np.where(late, np.inf, table.due_s)
+        untimed = replace(
+            table,
+            end_s=np.where(late, np.inf, table.end_s),
+            next_by_s=np.where(late, np.inf, table.next_by_s),
+            due_s=due_s,
+            prompts=table.prompts[due_s[table.prompts].argsort(kind="stable")],
+        )
+        return cls(
+            table=untimed,
+            num_steps=int(found.num_steps[is_last].max()),
+            over_s=float(found.over_s[is_last].max()),
+        )
+
+    def keeps_others_and(
+        self, demand: Demand, costs: StepCosts, *, now: float, busy_s: float
+    ) -> bool:
+        """Whether a newcomer's promise and all that are not at risk can be kept.
+
+        Args:
+            demand: the newcomer's.
+            costs: of the table.
+            now, busy_s: see ``capacity.pressure``.
+        """
+        begins_later = replace(
+            demand, num_left=demand.num_left + self.num_steps, due_s=demand.due_s - self.over_s
+        )
+        table = self.table.plus_one(begins_later, costs)
+        return course(table, table.level).keeps_all(table, now=now, busy_s=busy_s)
