@@ -132,8 +132,8 @@ def over_http(machine: Machine, unloaded: Unloaded, crowd: Crowd | None = None) 
     if crowd is not None:
         row = RowShape(machine.exits[-1], 1, crowd.context_len, samples=True)
         more_s = crowd.token_s - curve.step_s(StepShape.of([row] * crowd.num_rows))
-        sampled_s = curve.sampled_s + max(more_s, 0.0) / crowd.num_rows
-        curve = replace(curve, sampled_s=sampled_s)
+        row_s = max(more_s, 0.0) / (crowd.num_rows - 1)
+        curve = replace(curve.later(-row_s, -row_s), sampled_s=curve.sampled_s + row_s)
     return replace(machine, curve=curve)
 
 

@@ -49,7 +49,7 @@ def judge_arrival(
     try:
         return judge(load)
     except BudgetUnattainableError:
-        if load.offered != NOTHING_OFFERED:
+        if load.offered.worth > 0.0:
             with suppress(BudgetUnattainableError):
                 judge(replace(load, offered=NOTHING_OFFERED))
                 work_s = lost = 0.0

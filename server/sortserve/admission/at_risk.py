@@ -16,7 +16,7 @@ import numpy as np
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.demand_table import DemandTable
 from sortserve.scheduling.full_batch import course
-from sortserve.scheduling.lowering import MAX_PRESSURE
+from sortserve.scheduling.lowering import MAX_PRESSURE, Times
 
 __all__ = ["AtRisk"]
 
@@ -33,46 +33,49 @@ class AtRisk:
     """Seconds until then, if each step runs everybody."""
 
     @classmethod
-    def of(cls, table: DemandTable, *, now: float, busy_s: float) -> AtRisk | None:
-        """None if all promises can be kept by one course.
+    def of(cls, table: DemandTable, paced: Times, full: Times) -> AtRisk | None:
+        """None if all promises can be kept by one course, or by pacing once others go shallower.
 
         Args:
             table: of all live requests.
-            now, busy_s: see ``capacity.pressure``.
+            paced: when pacing begins.
+            full: when a full batch begins.
         """
-        if table.need(table.level, now=now, busy_s=busy_s).share <= MAX_PRESSURE:
-            return None
         found = course(table, table.level)
-        late = found.late(table, now=now, busy_s=busy_s)
-        if not late.any():
+        late = found.late(table, now=full["now"], busy_s=full["busy_s"])
+        if not late.any() or table.need(table.level, **paced).share <= MAX_PRESSURE:
+            return None
+        floors = np.minimum(table.level, table.floor)
+        if table.need(floors, **paced).share <= MAX_PRESSURE:
             return None
         is_last = late[found.rows]
+        num_steps = found.num_steps[is_last].max()
+        waits = (table.work_s > 0.0) & ~late  # for its prompt, as the newcomer will
         due_s = np.where(late, np.inf, table.due_s)
         untimed = replace(
             table,
             end_s=np.where(late, np.inf, table.end_s),
             next_by_s=np.where(late, np.inf, table.next_by_s),
             due_s=due_s,
+            num_left=np.where(waits, table.num_left + num_steps, table.num_left),
             prompts=table.prompts[due_s[table.prompts].argsort(kind="stable")],
         )
         return cls(
             table=untimed,
-            num_steps=int(found.num_steps[is_last].max()),
+            num_steps=int(num_steps),
             over_s=float(found.over_s[is_last].max()),
         )
 
-    def keeps_others_and(
-        self, demand: Demand, costs: StepCosts, *, now: float, busy_s: float
-    ) -> bool:
+    def keeps_others_and(self, demand: Demand, costs: StepCosts, full: Times) -> bool:
         """Whether a newcomer's promise and all that are not at risk can be kept.
 
         Args:
             demand: the newcomer's.
             costs: of the table.
-            now, busy_s: see ``capacity.pressure``.
+            full: when a full batch begins.
         """
         begins_later = replace(
             demand, num_left=demand.num_left + self.num_steps, due_s=demand.due_s - self.over_s
         )
         table = self.table.plus_one(begins_later, costs)
-        return course(table, table.level).keeps_all(table, now=now, busy_s=busy_s)
+        return course(table, table.level).keeps_all(table, **full)

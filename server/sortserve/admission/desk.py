@@ -38,6 +38,7 @@ from sortserve.core.schedule import DepthSchedule
 from sortserve.cost.costs import Costs
 from sortserve.cost.model import CostModel
 from sortserve.scheduling.capacity import pressure
+from sortserve.scheduling.columns import LiveDemands
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.failures import FailureLog
 from sortserve.scheduling.objective import Objective, Worth
@@ -94,8 +95,9 @@ class AdmissionDesk:
     def see(
         self, demands: tuple[Demand, ...], taken: Iterable[str] = (), room: Room | None = None
     ) -> None:
-        """The engine's present state (see ``Seen.show``)."""
-        self._seen.show(demands, taken, room, now=self.clock())
+        """The engine's present state, as far as it looks at it (see ``Seen.show``)."""
+        as_of_s = demands.as_of_s if isinstance(demands, LiveDemands) else math.inf
+        self._seen.show(demands, taken, room, as_of_s=min(as_of_s, self.clock()))
 
     # ---- the event loop's thread ----
 

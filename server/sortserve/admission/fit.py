@@ -51,7 +51,6 @@ def room_for(
     is_charged = newcomer.may_be_refused and outlook.load.offered.worth > 0.0 and present.any_ends
     # All end when they end, however the newcomer's time is spread: one course for all promises.
     found: Course | None = None
-    at_risk = outlook.at_risk if outlook is present and enters_now else None
     later, least, best = 0.0, math.inf, None
     for promise in promises:
         demand = newcomer_demand(exit_layer, newcomer, promise, now=now, may_move=False)
@@ -63,35 +62,43 @@ def room_for(
             later = max(0.0, outlook.later_loss(table, found) - present.loss_so_far)
             if later > limit:
                 return promise, None
-        times = Times(now=now, busy_s=outlook.ahead_s, from_due_s=demand.due_s)
-        share = table.need(table.level, **times).share
+        paced, full = outlook.pacing, outlook.batching
+        paced["from_due_s"] = full["from_due_s"] = demand.due_s
+        share = table.need(table.level, **paced).share
         if share <= MAX_PRESSURE:
             return promise, later
         if enters_now:
             found = course(table, table.level) if found is None else found
-            if found.keeps_all(table, **times):
+            if found.keeps_all(table, **full):
                 return promise, later
+            at_risk = outlook.at_risk if outlook is present else None
             if at_risk is not None and at_risk.keeps_others_and(
-                spread(demand, newcomer, costs), costs, now=now, busy_s=outlook.ahead_s
+                spread(demand, newcomer, costs), costs, outlook.batching
             ):
                 return promise, later
         if share < least:
-            least, best = share, (promise, table, times)
+            least, best = share, (promise, table, paced, full)
     if best is None:
         return None, None
-    promise, table, times = best
-    going_down = _least_loss(table, outlook, times, limit - later, enters_now=enters_now)
+    promise, table, paced, full = best
+    going_down = _least_loss(table, paced, full, outlook, limit - later, enters_now=enters_now)
     return promise, None if going_down is None else going_down + later
 
 
 def _least_loss(
-    table: DemandTable, outlook: Outlook, times: Times, limit: float, *, enters_now: bool
+    table: DemandTable,
+    paced: Times,
+    full: Times,
+    outlook: Outlook,
+    limit: float,
+    *,
+    enters_now: bool,
 ) -> float | None:
     """What others lose at least by going shallower so that one course keeps all promises."""
-    full = None
+    uniform = None
     if enters_now:
-        full = least_uniform_lowering(table, outlook.worth, limit=limit, **times)
-    if full is None:
-        return least_lowering(table, outlook.worth, times, limit=limit)
-    paced = least_lowering(table, outlook.worth, times, limit=full[1])
-    return full[1] if paced is None else paced
+        uniform = least_uniform_lowering(table, outlook.worth, limit=limit, **full)
+    if uniform is None:
+        return least_lowering(table, outlook.worth, paced, limit=limit)
+    groups = least_lowering(table, outlook.worth, paced, limit=uniform[1])
+    return uniform[1] if groups is None else groups

@@ -21,6 +21,7 @@ from sortserve.scheduling.columns import Columns, Floats, Mask
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.demand_table import DemandTable
 from sortserve.scheduling.full_batch import Course, course
+from sortserve.scheduling.lowering import Times
 from sortserve.scheduling.policy import MOST_STEPS, Policy
 
 __all__ = ["Load", "Newcomer", "Outlook"]
@@ -39,7 +40,8 @@ class Load:
     columns: Columns | None = None
     """The same as columns, where somebody has made them already."""
     seen_s: float | None = None
-    """When the engine was in this state: it has been at its next step since. None: now."""
+    """When this is what they needed: nothing of what the engine has done since has been taken off.
+    None: now."""
     policy: Policy
     max_num_batched_tokens: int = 1024
     room: Room = UNLIMITED
@@ -199,20 +201,31 @@ class Outlook:
     @cached_property
     def at_risk(self) -> AtRisk | None:
         """Promises that cannot be kept as things are; None: there are none."""
-        return AtRisk.of(self.table, now=self.load.now, busy_s=self.ahead_s)
+        return AtRisk.of(self.table, self.pacing, self.batching)
+
+    @property
+    def pacing(self) -> Times:
+        """When pacing begins: a step under way is no part of it."""
+        return Times(now=self.load.now, busy_s=self.busy_s)
+
+    @property
+    def batching(self) -> Times:
+        """When a full batch begins: that step is its first."""
+        return Times(now=self.load.now, busy_s=self.ahead_s)
 
     @property
     def ahead_s(self) -> float:
         """Seconds until the machine can begin with what the live requests need.
 
-        Below 0 while a step is under way: nothing of it has been taken off what they need, so it
-        has begun so long ago. No longer ago than the longest of steps takes, whatever held it up.
+        Below 0 while it runs: what they need is looked at before each step, and nothing of that
+        step, nor of the next one until that is chosen, has been taken off. No longer ago than two
+        of the longest steps beside rows take, whatever held them up.
         """
         if not self.any_rows:
             return self.busy_s
         now, seen_s = self.load.now, self.load.seen_s
         since_s = 0.0 if seen_s is None else now - seen_s
-        return -min(since_s, 2.0 * (1.0 + MOST_STEPS) * self.half_step_s)
+        return -min(since_s, 4.0 * (1.0 + MOST_STEPS) * self.half_step_s)
 
     @cached_property
     def half_step_s(self) -> float:

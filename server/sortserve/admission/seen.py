@@ -25,7 +25,7 @@ class Seen:
         self._lock = threading.Lock()
         self._demands = LiveDemands()
         self._room = UNLIMITED
-        self._at_s = -math.inf
+        self._as_of_s = -math.inf
         self._unseen: dict[str, Demand] = {}
         self._all: tuple[tuple[Demand, ...], Columns] | None = None
         """All of them, made when they are first asked for."""
@@ -36,7 +36,7 @@ class Seen:
         taken: Iterable[str] = (),
         room: Room | None = None,
         *,
-        now: float = -math.inf,
+        as_of_s: float = -math.inf,
     ) -> None:
         """The engine's present state.
 
@@ -44,13 +44,13 @@ class Seen:
             demands: of all its live requests.
             taken: requests that it has taken since the state before: they are among the others now.
             room: its slots and pages; None: as before.
-            now: the engine's clock.
+            as_of_s: when its requests needed what their demands say.
         """
         with self._lock:
             self._demands = LiveDemands.of(demands)
             self._all = None
             self._room = self._room if room is None else room
-            self._at_s = now
+            self._as_of_s = as_of_s
             for request_id in taken:
                 self._unseen.pop(request_id, None)
 
@@ -76,4 +76,4 @@ class Seen:
                 if self._unseen:
                     demands = LiveDemands.after(demands, (*demands, *self._unseen.values()))
                 self._all = demands, demands.columns
-            return *self._all, self._room, self._at_s
+            return *self._all, self._room, self._as_of_s

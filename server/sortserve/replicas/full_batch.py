@@ -38,7 +38,7 @@ class FullBatch:
     spare_s: float
     """The least of its answers."""
     busy_s: float
-    """The step under way."""
+    """What it still does for no request."""
     points: Sequence[tuple[float, float]]
     """Steps, and seconds that they take; after none, what prompts add to them. Both ascending."""
     deepest_s: float

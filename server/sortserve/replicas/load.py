@@ -245,19 +245,19 @@ def _exit_loads(exits: ExitTable, stats: EngineStats, outlook: Outlook) -> list[
 
 
 def _pressures(outlook: Outlook) -> dict[str, Any]:
-    table, now, busy_s = outlook.table, outlook.load.now, outlook.ahead_s
+    table, paced = outlook.table, outlook.pacing
     asks = table.decodes.copy()
     asks[table.prompts] = True
     lost = outlook.worth[table.level] - outlook.worth[table.floor]
     return {
-        "pressure": table.need(table.level, now=now, busy_s=busy_s).share,
+        "pressure": table.need(table.level, **paced).share,
         "decode_pressure": table.decode_share(asks),
-        "floor_pressure": table.need(table.floor, now=now, busy_s=busy_s).share,
+        "floor_pressure": table.need(table.floor, **paced).share,
         "floor_decode_pressure": replace(table, level=table.floor).decode_share(asks),
         "floor_loss": float((table.weight * table.left_share * lost).sum()),
         "due": _due(outlook),
         **_full_batch(outlook),
-        "busy_ms": 1e3 * max(0.0, busy_s),
+        "busy_ms": 1e3 * max(0.0, outlook.ahead_s),
         "step_left_ms": 1e3 * outlook.busy_s,
         "soft_ms": 1e3 * float(outlook.prompts.work_s[~outlook.prompts.is_hard].sum()),
     }

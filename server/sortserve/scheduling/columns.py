@@ -7,6 +7,7 @@ policy, the desk or a forecast, finds the columns ready.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -76,6 +77,8 @@ class LiveDemands(tuple[Demand, ...]):
         demands: of live requests.
     """
 
+    as_of_s: float = math.inf
+    """When they needed this; what is later than now means now."""
     _before: LiveDemands | None = None
 
     @classmethod

@@ -77,8 +77,9 @@ class Decisions:
         # thought to be; nothing where the policy knows no times.
         self._demands: dict[str, Demand] = {}
         self._step_costs: StepCosts | None = None
-        # The last ones that anybody asked for.
+        # The last ones that anybody asked for, and when the step was chosen.
         self._live = LiveDemands()
+        self._seen_s = math.inf
         # Those who run and share the steps of soft requests.
         self._num_soft = 0
         self._failed = False
@@ -106,7 +107,7 @@ class Decisions:
         """See afresh what the sequences need, before the decisions of a step."""
         lost = {d.request_id for d in self._demands.values() if d.is_lost}
         self._num_soft = sum(s.promise is None or s.request_id in lost for s in self._running)
-        self._demands, self._step_costs = {}, None
+        self._demands, self._step_costs, self._seen_s = {}, None, now
         model = self._costs.model
         if model is None or not self.policy.uses_times:
             return
@@ -133,6 +134,7 @@ class Decisions:
         known = self._demands
         demands = [known[s.request_id] for s in sequences if s.request_id in known]
         self._live = LiveDemands.after(self._live, demands)
+        self._live.as_of_s = self._seen_s
         return self._live
 
     def _look_at(self, sequences: Iterable[Sequence], costs: StepCosts, now: float) -> bool:

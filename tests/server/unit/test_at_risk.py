@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,17 +12,21 @@ from hypothesis import strategies as st
 from sortserve.admission.at_risk import AtRisk
 from sortserve.scheduling.demand import Demand
 from sortserve.scheduling.demand_table import DemandTable
+from sortserve.scheduling.lowering import Times
 from support.timed import COSTS, make_demand
 
 EXITS = (2, 4, 6)
+NOW = Times(now=0.0, busy_s=0.0)
 DEEP_S = COSTS.decode_s(6, 10)
 NUM_LEFT = 20
-LOST = make_demand("lost", 6, due_s=0.8 * DEEP_S, gap_s=0.8 * DEEP_S, num_left=NUM_LEFT)
+LOST = make_demand(
+    "lost", 6, due_s=0.8 * DEEP_S, gap_s=0.8 * DEEP_S, num_left=NUM_LEFT, floor_layer=6
+)
 """It wants its tokens faster than the machine makes them."""
 
 
 def at_risk(*demands: Demand) -> AtRisk | None:
-    return AtRisk.of(DemandTable.of(demands, COSTS, EXITS), now=0.0, busy_s=0.0)
+    return AtRisk.of(DemandTable.of(demands, COSTS, EXITS), NOW, NOW)
 
 
 def newcomer(*, first_due_s: float, gap_s: float) -> Demand:
@@ -30,7 +35,7 @@ def newcomer(*, first_due_s: float, gap_s: float) -> Demand:
 
 def lets_in(found: AtRisk | None, one: Demand) -> bool:
     assert found is not None
-    return found.keeps_others_and(one, COSTS, now=0.0, busy_s=0.0)
+    return found.keeps_others_and(one, COSTS, NOW)
 
 
 def test_nothing_is_at_risk_where_one_course_keeps_all() -> None:
@@ -60,8 +65,27 @@ def test_nobody_comes_in_who_would_break_what_is_not_at_risk() -> None:
     assert not lets_in(at_risk(LOST, kept), long)
 
 
+def test_those_who_wait_already_begin_later_as_well() -> None:
+    """Two that would each be in time after the answer at risk, and not both."""
+    reading_s, row_s = COSTS.prefill_s(6, 100), COSTS.row_s(6, 30)
+    after_s = NUM_LEFT * DEEP_S + 2 * reading_s + 4 * DEEP_S
+
+    def waiting(end_s: float) -> Demand:
+        one = newcomer(first_due_s=after_s, gap_s=1.0)
+        return replace(one, request_id="waiting", end_s=end_s)
+
+    tight_s = after_s + 10 * (DEEP_S + row_s)
+    assert lets_in(at_risk(LOST), waiting(tight_s))
+    assert not lets_in(
+        at_risk(LOST, waiting(NUM_LEFT * DEEP_S + 2 * reading_s + 8 * DEEP_S)),
+        newcomer(first_due_s=100.0, gap_s=1.0),
+    )
+
+
 def test_a_prompt_at_risk_is_read_before() -> None:
-    prompt = make_demand("prompt", 6, due_s=1e-4, gap_s=1e-3, num_pending=500, num_left=2)
+    prompt = make_demand(
+        "prompt", 6, due_s=1e-4, gap_s=1e-3, num_pending=500, num_left=2, floor_layer=6
+    )
     found = at_risk(prompt)
     assert found is not None
     assert math.isinf(found.table.due_s[0])

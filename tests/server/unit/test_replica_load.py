@@ -66,7 +66,7 @@ def test_the_pressure_is_that_of_the_live_promises() -> None:
     demands = timed.engine.demands()
     num_decoding = sum(d.is_decoding for d in demands)
     costs = StepCosts(MODEL, num_rows=num_decoding + 1, chunk=1024, safety=MODEL.safety)
-    busy_s = timed.desk.look(lambda outlook: 0.0 if outlook is None else outlook.ahead_s)
+    busy_s = timed.desk.look(lambda outlook: 0.0 if outlook is None else outlook.busy_s)
 
     assert load.pressure == pytest.approx(pressure(demands, costs, now=now, busy_s=busy_s))
     assert 0.0 < load.floor_pressure <= load.pressure
