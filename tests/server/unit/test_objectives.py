@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable
 from dataclasses import replace
@@ -42,13 +43,13 @@ def served(objective: str, on_miss: str, seed: int) -> Timed:
     return timed
 
 
-def answered(timed: Timed) -> Iterable[tuple[bool, float]]:
+def answered(timed: Timed) -> Iterable[tuple[str, bool, float]]:
     """Of each answer to a budget, whether it was in time, and its mean score."""
-    for report in timed.reports.values():
+    for request_id, report in timed.reports.items():
         if report.budget.has_latency:
             tokens = report.tokens_by_exit
             score = sum(SCORES[e] * n for e, n in tokens.items()) / max(1, sum(tokens.values()))
-            yield bool(report.met), score
+            yield request_id, bool(report.met), score
 
 
 @pytest.mark.parametrize("on_miss", ["reject", "degrade", "truncate"])
@@ -58,7 +59,7 @@ def test_for_depth_nobody_is_served_shallower_however_late(on_miss: str, seed: i
 
     assert {e for r in timed.reports.values() for e in r.tokens_by_exit} == {FULL}
     assert not any(r.degraded for r in timed.reports.values())
-    missed = sum(not met for met, _ in answered(timed)) + len(timed.refusals)
+    missed = sum(not met for _, met, _ in answered(timed)) + len(timed.refusals)
     assert missed > 0, "or the machine was not asked for too much"
 
 
@@ -107,12 +108,13 @@ def test_depth_that_has_no_better_score_takes_no_time_from_others(
 
 
 def test_attainment_meets_most_budgets_and_quality_has_most_quality() -> None:
+    """Quality by what each request weighs: that is what the objective weighs."""
     met, goodput = dict.fromkeys(OBJECTIVES, 0), dict.fromkeys(OBJECTIVES, 0.0)
-    for objective in OBJECTIVES:
-        for seed in range(4):
-            for in_time, score in answered(served(objective, "reject", seed)):
-                met[objective] += in_time
-                goodput[objective] += in_time * score
+    for objective, seed in itertools.product(OBJECTIVES, range(4)):
+        weights = {r.request_id: r.weight for r in crowd("reject", seed)}
+        for request_id, in_time, score in answered(served(objective, "reject", seed)):
+            met[objective] += in_time
+            goodput[objective] += weights[request_id] * in_time * score
 
     assert max(met, key=met.__getitem__) == "attainment", met
     assert max(goodput, key=goodput.__getitem__) == "quality", goodput
