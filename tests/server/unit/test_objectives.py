@@ -44,7 +44,7 @@ def served(objective: str, on_miss: str, seed: int) -> Timed:
 
 
 def answered(timed: Timed) -> Iterable[tuple[str, bool, float]]:
-    """Of each answer to a budget, whether it was in time, and its mean score."""
+    """Of each answer to a budget, whose it is, whether it was in time, and its mean score."""
     for request_id, report in timed.reports.items():
         if report.budget.has_latency:
             tokens = report.tokens_by_exit
