@@ -2,8 +2,7 @@ r"""The proof: who meets the budgets of a real arrival trace, at what depth, on 
 
 Replays a trace (JSON lines with t, prompt_tokens, output_tokens) open-loop at several rates. Each
 request has a latency budget from one of three classes: 1.5, 3 or 8 times what it takes alone at
-full depth, which is measured first. Compared at each
-rate, one after the other and each on a fresh server:
+full depth, which is measured first. Compared at each rate, in turn and each on a fresh server:
 
     full, shallow, middle         every request at one exit, lock-step batches, no admission
     lockstep                      our admission, lock-step batches

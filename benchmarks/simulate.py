@@ -58,6 +58,7 @@ __all__ = [
 LOADS = (0.5, 0.75, 1.0, 1.5, 2.0)
 MAX_CHUNK = 1024
 LEAST_FACTOR = 0.1
+"""No prompt counts as more than ten times faster than it was timed."""
 CONTEXT_LEN = 256
 """Of the token whose time stands for all."""
 PROMPTS = (64, 512)

@@ -15,7 +15,7 @@ import numpy as np
 
 from sortserve.scheduling.demand import Demand, StepCosts
 from sortserve.scheduling.demand_table import DemandTable
-from sortserve.scheduling.full_batch import course
+from sortserve.scheduling.full_batch import Course, course
 from sortserve.scheduling.lowering import MAX_PRESSURE, Times
 
 __all__ = ["AtRisk"]
@@ -33,15 +33,15 @@ class AtRisk:
     """Seconds until then, if each step runs everybody."""
 
     @classmethod
-    def of(cls, table: DemandTable, paced: Times, full: Times) -> AtRisk | None:
+    def of(cls, table: DemandTable, found: Course, paced: Times, full: Times) -> AtRisk | None:
         """None if all promises can be kept by one course, or by pacing once others go shallower.
 
         Args:
             table: of all live requests.
+            found: their full batch.
             paced: when pacing begins.
             full: when a full batch begins.
         """
-        found = course(table, table.level)
         late = found.late(table, now=full["now"], busy_s=full["busy_s"])
         if not late.any() or table.need(table.level, **paced).share <= MAX_PRESSURE:
             return None

@@ -230,7 +230,7 @@ class AdmissionDesk:
             demands=demands,
             columns=columns,
             room=room,
-            seen_s=min(seen_s, now),
+            seen_s=seen_s,
             policy=self.policy,
             max_num_batched_tokens=self.max_num_batched_tokens,
             worth=self._worth.tokens,

@@ -56,7 +56,8 @@ def room_for(
         demand = newcomer_demand(exit_layer, newcomer, promise, now=now, may_move=False)
         if demand.is_hard and demand.due_s <= now:  # however fast the machine
             continue
-        table = outlook.table.plus_one(spread(demand, newcomer, costs), costs)
+        demand = spread(demand, newcomer, costs)
+        table = outlook.table.plus_one(demand, costs)
         if is_charged and found is None:
             found = course(table, table.level)
             later = max(0.0, outlook.later_loss(table, found) - present.loss_so_far)
@@ -72,9 +73,7 @@ def room_for(
             if found.keeps_all(table, **full):
                 return promise, later
             at_risk = outlook.at_risk if outlook is present else None
-            if at_risk is not None and at_risk.keeps_others_and(
-                spread(demand, newcomer, costs), costs, outlook.batching
-            ):
+            if at_risk is not None and at_risk.keeps_others_and(demand, costs, outlook.batching):
                 return promise, later
         if share < least:
             least, best = share, (promise, table, paced, full)

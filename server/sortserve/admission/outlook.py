@@ -182,6 +182,11 @@ class Outlook:
         return self.load.offered.loss(table.end_s, spare_s, now)
 
     @cached_property
+    def full_batch(self) -> Course:
+        """What a full batch of all of them would do."""
+        return course(self.table, self.table.level)
+
+    @cached_property
     def any_ends(self) -> bool:
         """Whether any live answer was promised to be over by a time."""
         return bool(np.isfinite(self.table.end_s).any())
@@ -189,7 +194,7 @@ class Outlook:
     @cached_property
     def loss_so_far(self) -> float:
         """What they lose beside the present ones."""
-        return self.later_loss(self.table, course(self.table, self.table.level))
+        return self.later_loss(self.table, self.full_batch)
 
     @property
     def busy_s(self) -> float:
@@ -201,7 +206,7 @@ class Outlook:
     @cached_property
     def at_risk(self) -> AtRisk | None:
         """Promises that cannot be kept as things are; None: there are none."""
-        return AtRisk.of(self.table, self.pacing, self.batching)
+        return AtRisk.of(self.table, self.full_batch, self.pacing, self.batching)
 
     @property
     def pacing(self) -> Times:

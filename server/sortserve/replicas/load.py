@@ -19,7 +19,6 @@ from sortserve.admission.outlook import Newcomer, Outlook
 from sortserve.admission.room import Room
 from sortserve.core.budget import ExitInfo, ExitTable
 from sortserve.core.request import EngineStats
-from sortserve.scheduling.full_batch import course
 
 __all__ = ["MAX_DUE", "MAX_PREFIXES", "TYPICAL_TOKENS", "EngineLoad", "ExitLoad", "load_of"]
 
@@ -265,8 +264,7 @@ def _pressures(outlook: Outlook) -> dict[str, Any]:
 
 def _full_batch(outlook: Outlook) -> dict[str, Any]:
     """The course in which each step runs everybody."""
-    table = outlook.table
-    found = course(table, table.level)
+    table, found = outlook.table, outlook.full_batch
     if not len(found.rows):
         return {}
     spare_s = found.least_spare_s(table, now=outlook.load.now, busy_s=outlook.ahead_s)

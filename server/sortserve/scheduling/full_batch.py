@@ -98,24 +98,23 @@ class Course:
             table, now, busy_s: see ``spare_s``.
             from_due_s: see ``capacity.pressure``.
         """
-        late = self.late(table, now=now, busy_s=busy_s)
-        if not late.any():
-            return True
-        unread = table.prompts[table.due_s[table.prompts] < from_due_s]
-        late[unread] = (self.spare_s(table, now=now, busy_s=busy_s) < 0.0)[unread]
-        return not late.any()
+        return not self.late(table, now=now, busy_s=busy_s, from_due_s=from_due_s).any()
 
-    def late(self, table: DemandTable, *, now: float, busy_s: float = 0.0) -> Mask:
+    def late(
+        self, table: DemandTable, *, now: float, busy_s: float = 0.0, from_due_s: float = -np.inf
+    ) -> Mask:
         """[n] whose promise it breaks: a prompt's due time, a pace, or an end.
 
         Args:
             table, now, busy_s: see ``spare_s``.
+            from_due_s: see ``capacity.pressure``.
         """
         start_s, prompts = now + busy_s, table.prompts
         late = self.spare_s(table, now=now, busy_s=busy_s) < 0.0
         late[self.rows] |= start_s + self.reading_s + self.first_step_s > table.next_by_s[self.rows]
         read_s = self.first_step_s + _reading_s(table, self.levels, prompts).cumsum()
-        late[prompts] |= start_s + read_s > table.due_s[prompts]
+        due_s = table.due_s[prompts]
+        late[prompts] |= (start_s + read_s > due_s) & (due_s >= from_due_s)
         return late
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sortserve.admission.at_risk import AtRisk
 from sortserve.scheduling.demand import Demand
 from sortserve.scheduling.demand_table import DemandTable
+from sortserve.scheduling.full_batch import course
 from sortserve.scheduling.lowering import Times
 from support.timed import COSTS, make_demand
 
@@ -26,7 +27,8 @@ LOST = make_demand(
 
 
 def at_risk(*demands: Demand) -> AtRisk | None:
-    return AtRisk.of(DemandTable.of(demands, COSTS, EXITS), NOW, NOW)
+    table = DemandTable.of(demands, COSTS, EXITS)
+    return AtRisk.of(table, course(table, table.level), NOW, NOW)
 
 
 def newcomer(*, first_due_s: float, gap_s: float) -> Demand:
